@@ -1,0 +1,184 @@
+"""Frozen records everything else speaks in: usage, budgets, per-example results, evaluations, gate answers.
+
+Pure data: no I/O, no statistics, no model. Scores are floats in 0..1, higher is better. Three things are
+kept apart everywhere: a wrong answer (`outcome="ok"`, low score), an answer that could not be parsed
+(`"unparsed"`, score 0: the model answered, unusably) and an example without any score because the provider
+or the metric failed (`"provider_error"`, `"metric_error"`, score None, outside every mean).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+SCHEMA = 1
+"""Version written into every file these records end in."""
+
+
+class Phase(str, Enum):
+    """What a model call was made for; stamped on every call."""
+
+    BASELINE = "baseline"
+    BOOTSTRAP = "bootstrap"
+    WEIGHTS = "weights"
+    DEMOS = "demos"
+    INSTRUCTIONS = "instructions"
+    SEARCH = "search"
+    EVALUATE = "evaluate"
+
+
+class Verdict(str, Enum):
+    """A gate's answer."""
+
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    UNDECIDED = "undecided"
+    ERROR = "error"
+    NOT_COMPARABLE = "not comparable"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was spent. `paid_calls` reached a model; `cached_calls` were answered from disk and cost nothing.
+
+    Tokens and dollars count paid calls only. `train_steps` are optimizer steps of LoRA training.
+    """
+
+    paid_calls: int = 0
+    cached_calls: int = 0
+    failed_calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    usd: float = 0.0
+    train_steps: int = 0
+    wall_s: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.paid_calls + other.paid_calls,
+            self.cached_calls + other.cached_calls,
+            self.failed_calls + other.failed_calls,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.usd + other.usd,
+            self.train_steps + other.train_steps,
+            self.wall_s + other.wall_s,
+        )
+
+    @property
+    def calls(self) -> int:
+        """Calls paid in this run (the number a budget in calls bounds)."""
+        return self.paid_calls
+
+    @property
+    def tokens(self) -> int:
+        """Input plus output tokens of the paid calls."""
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Ceilings of one optimization run; `math.inf` means no ceiling.
+
+    `calls` bounds the *distinct* requests of the run, counted the same whether the answer was bought or
+    replayed from disk. So a run that was killed and started again stops at the very same point as an
+    uninterrupted one, and the calls really paid never exceed the ceiling.
+    """
+
+    calls: float = math.inf
+    name: str = "unlimited"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A two-sided interval around a mean score."""
+
+    low: float
+    high: float
+    level: float = 0.95
+    method: str = "wilson"
+
+
+Outcome = Literal["ok", "unparsed", "provider_error", "metric_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleResult:
+    """One example's score. `score` is None exactly when no score exists (provider or metric failure)."""
+
+    example_id: str
+    score: float | None
+    outcome: Outcome = "ok"
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """A program's scores on one split.
+
+    `score` is the mean over examples that have a score (nan when none has); `n` counts all examples,
+    `n_failed` those without a score, `n_unparsed` those whose answer could not be parsed (scored 0).
+    """
+
+    split: str
+    lm: str
+    results: tuple[ExampleResult, ...]
+    interval: Interval
+    usage: Usage = Usage()
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Scores of the examples that have one, in the order of the split."""
+        return tuple(r.score for r in self.results if r.score is not None)
+
+    @property
+    def score(self) -> float:
+        """Mean score, 0..1; nan when no example has a score."""
+        scores = self.scores
+        return sum(scores) / len(scores) if scores else math.nan
+
+    @property
+    def n(self) -> int:
+        """Examples in the split."""
+        return len(self.results)
+
+    @property
+    def n_failed(self) -> int:
+        """Examples without a score: the provider or the metric failed."""
+        return sum(r.score is None for r in self.results)
+
+    @property
+    def n_unparsed(self) -> int:
+        """Examples whose answer did not parse (scored 0)."""
+        return sum(r.outcome == "unparsed" for r in self.results)
+
+    def worst(self, k: int = 3) -> tuple[ExampleResult, ...]:
+        """The `k` worst examples: failures first, then the lowest scores, in a stable order."""
+        below = [r for r in self.results if r.score is None or r.score < 1.0]
+        return tuple(sorted(below, key=lambda r: (-1.0 if r.score is None else r.score))[:k])
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRecord:
+    """One phase of an optimization: what it spent and what it did to the validation score."""
+
+    phase: str
+    usage: Usage
+    score_before: float | None = None
+    score_after: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """One gate's answer: the rule (`min_score=0.85`), the verdict, and a sentence a person can act on."""
+
+    gate: str
+    verdict: Verdict
+    message: str
