@@ -177,8 +177,12 @@ class PhaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """One gate's answer: the rule (`min_score=0.85`), the verdict, and a sentence a person can act on."""
+    """One gate's answer: the rule (`min_score=0.85`), the verdict, and a sentence a person can act on.
+
+    `details` holds the numbers behind the sentence (p_value, difference, rows_needed, ...), JSON values only.
+    """
 
     gate: str
     verdict: Verdict
     message: str
+    details: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,158 @@
+"""JSON documents on disk: strict (no NaN), free of secrets, and written whole or not at all.
+
+The few rules every room that writes a file obeys, in one place. Standard library only; knows nothing of
+what the documents mean, nor of DSPy, numpy or pytest (numpy scalars are recognised by their `item` method).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any
+
+MASK = "***"
+"""What stands in place of a secret."""
+
+_KEY_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORDS = frozenset(
+    {"token", "authorization", "password", "passwd", "secret", "secrets", "credential", "credentials", "bearer",
+     "apikey", "passphrase"}
+)  # fmt: skip
+_KEY_KINDS = frozenset({"api", "access", "private", "secret", "auth", "signing"})
+_MODEL_TOKENS = frozenset({"bos", "eos", "pad", "unk", "mask", "sep", "cls", "special", "added"})
+_SECRET_TEXT = re.compile(
+    r"""(?xi)
+    \b(?: sk | pk | hf | ghp | gho | github_pat | xox[abp] ) [-_] [A-Za-z0-9_\-]{16,}
+    | (?<= bearer\s ) [A-Za-z0-9._\-]{12,}
+    | (?<= api_key= ) [^\s&,;'"]{8,} | (?<= api-key: ) \s* [^\s&,;'"]{8,}
+    """
+)
+
+
+def to_jsonable(value: Any, *, fallback: Callable[[Any], Any] | None = repr) -> Any:
+    """Turn a value into plain JSON types.
+
+    Args:
+        value: mappings, sequences, sets, dataclasses, enums, paths, numpy scalars and arrays, and objects with
+            `toDict` (`dspy.Example`) or `model_dump` (pydantic) are understood.
+        fallback: what to make of anything else; None raises instead.
+
+    Returns:
+        The same content; NaN and infinities are None, since JSON has no word for them.
+
+    Raises:
+        TypeError: for a value without JSON form when `fallback` is None.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Enum):
+        return to_jsonable(value.value, fallback=fallback)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: to_jsonable(getattr(value, name), fallback=fallback) for name in names}
+    if isinstance(value, Mapping):
+        return {_key(key): to_jsonable(item, fallback=fallback) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        items = [to_jsonable(item, fallback=fallback) for item in value]
+        return sorted(items, key=lambda item: json.dumps(item, sort_keys=True))
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [to_jsonable(item, fallback=fallback) for item in value]
+    for method, arguments in (("toDict", {}), ("model_dump", {"mode": "json"}), ("tolist", {}), ("item", {})):
+        convert = getattr(value, method, None)
+        if callable(convert) and not isinstance(value, type):
+            return to_jsonable(convert(**arguments), fallback=fallback)
+    if fallback is None:
+        raise TypeError(
+            f"got a {type(value).__module__}.{type(value).__qualname__}, which has no JSON form; expected plain values "
+            f"(text, numbers, lists, mappings). Convert it first, or give it a model_dump() or toDict() method."
+        )
+    return to_jsonable(fallback(value), fallback=str)
+
+
+def _key(key: Any) -> str:
+    plain = key.value if isinstance(key, Enum) else key
+    return plain if isinstance(plain, str) else json.dumps(to_jsonable(plain), sort_keys=True)
+
+
+def canonical_json(value: Any, *, fallback: Callable[[Any], Any] | None = None) -> str:
+    """One line of JSON that is the same text for equal content (sorted keys, no spaces): what hashes are made of."""
+    plain = to_jsonable(value, fallback=fallback)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def pretty_json(value: Any) -> str:
+    """Indented JSON with a final newline, keys in the order given."""
+    return json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a mapping key looks like it names a credential (`api_key`, `HF_TOKEN`, `Authorization`).
+
+    `input_tokens`, `max_tokens`, `eos_token` and the like are not credentials.
+    """
+    words = [word.lower() for word in _KEY_WORDS.findall(key)]
+    if _MODEL_TOKENS.intersection(words):
+        return False
+    if _SECRET_WORDS.intersection(words):
+        return not (words[-1] in {"count", "counts", "id", "ids", "limit", "usage"} and "token" in words)
+    return any(second == "key" and first in _KEY_KINDS for first, second in zip(words, words[1:], strict=False))
+
+
+def mask_text(text: str) -> str:
+    """The text with everything that looks like a credential (`sk-...`, `Bearer ...`) replaced."""
+    return _SECRET_TEXT.sub(MASK, text)
+
+
+def mask_secrets(value: Any) -> Any:
+    """A JSON value with the values of credential-like keys, and credential-like text, replaced by `***`."""
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if item not in (None, "", [], {}) and is_secret_key(str(key)) else mask_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [mask_secrets(item) for item in value]
+    return mask_text(value) if isinstance(value, str) else value
+
+
+def write_atomic(path: Path, data: str | bytes) -> Path:
+    """Write a file under a temporary name beside `path`, then rename: who sees the name sees the whole content.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    """The process's file mode mask (it can only be read by setting it)."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
