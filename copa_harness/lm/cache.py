@@ -1,0 +1,318 @@
+"""Answers on disk (or in memory), and the claims that let only one process pay for an answer.
+
+An answer is stored as JSON with a checksum over key and text, in a diskcache folder whose disk class refuses every
+pickle row, so a planted file can at worst be a miss. A damaged row is a miss and one warning; a store that cannot
+be opened or read is moved aside, kept for inspection, and rebuilt, with one warning. Claims are file locks, which
+the system drops the moment their owner dies. Knows nothing of requests, budgets or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import diskcache
+from diskcache.core import MODE_PICKLE
+from filelock import FileLock
+
+from copa_harness.errors import CacheError
+
+N_BUCKETS = 256
+"""Lock files among which the claims are spread; two keys in one bucket wait for each other across processes."""
+
+_CLAIM_POLL_S = 0.02
+_SQLITE_TIMEOUT_S = 30.0
+
+
+class AnswerStore(Protocol):
+    """What the door needs of a store."""
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The stored answer, or None."""
+        ...
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        """Store an answer."""
+        ...
+
+    def claimed(self, key: str) -> Any:
+        """Context manager: while it is held, no other process pays for `key`."""
+        ...
+
+
+class CacheWarning(UserWarning):
+    """The response cache is damaged or cannot be written; answers stay right, some are paid for again."""
+
+
+class RefusedRowError(Exception):
+    """A row in the store is a pickle; it was not read."""
+
+
+class _JSONDisk(diskcache.Disk):
+    """Stores bytes only, and never unpickles: neither keys nor values."""
+
+    def put(self, key: Any) -> Any:
+        if type(key) is not str:
+            raise TypeError(f"got a key of type {type(key).__qualname__}, expected str")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> Any:
+        if not raw:
+            raise RefusedRowError("the key of a row is a pickle")
+        return super().get(key, raw)
+
+    def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
+        if type(value) is not bytes:
+            raise TypeError(f"got a value of type {type(value).__qualname__}, expected bytes")
+        return super().store(value, read, key=key)
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
+        if mode == MODE_PICKLE:
+            raise RefusedRowError("the value of a row is a pickle")
+        return super().fetch(mode, filename, value, read)
+
+
+def encode_answer(key: str, value: dict[str, Any]) -> bytes:
+    """`value` as checksummed JSON, bound to its key: 64 hexadecimal digits, a line feed, UTF-8 JSON."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    return _checksum(key, text) + b"\n" + text
+
+
+def decode_answer(key: str, data: object) -> dict[str, Any]:
+    """The answer encoded in `data`.
+
+    Raises:
+        ValueError: Truncated, altered, stored under another key, or not JSON of an object.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"got a row of type {type(data).__qualname__}, expected bytes")
+    checksum, separator, text = data.partition(b"\n")
+    if not separator or checksum != _checksum(key, text):
+        raise ValueError("checksum does not match")
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"got JSON of type {type(value).__name__}, expected an object")
+    return value
+
+
+def _checksum(key: str, text: bytes) -> bytes:
+    return hashlib.sha256(key.encode("ascii") + b"\n" + text).hexdigest().encode("ascii")
+
+
+class MemoryCache:
+    """Answers of this process only, in the same encoded form as on disk."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, bytes] = {}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The stored answer, or None."""
+        row = self._rows.get(key)
+        return None if row is None else decode_answer(key, row)
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        """Store an answer."""
+        self._rows[key] = encode_answer(key, value)
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[None]:
+        """No other process can see this store: nothing to claim."""
+        yield
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class ResponseCache:
+    """Answers on disk, shared by threads and processes.
+
+    Args:
+        directory: Created if missing. Holds `answers/` (the store), `claims/` (lock files) and, after damage,
+            `answers.damaged-*`. Foreign files in it are left alone.
+
+    Raises:
+        CacheError: The directory cannot be created or written, or the store cannot be opened even after rebuilding.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+        self._unwritten: dict[str, bytes] = {}  # paid answers the disk would not take: kept for this process
+        self._buckets: dict[str, _Bucket] = {}
+        try:
+            (self.directory / "claims").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"cannot create the response cache in {self.directory}: {error}; "
+                "expected a folder that can be written, choose one with --copa-cache-dir"
+            ) from error
+        self._store = self._open_or_rebuild()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ResponseCache:
+        return self
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The answer stored under `key`, or None. A damaged row is removed and counts as absent."""
+        row = self._unwritten.get(key)
+        if row is None:
+            store = self._store
+            try:
+                row = store.get(key)
+                if row is None:
+                    return None
+            except (RefusedRowError, OSError) as error:
+                self._drop(key, error)
+                return None
+            except sqlite3.DatabaseError as error:
+                self._rebuild(store, error)
+                return None
+        try:
+            return decode_answer(key, row)
+        except ValueError as error:
+            self._drop(key, error)
+            return None
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        """Store an answer. If the disk refuses, the answer is kept in memory and a warning says so once."""
+        row = encode_answer(key, value)
+        store = self._store
+        try:
+            store.set(key, row)
+        except (sqlite3.Error, OSError, diskcache.Timeout) as error:
+            self._unwritten[key] = row
+            self._warn(
+                "write",
+                f"the response cache in {self.directory} cannot be written ({error}); answers of this run are kept "
+                "in memory only and will be paid for again next time",
+            )
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[None]:
+        """While the block runs, no other process pays for `key`; a killed owner's claim ends with it."""
+        name = key[:2]
+        with self._lock:
+            bucket = self._buckets.get(name)
+            if bucket is None:
+                bucket = self._buckets[name] = _Bucket(self.directory / "claims" / f"{name}.lock")
+        bucket.acquire()
+        try:
+            yield
+        finally:
+            bucket.release()
+
+    def close(self) -> None:
+        """Close the database connections of this thread; the cache may be used again afterwards."""
+        self._store.close()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    # -- damage
+
+    def _open(self) -> diskcache.Cache:
+        return diskcache.Cache(
+            str(self.directory / "answers"),
+            disk=_JSONDisk,
+            timeout=_SQLITE_TIMEOUT_S,
+            eviction_policy="none",  # nothing paid for is ever thrown away behind the user's back
+            cull_limit=0,
+            statistics=0,
+        )
+
+    def _open_or_rebuild(self) -> diskcache.Cache:
+        # Many processes creating one sqlite file at once run into "database is locked": one at a time.
+        with FileLock(self.directory / "claims" / "open.lock"):
+            try:
+                return self._open()
+            except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(error, sqlite3.OperationalError) and not self._is_garbage():
+                    raise CacheError(
+                        f"cannot open the response cache in {self.directory}: {error}; expected a folder that can "
+                        "be read and written, choose another with --copa-cache-dir"
+                    ) from error
+                self._move_aside(error)
+                return self._open()
+
+    def _is_garbage(self) -> bool:
+        """Whether `answers` is something no store can be opened in, rather than a folder we may not write."""
+        return not (self.directory / "answers").is_dir()
+
+    def _rebuild(self, damaged: diskcache.Cache, error: Exception) -> None:
+        with self._lock:
+            if self._store is not damaged:
+                return  # another thread has done it
+            damaged.close()
+            with FileLock(self.directory / "claims" / "open.lock"):
+                try:
+                    healthy = self._open()  # another process may have rebuilt it meanwhile
+                    healthy.get("")
+                    len(healthy)
+                    if next(iter(healthy._sql("PRAGMA quick_check(1)")))[0] != "ok":
+                        raise sqlite3.DatabaseError("quick_check failed")
+                except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                    self._move_aside(error)
+                    healthy = self._open()
+            self._store = healthy
+
+    def _move_aside(self, error: Exception) -> None:
+        target = self.directory / f"answers.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        try:
+            os.replace(self.directory / "answers", target)
+        except OSError as failure:
+            raise CacheError(
+                f"the response cache in {self.directory} is damaged ({error}) and cannot be moved aside ({failure}); "
+                "delete it, or choose another folder with --copa-cache-dir"
+            ) from failure
+        self._warn(
+            "rebuild",
+            f"the response cache in {self.directory} was unusable ({error}); it was moved to {target.name} and "
+            "rebuilt empty, so its answers will be paid for again",
+        )
+
+    def _drop(self, key: str, error: Exception) -> None:
+        self._warn(
+            "row",
+            f"an entry of the response cache in {self.directory} is damaged and was refused ({error}); it counts as "
+            "absent and will be paid for again (further damaged entries are not reported)",
+        )
+        self._unwritten.pop(key, None)
+        try:
+            self._store.delete(key)
+        except (RefusedRowError, sqlite3.Error, OSError, diskcache.Timeout):
+            return  # it stays refused; overwriting it later is enough
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, CacheWarning, stacklevel=4)
+
+
+class _Bucket:
+    """One lock file, held by the process as long as any of its threads needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self._mutex = threading.Lock()
+        self._n_holders = 0
+        self._file = FileLock(path, thread_local=False)
+
+    def acquire(self) -> None:
+        with self._mutex:
+            if self._n_holders == 0:
+                self._file.acquire(poll_interval=_CLAIM_POLL_S)
+            self._n_holders += 1
+
+    def release(self) -> None:
+        with self._mutex:
+            self._n_holders -= 1
+            if self._n_holders == 0:
+                self._file.release()

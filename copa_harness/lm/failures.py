@@ -1,0 +1,128 @@
+"""Engine failures in a shape both sides understand: our error tree and DSPy's.
+
+DSPy turns any foreign exception an engine raises into an anonymous `LMUnexpectedError`, but passes its own error
+classes on untouched, retries the transient ones and shortens histories on context overflow. So every class here is
+a `ProviderError` of ours *and* the DSPy error that makes DSPy do the right thing. Knows nothing of budgets,
+caches or particular engines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dspy.clients.errors import wrap_error
+from dspy.lm15 import LM15Error
+from dspy.utils.exceptions import (
+    ContextWindowExceededError,
+    LMError,
+    LMLockTimeoutError,
+    LMProviderError,
+    LMRateLimitError,
+    LMServerError,
+    LMTimeoutError,
+    LMTransportError,
+    LMUnexpectedError,
+)
+
+from copa_harness.errors import ContextOverflowError, CopaError, ProviderError
+
+
+class _Failure(ProviderError):
+    """Takes DSPy's error details (`model`, `status`, `retry_after`, ...)."""
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        LMError.__init__(self, message, **details)
+
+
+class EngineError(_Failure, LMProviderError):
+    """The model gave no answer, for good: DSPy does not retry it."""
+
+
+class UnexpectedEngineError(_Failure, LMUnexpectedError):
+    """The engine failed in a way it did not foresee (a bug, a CUDA error); the cause is attached. Not retried."""
+
+
+class ContextOverflow(ContextWindowExceededError, ContextOverflowError):
+    """The prompt plus the tokens asked for do not fit. DSPy's ReAct and RLM react to it; not retried."""
+
+    def __init__(self, message: str = "", *, model: str | None = None) -> None:
+        ContextWindowExceededError.__init__(self, model=model, message=message)
+
+
+class RateLimited(_Failure, LMRateLimitError):
+    """The provider asked to slow down; retried by DSPy after `retry_after` seconds."""
+
+
+class TimedOut(_Failure, LMTimeoutError):
+    """No answer in time; retried by DSPy."""
+
+
+class ServerFailed(_Failure, LMServerError):
+    """The provider failed (5xx); retried by DSPy."""
+
+
+class Disconnected(_Failure, LMTransportError):
+    """The connection failed; retried by DSPy."""
+
+
+class LockTimedOut(_Failure, LMLockTimeoutError):
+    """A local credential lock was busy; retried by DSPy."""
+
+
+# Specific before general, as isinstance decides.
+_OURS: tuple[tuple[Any, Any], ...] = (
+    (LMRateLimitError, RateLimited),
+    (LMTimeoutError, TimedOut),
+    (LMServerError, ServerFailed),
+    (LMTransportError, Disconnected),
+    (LMLockTimeoutError, LockTimedOut),
+    (LMProviderError, EngineError),
+)
+
+
+def engine_failure(error: Exception, *, model: str) -> Exception:
+    """The exception to raise in place of `error`, which an engine raised.
+
+    `MemoryError`, missing dependencies, warnings made errors, and errors of ours that are not about the provider
+    (a missing adapter, a wrong setting) come back unchanged.
+
+    Args:
+        error: What the engine raised.
+        model: Name of the model that was asked.
+    """
+    if isinstance(error, LMError) and isinstance(error, ProviderError):
+        return error
+    if isinstance(error, ContextOverflowError):
+        return ContextOverflow(str(error), model=model)
+    if isinstance(error, ProviderError):
+        return EngineError(str(error), model=model)
+    if isinstance(error, (MemoryError, ImportError, Warning, CopaError)):
+        return error
+    if isinstance(error, LM15Error):
+        return engine_failure(wrap_error(error, model=model), model=model)
+    if isinstance(error, ContextWindowExceededError):
+        return ContextOverflow(error.message, model=error.model or model)
+    for theirs, ours in _OURS:
+        if isinstance(error, theirs):
+            failure: Exception = ours(
+                error.message,
+                model=error.model or model,
+                provider=error.provider,
+                provider_code=error.provider_code,
+                status=error.status,
+                request_id=error.request_id,
+                retry_after=error.retry_after,
+            )
+            return failure
+    if isinstance(error, LMUnexpectedError):
+        return UnexpectedEngineError(error.message, model=error.model or model)
+    if isinstance(error, LMError):
+        about_the_call: Exception = error  # configuration, unsupported features: not the provider's fault
+        return about_the_call
+    return UnexpectedEngineError(f"{type(error).__name__}: {error}", model=model)
+
+
+def passed_through_dspy(error: LMUnexpectedError) -> BaseException | None:
+    """The exception DSPy hid inside an `LMUnexpectedError` although it must reach the caller as it is, or None."""
+    cause = error.__cause__
+    return cause if isinstance(cause, (MemoryError, CopaError)) else None

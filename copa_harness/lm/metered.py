@@ -1,0 +1,252 @@
+"""The LM object DSPy programs hold: a `dspy.LM` whose every completion goes through the door.
+
+DSPy's request carries neither the rollout id nor the index of the n-th candidate, so `MeteredLM` notes both in a
+context variable around each call and the seam it hands to DSPy as `engine=` reads them there. Copies and deep
+copies share engine and door. DSPy's own response cache is off and its history kept short. Everything that depends
+on DSPy 3.4's call path is in this module. Knows nothing of particular engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.lm15 import Request, Response, response_to_events
+from dspy.utils.exceptions import LMUnexpectedError
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.door import Door
+from copa_harness.lm.engines import CapableEngine, Engine
+from copa_harness.lm.failures import passed_through_dspy
+
+HISTORY_LENGTH = 20
+"""Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of an LM in progress. `candidate` grows with every completion that arrived, not with retries."""
+
+    rollout_id: object
+    candidate: int = 0
+
+
+_call: ContextVar[_Call | None] = ContextVar("copa_call", default=None)
+
+
+class _Seam:
+    """What DSPy sees as the engine: passes each request to the door together with the call it belongs to."""
+
+    def __init__(self, engine: Engine, door: Door) -> None:
+        self.engine = engine
+        self.door = door
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Seam:
+        return self
+
+    def complete(self, request: Request) -> Response:
+        call = _call.get() or _Call(rollout_id=None)
+        response = self.door.call(
+            self.engine, request, model=request.model, rollout_id=call.rollout_id, candidate=call.candidate
+        )
+        call.candidate += 1
+        return response
+
+    def stream(self, request: Request) -> Iterator[Any]:
+        return iter(response_to_events(self.complete(request)))
+
+    def close(self) -> None:
+        """Engines are borrowed; nothing to close."""
+
+
+class _AsyncSeam:
+    """The same for `acall`: the door blocks, so it is entered on a worker thread."""
+
+    def __init__(self, seam: _Seam) -> None:
+        self.seam = seam
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _AsyncSeam:
+        return self
+
+    async def complete(self, request: Request) -> Response:
+        return await asyncio.to_thread(self.seam.complete, request)
+
+    async def stream(self, request: Request) -> AsyncIterator[Any]:
+        for event in response_to_events(await self.complete(request)):
+            yield event
+
+    async def aclose(self) -> None:
+        """Engines are borrowed; nothing to close."""
+
+
+class MeteredLM(dspy.LM):
+    """A DSPy language model whose completions are cached, metered and bounded by the current scope's budget.
+
+    `copy`, `deepcopy` and fine-tuning (`copy(model=...)`) share engine and door.
+
+    Args:
+        model: Name of the model, as the engine knows it.
+        engine: What answers. Client settings (keys, URLs, timeouts) belong to it.
+        door: The cache and meter calls go through.
+        provider: DSPy's fine-tuning provider; inferred from the name by default.
+        temperature: 0 by default; None leaves it to the provider.
+        max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
+        num_retries: How often DSPy repeats a transient failure (rate limit, timeout, 5xx), with growing pauses.
+            0 by default: a local engine that fails once fails again.
+        **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        engine: Engine,
+        door: Door,
+        provider: Any = None,
+        temperature: float | None = 0.0,
+        max_tokens: int | None = None,
+        num_retries: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        seam = _Seam(engine, door)
+        super().__init__(
+            model,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            cache=False,
+            num_retries=num_retries,
+            provider=provider,
+            engine=seam,
+            async_engine=_AsyncSeam(seam),
+            **kwargs,
+        )
+
+    history: list[Any]
+
+    # -- identity
+
+    @property
+    def engine(self) -> Engine:
+        """What answers: the engine itself, not the seam DSPy holds."""
+        seam: _Seam = self._engine_spec
+        return seam.engine
+
+    @property
+    def door(self) -> Door:
+        """The cache and meter this LM's calls go through."""
+        seam: _Seam = self._engine_spec
+        return seam.door
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything behind this LM's model name that can change an answer."""
+        return self.engine.fingerprint(self.model)
+
+    # -- calls
+
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """As `dspy.LM.__call__`.
+
+        Raises:
+            BudgetExhausted: The current scope's budget refuses the call.
+            ProviderError: The engine gave no answer.
+        """
+        with self._noted(kwargs):
+            return super().__call__(prompt, messages=messages, **kwargs)
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Async equivalent of `__call__`."""
+        with self._noted(kwargs):
+            return await super().acall(prompt, messages=messages, **kwargs)
+
+    @contextmanager
+    def _noted(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        kwargs.pop("cache", None)  # the door decides; DSPy's own cache knows nothing of weights
+        rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
+        token = _call.set(_Call(rollout_id))
+        try:
+            yield
+        except LMUnexpectedError as error:
+            hidden = passed_through_dspy(error)
+            if hidden is None:
+                raise
+            raise hidden from None
+        finally:
+            _call.reset(token)
+
+    def update_history(self, entry: Any) -> None:
+        """Remember the last few calls, in this LM only; copies of programs stay cheap."""
+        remembered: list[Any] = self.history[1 - HISTORY_LENGTH :]
+        self.history = [*remembered, entry]
+
+    # -- copies
+
+    def copy(self, **kwargs: Any) -> MeteredLM:
+        """As `dspy.LM.copy`; `engine=` and `door=` replace those, everything else keeps them."""
+        engine = kwargs.pop("engine", self.engine)
+        door = kwargs.pop("door", self.door)
+        copied: MeteredLM = super().copy(**kwargs)
+        if engine is not self.engine or door is not self.door:
+            copied._engine_spec = _Seam(engine, door)
+            copied._async_engine_spec = _AsyncSeam(copied._engine_spec)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MeteredLM:
+        copied: MeteredLM = copy.copy(self)
+        copied.history = []
+        copied.callbacks = list(self.callbacks)
+        copied.kwargs = copy.deepcopy(self.kwargs, memo)
+        memo[id(self)] = copied
+        return copied
+
+    # -- what the API behind the engine can do
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Whether the model takes tools natively."""
+        engine = self.engine
+        return engine.capabilities(self.model).function_calling if isinstance(engine, CapableEngine) else False
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether the model has native reasoning."""
+        engine = self.engine
+        return engine.capabilities(self.model).reasoning if isinstance(engine, CapableEngine) else False
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Whether the model takes a response schema."""
+        engine = self.engine
+        return engine.capabilities(self.model).response_schema if isinstance(engine, CapableEngine) else False
+
+    @property
+    def supported_params(self) -> set[str]:
+        """Names of the OpenAI-style parameters the model takes."""
+        engine = self.engine
+        return set(engine.capabilities(self.model).params) if isinstance(engine, CapableEngine) else set()
+
+    # -- saving
+
+    def dump_state(self) -> dict[str, Any]:
+        """What DSPy writes into a saved program: the model's name and call defaults, and no secret."""
+        state: dict[str, Any] = dspy.BaseLM.dump_state(self)
+        state["fingerprint"] = self.fingerprint
+        return state
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> MeteredLM:
+        """Refused: a program file holds neither weights nor cache.
+
+        Raises:
+            ConfigurationError: Always, saying how to load such a program.
+        """
+        raise ConfigurationError(
+            f"a saved program names the model {state.get('model')!r} but does not contain it; save the program "
+            "without its LM (program.set_lm(None) on a deep copy), load it, and give it one with program.set_lm(...)"
+        )

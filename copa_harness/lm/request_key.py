@@ -1,0 +1,62 @@
+"""The cache key of one completion, and the JSON form of requests and answers.
+
+The key is the SHA-256 of, in this order: a format version, the canonical request, the rollout id, the candidate
+index, and the fingerprint of what answers it. The canonical request is DSPy's own serialization of
+`dspy.lm15.Request`: model name, system text, messages, tools and generation settings. The order of keys inside
+tools and schemas is kept on purpose: chat templates print them in order, so another order is another prompt.
+Credentials never are part of a request. Knows nothing of caches, budgets or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+# The one place that touches DSPy's vendored serializer (pinned by dspy >=3.4,<3.5).
+from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
+from dspy.lm15 import Request, Response, Usage
+
+KEY_VERSION = 1
+"""Raised when the meaning of a key changes; older entries are then never found again."""
+
+
+def request_key(request: Request, *, rollout_id: object, candidate: int, fingerprint: str) -> str:
+    """The key under which one completion is stored.
+
+    Args:
+        request: The canonical request.
+        rollout_id: DSPy's rollout id (an int as a rule), or None for the plain request.
+        candidate: Index of the completion among the `n` of one call, from 0.
+        fingerprint: What answers: see `Engine.fingerprint`.
+
+    Returns:
+        64 hexadecimal digits. Equal arguments give equal keys; any difference gives another key.
+    """
+    material = [KEY_VERSION, request_to_dict(request), rollout_id, candidate, fingerprint]
+    text = json.dumps(material, separators=(",", ":"), allow_nan=False, default=_plain)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def response_record(response: Response) -> dict[str, Any]:
+    """The answer as JSON data. Raw provider data (headers, ids of accounts) is left out."""
+    record: dict[str, Any] = response_to_dict(response)
+    return record
+
+
+def replayed_response(record: dict[str, Any]) -> Response:
+    """The answer from JSON data, with empty usage: a replay costs nothing, and DSPy must not bill it.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: A field has the wrong type.
+        ValueError: A field has an impossible value.
+    """
+    return replace(response_from_dict(record), usage=Usage())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (tuple, set, frozenset)):
+        return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
+    raise TypeError(f"got a {type(value).__qualname__} inside a model request; only JSON values can be cached")
