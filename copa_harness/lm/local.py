@@ -1,0 +1,252 @@
+"""`TransformersEngine`: answers requests with a Hugging Face causal language model in this process.
+
+Concurrent requests are generated together, behind one copy of the prefix they share, by the library's own
+`generate`. Exact in float32: every answer is the one a plain `generate` of that request alone gives, whoever
+else asked at the time. Greedy at temperature 0 or None; no setting of the folder's generation_config is used
+except its end tokens. Knows nothing of caching, budgets or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.errors import ArtifactError, ConfigurationError, ContextOverflowError, ProviderError
+from copa_harness.lm.local_chat import ChatFormat, request_messages
+from copa_harness.lm.local_decoding import DecodingRules
+from copa_harness.lm.local_files import base_fingerprint, resolve_model_directory
+from copa_harness.lm.local_lora import LoraFiles, find_lora, model_name, read_lora, split_model_name
+
+if TYPE_CHECKING:
+    from dspy.lm15 import Request, Response
+
+    from copa_harness.lm.local_generate import BatchGenerator
+
+DEFAULT_MAX_BATCH = 128
+DEFAULT_MAX_TOKENS = 512
+"""Most tokens of an answer when the request names no limit (less if the context has less room)."""
+
+
+class TransformersEngine:
+    """An engine over one local model and its LoRA adapters.
+
+    Constructing it costs nothing; the weights are loaded at the first request, once per process and folder.
+
+    Args:
+        path: the model folder, or a Hugging Face id.
+        name: the base model's name in requests, `embedded` or `hf:<path or id>`.
+        lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
+        device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
+        dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
+        max_batch: most requests generated together.
+        chat_template: Jinja text that replaces the folder's chat template.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        name: str,
+        lora_dir: Path,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        chat_template: str | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise ConfigurationError(f"got max_batch={max_batch}; expected at least 1")
+        self.name = name
+        self.lora_dir = Path(lora_dir)
+        self.dtype = dtype or "float32"
+        self._path = path
+        self._device = device
+        self._max_batch = max_batch
+        self._chat_template = chat_template
+        self._lock = threading.RLock()
+        self._directory: Path | None = None
+        self._lora_directories: dict[str, Path] = {}
+        self._chat: ChatFormat | None = None
+        self._generator: BatchGenerator | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersEngine:
+        """Itself: DSPy deep-copies programs with their models, and weights and counters must stay shared."""
+        return self
+
+    def __copy__(self) -> TransformersEngine:
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The model folder."""
+        with self._lock:
+            if self._directory is None:
+                self._directory = resolve_model_directory(self._path)
+            return self._directory
+
+    @property
+    def chat(self) -> ChatFormat:
+        """Tokenizer and chat template, loaded at the first use.
+
+        Raises:
+            ConfigurationError: no usable tokenizer, or no chat template.
+        """
+        with self._lock:
+            if self._chat is None:
+                import transformers
+
+                try:
+                    tokenizer = transformers.AutoTokenizer.from_pretrained(
+                        self.directory, trust_remote_code=False, local_files_only=True
+                    )
+                except (OSError, ValueError, KeyError) as error:
+                    raise ConfigurationError(
+                        f"could not load the tokenizer of {self.name} from {self.directory}: {error}; "
+                        "expected a folder that AutoTokenizer loads without trust_remote_code"
+                    ) from error
+                self._chat = ChatFormat(tokenizer, name=self.name, chat_template=self._chat_template)
+            return self._chat
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self.chat.tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The base model as loaded (frozen, evaluation mode), shared by the whole process: do not change it."""
+        return self.generator.model.model
+
+    @property
+    def generator(self) -> BatchGenerator:
+        """The process's one batch generator for this folder, device and dtype; loads the weights."""
+        with self._lock:
+            if self._generator is None:
+                from copa_harness.lm.local_generate import load_generator
+
+                self._generator = load_generator(self.directory, device=self._device, dtype=self.dtype)
+            return self._generator
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end an answer: the model's and the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return self.generator.model.eos_ids | (frozenset() if own is None else frozenset({int(own)}))
+
+    def fingerprint(self, model: str) -> str:
+        """Hash of everything that shapes the answers of `model`, from its files alone (torch is not imported).
+
+        Covers weights, tokenizer, chat template, configuration and dtype, and the LoRA adapter if the name has one.
+
+        Raises:
+            ConfigurationError: the name is not this engine's, or its LoRA adapter is nowhere to be found.
+            ArtifactError: the LoRA adapter is damaged or was trained for other base weights.
+        """
+        lora = self._lora(model)
+        return lora.fingerprint if lora else self._base_fingerprint()
+
+    def add_lora(self, directory: Path) -> str:
+        """Make a trained LoRA directory known to this engine; returns the fine-tuned model's name.
+
+        Raises:
+            ArtifactError: it is damaged, or was trained for other base weights.
+        """
+        files = self._checked(Path(directory))
+        name = model_name(self.name, files.fingerprint)
+        with self._lock:
+            self._lora_directories[name] = files.directory
+        return name
+
+    def complete(self, request: Request, *, seed: int) -> Response:
+        """Answer one request; callable from any number of threads at once.
+
+        Args:
+            request: text messages; `config` may set max_tokens, temperature, top_p, top_k, stop and seed.
+            seed: of the sampling, joined with `request.config.seed`; greedy requests do not depend on it.
+
+        Raises:
+            ContextOverflowError: prompt plus max_tokens do not fit the context.
+            ProviderError: out of memory, or a request a local text model cannot take.
+            ConfigurationError, ArtifactError: see `fingerprint`.
+        """
+        from dspy.lm15 import Message, Response, Usage
+
+        from copa_harness.lm.local_generate import Prompt
+
+        lora = self._lora(request.model)
+        if request.config.logprobs is not None or request.config.probabilities is not None:
+            raise ProviderError(f"got a request for log-probabilities; {request.model} does not report them; remedy: unset it")
+        generator = self.generator
+        with generator.arriving():
+            tokens = self.chat.prompt(request_messages(request))
+            rules = self._rules(request, seed, n_prompt=len(tokens.ids), context=generator.model.context_length)
+            job = generator.submit(
+                Prompt(
+                    tokens=tokens,
+                    rules=rules,
+                    lora=lora,
+                    chat=self.chat,
+                    eos_ids=self.eos_ids,
+                    max_batch=self._max_batch,
+                )
+            )
+        answer = generator.wait(job)
+        return Response(
+            id=None,
+            model=request.model,
+            message=Message.assistant(answer.text),
+            finish_reason=answer.finish_reason,
+            usage=Usage(input_tokens=len(tokens.ids), output_tokens=answer.n_tokens),
+        )
+
+    def _rules(self, request: Request, seed: int, *, n_prompt: int, context: int) -> DecodingRules:
+        config = request.config
+        room = context - n_prompt
+        wanted = config.max_tokens if config.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
+        if wanted > room:
+            raise ContextOverflowError(
+                f"got a prompt of {n_prompt} tokens and max_tokens={wanted} for {request.model}, whose context holds "
+                f"{context}: {n_prompt + wanted - context} too many; remedy: fewer or shorter demonstrations, or a smaller max_tokens"
+            )
+        if config.seed is not None:
+            seed = int.from_bytes(hashlib.sha256(f"{seed}:{config.seed}".encode()).digest()[:8], "big")
+        return DecodingRules(
+            max_tokens=wanted,
+            temperature=config.temperature or 0.0,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            top_k=config.top_k or 0,
+            stop=tuple(stop for stop in config.stop if stop),
+            seed=abs(seed),
+        )
+
+    def _base_fingerprint(self) -> str:
+        return base_fingerprint(self.directory, dtype=self.dtype, chat_template=self._chat_template)
+
+    def _lora(self, model: str) -> LoraFiles | None:
+        """The LoRA files behind a model name, checked; None for the base model."""
+        if model == self.name:
+            return None
+        base, digits = split_model_name(model)
+        if base != self.name or digits is None:
+            raise ConfigurationError(
+                f"got the model name {model!r}; expected {self.name!r} or '{self.name}@<first 12 digits of a LoRA fingerprint>'"
+            )
+        with self._lock:
+            directory = self._lora_directories.get(model) or find_lora(self.lora_dir, digits)
+            if directory is None:
+                raise ConfigurationError(
+                    f"got {model!r}, but no LoRA adapter with that fingerprint lies under {self.lora_dir}; remedy: train it "
+                    "again (the same rows and settings give the same adapter) or register its folder with add_lora()"
+                )
+            self._lora_directories[model] = directory
+        return self._checked(directory)
+
+    def _checked(self, directory: Path) -> LoraFiles:
+        files = read_lora(directory)
+        if files.base_fingerprint != self._base_fingerprint():
+            raise ArtifactError(
+                f"got the LoRA adapter {directory}, trained for a base with fingerprint {files.base_fingerprint[:12]}; "
+                f"expected {self._base_fingerprint()[:12]} ({self.name}); remedy: use the base it was trained for, or train again"
+            )
+        return files

@@ -1,0 +1,133 @@
+"""What a local model is made of, on disk: where its files lie and the hash of everything that shapes an answer.
+
+Knows nothing of torch: a run answered wholly from the cache fingerprints its models here and never imports
+torch or transformers. Hashes are memoised by path, modification time and size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from copa_harness.errors import ArtifactError, ConfigurationError
+
+FINGERPRINT_SCHEMA = 1
+"""Raise when the engine itself starts to answer differently from equal files."""
+
+_SHAPING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+_hashes: dict[tuple[str, int, int], str] = {}
+_hashes_lock = threading.Lock()
+
+
+def hash_mapping(value: Mapping[str, Any]) -> str:
+    """Sha256, in hex, of a JSON mapping in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Sha256 of a file's bytes, in hex; memoised by (path, mtime, size).
+
+    Raises:
+        ArtifactError: the file is not there.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"got no file at {path}; expected a complete model folder; remedy: fetch it again") from error
+    key = (os.fspath(path.resolve()), status.st_mtime_ns, status.st_size)
+    with _hashes_lock:
+        known = _hashes.get(key)
+    if known is not None:
+        return known
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    with _hashes_lock:
+        return _hashes.setdefault(key, digest.hexdigest())
+
+
+def resolve_model_directory(path: Path | str) -> Path:
+    """The folder that holds a model: `path` itself, or the local snapshot of a Hugging Face id.
+
+    An id that is not in the Hugging Face cache yet is fetched (safetensors, tokenizer and configuration
+    only), unless `HF_HUB_OFFLINE=1`; that is the one place where this package may use the network.
+
+    Raises:
+        ConfigurationError: neither a model folder nor an id that can be had.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    spec = os.fspath(path)
+    if directory.is_absolute() or spec.count("/") != 1 or spec.startswith("."):
+        raise ConfigurationError(
+            f"got hf:{spec}, which is not a folder; expected a folder with config.json and *.safetensors, "
+            "or a Hugging Face id such as hf:HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(spec, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not fetched yet: the next call does
+    try:
+        return Path(snapshot_download(spec, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"got hf:{spec}, which is not in the Hugging Face cache and could not be fetched ({error}); "
+            "remedy: check the id and the connection, or download it and give the folder"
+        ) from error
+
+
+def base_fingerprint(directory: Path, *, dtype: str, chat_template: str | None = None) -> str:
+    """Hash of everything that shapes a base model's answers: weights, tokenizer, chat template, configuration, dtype.
+
+    Args:
+        directory: the model folder.
+        dtype: the arithmetic's type, e.g. `float32`.
+        chat_template: a template that replaces the folder's own, if the caller gave one.
+
+    Raises:
+        ConfigurationError: the folder holds no safetensors weights or no config.json.
+    """
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights or not (directory / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        raise ConfigurationError(
+            f"got the folder {directory} with {found}; expected config.json and *.safetensors "
+            "(pickled weights such as pytorch_model.bin are refused); remedy: convert with "
+            "`model.save_pretrained(folder)`, which writes safetensors"
+        )
+    files = [*weights, *(directory / name for name in _SHAPING_FILES if (directory / name).is_file())]
+    files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    return hash_mapping(
+        {
+            "schema": FINGERPRINT_SCHEMA,
+            "files": {file.relative_to(directory).as_posix(): hash_file(file) for file in files},
+            "dtype": dtype,
+            "chat_template": chat_template,
+        }
+    )

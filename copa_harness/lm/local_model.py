@@ -1,0 +1,200 @@
+"""One model in memory: loading, how its requests may be batched, LoRA adapters side by side.
+
+Base requests run on the model as loaded; LoRA requests on a second module tree that shares every base tensor and
+carries the adapters, so neither disturbs the other, and a trainer gets a third such tree. Knows nothing of
+requests, batches or prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.local_lora import LoraFiles
+
+logger = logging.getLogger(__name__)
+
+BatchKind = Literal["padded", "equal_length_with_prefix", "equal_length"]
+"""How requests may share a batch without changing an answer: left-padded behind a shared prefix (plain attention),
+equal lengths behind a shared prefix (short convolutions), or equal lengths only (anything else)."""
+
+MAX_LORAS_IN_MEMORY = 32
+
+class LocalModel:
+    """A causal language model in memory.
+
+    Attributes:
+        model: the base model as loaded, frozen, in evaluation mode.
+        batch_kind: see `BatchKind`.
+        context_length: tokens of prompt and answer together that the model can hold.
+        eos_ids: token ids that end an answer.
+        lock: held while a batch is generated.
+        bytes_per_token: of the key-value states of one token of one row.
+
+    Raises:
+        ConfigurationError: the folder cannot be loaded as a causal language model, or the device is not there.
+    """
+
+    def __init__(self, directory: Path, *, device: str | None, dtype: str) -> None:
+        import torch
+        import transformers
+
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigurationError(f"got dtype {dtype!r}; expected float32, bfloat16 or float16")
+        self.directory = directory
+        self.dtype = dtype
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            with _quiet(transformers):
+                self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    dtype=getattr(torch, dtype),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
+            self.model.to(self.device)
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+            raise ConfigurationError(
+                f"could not load {directory} on {self.device} as a causal language model in {dtype}: {error}; "
+                "expected a folder that AutoModelForCausalLM loads without trust_remote_code"
+            ) from error
+        self.model.eval().requires_grad_(False)
+        config = self.model.config.get_text_config(decoder=True)
+        self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+        self.eos_ids, self.pad_id = self._special_ids()
+        # `generate` fills what a call leaves open from this object; a folder's sampling settings must not leak in.
+        self.model.generation_config = transformers.GenerationConfig(pad_token_id=self.pad_id)
+        self.lock = threading.Lock()
+        self.bytes_per_token = _bytes_per_token(config, self.model.dtype.itemsize)
+        self.batch_kind: BatchKind = self._batch_kind()
+        self._with_loras: Any = None
+        self._loras: OrderedDict[str, None] = OrderedDict()
+        logger.info(
+            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, batches %s",
+            directory.name, type(self.model).__name__, dtype, self.device,
+            sum(p.numel() for p in self.model.parameters()) / 1e6, self.context_length, self.batch_kind,
+        )  # fmt: skip
+
+    def serving(self, lora: LoraFiles | None) -> Any:
+        """The module to generate with: the base, or the shared tree with this LoRA adapter active.
+
+        Only the thread that holds `lock` may call this, since it switches the active adapter.
+        """
+        if lora is None:
+            return self.model
+        import peft
+
+        name = f"lora_{lora.fingerprint[:32]}"  # peft refuses dots in names
+        if name not in self._loras:
+            # The trainer stores float32 adapters; peft would otherwise keep them so beside a bfloat16 base.
+            if self._with_loras is None:
+                self._with_loras = peft.PeftModel.from_pretrained(
+                    share_weights(self.model), str(lora.directory), adapter_name=name
+                )
+            else:
+                self._with_loras.load_adapter(str(lora.directory), adapter_name=name)
+            self._with_loras.to(self.device)
+            self._with_loras.eval().requires_grad_(False)
+        self._with_loras.set_adapter(name)
+        self._with_loras.requires_grad_(False)
+        self._loras[name] = None
+        self._loras.move_to_end(name)
+        while len(self._loras) > MAX_LORAS_IN_MEMORY:
+            oldest, _ = self._loras.popitem(last=False)
+            self._with_loras.delete_adapter(oldest)
+        return self._with_loras.base_model.model
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache of the kind this model uses."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _special_ids(self) -> tuple[frozenset[int], int]:
+        eos: set[int] = set()
+        for config in (self.model.generation_config, self.model.config):
+            value = getattr(config, "eos_token_id", None)
+            eos.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        pad = getattr(self.model.config, "pad_token_id", None)
+        return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
+
+    def _batch_kind(self) -> BatchKind:
+        from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+        if getattr(self.model, "_is_stateful", False):
+            return "equal_length"
+        kinds = {type(layer) for layer in self.new_cache().layers}
+        if kinds == {DynamicLayer}:
+            if self._padding_is_exact():
+                return "padded"
+            logger.warning(
+                "%s answers differently behind a shared, padded prefix; its requests are batched by equal length",
+                self.directory.name,
+            )
+        # A multi-token continuation from a convolution state is exact in LFM2; other state-space models differ.
+        elif kinds <= {DynamicLayer, LinearAttentionLayer} and self.model.config.model_type == "lfm2":
+            return "equal_length_with_prefix"
+        return "equal_length"
+
+    def _padding_is_exact(self) -> bool:
+        """Whether two short prompts behind a shared prefix, padded, give the logits they give alone."""
+        import torch
+
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        draw = torch.Generator().manual_seed(0)
+        head, short, long = (torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (6, 2, 5))
+        with torch.inference_mode():
+            alone = [self.model(torch.cat([head, tail], 1)).logits[0, -1] for tail in (short, long)]
+            cache = self.new_cache()
+            self.model(head, past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(2)
+            pad = torch.full((1, 3), self.pad_id, device=self.device)
+            mask = torch.ones(2, 11, dtype=torch.long, device=self.device)
+            mask[0, 6:9] = 0
+            together = self.model(
+                torch.cat([torch.cat([pad, short], 1), long]),
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, 6:],
+                use_cache=True,
+            ).logits[:, -1]
+        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
+        return all(
+            bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6))
+            for a, b in zip(alone, together, strict=True)
+        )
+
+
+def _bytes_per_token(config: Any, item_bytes: int) -> int:
+    """Upper estimate from the text configuration: keys and values of all layers."""
+    n_heads = int(getattr(config, "num_attention_heads", None) or 1)
+    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+    return 2 * int(config.num_hidden_layers) * n_kv_heads * width * item_bytes
+
+
+def share_weights(model: Any) -> Any:
+    """A new module tree around the very same parameter and buffer tensors: no memory, no interference of adapters."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
+class _quiet:
+    """Silences transformers' progress bars while a model loads, and restores the user's choice."""
+
+    def __init__(self, transformers: Any) -> None:
+        self._logging = transformers.utils.logging
+
+    def __enter__(self) -> None:
+        self._enabled = self._logging.is_progress_bar_enabled()
+        self._logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._enabled:
+            self._logging.enable_progress_bar()
