@@ -7,11 +7,12 @@ what the documents mean, nor of DSPy, numpy or pytest (numpy scalars are recogni
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
@@ -110,7 +111,7 @@ def is_secret_key(key: str) -> bool:
         return False
     if _SECRET_WORDS.intersection(words):
         return not (words[-1] in {"count", "counts", "id", "ids", "limit", "usage"} and "token" in words)
-    return any(second == "key" and first in _KEY_KINDS for first, second in zip(words, words[1:], strict=False))
+    return any(second == "key" and first in _KEY_KINDS for first, second in itertools.pairwise(words))
 
 
 def mask_text(text: str) -> str:
@@ -137,22 +138,16 @@ def write_atomic(path: Path, data: str | bytes) -> Path:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    temporary = path.parent / f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(6)}.tmp"
     try:
+        # os.open rather than tempfile: a report is meant to be read by others, so the umask decides its mode.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
-
-
-def _umask() -> int:
-    """The process's file mode mask (it can only be read by setting it)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

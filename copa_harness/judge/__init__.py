@@ -1,0 +1,38 @@
+"""Judgement: intervals, paired comparisons and gates over per-example scores.
+
+Pure functions of numbers (numpy, scipy): no model, no file, no pytest. Names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "wilson_interval": "intervals",
+    "mean_interval": "intervals",
+    "PairedDifference": "paired",
+    "paired_difference": "paired",
+    "Pairs": "paired",
+    "pair_up": "paired",
+    "Noninferiority": "noninferiority",
+    "noninferiority": "noninferiority",
+    "rows_to_decide": "noninferiority",
+    "smallest_visible_drop": "noninferiority",
+    "Gates": "gates",
+    "Reference": "regression",
+    "judge": "gates",
+    "overall": "gates",
+    "is_failure": "gates",
+    "format_failure": "messages",
+    "format_gates": "messages",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,224 @@
+"""Gates: rules a run is held to, and their answers in words a person can act on.
+
+A gate answers pass, fail, undecided, not comparable or error; `overall` says which of them wins. `min_score` is
+about the number measured (a plain assert would decide alike), `max_regression` is a test against a baseline, example
+by example (`regression.py`). An evaluation that was cut short has no score and fails nothing: it is undecided. Pure
+functions of records; knows nothing of files, models or pytest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.judge.intervals import rows_to_settle
+from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.regression import Reference, max_regression
+from copa_harness.results import EvaluationResult, GateResult, Verdict
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """The rules of one run; None switches a rule off.
+
+    Attributes:
+        min_score: least mean score, 0..1.
+        max_regression: largest drop below the baseline that is acceptable, 0..1 (0.05 is five points).
+        max_calls: most model calls the run may charge.
+        max_error_rate: largest share of examples without a score (provider or metric failures), 0..1.
+        alpha: error rate of each statistical decision.
+        undecided_fails: whether `undecided` and `not comparable` fail the test.
+    """
+
+    min_score: float | None = None
+    max_regression: float | None = None
+    max_calls: float | None = None
+    max_error_rate: float = 0.0
+    alpha: float = 0.05
+    undecided_fails: bool = False
+
+    def __post_init__(self) -> None:
+        ranges: tuple[tuple[str, float | None, float, str], ...] = (
+            ("min_score", self.min_score, 1.0, "a mean score such as 0.85"),
+            ("max_regression", self.max_regression, 1.0, "a drop such as 0.05"),
+            ("max_error_rate", self.max_error_rate, 1.0, "a share such as 0.02"),
+            ("max_calls", self.max_calls, math.inf, "a number of calls such as 400"),
+            ("alpha", self.alpha, 0.5, "an error rate such as 0.05"),
+        )
+        for name, value, most, example in ranges:
+            if value is None and name not in {"max_error_rate", "alpha"}:
+                continue
+            if (
+                value is None
+                or isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value <= most
+            ):
+                hint = _percent_hint(value) if most <= 1 else ""
+                raise ConfigurationError(f"gate {name}={value!r}: expected {example}, between 0 and {most:g}{hint}")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names a marker or `check()` may use."""
+        return tuple(field.name for field in fields(cls))
+
+
+def judge(
+    evaluation: EvaluationResult | None,
+    gates: Gates,
+    *,
+    calls: float | None = None,
+    baseline: Reference | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    n_expected: int | None = None,
+    bless: str = "run it once with --copa-bless and commit the file it writes",
+    seed: int = 0,
+) -> tuple[GateResult, ...]:
+    """Hold an evaluation to its gates.
+
+    Args:
+        evaluation: the test evaluation; None when it did not finish.
+        gates: the rules.
+        calls: model calls charged to the run; needed by `max_calls`.
+        baseline: the accepted earlier run; None when there is none.
+        fingerprints: of this run (see `Reference.fingerprints`); parts missing on either side are not compared.
+        n_expected: examples in the split; fewer evaluated means the budget cut the evaluation short.
+        bless: how to accept this run as baseline, for the messages.
+        seed: of the resampling methods.
+
+    Returns:
+        One answer per active gate, in the order errors, score, regression, calls. Empty evaluations are errors.
+
+    Raises:
+        ValueError: `max_calls` is set and `calls` is not given.
+    """
+    answers: list[GateResult] = []
+    complete = evaluation is not None and (n_expected is None or evaluation.n >= n_expected)
+    if evaluation is None or not complete:
+        answers.append(_truncated(evaluation, n_expected))
+    if evaluation is not None:
+        answers.append(_error_rate(evaluation, gates.max_error_rate))
+    if evaluation is not None and complete:
+        if gates.min_score is not None:
+            answers.append(_min_score(evaluation, gates.min_score))
+        if gates.max_regression is not None:
+            answers.append(
+                max_regression(
+                    evaluation,
+                    baseline,
+                    margin=gates.max_regression,
+                    alpha=gates.alpha,
+                    fingerprints=fingerprints or {},
+                    bless=bless,
+                    seed=seed,
+                )
+            )
+    if gates.max_calls is not None:
+        if calls is None:
+            raise ValueError("got max_calls without calls; expected the number of calls charged to the run")
+        answers.append(_max_calls(calls, gates.max_calls))
+    return tuple(answers)
+
+
+_RANK = (Verdict.ERROR, Verdict.FAIL, Verdict.NOT_COMPARABLE, Verdict.UNDECIDED, Verdict.PASS)
+
+
+def overall(results: Iterable[GateResult]) -> Verdict:
+    """The verdict of a run: the gravest of its gates' (error > fail > not comparable > undecided > pass)."""
+    return min((result.verdict for result in results), key=_RANK.index, default=Verdict.PASS)
+
+
+def is_failure(verdict: Verdict, *, undecided_fails: bool) -> bool:
+    """Whether a verdict fails the test; undecided and not comparable do only when the setting says so."""
+    if verdict in {Verdict.UNDECIDED, Verdict.NOT_COMPARABLE}:
+        return undecided_fails
+    return verdict is not Verdict.PASS
+
+
+def _truncated(evaluation: EvaluationResult | None, n_expected: int | None) -> GateResult:
+    done = evaluation.n if evaluation is not None else 0
+    of = f" after {done} of {counted(n_expected, 'example')}" if n_expected is not None else ""
+    message = (
+        f"budget exhausted: the evaluation stopped{of}, so there is no score to judge. "
+        f"Next: raise the budget (--copa-budget=medium or calls=N) and run again; what was answered is cached and free."
+    )
+    return GateResult("completed", Verdict.UNDECIDED, message, {"n": done, "n_expected": n_expected})
+
+
+def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
+    gate = f"max_error_rate={most:g}"
+    details = {"n": evaluation.n, "n_failed": evaluation.n_failed}
+    if not evaluation.n:
+        message = (
+            f"the {evaluation.split} split has no examples, so nothing was measured. Next: give the task examples."
+        )
+        return GateResult(gate, Verdict.ERROR, message, details)
+    failed = [row for row in evaluation.results if row.score is None]
+    rate = len(failed) / evaluation.n
+    if rate <= most + _ROUNDING:
+        extra = "" if not failed else f" ({100 * rate:.1f} %), within what is allowed"
+        return GateResult(
+            gate, Verdict.PASS, f"{len(failed)} of {evaluation.n} examples without a score{extra}.", details
+        )
+    kinds = []
+    for outcome, words in (("provider_error", "got no answer from the model"), ("metric_error", "broke the metric")):
+        rows = [row for row in failed if row.outcome == outcome]
+        if rows:
+            kinds.append(f"{len(rows)} {words} (first: {rows[0].example_id}: {rows[0].error or 'no message recorded'})")
+    message = (
+        f"{len(failed)} of {evaluation.n} examples have no score ({100 * rate:.1f} %, allowed {100 * most:g} %): "
+        f"{'; '.join(kinds) or 'no reason recorded'}. They are failures, not wrong answers, and are in no mean. "
+        f"Next: mend the cause and run again (what was answered is cached and free), or allow a share: max_error_rate."
+    )
+    return GateResult(gate, Verdict.ERROR, message, details)
+
+
+def _min_score(evaluation: EvaluationResult, least: float) -> GateResult:
+    gate = f"min_score={least:g}"
+    n = evaluation.n - evaluation.n_failed
+    if not n:
+        return GateResult(gate, Verdict.UNDECIDED, "no example has a score, so there is nothing to compare.", {"n": 0})
+    score, interval = evaluation.score, evaluation.interval
+    details = {"score": score, "n": n, "low": interval.low, "high": interval.high, "level": interval.level}
+    measured = f"on {counted(n, evaluation.split + ' example')} ({interval_text(interval)})"
+    if score >= least - _ROUNDING:
+        message = f"got {number(score)}, expected at least {least:g}, {measured}."
+        if interval.low < least:
+            message += f" The interval reaches below {least:g}: on other examples it may fall short."
+        return GateResult(gate, Verdict.PASS, message, details)
+    message = f"got {number(score)}, expected at least {least:g} ({number(least - score)} short), {measured}."
+    if interval.high >= least:
+        rows = rows_to_settle(score, least)
+        needed = "" if rows is None else f"; about {counted(max(rows, n + 1), 'example')} would settle it"
+        message += (
+            f" Within noise: the interval reaches {least:g}{needed}. Next: add test examples, look at the worst "
+            f"ones, or set a threshold the program clears with room to spare."
+        )
+    else:
+        message += (
+            f" Not noise: the interval ends below {least:g}. Next: look at the worst examples, give the optimizer "
+            f"more budget, or lower the threshold; about {number(interval.low)} is what this program reaches reliably."
+        )
+    return GateResult(gate, Verdict.FAIL, message, details)
+
+
+def _max_calls(calls: float, most: float) -> GateResult:
+    gate, details = f"max_calls={most:g}", {"calls": calls, "max_calls": most}
+    if calls <= most:
+        return GateResult(gate, Verdict.PASS, f"{calls:,g} calls of {most:,g} allowed.", details)
+    message = (
+        f"got {calls:,g} model calls, expected at most {most:,g} ({calls - most:,g} too many). Next: see the "
+        f"table of phases for where they went; use a smaller budget (calls={most:g}), a shorter strategy, or raise max_calls."
+    )
+    return GateResult(gate, Verdict.FAIL, message, details)
+
+
+def _percent_hint(value: object) -> str:
+    """Advice for one who wrote 85 and meant 0.85."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value <= 100:
+        return ""
+    return f"; write {value / 100:g} for {value:g} %"

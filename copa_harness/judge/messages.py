@@ -1,0 +1,143 @@
+"""What a person reads when a gate has answered: numbers, worst examples and what to do next.
+
+Turns records into text for a terminal or a CI log. Decides nothing, knows nothing of statistics, files or pytest.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
+
+MAX_VALUE_CHARACTERS = 160
+"""A field's value is cut beyond this; the report has it whole."""
+
+_SIGN = {
+    Verdict.PASS: "pass",
+    Verdict.FAIL: "FAIL",
+    Verdict.UNDECIDED: "undecided",
+    Verdict.ERROR: "ERROR",
+    Verdict.NOT_COMPARABLE: "not comparable",
+}
+
+
+def number(value: float | None, *, signed: bool = False) -> str:
+    """A score or a difference to three decimals; '-' for none."""
+    if value is None or math.isnan(value):
+        return "-"
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return text.replace("-0.000", "0.000").replace("+0.000", "0.000") if float(text) == 0 else text
+
+
+def interval_text(interval: Interval, *, signed: bool = False) -> str:
+    """`95 % interval 0.667 to 0.853`."""
+    low, high = number(interval.low, signed=signed), number(interval.high, signed=signed)
+    return f"{100 * interval.level:g} % interval {low} to {high}"
+
+
+def counted(n: int, noun: str) -> str:
+    """`1 example`, `75 examples`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def score_line(evaluation: EvaluationResult) -> str:
+    """`score 0.773 on 75 test examples (95 % interval 0.667 to 0.853), 2 unparsed`."""
+    scored = evaluation.n - evaluation.n_failed
+    if not scored:
+        text = f"no score: none of {counted(evaluation.n, evaluation.split + ' example')} could be scored"
+    else:
+        text = (
+            f"score {number(evaluation.score)} on {counted(scored, evaluation.split + ' example')} "
+            f"({interval_text(evaluation.interval)})"
+        )
+    remarks = []
+    if evaluation.n_unparsed:
+        remarks.append(f"{counted(evaluation.n_unparsed, 'answer')} did not parse and counted as 0")
+    for outcome, words in (("provider_error", "without an answer"), ("metric_error", "with a broken metric")):
+        count = sum(row.outcome == outcome for row in evaluation.results)
+        if count:
+            remarks.append(f"{count} {words}, outside the mean")
+    return "; ".join([text, *remarks])
+
+
+def format_gates(results: Sequence[GateResult], *, width: int = 0) -> str:
+    """One block per gate: its verdict, its rule and its message, wrapped and aligned."""
+    columns = width or max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
+    lines = []
+    for result in results:
+        head = f"{_SIGN[result.verdict]:<14}  {result.gate}: "
+        lines.append(
+            textwrap.fill(head + result.message, columns, subsequent_indent=" " * 16, break_long_words=False,
+                          break_on_hyphens=False)
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def format_examples(examples: Iterable[ExampleResult]) -> str:
+    """The given examples with inputs, expected and predicted values, numbered."""
+    lines = []
+    for position, row in enumerate(examples, start=1):
+        state = number(row.score) if row.score is not None else row.outcome.replace("_", " ")
+        note = "" if row.outcome != "unparsed" else " (the answer did not parse)"
+        lines.append(f"{position}. {row.example_id}  score {state}{note}")
+        for label, values in (("inputs", row.inputs), ("expected", row.expected), ("predicted", row.predicted)):
+            if values:
+                lines.append(f"   {label:<9} {_fields(values)}")
+        if row.error:
+            lines.append(f"   {'error':<9} {_short(row.error)}")
+    return "\n".join(lines)
+
+
+def format_failure(
+    evaluation: EvaluationResult | None,
+    gates: Sequence[GateResult] = (),
+    *,
+    title: str = "",
+    n_worst: int = 3,
+    hints: Sequence[str] = (),
+) -> str:
+    """The text of a failed assertion about an evaluation.
+
+    Args:
+        evaluation: what was measured; None when the evaluation did not finish.
+        gates: the gates' answers; those that did not pass come first.
+        title: what was judged (`iris, p -> w -> p, embedded`).
+        n_worst: how many of the worst examples to show.
+        hints: further lines of advice, after the examples.
+
+    Returns:
+        Several lines of plain text without a final newline.
+    """
+    lines = [title] if title else []
+    if evaluation is None:
+        lines.append("no score: the evaluation did not finish")
+    else:
+        lines.append(f"{score_line(evaluation)}; model {evaluation.lm}")
+    ordered = sorted(gates, key=lambda result: result.verdict is Verdict.PASS)
+    if ordered:
+        lines += ["", format_gates(ordered)]
+    worst = evaluation.worst(n_worst) if evaluation is not None else ()
+    if evaluation is not None and worst:
+        n_below = sum(row.score is None or row.score < 1.0 for row in evaluation.results)
+        lines += ["", f"worst {len(worst)} of {counted(n_below, 'example')} below a full score:"]
+        lines.append(textwrap.indent(format_examples(worst), "  "))
+    if hints:
+        lines += ["", *hints]
+    return "\n".join(lines)
+
+
+def _fields(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    """A value on one line, cut in the middle: the end of a long answer often holds what went wrong."""
+    text = " ".join(str(value).split()) if isinstance(value, str) else " ".join(repr(value).split())
+    if len(text) > MAX_VALUE_CHARACTERS:
+        head = MAX_VALUE_CHARACTERS * 2 // 3
+        text = f"{text[:head]} ... {text[-(MAX_VALUE_CHARACTERS - head) :]}"
+    return text or "''"

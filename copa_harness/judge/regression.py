@@ -1,0 +1,183 @@
+"""The regression gate: this run against an accepted baseline, example by example, with a margin.
+
+First whether the two may be compared at all (same data, split and metric), then the test of `noninferiority.py`, then
+the sentence that says what was found and what to do. A baseline is whatever has scores by example id; knows nothing
+of files, models or pytest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.noninferiority import Noninferiority, noninferiority
+from copa_harness.judge.paired import Pairs, pair_up, paired_difference, scores_by_id
+from copa_harness.results import EvaluationResult, GateResult, Verdict
+
+COMPARED = ("data", "split", "metric")
+"""Fingerprints that must agree with the baseline's before scores may be compared."""
+
+SYSTEM = ("program", "lm")
+"""Fingerprints of what is judged: when both agree, and all scores, nothing has changed."""
+
+
+class Reference(Protocol):
+    """What `max_regression` compares with: an accepted earlier run."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    @property
+    def origin(self) -> str:
+        """When and from which commit it was made, for people; may be empty."""
+
+    @property
+    def scores(self) -> Mapping[str, float | None]:
+        """Score per example id."""
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Hashes by part: `data`, `split`, `metric`, `program`, `lm`."""
+
+
+def max_regression(
+    evaluation: EvaluationResult,
+    baseline: Reference | None,
+    *,
+    margin: float,
+    alpha: float,
+    fingerprints: Mapping[str, str],
+    bless: str,
+    seed: int = 0,
+) -> GateResult:
+    """Hold an evaluation to "no drop of more than `margin` below the baseline".
+
+    Args:
+        evaluation: the complete test evaluation.
+        baseline: the accepted earlier run; None answers undecided and says how to make one.
+        margin: the largest acceptable drop, 0..1.
+        alpha: error rate of either decision.
+        fingerprints: of this run; parts missing on either side are not compared.
+        bless: how to accept this run as baseline, a clause for the message.
+        seed: of the resampling methods.
+    """
+    gate = f"max_regression={margin:g}"
+    if baseline is None:
+        message = f"there is no baseline to compare with yet. Next: if these scores are acceptable, {bless}."
+        return GateResult(gate, Verdict.UNDECIDED, message, {"baseline": None})
+    named = f"baseline {baseline.name}" + (f" ({baseline.origin})" if baseline.origin else "")
+    pairs = pair_up(baseline.scores, scores_by_id(evaluation))
+    changed = [
+        part
+        for part in COMPARED
+        if part in fingerprints and part in baseline.fingerprints and fingerprints[part] != baseline.fingerprints[part]
+    ]
+    if changed or not pairs.ids:
+        return _not_comparable(gate, named, changed, pairs, baseline, fingerprints, bless=bless, seed=seed)
+    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed)
+    unpaired = pairs.n_only_before + pairs.n_only_after
+    missing = f" {counted(unpaired, 'example')} scored on one side only could not be compared." if unpaired else ""
+    same = all(part in fingerprints and fingerprints[part] == baseline.fingerprints.get(part) for part in SYSTEM)
+    if same and not answer.paired.n_better and not answer.paired.n_worse:
+        message = (
+            f"nothing changed since {named}: the same program and model, and the same score on all "
+            f"{counted(answer.paired.n, 'example')}."
+        )
+        return GateResult(gate, Verdict.PASS, message + missing, _numbers(answer))
+    message = f"{_measured(answer, named)} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
+    return GateResult(gate, answer.verdict, message, _numbers(answer))
+
+
+def _measured(answer: Noninferiority, named: str) -> str:
+    paired = answer.paired
+    return (
+        f"got {number(paired.difference, signed=True)} against {named}, expected a drop of at most {answer.margin:g}; "
+        f"{counted(paired.n, 'paired example')}, {paired.n_better} better, {paired.n_worse} worse, "
+        f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
+    )
+
+
+def _meaning(answer: Noninferiority, *, alpha: float, bless: str) -> str:
+    """What the verdict means and what to do, after the numbers."""
+    smallest = answer.smallest_visible_drop
+    seen = (
+        f"The smallest drop these examples could have shown to exceed it (80 % power) is {number(smallest)}."
+        if smallest <= 1
+        else "So few examples cannot show any drop to exceed it."
+    )
+    if answer.verdict is Verdict.PASS:
+        return f"A drop of more than {answer.margin:g} is ruled out (p = {answer.p_not_worse:.2g}). {seen}"
+    if answer.verdict is Verdict.FAIL:
+        return (
+            f"The drop is real and larger than allowed (p = {answer.p_worse:.2g}). Next: look at the worst "
+            f"examples; if the change is intended, {bless}."
+        )
+    state = (
+        f"It did drop (p = {answer.p_any_drop:.2g}), but whether by more than {answer.margin:g} is open."
+        if answer.p_any_drop <= alpha
+        else "Neither a drop beyond the margin nor its absence is shown."
+    )
+    if answer.rows_to_decide is None and answer.margin == 0:
+        needed = "Next: a margin of 0 is passed only by an improvement; allow a small drop (max_regression=0.05)."
+    elif answer.rows_to_decide is None:
+        needed = (
+            "The difference sits on the margin, so no number of examples would decide it. Next: choose another margin."
+        )
+    else:
+        needed = (
+            f"Next: about {counted(answer.rows_to_decide, 'example')} would decide it, if the difference stays as it is"
+        )
+        needed += "; a margin of 0 is passed only by an improvement." if answer.margin == 0 else "."
+    return f"{state} {needed} {seen}"
+
+
+def _not_comparable(
+    gate: str,
+    named: str,
+    changed: list[str],
+    pairs: Pairs,
+    baseline: Reference,
+    fingerprints: Mapping[str, str],
+    *,
+    bless: str,
+    seed: int,
+) -> GateResult:
+    details: dict[str, Any] = {"changed": changed, "n_common": len(pairs.ids)}
+    if changed:
+        parts = ", ".join(
+            f"the {part} changed ({baseline.fingerprints[part][:12]} -> {fingerprints[part][:12]})" for part in changed
+        )
+    else:
+        parts = "no example that has a score is in both"
+    message = f"not comparable with {named}: {parts}."
+    if pairs.ids and "metric" not in changed:
+        # Same metric, same example content: each pair is sound, only the population is another. Told, not judged.
+        common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed)
+        details["difference_in_common"] = common.difference
+        message += (
+            f" For orientation: on the {counted(common.n, 'example')} in common the difference is "
+            f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)})."
+        )
+    message += f" Next: if the change is intended, {bless}; otherwise restore what changed."
+    return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
+
+
+def _numbers(answer: Noninferiority) -> dict[str, Any]:
+    paired = answer.paired
+    return {
+        "difference": paired.difference,
+        "low": paired.interval.low,
+        "high": paired.interval.high,
+        "n": paired.n,
+        "n_better": paired.n_better,
+        "n_worse": paired.n_worse,
+        "method": paired.method,
+        "p_value": paired.p_value,
+        "p_worse": answer.p_worse,
+        "p_not_worse": answer.p_not_worse,
+        "rows_to_decide": answer.rows_to_decide,
+        "smallest_visible_drop": None if math.isinf(answer.smallest_visible_drop) else answer.smallest_visible_drop,
+    }
