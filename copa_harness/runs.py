@@ -1,0 +1,171 @@
+"""What a copa test holds in its hands: a score that explains itself, an evaluation, and a finished run.
+
+Knows nothing of how a run was made. A `Score` is a float, so plain `assert run.score >= 0.85` works; the pytest
+plugin asks it for its meaning when such an assertion fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from copa_harness.judge.gates import is_failure
+from copa_harness.judge.messages import format_failure, number, score_line
+from copa_harness.results import Budget, EvaluationResult, ExampleResult, GateResult, PhaseRecord, Usage, Verdict
+
+if TYPE_CHECKING:
+    import dspy
+
+    from copa_harness.lm.metered import MeteredLM
+
+
+class Score(float):
+    """A mean score, 0..1, that remembers the evaluation it is the mean of."""
+
+    evaluation: ScoredEvaluation | None
+
+    def __new__(cls, value: float, evaluation: ScoredEvaluation | None = None) -> Score:
+        """A score, with the evaluation behind it if there is one."""
+        score = super().__new__(cls, value)
+        score.evaluation = evaluation
+        return score
+
+    def summary(self) -> str:
+        """What the number means, in one line; just the number when nothing more is known."""
+        return self.evaluation.summary() if self.evaluation is not None else f"score {float(self):.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredEvaluation(EvaluationResult):
+    """An `EvaluationResult` that knows what was evaluated, so that it can be described."""
+
+    task: str = ""
+    strategy: str = "none"
+
+    @classmethod
+    def of(cls, result: EvaluationResult, *, task: str, strategy: str) -> ScoredEvaluation:
+        """The same result with the task's name and the strategy that made the program."""
+        values = {entry.name: getattr(result, entry.name) for entry in fields(EvaluationResult)}
+        return cls(**values, task=task, strategy=strategy)
+
+    @property
+    def score(self) -> Score:
+        """Mean score, 0..1; nan when no example has a score."""
+        scores = self.scores
+        return Score(sum(scores) / len(scores) if scores else float("nan"), self)
+
+    @property
+    def title(self) -> str:
+        """`iris, p -> w -> p`."""
+        return ", ".join(part for part in (self.task, self.strategy) if part)
+
+    def summary(self) -> str:
+        """`iris, p -> w -> p: score 0.893 on 75 test examples (95 % interval 0.803 to 0.945)`."""
+        return f"{self.title}: {score_line(self)}"
+
+    def describe(self) -> str:
+        """The score and what it means, and the worst examples; shown beside a failed test."""
+        return format_failure(self, title=self.title)
+
+
+@dataclass(slots=True, eq=False)
+class CopaRun:
+    """One optimization run and its final evaluation.
+
+    Attributes:
+        task: The task's name.
+        strategy: How weights and prompts were searched.
+        evaluation: The optimized program on the test split; the only look at it.
+        baseline: The program as written, base model, on the same split.
+        usage: What the optimization spent in this session, without the final evaluation; `usage.calls` never
+            exceeds `budget.calls`. A run found on disk spends nothing.
+        budget: Ceiling of the optimization.
+        phases: What each phase spent and what it did to the validation score; the last is the final evaluation.
+        gates: The answers of the marker's gates.
+        verdict: All gates together.
+        program: The optimized program, its model attached.
+        lm: The model it runs on, the fine-tuned one if weights were trained.
+        artifact: Directory with program, LoRA adapter and manifest.
+        exhausted: The budget ended the search; the program is the best found until then.
+        stopped: Why the search ended.
+        from_disk: The optimization was found finished on disk and not run again.
+        undecided_fails: Whether `check()` fails on gates that are undecided or not comparable.
+        checked: Whether the test called `check()`.
+    """
+
+    task: str
+    strategy: str
+    evaluation: ScoredEvaluation
+    baseline: ScoredEvaluation
+    usage: Usage
+    budget: Budget
+    phases: tuple[PhaseRecord, ...]
+    gates: tuple[GateResult, ...]
+    verdict: Verdict
+    program: dspy.Module = field(repr=False)
+    lm: MeteredLM = field(repr=False)
+    artifact: Path | None
+    exhausted: bool = False
+    stopped: str = ""
+    from_disk: bool = False
+    undecided_fails: bool = False
+    checked: bool = False
+
+    @property
+    def score(self) -> Score:
+        """Mean test score, 0..1."""
+        return self.evaluation.score
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The two ends of the 95 % interval of the score."""
+        return (self.evaluation.interval.low, self.evaluation.interval.high)
+
+    @property
+    def n(self) -> int:
+        """Test examples."""
+        return self.evaluation.n
+
+    @property
+    def completed(self) -> bool:
+        """Whether every test example has a score (a spent budget still leaves the best program found)."""
+        return self.evaluation.n_failed == 0
+
+    @property
+    def improvement(self) -> float:
+        """Score minus the score of the program as written, -1..1."""
+        return float(self.score) - float(self.baseline.score)
+
+    def worst(self, k: int = 3) -> tuple[ExampleResult, ...]:
+        """The `k` worst test examples."""
+        return self.evaluation.worst(k)
+
+    def check(self) -> None:
+        """Hold the run to its gates.
+
+        An undecided gate does not fail unless the marker says so: too few examples are not a regression. It
+        stands in the summary.
+
+        Raises:
+            AssertionError: A gate failed; the message says which, by how much, and shows the worst examples.
+        """
+        __tracebackhide__ = True
+        self.checked = True
+        if is_failure(self.verdict, undecided_fails=self.undecided_fails):
+            raise AssertionError(self.describe())
+
+    def describe(self) -> str:
+        """What was measured, what it cost and the worst examples; shown beside a failed test."""
+        ceiling = f"{self.budget.calls:,.0f}" if self.budget.calls != float("inf") else "any number of"
+        hints = [
+            f"the program as written: {number(self.baseline.score)}, so {number(self.improvement, signed=True)}",
+            f"optimization spent {self.usage.calls:,} of {ceiling} calls (budget {self.budget.name}), "
+            f"{self.usage.train_steps:,} training steps, {self.usage.wall_s:.1f} s"
+            + ("; it was found finished on disk" if self.from_disk else ""),
+        ]
+        if self.exhausted:
+            hints.append("the budget ended the search; this is the best program found until then")
+        if self.artifact is not None:
+            hints.append(f"artifact: {self.artifact}")
+        return format_failure(self.evaluation, self.gates, title=self.evaluation.title, hints=hints)

@@ -1,0 +1,89 @@
+"""Settings and marker arguments: one precedence, every refusal names its source and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.settings import MarkerArguments, Setting, Settings
+
+ROOT = Path("/somewhere")
+
+
+def settings(**given):
+    return Settings.from_given({name: Setting(value, f"--copa-{name}") for name, value in given.items()}, root=ROOT)
+
+
+def marker(**keywords):
+    return MarkerArguments.from_marker((), keywords)
+
+
+def test_defaults_are_light_embedded_and_below_the_root():
+    plain = settings()
+    assert (plain.budget.calls, plain.lm, plain.seed) == (400, "embedded", 0)
+    assert plain.cache_dir == ROOT / ".copa_cache"
+    assert plain.report_dir == ROOT / "reports"
+
+
+def test_a_marker_changes_what_nobody_forced():
+    merged = settings().merged(marker(budget="calls=7", seed=3, lm="hf:x"))
+    assert (merged.budget.calls, merged.seed, merged.lm) == (7, 3, "hf:x")
+
+
+def test_a_given_setting_overrules_the_marker():
+    merged = settings(budget="medium", seed="1").merged(marker(budget="calls=7", seed=3, threads=2))
+    assert (merged.budget.calls, merged.seed, merged.threads) == (1600, 1, 2)
+
+
+def test_absolute_directories_are_kept():
+    assert settings(cache_dir="/elsewhere/cache").cache_dir == Path("/elsewhere/cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("budget", "lite", "--copa-budget: .*lite.*'light'"),
+        ("seed", "x", "--copa-seed: got 'x', expected a whole number, 0 or more"),
+        ("threads", "0", "--copa-threads: got '0', expected a whole number, 1 or more"),
+        ("lm", " ", "--copa-lm: got an empty value"),
+    ],
+)
+def test_an_unusable_value_is_refused_by_its_source(name, value, message):
+    with pytest.raises(ConfigurationError, match=message):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"min_scor": 0.5}, "unknown argument 'min_scor'. Did you mean 'min_score'"),
+        ({"budgte": "light"}, "Did you mean 'budget'"),
+        ({"zzz": 1}, "unknown argument 'zzz'. Known arguments: strategy, budget"),
+        ({"min_score": 85}, "min_score=85; expected a number from 0 to 1"),
+        ({"min_score": True}, "min_score=True"),
+        ({"max_regression": "5%"}, "max_regression='5%'"),
+        ({"max_calls": -1}, "max_calls=-1; expected a whole number"),
+        ({"strategy": 3}, "strategy=3; expected a strategy"),
+        ({"strategy": "p -> v"}, "copa marker: .*'v'"),
+        ({"budget": "lots"}, "copa marker: .*'lots'"),
+        ({"optimizer_kwargs": [1]}, "optimizer_kwargs=.*a dictionary"),
+        ({"max_cycles": 0}, "max_cycles=0; expected a whole number, 1 or more"),
+        ({"undecided_fails": 1}, "undecided_fails=1; expected True or False"),
+    ],
+)
+def test_a_wrong_marker_argument_is_refused_by_name(keywords, message):
+    with pytest.raises(ConfigurationError, match=message):
+        marker(**keywords)
+
+
+def test_positional_marker_arguments_are_refused_with_the_keyword_to_write():
+    with pytest.raises(ConfigurationError, match=r"copa\(strategy='p'\)"):
+        MarkerArguments.from_marker(("p",), {})
+
+
+def test_the_description_says_the_ceiling_and_whether_markers_may_change_it():
+    assert settings().describe() == (
+        "copa: budget light = 400 calls per run (unless a marker says otherwise), lm embedded, seed 0, "
+        "cache .copa_cache"
+    )
+    assert "heavy = 6,400 calls per run, lm" in settings(budget="heavy").describe()
