@@ -1,4 +1,4 @@
-"""Answers on disk (or in memory), and the claims that let only one process pay for an answer.
+"""Answers on disk, and the claims that let only one process pay for an answer.
 
 An answer is stored as JSON with a checksum over key and text, in a diskcache folder whose disk class refuses every
 pickle row, so a planted file can at worst be a miss. A damaged row is a miss and one warning; a store that cannot
@@ -8,8 +8,6 @@ the system drops the moment their owner dies. Knows nothing of requests, budgets
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sqlite3
 import threading
@@ -18,35 +16,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diskcache
 from diskcache.core import MODE_PICKLE
 from filelock import FileLock
 
 from copa_harness.errors import CacheError
+from copa_harness.lm.answers import decode_answer, encode_answer
 
 N_BUCKETS = 256
 """Lock files among which the claims are spread; two keys in one bucket wait for each other across processes."""
 
 _CLAIM_POLL_S = 0.02
 _SQLITE_TIMEOUT_S = 30.0
-
-
-class AnswerStore(Protocol):
-    """What the door needs of a store."""
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The stored answer, or None."""
-        ...
-
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer."""
-        ...
-
-    def claimed(self, key: str) -> Any:
-        """Context manager: while it is held, no other process pays for `key`."""
-        ...
 
 
 class CacheWarning(UserWarning):
@@ -79,57 +62,6 @@ class _JSONDisk(diskcache.Disk):
         if mode == MODE_PICKLE:
             raise RefusedRowError("the value of a row is a pickle")
         return super().fetch(mode, filename, value, read)
-
-
-def encode_answer(key: str, value: dict[str, Any]) -> bytes:
-    """`value` as checksummed JSON, bound to its key: 64 hexadecimal digits, a line feed, UTF-8 JSON."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8")
-    return _checksum(key, text) + b"\n" + text
-
-
-def decode_answer(key: str, data: object) -> dict[str, Any]:
-    """The answer encoded in `data`.
-
-    Raises:
-        ValueError: Truncated, altered, stored under another key, or not JSON of an object.
-    """
-    if not isinstance(data, bytes):
-        raise ValueError(f"got a row of type {type(data).__qualname__}, expected bytes")
-    checksum, separator, text = data.partition(b"\n")
-    if not separator or checksum != _checksum(key, text):
-        raise ValueError("checksum does not match")
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"got JSON of type {type(value).__name__}, expected an object")
-    return value
-
-
-def _checksum(key: str, text: bytes) -> bytes:
-    return hashlib.sha256(key.encode("ascii") + b"\n" + text).hexdigest().encode("ascii")
-
-
-class MemoryCache:
-    """Answers of this process only, in the same encoded form as on disk."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, bytes] = {}
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The stored answer, or None."""
-        row = self._rows.get(key)
-        return None if row is None else decode_answer(key, row)
-
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer."""
-        self._rows[key] = encode_answer(key, value)
-
-    @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """No other process can see this store: nothing to claim."""
-        yield
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 class ResponseCache:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from dspy.lm15 import Request, Response
 
-from copa_harness.lm.cache import AnswerStore, MemoryCache, ResponseCache
+from copa_harness.lm.answers import AnswerStore, MemoryCache
+from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.engines import Engine, PricedEngine, seed_of
 from copa_harness.lm.failures import engine_failure
 from copa_harness.lm.request_key import replayed_response, request_key, response_record
@@ -66,7 +67,7 @@ class Door:
                 return found
             reservation = scope.reserve(key, paying=True)
             try:
-                response = engine.complete(request, seed=seed_of(rollout_id, candidate))
+                response, usd = _ask(engine, request, seed=seed_of(rollout_id, candidate))
             except Exception as error:
                 scope.refund(reservation)
                 failure = engine_failure(error, model=model)
@@ -76,7 +77,7 @@ class Door:
             except BaseException:
                 scope.refund(reservation, failed=False)
                 raise
-            scope.settle(reservation, _paid(engine, request, response))
+            scope.settle(reservation, _paid(response, usd))
             self._store.set(key, response_record(response))
             return response
 
@@ -89,13 +90,18 @@ class Door:
         return response
 
 
-def _paid(engine: Engine, request: Request, response: Response) -> Usage:
-    cost_usd = engine.cost_usd(request, response) if isinstance(engine, PricedEngine) else None
+def _ask(engine: Engine, request: Request, *, seed: int) -> tuple[Response, float | None]:
+    if isinstance(engine, PricedEngine):
+        return engine.complete_priced(request, seed=seed)
+    return engine.complete(request, seed=seed), 0.0
+
+
+def _paid(response: Response, usd: float | None) -> Usage:
     return Usage(
         paid_calls=1,
         input_tokens=response.usage.input_tokens or 0,
         output_tokens=response.usage.output_tokens or 0,
-        usd=cost_usd or 0.0,
+        usd=usd or 0.0,
     )
 
 

@@ -43,8 +43,8 @@ class Engine(Protocol):
 class PricedEngine(Protocol):
     """An engine that knows what its answers cost."""
 
-    def cost_usd(self, request: Request, response: Response) -> float | None:
-        """Dollars of this answer, or None when unknown."""
+    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
+        """As `Engine.complete`, with the answer's price in dollars, or None when it is unknown."""
         ...
 
 

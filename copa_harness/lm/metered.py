@@ -129,6 +129,14 @@ class MeteredLM(dspy.LM):
 
     history: list[Any]
 
+    def _get_initial_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        # DSPy reads OpenAI's reasoning models off the name; a local folder may be called the same.
+        owner = dspy.LM if isinstance(self.engine, CapableEngine) else dspy.BaseLM
+        defaults: dict[str, Any] = owner._get_initial_kwargs(self, **kwargs)
+        if defaults.get("rollout_id") is None:
+            defaults.pop("rollout_id", None)
+        return defaults
+
     # -- identity
 
     @property

@@ -1,0 +1,212 @@
+"""From a name to a language model: `embedded`, `hf:<path or id>`, or anything DSPy can name.
+
+Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it. Knows
+nothing of tasks, optimizers or pytest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
+from dspy.clients.backend_selection import CLIENT_KEYS
+from dspy.clients.capabilities import resolve
+from dspy.lm15 import LM15Error
+from dspy.utils.exceptions import LMConfigurationError
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.door import Door
+from copa_harness.lm.endpoint import EndpointEngine
+from copa_harness.lm.engines import CapableEngine
+from copa_harness.lm.metered import MeteredLM
+
+EMBEDDED_MAX_TOKENS = 64
+"""Default ceiling of output tokens of the embedded model: a label and its field markers."""
+
+HF_MAX_TOKENS = 512
+"""Default ceiling of output tokens of `hf:` models."""
+
+LORA_FOLDER = "lora"
+"""Folder of the LoRA adapters inside the cache directory."""
+
+_CHOICES = (
+    "'embedded', 'hf:<path or id>' (a transformers model), or '<provider>/<model>' as DSPy names it, "
+    "such as 'openai/gpt-4o-mini', 'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def build_lm(
+    spec: str,
+    *,
+    door: Door,
+    cache_dir: Path,
+    device: str | None = None,
+    api_base: str | None = None,
+    **lm_kwargs: Any,
+) -> MeteredLM:
+    """The language model a name stands for.
+
+    Args:
+        spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
+        door: Cache and meter of its calls.
+        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
+        device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
+        api_base: URL of the endpoint. Endpoint models only.
+        **lm_kwargs: Call defaults (`temperature`, `max_tokens`, ...) and, for endpoints, client settings (`api_key`,
+            `timeout`, ...), as in `dspy.LM`.
+
+    Raises:
+        ConfigurationError: The name means nothing, or a setting does not fit the kind of model.
+    """
+    if spec == "embedded" or spec.startswith("hf:"):
+        if api_base is not None:
+            raise ConfigurationError(
+                f"got an API base {api_base!r} for {spec!r}, which runs in this process; "
+                "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
+            )
+        return _local_lm(spec, door=door, lora_dir=Path(cache_dir) / LORA_FOLDER, device=device, lm_kwargs=lm_kwargs)
+    if device is not None:
+        raise ConfigurationError(f"got device={device!r} for {spec!r}, expected it only with 'embedded' or 'hf:...'")
+    _check_endpoint_name(spec)
+    if api_base is not None:
+        if not re.match(r"https?://[^/\s]+", api_base):
+            raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
+        lm_kwargs["api_base"] = api_base
+    try:
+        return meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), door=door)
+    except (LMConfigurationError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
+
+
+def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
+    """A plain `dspy.LM` with its calls led through the door; its provider (fine-tuning) and defaults are kept.
+
+    A `MeteredLM` comes back as it is.
+
+    Raises:
+        ConfigurationError: The LM is a text-completion model or has a custom engine.
+    """
+    if isinstance(lm, MeteredLM):
+        return lm
+    defaults = {key: value for key, value in lm.kwargs.items() if key not in CLIENT_KEYS}
+    if "max_completion_tokens" in defaults:  # DSPy's spelling for reasoning models; its constructor takes the other
+        defaults["max_tokens"] = defaults.pop("max_completion_tokens")
+    return MeteredLM(
+        lm.model,
+        engine=EndpointEngine(lm),
+        door=door,
+        provider=lm.provider,
+        model_type=lm.model_type,
+        num_retries=lm.num_retries,
+        callbacks=lm.callbacks,
+        finetuning_model=lm.finetuning_model,
+        launch_kwargs=lm.launch_kwargs,
+        train_kwargs=lm.train_kwargs,
+        use_developer_role=lm.use_developer_role,
+        **{"temperature": None, "max_tokens": None, **defaults},
+    )
+
+
+def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:
+    """The prompt adapter to use with a model.
+
+    For local and scripted models a ChatAdapter that does not ask a second time in JSON when an answer does not parse:
+    they have no JSON mode, and the second call would be paid for nothing. DSPy's default for the rest.
+    """
+    has_json_mode = not isinstance(lm, MeteredLM) or isinstance(lm.engine, CapableEngine)
+    return dspy.ChatAdapter(use_json_adapter_fallback=has_json_mode)
+
+
+def _local_lm(
+    spec: str, *, door: Door, lora_dir: Path, device: str | None, lm_kwargs: dict[str, Any]
+) -> MeteredLM:
+    refused = sorted(CLIENT_KEYS.intersection(lm_kwargs))
+    if refused:
+        raise ConfigurationError(f"got {refused} for {spec!r}, which runs in this process and has no connection")
+    path: Path | str
+    if spec == "embedded":
+        from copa_harness.lm.embedded import embedded_model_path
+
+        path, max_tokens = embedded_model_path(), EMBEDDED_MAX_TOKENS
+    else:
+        path, max_tokens = _hf_path(spec), HF_MAX_TOKENS
+    from copa_harness.lm.local import LocalEngine
+
+    return MeteredLM(
+        spec.rstrip("/"),
+        engine=LocalEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, device=device),
+        door=door,
+        **{"temperature": 0.0, "max_tokens": max_tokens, **lm_kwargs},
+    )
+
+
+def _hf_path(spec: str) -> Path | str:
+    place = spec.removeprefix("hf:").rstrip("/")
+    folder = Path(place).expanduser()
+    if place and folder.is_dir():
+        return folder
+    if _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
+        return place
+    raise ConfigurationError(
+        f"got {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and a folder "
+        "with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
+    )
+
+
+def _check_endpoint_name(spec: str) -> None:
+    provider, separator, model = spec.partition("/")
+    if not (separator and provider and model) or any(character.isspace() for character in spec):
+        if difflib.get_close_matches(spec.lower(), ["embedded"], cutoff=0.7):
+            hint = "; did you mean 'embedded'?"
+        elif not separator and re.match(r"(gpt|o\d|chatgpt|ft:)", spec):
+            hint = f"; did you mean 'openai/{spec}'?"
+        elif spec and Path(spec).is_dir():
+            hint = f"; did you mean 'hf:{spec}'?"
+        else:
+            hint = ""
+        raise ConfigurationError(f"got the language model {spec!r}, expected {_CHOICES}{hint}")
+    if Path(spec).expanduser().is_dir():
+        raise ConfigurationError(f"got the language model {spec!r}, which is a folder; did you mean 'hf:{spec}'?")
+    if not _is_known_provider(provider, spec):
+        raise ConfigurationError(
+            f"got the language model {spec!r}: neither DSPy nor LiteLLM knows a provider {provider!r}; expected "
+            f"{_CHOICES}{_did_you_mean(provider, model)}"
+        )
+
+
+def _is_known_provider(provider: str, spec: str) -> bool:
+    try:
+        resolve(dspy.LM(spec, cache=False))
+        return True
+    except LM15Error:
+        return provider in _litellm_providers(default=provider)
+
+
+def _litellm_providers(*, default: str | None = None) -> list[str]:
+    """Providers LiteLLM serves, read from its own data: importing it takes seconds and asks the network for prices.
+
+    With an installed LiteLLM that does not ship the list, only `default`: the first call then says whether it is known.
+    """
+    found = importlib.util.find_spec("litellm")
+    if found is None or found.origin is None:
+        return []
+    try:
+        text = (Path(found.origin).parent / "provider_endpoints_support_backup.json").read_text("utf-8")
+        return list(json.loads(text)["providers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [] if default is None else [default]
+
+
+def _did_you_mean(provider: str, model: str) -> str:
+    close = difflib.get_close_matches(provider.lower(), [*LITELLM_PROVIDER_PREFIXES, *_litellm_providers()], cutoff=0.7)
+    if close:
+        return f"; did you mean '{close[0]}/{model}'?"
+    return f"; for a model of the Hugging Face hub write 'hf:{provider}/{model}'" if "/" not in model else ""

@@ -1,0 +1,219 @@
+"""Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
+
+An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call.
+Its fingerprint is made of the URL, the model and the parameters of the connection that can change an answer, never of
+credentials. LiteLLM is imported by the first call that needs it. Knows nothing of caches or budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import dspy
+
+# Private, and pinned by dspy >=3.4,<3.5: the public call would count usage and fire callbacks a second time.
+from dspy.clients.backend_selection import CLIENT_KEYS
+from dspy.clients.capabilities import resolve
+from dspy.clients.execution import execute, prepare
+from dspy.lm15 import LM15Error, Request, Response
+from dspy.utils.exceptions import LMError
+
+from copa_harness.documents import MASK, is_secret_key, mask_text
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.engines import Capabilities
+from copa_harness.lm.failures import engine_failure
+
+_NOT_IN_ANSWERS = frozenset({"api_key", "timeout", "azure_ad_token_provider", "headers", "extra_headers"})
+"""Client settings that say who asks or how long to wait, not what answers; headers are looked at one by one."""
+
+_SIGNING = ("sig", "signature", "se", "st", "sp", "sv", "spr", "skoid", "sktid", "code", "key", "expires")
+"""Query parameters of signed URLs (Azure SAS, Google, AWS) that the secret-name rule does not catch."""
+
+_ENVIRONMENT = {
+    "azure": ("AZURE_API_VERSION",),
+    "bedrock": ("AWS_REGION_NAME", "AWS_REGION"),
+    "ollama_chat": ("OLLAMA_API_BASE", "OLLAMA_HOST"),
+    "ollama": ("OLLAMA_HOST",),
+    "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION"),
+}
+"""Environment variables, beside `<PROVIDER>_API_BASE` and `<PROVIDER>_BASE_URL`, that choose what answers."""
+
+
+class EndpointEngine:
+    """Runs requests through DSPy's own client of a provider.
+
+    Args:
+        lm: The plain LM to execute with; its settings are kept, its response cache, history and retries are not used.
+
+    Raises:
+        ConfigurationError: The LM is a text-completion model, which has no chat requests.
+    """
+
+    def __init__(self, lm: dspy.LM) -> None:
+        if lm.model_type not in ("chat", "responses"):
+            raise ConfigurationError(
+                f"got model_type={lm.model_type!r} for {lm.model!r}, expected 'chat' or 'responses'"
+            )
+        if not isinstance(lm._engine_spec, str):
+            raise ConfigurationError(
+                f"{lm.model!r} has a custom engine already; give that engine to MeteredLM(engine=...)"
+            )
+        self._template = lm.copy(cache=False, num_retries=0, callbacks=[])
+        # Call defaults travel in each request; only the connection belongs to the engine.
+        self._template.kwargs = {key: value for key, value in lm.kwargs.items() if key in CLIENT_KEYS}
+        self._secrets = _secrets_in(self._template.kwargs)
+        self._lock = threading.Lock()
+        self._lms: dict[str, dspy.LM] = {lm.model: self._template}
+        self._fingerprints: dict[tuple[str, ...], str] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> EndpointEngine:
+        return self
+
+    @property
+    def name(self) -> str:
+        """The provider's name, e.g. `openai`."""
+        return str(self._template._provider_name)
+
+    def connection(self, model: str) -> dict[str, Any]:
+        """What decides who answers `model`: URL, model, parameters. Free of credentials."""
+        clients = self._template.kwargs
+        url = clients.get("api_base") or clients.get("base_url") or self._declared_url(model)
+        headers = {**(clients.get("headers") or {}), **(clients.get("extra_headers") or {})}
+        return {
+            "url": None if url is None else public_url(str(url)),
+            "environment": {} if url else {name: public_url(value) for name, value in self._environment(model)},
+            "model": model,
+            "model_type": self._template.model_type,
+            "client": self._template._engine_spec,
+            "parameters": {
+                key: value if isinstance(value, (str, int, float, bool, dict, list)) else repr(value)
+                for key, value in sorted(clients.items())
+                if key not in _NOT_IN_ANSWERS and key not in ("api_base", "base_url") and value is not None
+            },
+            "headers": {
+                key.lower(): value for key, value in sorted(headers.items()) if not _is_secret_header(key)
+            },
+        }
+
+    def fingerprint(self, model: str) -> str:
+        """`endpoint:` and the hash of `connection(model)`."""
+        # The environment is read each time: another URL in it is another endpoint behind the same name.
+        material = (model, *(f"{name}={value}" for name, value in self._environment(model)))
+        found = self._fingerprints.get(material)
+        if found is None:
+            text = json.dumps(self.connection(model), sort_keys=True, default=repr)
+            found = self._fingerprints[material] = "endpoint:" + hashlib.sha256(text.encode()).hexdigest()
+        return found
+
+    def complete(self, request: Request, *, seed: int) -> Response:
+        """One attempt at one completion. `seed` is not sent: it is not part of what the user asked for."""
+        return self.complete_priced(request, seed=seed)[0]
+
+    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
+        """The completion and its price in dollars, None when DSPy knows no price."""
+        # LiteLLM, should the call need it, then takes prices from the list it ships instead of downloading one.
+        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        lm = self._lm(request.model)
+        try:
+            with dspy.context(send_stream=None):
+                result = execute(lm, prepare(lm, None, None, {"request": request}))
+        except Exception as error:
+            failure = engine_failure(error, model=request.model)
+            if not self._conceal(failure):
+                raise
+            raise failure from None  # the chain would print the secret
+        return result.typed(request, lm.model_type), result.cost
+
+    def capabilities(self, model: str) -> Capabilities:
+        """What DSPy knows of the model's abilities."""
+        lm = self._lm(model)
+        return Capabilities(
+            function_calling=lm.supports_function_calling,
+            reasoning=lm.supports_reasoning,
+            response_schema=lm.supports_response_schema,
+            params=frozenset(lm.supported_params),
+        )
+
+    def _conceal(self, error: BaseException) -> bool:
+        """Take credentials out of an error's message; whether it or an error behind it held one."""
+        held = False
+        link: BaseException | None = error
+        while link is not None and not held:
+            held = self._masked(str(link)) != str(link)
+            link = link.__cause__ or link.__context__
+        error.args = tuple(self._masked(arg) if isinstance(arg, str) else arg for arg in error.args)
+        if isinstance(error, LMError):
+            error.message = self._masked(error.message)
+        return held
+
+    def _masked(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return mask_text(text)
+
+    def _lm(self, model: str) -> dspy.LM:
+        with self._lock:
+            found = self._lms.get(model)
+            if found is None:
+                found = self._lms[model] = self._template.copy(model=model)
+            return found
+
+    def _environment(self, model: str) -> list[tuple[str, str]]:
+        provider = model.split("/", 1)[0] if "/" in model else "openai"
+        prefix = provider.upper()
+        names = (f"{prefix}_API_BASE", f"{prefix}_BASE_URL", *_ENVIRONMENT.get(provider, ()))
+        return [(name, os.environ[name]) for name in names if os.environ.get(name)]
+
+    def _declared_url(self, model: str) -> str | None:
+        if not self._template._providers:
+            return None
+        try:
+            route = resolve(self._lm(model))
+        except LM15Error:
+            return None  # LiteLLM's to route; then no declared provider is involved
+        if not route.declared:
+            return None
+        return next((p.definition.access.base_url for p in self._template._providers if p.id == route.provider), None)
+
+
+def public_url(url: str) -> str:
+    """The URL without user, password, fragment and the query parameters that look like credentials or signatures."""
+    parts = urlsplit(url if "://" in url else f"//{url}")
+    host = parts.netloc.rpartition("@")[2].lower()
+    query = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not _is_secret_parameter(name)
+    ]
+    return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), urlencode(query), ""))
+
+
+def _secrets_in(clients: dict[str, Any]) -> tuple[str, ...]:
+    """Texts among the client settings that must not show anywhere, longest first."""
+    userinfos = []
+    found = [clients.get("api_key")]
+    for url in (clients.get("api_base"), clients.get("base_url")):
+        if isinstance(url, str):
+            parts = urlsplit(url if "://" in url else f"//{url}")
+            userinfos += [parts.netloc.rpartition("@")[0] + "@"] if "@" in parts.netloc else []
+            found += [parts.password]
+            found += [value for name, value in parse_qsl(parts.query) if _is_secret_parameter(name)]
+    for headers in (clients.get("headers") or {}, clients.get("extra_headers") or {}):
+        found += [value for name, value in headers.items() if _is_secret_header(name)]
+    long_enough = {text for text in found if isinstance(text, str) and len(text) > 3}  # "a" would garble messages
+    return tuple(sorted({*userinfos, *long_enough}, key=len, reverse=True))
+
+
+def _is_secret_parameter(name: str) -> bool:
+    lowered = name.lower()
+    return is_secret_key(name) or lowered in _SIGNING or lowered.startswith(("x-amz-", "x-goog-"))
+
+
+def _is_secret_header(name: str) -> bool:
+    lowered = name.lower()
+    return is_secret_key(name) or "key" in lowered or "cookie" in lowered or lowered == "user-agent"
