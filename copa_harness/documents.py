@@ -131,6 +131,31 @@ def mask_secrets(value: Any) -> Any:
     return mask_text(value) if isinstance(value, str) else value
 
 
+def find_credential(value: Any, *, trail: str = "") -> str | None:
+    """Where in a JSON value something stands that by key *and* content looks like a credential; None when nowhere.
+
+    For documents that must come back as they were: there a data field that is merely called `token` is no secret.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            here = f"{trail} > {key}" if trail else str(key)
+            if isinstance(item, str) and is_secret_key(str(key)) and _looks_random(item):
+                return here
+            if found := find_credential(item, trail=here):
+                return found
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if found := find_credential(item, trail=f"{trail} > {index}" if trail else str(index)):
+                return found
+    elif isinstance(value, str) and _SECRET_TEXT.search(value):
+        return trail or "the value"
+    return None
+
+
+def _looks_random(text: str) -> bool:
+    return len(text) >= 12 and not any(c.isspace() for c in text) and any(c.isdigit() for c in text)
+
+
 def write_atomic(path: Path, data: str | bytes) -> Path:
     """Write a file under a temporary name beside `path`, then rename: who sees the name sees the whole content.
 

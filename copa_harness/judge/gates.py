@@ -212,7 +212,8 @@ def _max_calls(calls: float, most: float) -> GateResult:
         return GateResult(gate, Verdict.PASS, f"{calls:,g} calls of {most:,g} allowed.", details)
     message = (
         f"got {calls:,g} model calls, expected at most {most:,g} ({calls - most:,g} too many). Next: see the "
-        f"table of phases for where they went; use a smaller budget (calls={most:g}), a shorter strategy, or raise max_calls."
+        f"table of phases for where they went; use a smaller budget (calls={most:g}), a shorter strategy, or raise "
+        f"max_calls."
     )
     return GateResult(gate, Verdict.FAIL, message, details)
 

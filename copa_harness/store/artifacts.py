@@ -1,0 +1,257 @@
+"""Artifacts: the deployable result of a run, one folder that explains and proves itself.
+
+    <artifact>/program.json     the program's state (instructions, demonstrations), without any model settings
+    <artifact>/lora/            the LoRA adapter, when the weights were tuned (safetensors and JSON only)
+    <artifact>/manifest.json    who made it, from what, and the SHA-256 of every file
+
+The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum. No
+pickle is ever copied or read. Knows program state as a mapping only; knows nothing of DSPy, PEFT or tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from copa_harness.documents import is_secret_key, mask_secrets, pretty_json, to_jsonable
+from copa_harness.errors import ArtifactError
+from copa_harness.results import SCHEMA
+from copa_harness.store.fingerprints import hash_file, hash_json
+
+KIND = "copa_harness artifact"
+PROGRAM = "program.json"
+MANIFEST = "manifest.json"
+LORA = "lora"
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib"})
+_DATA_LISTS = frozenset({"demos", "train", "traces"})
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A verified artifact.
+
+    Attributes:
+        directory: where it lies.
+        program_state: for `program.load_state`; model settings are not part of it.
+        lora_directory: the LoRA adapter's folder; None for base weights.
+        manifest: what was given to `save_artifact` (model, strategy, scores, versions, ...).
+        fingerprint: SHA-256 over the content of program and weights (not the manifest).
+    """
+
+    directory: Path
+    program_state: dict[str, Any]
+    lora_directory: Path | None
+    manifest: dict[str, Any]
+    fingerprint: str
+
+
+def save_artifact(
+    directory: Path,
+    *,
+    program_state: Mapping[str, Any],
+    lora_directory: Path | None,
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Write an artifact.
+
+    Args:
+        directory: the artifact's own folder. One that holds an older artifact is replaced, one that already holds
+            this very content is left alone, and a folder with anything else in it is refused.
+        program_state: as from `program.dump_state()`; a predictor's `lm` entry is dropped.
+        lora_directory: folder of the LoRA adapter to copy, or None.
+        manifest: what to record about the making; values under credential-like keys are masked.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        ArtifactError: pickles among the weights, a credential in the program state, a foreign folder in the way.
+        OSError: the folder cannot be written or the disk is full; an older artifact is intact.
+    """
+    target = Path(directory)
+    _refuse_foreign(target)
+    state = _without_models(to_jsonable(program_state, fallback=None))
+    _refuse_secrets(state, trail="program state")
+    about = mask_secrets(to_jsonable(manifest))
+    temporary = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / PROGRAM).write_text(pretty_json(state), encoding="utf-8")
+        if lora_directory is not None:
+            _copy_weights(Path(lora_directory), temporary / LORA)
+        files = {name: _describe(temporary / name) for name in _file_names(temporary)}
+        document = {"schema": SCHEMA, "kind": KIND, "fingerprint": _fingerprint(files), "about": about, "files": files}
+        (temporary / MANIFEST).write_text(pretty_json(document), encoding="utf-8")
+        _put_in_place(temporary, target)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return target
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and verify an artifact.
+
+    Args:
+        path: the artifact's folder, or its manifest.json.
+
+    Raises:
+        ArtifactError: missing, incomplete, changed since it was written, or of another schema; says which and what
+            to do.
+    """
+    directory = Path(path).parent if Path(path).name == MANIFEST else Path(path)
+    document = _read_manifest(directory)
+    files: Mapping[str, Mapping[str, Any]] = document["files"]
+    for name, expected in files.items():
+        file = directory / _safe(name, directory)
+        if not file.is_file():
+            raise ArtifactError(f"artifact {directory}: {name} is missing. {_AGAIN}")
+        got = hash_file(file)
+        if got != expected.get("sha256"):
+            raise ArtifactError(
+                f"artifact {directory}: {name} was changed (sha256 {got[:12]}, the manifest says "
+                f"{str(expected.get('sha256'))[:12]}). {_AGAIN}"
+            )
+    if PROGRAM not in files or document["fingerprint"] != _fingerprint(files):
+        raise ArtifactError(f"artifact {directory}: {MANIFEST} was changed. {_AGAIN}")
+    strangers = sorted(set(_file_names(directory)) - set(files) - {MANIFEST})
+    if strangers:
+        raise ArtifactError(
+            f"artifact {directory}: {', '.join(strangers[:5])} not in its manifest. Next: move out what is foreign."
+        )
+    return Artifact(
+        directory=directory,
+        program_state=json.loads((directory / PROGRAM).read_text(encoding="utf-8")),
+        lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
+        manifest=dict(document["about"]),
+        fingerprint=document["fingerprint"],
+    )
+
+
+_AGAIN = "Next: run the suite again to make it anew, or restore the folder from where it was copied."
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"no artifact at {directory}: there is no {MANIFEST}. {_AGAIN}") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"artifact {directory}: {MANIFEST} cannot be read ({error}). {_AGAIN}") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise ArtifactError(f"{path} is not the manifest of a copa_harness artifact. {_AGAIN}")
+    if document.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"artifact {directory} has schema {document.get('schema')!r}, this version reads {SCHEMA}. Next: load it "
+            f"with the copa_harness that wrote it, or run the suite again."
+        )
+    if not all(isinstance(document.get(part), kind) for part, kind in _PARTS.items()):
+        raise ArtifactError(f"artifact {directory}: {MANIFEST} is incomplete; expected {', '.join(_PARTS)}. {_AGAIN}")
+    return document
+
+
+_PARTS = {"files": dict, "about": dict, "fingerprint": str}
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename into place; an older artifact steps aside first and is removed last."""
+    if target.exists():
+        if _same_content(temporary, target):
+            return
+        aside = target.parent / f"{temporary.name}.old"
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(target)
+
+
+def _same_content(new: Path, old: Path) -> bool:
+    """Whether the older artifact is intact and equal, manifest included."""
+    try:
+        load_artifact(old)
+    except ArtifactError:
+        return False
+    return (new / MANIFEST).read_bytes() == (old / MANIFEST).read_bytes()
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+        raise ArtifactError(
+            f"{target} exists and is no artifact (no {MANIFEST}); it is not overwritten. Next: choose another folder."
+        )
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        raise ArtifactError(f"no LoRA adapter at {source}: expected a folder. Next: train again, or pass None.")
+    names = list(_file_names(source))
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ArtifactError(f"no LoRA adapter at {source}: expected a .safetensors file, got {names[:5] or 'nothing'}.")
+    for name in names:
+        if Path(name).suffix.lower() in _PICKLES:
+            raise ArtifactError(
+                f"{source / name} may hold a pickle, which can run code when loaded; expected safetensors and JSON. "
+                f"Next: save the weights as safetensors."
+            )
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _file_names(directory: Path) -> Iterator[str]:
+    """Relative POSIX names of the regular files below a folder, sorted; hidden ones (locks, temporaries) left out."""
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
+
+
+def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return hash_json({name: entry.get("sha256") for name, entry in files.items()})
+
+
+def _safe(name: str, directory: Path) -> str:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+        raise ArtifactError(f"artifact {directory}: {name!r} in its manifest leads outside the folder. {_AGAIN}")
+    return name
+
+
+def _without_models(state: Any) -> Any:
+    """Program state without `lm` entries: which model serves is the loader's to say, and endpoints hold credentials."""
+    if isinstance(state, dict):
+        return {
+            key: None if key == "lm" else item if key in _DATA_LISTS else _without_models(item)
+            for key, item in state.items()
+        }
+    return [_without_models(item) for item in state] if isinstance(state, list) else state
+
+
+def _refuse_secrets(state: Any, *, trail: str) -> None:
+    """Raise when a credential stands among the settings; demonstrations are data, where a field may be a `token`."""
+    if isinstance(state, dict):
+        for key, item in state.items():
+            if isinstance(item, str) and item and is_secret_key(key):
+                raise ArtifactError(f"{trail} > {key} looks like a credential; it is not written. Next: remove it.")
+            if key not in _DATA_LISTS:
+                _refuse_secrets(item, trail=f"{trail} > {key}")
+    elif isinstance(state, list):
+        for index, item in enumerate(state):
+            _refuse_secrets(item, trail=f"{trail} > {index}")
