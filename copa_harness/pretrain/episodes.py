@@ -1,0 +1,421 @@
+"""Synthetic in-context classification episodes as token rows with everything the objectives supervise.
+
+An episode is one system message and as many user/assistant turns as fit into T tokens; every turn is a demonstration for
+the later ones and a query itself. Its text is that of ``template``; its task is one of ``worlds``; its names and labels come
+from ``words`` or are random vocabulary pieces. Symbols: B rows, T tokens, P recorded turns, S feature slots, C clauses. Position
+arrays index the T input tokens. This module knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from copa_harness.pretrain import template, worlds
+from copa_harness.pretrain.numbers import FORMAT_RANGE, FORMATS, print_number
+from copa_harness.pretrain.tokenizer import ASSISTANT, END, SYSTEM, USER
+from copa_harness.pretrain.words import BANNED_WORDS, PLAIN_WORDS, any_word
+
+N_TURNS, N_SLOTS, N_CLAUSES = 24, 5, 3
+KINDS = ("gauss", "linear", "axis", "rule")
+_PLAIN_OUTPUTS = ("label", "category", "class", "type", "group", "species", "result", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a stage's episodes are made of; probabilities unless said otherwise.
+
+    Attributes:
+        kinds: Weights of ``KINDS``.
+        n_features: Weights of 1..5 features.
+        n_classes: Weights of 2..4 classes.
+        formats: Weights of ``numbers.FORMATS``.
+        several_fields: Share of episodes with one input field per feature.
+        single_styles: Weights of "5.1 3.5", "5.1, 3.5", "a=5.1, b=3.5", "a 5.1, b 3.5", "a: 5.1, b: 3.5".
+        spreads: Standard deviations of the Gaussian classes as shares of the range, drawn uniformly.
+        system: Share of episodes that have a system message at all.
+        request: Share of demonstrations' turns that nevertheless carry the closing request.
+        piece_labels: Share of episodes whose labels are random vocabulary pieces.
+        literal: Share of ``Literal`` outputs.
+        reasoning: Share of episodes with a reasoning field.
+        stretch: Share of rows whose positions skip ahead between turns, so that long prompts are not new.
+        plain_answer: Share of episodes whose output field is called ``answer``.
+    """
+
+    kinds: tuple[float, ...]
+    n_features: tuple[float, ...]
+    n_classes: tuple[float, ...] = (1.0, 1.6, 0.3)
+    formats: tuple[float, ...] = (6.0, 2.0, 0.4, 0.7, 0.8, 0.8, 0.8)
+    several_fields: float = 0.5
+    single_styles: tuple[float, ...] = (2.0, 1.0, 5.0, 1.0, 1.0)
+    spreads: tuple[float, float] = (0.03, 0.1)
+    system: float = 1.0
+    request: float = 0.3
+    piece_labels: float = 0.7
+    literal: float = 0.15
+    reasoning: float = 0.03
+    stretch: float = 0.0
+    plain_answer: float = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One episode as arrays; see ``Batch`` for the meaning of each field (without the leading B)."""
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+    turn: npt.NDArray[np.int64]
+    kind: int
+    header: npt.NDArray[np.int64]
+    header_ok: npt.NDArray[np.bool_]
+    shares: npt.NDArray[np.float32]
+    slot_ok: npt.NDArray[np.bool_]
+    kernel: npt.NDArray[np.float32]
+    value_at: npt.NDArray[np.int64]
+    threshold_at: npt.NDArray[np.int64]
+    clause_label_at: npt.NDArray[np.int64]
+    same_field: npt.NDArray[np.float32]
+    first_true: npt.NDArray[np.int64]
+    fired: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows stacked along a leading B.
+
+    Attributes:
+        ids: (B, T + 1) tokens; input is ``[:, :-1]``, target ``[:, 1:]``.
+        weights: (B, T) loss weight of predicting the next token: 1 first label token, .3 later ones, .1 the
+            marker after it, .08 format tokens of a quarter of the turns, 0 what cannot be known.
+        positions: (B, T) rotary positions.
+        turn: (B, T) number of the turn at a first label token's predictor, else -1.
+        kind: (B,) index into ``KINDS``.
+        header: (B, P) position that predicts the turn's first label token (which stands at header + 1).
+        header_ok: (B, P) whether both positions are inside the row.
+        shares: (B, P, S) printed feature values as shares of their format's range.
+        slot_ok: (B, S) which slots exist.
+        kernel: (B, P, P) Gaussian weights over earlier turns, rows sum to 1 or are all 0.
+        value_at: (B, P, S) position of each value token, 0 where none.
+        threshold_at: (B, C) positions of a stated rule's thresholds, 0 where none.
+        clause_label_at: (B, C + 1) positions of the labels in the stated rule, the last clause's at index n_clauses.
+        same_field: (B, P, S, C + 1) where a value token should look: uniform over its field's clauses, or the last index (nowhere).
+        first_true: (B, P, S) index of the first clause of the value's field that holds, C if none.
+        fired: (B, P) index into ``clause_label_at`` of the label that the rule gives.
+    """
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+    turn: npt.NDArray[np.int64]
+    kind: npt.NDArray[np.int64]
+    header: npt.NDArray[np.int64]
+    header_ok: npt.NDArray[np.bool_]
+    shares: npt.NDArray[np.float32]
+    slot_ok: npt.NDArray[np.bool_]
+    kernel: npt.NDArray[np.float32]
+    value_at: npt.NDArray[np.int64]
+    threshold_at: npt.NDArray[np.int64]
+    clause_label_at: npt.NDArray[np.int64]
+    same_field: npt.NDArray[np.float32]
+    first_true: npt.NDArray[np.int64]
+    fired: npt.NDArray[np.int64]
+
+
+class EpisodeMaker:
+    """Makes rows of one length from a ``Mix``.
+
+    Args:
+        tokenizer: The embedded model's tokenizer.
+        n_tokens: T.
+        kernel_width: Standard deviation of the Gaussian kernel over feature shares.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, n_tokens: int, kernel_width: float = 0.05) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._n_tokens = n_tokens
+        self._kernel_width = kernel_width
+        vocabulary = tokenizer.get_vocab()
+        self._pieces = sorted(
+            piece for piece in vocabulary
+            if len(piece) >= 2 and piece.isascii() and piece.isalpha() and piece.islower() and piece not in BANNED_WORDS
+        )  # fmt: skip
+
+    def batch(self, mix: Mix, n_rows: int, *, seed: tuple[int, ...]) -> Batch:
+        """``n_rows`` episodes, a pure function of the mix and the seed."""
+        numpy_rng = np.random.default_rng(seed)
+        rng = random.Random(int(numpy_rng.integers(2**62)))
+        rows = [self.row(mix, rng, numpy_rng) for _ in range(n_rows)]
+        return Batch(**{f.name: np.stack([np.asarray(getattr(row, f.name)) for row in rows]) for f in fields(Row)})
+
+    def row(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator) -> Row:
+        """One episode."""
+        episode = _Episode(mix, rng, numpy_rng, self._pieces)
+        return self._encode(episode, mix, rng)
+
+    def _encode(self, episode: _Episode, mix: Mix, rng: random.Random) -> Row:
+        t, c = self._n_tokens, N_CLAUSES
+        ids: list[int] = []
+        weights = np.zeros(t + 1, np.float32)
+        turn = np.full(t + 1, -1, np.int64)
+        positions = np.arange(t + 1)
+        row_threshold, row_label = np.zeros(c, np.int64), np.zeros(c + 1, np.int64)
+        header, value_at = np.zeros(N_TURNS, np.int64), np.zeros((N_TURNS, N_SLOTS), np.int64)
+        header_ok = np.zeros(N_TURNS, np.bool_)
+        whole = rng.random() < mix.system
+        if whole or episode.threshold_places:
+            # a stated rule is needed even where the mix leaves the system message out: then it stands there alone
+            text = SYSTEM + (template.system_text(episode.shape, episode.instruction) if whole else episode.instruction)
+            encoded = self._backend.encode(text, add_special_tokens=False)
+            starts = np.array([start for start, _ in encoded.offsets])
+            shift = len(text) - len(episode.instruction)
+            for i, place in enumerate(episode.threshold_places):
+                row_threshold[i] = np.searchsorted(starts, place + shift)
+            for i, place in enumerate(episode.label_places):
+                row_label[i] = np.searchsorted(starts, place + shift)
+            ids += encoded.ids
+        stretch = rng.randint(1, 300) if rng.random() < mix.stretch else 0
+        seen: set[int] = set()
+        for i in range(len(episode.classes)):
+            if len(ids) > t:
+                break
+            text, values, label_start, spans = episode.turn_text(i, mix)
+            encoded = self._backend.encode(text, add_special_tokens=False)
+            starts = np.array([start for start, _ in encoded.offsets])
+            base = len(ids)
+            if stretch:
+                positions[base:] += rng.randint(0, stretch)
+            ids += encoded.ids
+            label_at = base + int(np.searchsorted(starts, label_start))
+            label = int(episode.classes[i])
+            known = whole or bool(episode.threshold_places) or label in seen
+            seen.add(label)
+            format_weight = 0.08 if rng.random() < 0.25 else 0.0
+            for start, end, first, later in spans:
+                if not known and first > 0.1:
+                    continue
+                if first < 0.1:
+                    first = later = format_weight
+                lo, hi = base + int(np.searchsorted(starts, start)), base + int(np.searchsorted(starts, end))
+                for at in range(lo, min(hi, t + 1)):
+                    weights[at - 1] = first if at == lo else min(later, first)
+            if known and label_at - 1 < t:
+                turn[label_at - 1] = i
+            if i < N_TURNS and label_at < t and not episode.shape.reasoning:
+                header[i], header_ok[i] = label_at - 1, True
+                value_at[i, : len(values)] = [base + int(np.searchsorted(starts, place)) for place in values]
+        ids = (ids + [0] * (t + 1))[: t + 1]
+        return Row(
+            ids=np.array(ids, np.int64), weights=weights[:t], positions=np.minimum(positions[:t], 2047), turn=turn[:t],
+            kind=episode.kind, header=header, header_ok=header_ok, shares=episode.printed_shares(),
+            slot_ok=np.arange(N_SLOTS) < episode.n_features, kernel=self._kernel(episode, header_ok), value_at=value_at,
+            threshold_at=row_threshold, clause_label_at=row_label, **episode.rule_targets(),
+        )  # fmt: skip
+
+    def _kernel(self, episode: _Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        """Nadaraya-Watson weights of earlier turns, (P, P); zero for rules, where nearness is beside the point."""
+        weights = np.zeros((N_TURNS, N_TURNS), np.float32)
+        if episode.kind in (KINDS.index("rule"), KINDS.index("axis")):
+            return weights
+        shares = episode.printed_shares()
+        distance = ((shares[:, None] - shares[None]) ** 2).sum(-1)
+        earlier = np.tril(np.ones((N_TURNS, N_TURNS), bool), -1) & header_ok[None] & header_ok[:, None]
+        distance = np.where(earlier, distance, np.inf)
+        nearest = distance.min(1, keepdims=True)
+        nearest = np.where(np.isfinite(nearest), nearest, 0.0)
+        raw = np.exp(-np.minimum((distance - nearest) / (2 * self._kernel_width**2), 60.0)) * earlier
+        return (raw / np.maximum(raw.sum(1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+class _Episode:
+    """One drawn episode: its world, its words and the texts of its turns."""
+
+    def __init__(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator, pieces: list[str]) -> None:
+        self._rng = rng
+        self.n_features = rng.choices(range(1, 6), mix.n_features)[0]
+        n_classes = rng.choices((2, 3, 4), mix.n_classes)[0]
+        self.kind = rng.choices(range(len(KINDS)), mix.kinds)[0]
+        kind = KINDS[self.kind]
+        several = rng.random() < mix.several_fields
+        self._style = rng.choices(range(5), mix.single_styles)[0]
+        if kind == "rule" and self._style < 2:
+            self._style = 2
+        self.names = _names(rng, self.n_features, joined=several or rng.random() < 0.6)
+        self.labels = _labels(rng, n_classes, pieces if rng.random() < mix.piece_labels else None)
+        self._formats = rng.choices(FORMATS, mix.formats, k=1) * self.n_features
+        if rng.random() < 0.25:
+            self._formats = rng.choices(FORMATS, mix.formats, k=self.n_features)
+        width = np.where(numpy_rng.random(self.n_features) < 0.5, numpy_rng.uniform(0.7, 1, self.n_features), numpy_rng.uniform(0.2, 1, self.n_features))
+        width = np.maximum(width, [0.7 if fmt == "d" else 0.0 for fmt in self._formats])
+        low = numpy_rng.random(self.n_features) * (1 - width)
+        self.clauses: list[worlds.Clause] = []
+        self.last = 0
+        shares = self._draw(kind, n_classes, mix, numpy_rng, low, width)
+        self.printed = [[print_number(v, f) for v, f in zip(row, self._formats, strict=True)] for row in low + width * np.clip(shares, 0, 1)]
+        if self.clauses:
+            self.classes = np.array([self._decide(row)[1] for row in self.printed])
+        self.threshold_places: list[int] = []
+        self.label_places: list[int] = []
+        self.shape, self.instruction = self._signature(several, kind, mix, numpy_rng)
+        if kind != "rule":
+            self.clauses = []
+
+    def _draw(
+        self, kind: str, n_classes: int, mix: Mix, rng: np.random.Generator, low: worlds.Shares, width: worlds.Shares
+    ) -> worlds.Shares:
+        n = N_TURNS
+        if kind == "gauss":
+            spread = float(rng.uniform(*mix.spreads))
+            shares, self.classes = worlds.gaussian_world(rng, self.n_features, n_classes, spread=spread, n_examples=n)
+            return shares
+        if kind == "linear":
+            shares, self.classes = worlds.linear_world(rng, self.n_features, n_classes, n_examples=n)
+            return shares
+        rule = worlds.rule_shape(rng, self.n_features, n_classes)
+        for feature, operator, threshold, label in rule:
+            printed = print_number(low[feature] + width[feature] * threshold, self._formats[feature])
+            self.clauses.append(worlds.Clause(feature, operator, printed, label))
+        self.last = next(iter(set(range(n_classes)) - {clause.label for clause in self.clauses}))
+        return worlds.rule_shares(rng, rule, self.n_features, n_examples=n)
+
+    def _decide(self, printed: list[str]) -> tuple[int, int]:
+        """Index of the clause that fires (or of the last label) and its class."""
+        for i, clause in enumerate(self.clauses):
+            if clause.holds(printed[clause.feature]):
+                return i, clause.label
+        return len(self.clauses), self.last
+
+    def _signature(
+        self, several: bool, kind: str, mix: Mix, numpy_rng: np.random.Generator
+    ) -> tuple[template.Shape, str]:
+        rng = self._rng
+        output = "answer" if rng.random() < mix.plain_answer else rng.choice(_PLAIN_OUTPUTS)
+        listed = rng.sample(self.labels, len(self.labels)) if rng.random() < 0.5 else list(self.labels)
+        label_list = ", ".join(listed[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + listed[-1]
+        literal = tuple(listed) if rng.random() < mix.literal else None
+        described = literal is None and rng.random() < 0.65
+        inputs = tuple(self.names) if several else (rng.choice(["features"] * 6 + ["record", "input", "text", "sample", "values", "data"]),)
+        shape = template.Shape(
+            inputs=inputs, input_type=rng.choice(["str", "float"]) if several else "str", output=output,
+            output_description=label_list if described else "", literal=literal, reasoning=rng.random() < mix.reasoning,
+        )  # fmt: skip
+        shown = "`" + "`, `".join(inputs) + "`"
+        instruction = rng.choice(
+            [
+                "Classify the record.", "Classify the record.", f"Predict the {output}.", "Assign each record to a group.",
+                f"Determine the {output} from the {rng.choice(['fields', 'values', 'features'])}.",
+                f"Given the fields {shown}, produce the fields `{output}`.",
+                f"Given the {' and '.join(self.names[:2])}, predict the {any_word(rng)} {output}.",
+                f"Classify the {any_word(rng)}.", f"Decide which {any_word(rng)} it is.",
+            ]
+        )  # fmt: skip
+        if not described and literal is None or rng.random() < 0.15:
+            instruction += rng.choice([" Answer with one of: ", " Choose one of: ", " The answer is one of "]) + label_list + "."
+        if kind == "rule":
+            text, thresholds, places = worlds.rule_text(
+                numpy_rng, self.clauses, self.names, self.labels, self.last, main_share=0.8
+            )
+            lead = instruction + " " if rng.random() < 0.6 else ""
+            tail = " " + instruction if not lead and rng.random() < 0.1 else ""
+            self.threshold_places = [len(lead) + place for place in thresholds]
+            self.label_places = [len(lead) + place for place in places]
+            instruction = lead + text + tail
+        return shape, instruction
+
+    def turn_text(self, i: int, mix: Mix) -> tuple[str, list[int], int, list[tuple[int, int, float, float]]]:
+        """Text of turn ``i``, places of its values, place of its label, and weighted spans (start, end, first, later)."""
+        rng, printed, label = self._rng, self.printed[i], self.labels[self.classes[i]]
+        supplied = not self.shape.reasoning or i > 2 or rng.random() < 0.5
+        text = USER + ("" if supplied else template.INCOMPLETE_PREFIX)
+        values: list[int] = []
+        if len(self.shape.inputs) == self.n_features and self.shape.inputs == tuple(self.names):
+            for part_index, part in enumerate(template.user_parts(self.shape, tuple(printed))):
+                if part_index % 2:
+                    values.append(len(text))
+                text += part
+        else:
+            text += f"[[ ## {self.shape.inputs[0]} ## ]]\n"
+            for j, (name, value) in enumerate(zip(self.names, printed, strict=True)):
+                text += ("" if j == 0 else " " if self._style == 0 else ", ")
+                text += {2: f"{name}=", 3: f"{name} ", 4: f"{name}: "}.get(self._style, "")
+                values.append(len(text))
+                text += value
+        long_request = self.shape.literal is not None and i > 0
+        if supplied and rng.random() < (mix.request * 0.3 if long_request else mix.request if i else 0.7):
+            text += template.request_text(self.shape)
+        text += ASSISTANT
+        reasoning = f"It looks like {label}." if supplied else template.NOT_SUPPLIED
+        before, label, after = template.answer_parts(self.shape, label, reasoning)
+        start = len(text)
+        label_at = start + len(before)
+        label_end = label_at + len(label)
+        text += before + label + after + END
+        spans = [(start, label_at, 0.02, 0.02), (label_at, label_end, 1.0, 0.3), (label_end, len(text), 0.1, 0.02)]
+        if self.shape.reasoning and supplied:
+            thought = start + before.index("It looks like ") + len("It looks like ")
+            spans = [(start, thought, 0.02, 0.02), (thought, thought + len(label), 0.9, 0.3), (thought + len(label), label_at, 0.02, 0.02), *spans[1:]]
+        return text, values, label_at, spans
+
+    def printed_shares(self) -> npt.NDArray[np.float32]:
+        """(P, S) printed values as shares of their format's range."""
+        shares = np.zeros((N_TURNS, N_SLOTS), np.float32)
+        ranges = np.array([FORMAT_RANGE[fmt] for fmt in self._formats])
+        shares[:, : self.n_features] = np.array(self.printed, dtype=np.float64) / ranges
+        return shares
+
+    def rule_targets(self) -> dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int64]]:
+        """Targets of the rule-reading heads; all "nowhere" when no rule is stated."""
+        same = np.zeros((N_TURNS, N_SLOTS, N_CLAUSES + 1), np.float32)
+        first = np.full((N_TURNS, N_SLOTS), N_CLAUSES, np.int64)
+        fired = np.zeros(N_TURNS, np.int64)
+        for slot in range(self.n_features):
+            own = [i for i, clause in enumerate(self.clauses) if clause.feature == slot]
+            same[:, slot, own if own else N_CLAUSES] = 1.0 / max(len(own), 1)
+            for turn, printed in enumerate(self.printed):
+                first[turn, slot] = next((i for i in own if self.clauses[i].holds(printed[slot])), N_CLAUSES)
+        if self.clauses:
+            fired = np.array([self._decide(printed)[0] for printed in self.printed], np.int64)
+        return {"same_field": same, "first_true": first, "fired": fired}
+
+
+def _names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
+    """``n`` distinct field names: single words, two words, or a grid of two prefixes and suffixes (as real columns often are)."""
+    sep = "_" if joined else " "
+    style = rng.random()
+    if style < 0.35 and n > 1:
+        n_first = 1 if rng.random() < 0.25 else 2
+        firsts, seconds = [any_word(rng) for _ in range(n_first)], [any_word(rng) for _ in range(n if n_first == 1 else (n + 1) // 2)]
+        grid = list(dict.fromkeys(f"{a}{sep}{b}" for a in firsts for b in seconds))
+        if len(grid) >= n:
+            return grid[:n] if rng.random() < 0.6 else rng.sample(grid, n)
+    names: list[str] = []
+    while len(names) < n:
+        words = rng.choice([1, 1, 2, 2, 3]) if style < 0.8 else 1
+        name = sep.join(any_word(rng) for _ in range(words))
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def _labels(rng: random.Random, n: int, pieces: list[str] | None) -> list[str]:
+    """``n`` distinct label words; from random vocabulary pieces when given, some sharing their first letters."""
+    labels: list[str] = []
+    plain = rng.random() < 0.5
+    while len(labels) < n:
+        if pieces is None:
+            label = rng.choice(PLAIN_WORDS) if plain else any_word(rng)
+        else:
+            label = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3, 4])))
+            if labels and rng.random() < 0.15:
+                label = labels[0][: rng.randint(1, 3)] + label
+        if label not in labels and label not in BANNED_WORDS and label not in ("answer",):
+            labels.append(label)
+    if rng.random() < 0.1:
+        labels = [label.capitalize() for label in labels]
+    if rng.random() < 0.03:
+        labels = [f"class_{i}" for i in range(n)] if rng.random() < 0.5 else list("ABCDEFGH"[:n])
+    return labels

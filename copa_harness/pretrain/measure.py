@@ -1,0 +1,216 @@
+"""Measures a small local model on classification programs: zero-shot, with demonstrations, with LoRA, with both.
+
+A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is greedy. Everything that shares a
+token prefix shares its KV cache. Independent of the rest of the package on purpose: it judges the model before there is a harness. This
+module knows nothing of which tasks are measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import dspy
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+
+Record = dict[str, Any]
+Form = Literal["float_fields", "str_fields", "single"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationTask:
+    """Rows of printed feature values and a label.
+
+    Attributes:
+        name: For tables.
+        fields: Feature names.
+        labels: All labels.
+        instruction: The plain instruction.
+        train, test: (values, label) pairs; values are floats as printed.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+    instruction: str
+    train: tuple[tuple[tuple[float, ...], str], ...]
+    test: tuple[tuple[tuple[float, ...], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Settings of one short LoRA training; ``n_demos`` are resampled for every row and epoch."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    n_demos: int
+    rank: int = 16
+
+
+def signature(task: ClassificationTask, form: Form, *, instruction: str | None = None) -> type[dspy.Signature]:
+    """The task as a DSPy signature: one input field per feature, or a single ``features`` field."""
+    labels = task.labels
+    described = ", ".join(labels[:-1]) + (", or " if len(labels) > 2 else " or ") + labels[-1]
+    fields: dict[str, Any] = {}
+    if form == "single":
+        fields["features"] = (str, dspy.InputField())
+    else:
+        kind = float if form == "float_fields" else str
+        fields |= {name: (kind, dspy.InputField()) for name in task.fields}
+    fields["answer"] = (str, dspy.OutputField(desc=described))
+    return cast("type[dspy.Signature]", dspy.Signature(fields, instruction or task.instruction))
+
+
+def record(task: ClassificationTask, form: Form, row: tuple[tuple[float, ...], str]) -> Record:
+    """One row as the fields of the signature, the answer included."""
+    values, label = row
+    if form == "single":
+        text = ", ".join(f"{name}={value:.1f}" for name, value in zip(task.fields, values, strict=True))
+        return {"features": text, "answer": label}
+    cast_value = (lambda value: value) if form == "float_fields" else (lambda value: f"{value:.1f}")
+    return {name: cast_value(value) for name, value in zip(task.fields, values, strict=True)} | {"answer": label}
+
+
+class MeasuredModel:
+    """A causal LM with its tokenizer, asked through ``dspy.ChatAdapter``."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._adapter = dspy.ChatAdapter()
+
+    def prompt_ids(self, program: type[dspy.Signature], demos: list[Record], example: Record) -> list[int]:
+        """Tokens of the whole prompt up to the assistant's turn."""
+        inputs = {name: example[name] for name in program.input_fields}
+        messages = self._adapter.format(program, demos, inputs)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return cast("list[int]", self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def answers(self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]) -> list[str | None]:
+        """The parsed answers, None where the text does not parse."""
+        prompts = [self.prompt_ids(program, demos, example) for example in examples]
+        return [self._parsed(program, text) for text in self.generate(prompts)]
+
+    def accuracy(
+        self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]
+    ) -> tuple[float, float]:
+        """Share of right answers and share of answers that do not parse."""
+        answers = self.answers(program, demos, examples)
+        right = [answer == example["answer"] for answer, example in zip(answers, examples, strict=True)]
+        return float(np.mean(right)), float(np.mean([answer is None for answer in answers]))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int = 28) -> list[str]:
+        """Greedy continuations, one batch, the common prefix computed once."""
+        n = len(prompts)
+        shortest = min(len(prompt) for prompt in prompts)
+        common = 0
+        while common < shortest - 1 and all(prompt[common] == prompts[0][common] for prompt in prompts):
+            common += 1
+        cache = DynamicCache(config=self.model.config)
+        if common:
+            self.model(input_ids=torch.tensor([prompts[0][:common]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(n)
+        rest = [prompt[common:] for prompt in prompts]
+        longest = max(len(part) for part in rest)
+        pad, end = int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        tokens = torch.tensor([[pad] * (longest - len(part)) + part for part in rest])
+        mask = torch.tensor([[1] * common + [0] * (longest - len(part)) + [1] * len(part) for part in rest])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, common:]
+        written: list[Tensor] = []
+        done = torch.zeros(n, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            logits = self.model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            ).logits  # fmt: skip
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            written.append(tokens)
+            done |= tokens[:, 0] == end
+            if done.all():
+                break
+            mask = torch.cat([mask, torch.ones(n, 1, dtype=mask.dtype)], 1)
+            positions = positions[:, -1:] + 1
+        texts: list[str] = []
+        for row in torch.cat(written, 1).tolist():
+            texts.append(self.tokenizer.decode(row[: row.index(end)] if end in row else row))
+        return texts
+
+    def _parsed(self, program: type[dspy.Signature], text: str) -> str | None:
+        try:
+            return str(self._adapter.parse(program, text)["answer"]).strip()
+        except dspy.utils.exceptions.AdapterParseError:
+            return None
+
+
+def best_demos(
+    model: MeasuredModel, program: type[dspy.Signature], pool: list[Record], validation: list[Record],
+    *, n_demos: int, n_sets: int, seed: int,
+) -> list[Record]:  # fmt: skip
+    """The best of ``n_sets`` random demonstration sets by accuracy on ``validation`` (the first of equals)."""
+    rng = random.Random(seed)
+    sets = [rng.sample(pool, min(n_demos, len(pool))) for _ in range(n_sets)]
+    scores = [model.accuracy(program, demos, validation)[0] for demos in sets]
+    return sets[int(np.argmax(scores))]
+
+
+def with_lora(
+    model: MeasuredModel, program: type[dspy.Signature], train: list[Record], settings: LoraSettings, *, seed: int
+) -> MeasuredModel:
+    """A copy of the model with a LoRA adapter trained on the rows' answers (loss on assistant tokens only)."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(copy.deepcopy(model.model), config)
+    tuned.train()
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
+    n_batches = -(-len(train) // settings.batch_size)
+    total, step = settings.epochs * n_batches, 0
+    pad = int(model.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    for _ in range(settings.epochs):
+        order = rng.sample(range(len(train)), len(train))
+        for start in range(0, len(order), settings.batch_size):
+            rows, answers = [], []
+            for i in order[start : start + settings.batch_size]:
+                others = [row for j, row in enumerate(train) if j != i]
+                demos = rng.sample(others, min(settings.n_demos, len(others)))
+                text = f"[[ ## answer ## ]]\n{train[i]['answer']}\n\n[[ ## completed ## ]]\n<|end|>"
+                answers.append(model.tokenizer(text, add_special_tokens=False).input_ids)
+                rows.append(model.prompt_ids(program, demos, train[i]) + answers[-1])
+            width, kept = max(map(len, rows)), max(map(len, answers)) + 1
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            targets = torch.tensor([[-100] * (kept - 1 - len(answer)) + answer for answer in answers])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 5) * (1 - step / total)
+            logits = tuned(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return MeasuredModel(tuned.eval(), model.tokenizer)
+
+
+def load_model(folder: Any) -> MeasuredModel:
+    """The exported model in a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, LlamaForCausalLM)
+    return MeasuredModel(model.eval(), AutoTokenizer.from_pretrained(folder))

@@ -1,0 +1,173 @@
+"""The losses of pretraining: the next token, and supervision of what the layers in between should know and look at.
+
+Small decoders stay for millions of tokens at "copies one of the labels seen". What ends that is telling the middle layers what to
+do, during training only: probes regress an example's own feature values where the answer is decided, and attention heads are pulled (cross-entropy
+over positions) to a Gaussian kernel over earlier examples (Nadaraya-Watson regression), and, when the instruction states a
+rule, to the thresholds of the value's field and to the label of the clause that fires. Symbols as in ``episodes``. This module
+knows nothing of optimization.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
+
+# layer 3: answers look at like examples (heads 0, 1), values at their field's thresholds (heads 2, 3); layer 5: answers look at the
+# stated label of the clause that fires (heads 0, 1)
+TAPPED_LAYERS = (2, 3, 4, 5)
+_MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = slice(0, 2), slice(2, 4), slice(0, 2)
+_WAVES = (1.0, 2.0, 4.0)
+_TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBatch:
+    """A ``Batch`` as tensors; same fields, same shapes."""
+
+    ids: Tensor
+    weights: Tensor
+    positions: Tensor
+    turn: Tensor
+    kind: Tensor
+    header: Tensor
+    header_ok: Tensor
+    shares: Tensor
+    slot_ok: Tensor
+    kernel: Tensor
+    value_at: Tensor
+    threshold_at: Tensor
+    clause_label_at: Tensor
+    same_field: Tensor
+    first_true: Tensor
+    fired: Tensor
+
+
+def to_tensors(batch: Batch) -> TensorBatch:
+    """Shares memory with the arrays."""
+    return TensorBatch(**{name: torch.from_numpy(getattr(batch, name)) for name in TensorBatch.__slots__})
+
+
+class Supervision(nn.Module):
+    """Linear probes and attention targets on the tapped layers; thrown away after training."""
+
+    def __init__(self, width: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        self._width = width
+
+        def probe(n: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(width, n, generator=generator) * 0.05)
+
+        self.share_probe = probe(N_SLOTS * _TARGETS_PER_SLOT)
+        self.slot_probe = probe(N_SLOTS)
+        self.clause_probe = probe(N_CLAUSES + 1)
+        self.fired_probe = probe(N_CLAUSES + 1)
+
+    def forward(self, taps: list[Tensor], batch: TensorBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Probe loss, pull loss, and their parts for the log.
+
+        Args:
+            taps: For each of ``TAPPED_LAYERS`` its input, queries and keys.
+            batch: The rows.
+        """
+        inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
+        rows = torch.arange(len(batch.ids))[:, None]
+        probe = pull = torch.zeros(())
+        parts: dict[str, float] = {}
+
+        place = torch.cat([batch.header, batch.header + 1], 1)
+        place_ok = torch.cat([batch.header_ok, batch.header_ok], 1)
+        shares = torch.cat([batch.shares, batch.shares], 1)
+        waves = [f(2 * math.pi * w * shares) for w in _WAVES for f in (torch.cos, torch.sin)]
+        targets = torch.stack([2 * shares - 1, *waves], -1)
+        predicted = (self._normal(inputs[1][rows, place]) @ self.share_probe).view(targets.shape)
+        mask = (place_ok[:, :, None] & batch.slot_ok[:, None]).float()
+        loss = (((predicted - targets) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+        parts["values"] = loss.item()
+        probe = probe + 3.0 * loss
+
+        value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
+        slots = torch.arange(N_SLOTS).expand(value_ok.shape)
+        at_values = inputs[0][rows[:, :, None], batch.value_at]
+        loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
+        parts["slot"] = loss.item()
+        probe = probe + 0.3 * loss
+
+        log_attention = _log_attention(queries[1][:, _MATCH_HEADS], keys[1][:, _MATCH_HEADS], batch.header)
+        on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))
+        has_target = (batch.kernel.sum(-1) > 0).float()
+        entropy = -(batch.kernel * (batch.kernel + 1e-9).log()).sum(-1)
+        loss = -(on_labels * batch.kernel[:, None]).sum(-1).mean(1)
+        n = has_target.sum().clamp(min=1)
+        parts["kernel"] = (((loss - entropy) * has_target).sum() / n).item()
+        pull = pull + (loss * has_target).sum() / n
+
+        ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
+        if ruled.any():
+            rule_probe, rule_pull, rule_parts = self._rules(inputs, queries, keys, batch, ruled.nonzero()[:, 0])
+            probe, pull = probe + rule_probe, pull + rule_pull
+            parts |= rule_parts
+        return probe, pull, parts
+
+    def _rules(
+        self, inputs: list[Tensor], queries: list[Tensor], keys: list[Tensor], batch: TensorBatch, ruled: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        value_at, header, header_ok = batch.value_at[ruled], batch.header[ruled], batch.header_ok[ruled]
+        n_rows, n_turns = header.shape
+        rows = torch.arange(n_rows)[:, None]
+        value_ok = header_ok[:, :, None] & batch.slot_ok[ruled][:, None]
+        # the last "place to look" is the row's first token: nowhere
+        thresholds = F.pad(batch.threshold_at[ruled], (0, 1))
+        read_queries, read_keys = queries[1][ruled, _READ_HEADS], keys[1][ruled, _READ_HEADS]
+        log_attention = _log_attention(read_queries, read_keys, value_at.view(n_rows, -1))
+        looked = _at(log_attention, thresholds[:, None, None].expand(-1, 2, n_turns * N_SLOTS, -1), given=True)
+        looked = looked.view(n_rows, 2, n_turns, N_SLOTS, N_CLAUSES + 1)
+        same = -(looked[:, 0] * batch.same_field[ruled]).sum(-1)[value_ok].mean()
+        first_true = batch.first_true[ruled]
+        first = -looked[:, 1].gather(-1, first_true[..., None])[..., 0][value_ok].mean()
+
+        log_attention = _log_attention(queries[3][ruled, _CHOOSE_HEADS], keys[3][ruled, _CHOOSE_HEADS], header)
+        label_at = batch.clause_label_at[ruled].gather(1, batch.fired[ruled])
+        fired = -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
+
+        at_values = self._normal(inputs[2][ruled][rows[:, :, None], value_at][value_ok])
+        clause_logits = at_values @ self.clause_probe
+        clause = F.cross_entropy(clause_logits, first_true[value_ok])
+        at_headers = self._normal(inputs[3][ruled][rows, header][header_ok])
+        fired_logits = at_headers @ self.fired_probe
+        fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
+        parts = {
+            "same_field": same.item(), "first_true": first.item(), "fired": fired.item(),
+            "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
+            "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
+        }  # fmt: skip
+        return 0.5 * clause + 0.5 * fired_class, same + first + fired, parts
+
+    def _normal(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (self._width,))
+
+
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy; logits (n, V), targets and weights (n,)."""
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
+
+
+def _log_attention(queries: Tensor, keys: Tensor, place: Tensor) -> Tensor:
+    """Log attention (B, H, n, T) of the queries at positions ``place`` (B, n), causal."""
+    b, _, t, h = queries.shape
+    chosen = queries.transpose(1, 2)[torch.arange(b)[:, None], place].transpose(1, 2)
+    scores = chosen.float() @ keys.float().transpose(-1, -2) / math.sqrt(h)
+    later = torch.arange(t)[None, None, None] > place[:, None, :, None]
+    return scores.masked_fill(later, -1e9).log_softmax(-1)
+
+
+def _at(log_attention: Tensor, places: Tensor, *, given: bool = False) -> Tensor:
+    """Log attention at key positions: (B, n, K) shared by the heads, or (B, H, n, K) when ``given`` per head."""
+    if not given:
+        places = places[:, None].expand(-1, log_attention.shape[1], -1, -1)
+    return log_attention.gather(3, places)

@@ -1,0 +1,116 @@
+"""What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
+
+The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which it really ended)
+beside its log, and the model card prints that one. This module knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from copa_harness.pretrain.episodes import Mix
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Some steps at one row length and one mix."""
+
+    name: str
+    steps: int
+    rows: int
+    tokens: int
+    probe_weight: float
+    pull_weight: float
+    mix: Mix
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        seed: Of tokenizer, initial weights and all episodes.
+        width, n_layers, n_heads, feed_forward: Sizes of the network.
+        muon_rate: Learning rate of the matrices inside the layers.
+        adam_rate: Learning rate of everything else.
+        warmup_steps: Linear rise of both.
+        decay_steps: Linear fall of both to ``final_share`` over the last steps.
+        mixed_precision: bfloat16 matrix products.
+        compiled: ``torch.compile`` of the network.
+    """
+
+    seed: int
+    width: int
+    n_layers: int
+    n_heads: int
+    feed_forward: int
+    muon_rate: float
+    adam_rate: float
+    warmup_steps: int
+    decay_steps: int
+    stages: tuple[Stage, ...]
+    final_share: float = 0.02
+    mixed_precision: bool = True
+    compiled: bool = True
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, Stage]:
+        """Index and stage of a step (counted from 0); the last stage goes on for ever."""
+        for i, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return i, stage
+            step -= stage.steps
+        return len(self.stages) - 1, self.stages[-1]
+
+    def rate_share(self, step: int, last_step: int) -> float:
+        """Share of the full learning rate at a step, when the run ends at ``last_step``."""
+        rise = min(1.0, (step + 1) / self.warmup_steps)
+        fall = min(1.0, max(self.final_share, (last_step - step) / self.decay_steps))
+        return rise * fall
+
+    def ending_at(self, last_step: int) -> Recipe:
+        """The same recipe with the last stage's steps set so that the run has ``last_step`` steps."""
+        others = self.total_steps - self.stages[-1].steps
+        last = dataclasses.replace(self.stages[-1], steps=last_step - others)
+        return dataclasses.replace(self, stages=(*self.stages[:-1], last))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data with a schema version."""
+        return {"schema": 1, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
+        """Inverse of ``to_json``."""
+        data = {key: value for key, value in data.items() if key != "schema"}
+        stages = []
+        for stage in data.pop("stages"):
+            mix = {key: tuple(value) if isinstance(value, list) else value for key, value in stage["mix"].items()}
+            stages.append(Stage(**{**stage, "mix": Mix(**mix)}))
+        return cls(**data, stages=tuple(stages))
+
+
+SHIPPED = Recipe(
+    seed=0, width=128, n_layers=6, n_heads=4, feed_forward=320, muon_rate=0.02, adam_rate=3e-3,
+    warmup_steps=50, decay_steps=2500,
+    stages=(
+        Stage("bare", 300, 40, 96, 1.0, 1.0, Mix(
+            kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
+            several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
+            plain_answer=1.0)),
+        Stage("short", 500, 24, 160, 1.0, 1.0, Mix(
+            kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
+            spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0)),
+        Stage("full", 1300, 15, 264, 0.7, 0.7, Mix(
+            kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
+            literal=0.1)),
+        Stage("long", 8000, 9, 448, 0.3, 0.3, Mix(
+            kinds=(1, 0.15, 0.12, 0.6), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5, single_styles=(1.5, 0.7, 6, 1, 1),
+            stretch=0.35)),
+    ),
+)  # fmt: skip
