@@ -176,7 +176,9 @@ class TransformersEngine:
 
         lora = self._lora(request.model)
         if request.config.logprobs is not None or request.config.probabilities is not None:
-            raise ProviderError(f"got a request for log-probabilities; {request.model} does not report them; remedy: unset it")
+            raise ProviderError(
+                f"got a request for log-probabilities; {request.model} does not report them; remedy: unset it"
+            )
         generator = self.generator
         with generator.arriving():
             tokens = self.chat.prompt(request_messages(request))
@@ -207,7 +209,8 @@ class TransformersEngine:
         if wanted > room:
             raise ContextOverflowError(
                 f"got a prompt of {n_prompt} tokens and max_tokens={wanted} for {request.model}, whose context holds "
-                f"{context}: {n_prompt + wanted - context} too many; remedy: fewer or shorter demonstrations, or a smaller max_tokens"
+                f"{context}: {n_prompt + wanted - context} too many; remedy: fewer or shorter demonstrations, or a "
+                "smaller max_tokens"
             )
         if config.seed is not None:
             seed = int.from_bytes(hashlib.sha256(f"{seed}:{config.seed}".encode()).digest()[:8], "big")
@@ -230,14 +233,16 @@ class TransformersEngine:
         base, digits = split_model_name(model)
         if base != self.name or digits is None:
             raise ConfigurationError(
-                f"got the model name {model!r}; expected {self.name!r} or '{self.name}@<first 12 digits of a LoRA fingerprint>'"
+                f"got the model name {model!r}; expected {self.name!r} or "
+                f"'{self.name}@<first 12 digits of a LoRA fingerprint>'"
             )
         with self._lock:
             directory = self._lora_directories.get(model) or find_lora(self.lora_dir, digits)
             if directory is None:
                 raise ConfigurationError(
-                    f"got {model!r}, but no LoRA adapter with that fingerprint lies under {self.lora_dir}; remedy: train it "
-                    "again (the same rows and settings give the same adapter) or register its folder with add_lora()"
+                    f"got {model!r}, but no LoRA adapter with that fingerprint lies under {self.lora_dir}; remedy: "
+                    "train it again (the same rows and settings give the same adapter) or register its folder with "
+                    "add_lora()"
                 )
             self._lora_directories[model] = directory
         return self._checked(directory)
@@ -247,6 +252,11 @@ class TransformersEngine:
         if files.base_fingerprint != self._base_fingerprint():
             raise ArtifactError(
                 f"got the LoRA adapter {directory}, trained for a base with fingerprint {files.base_fingerprint[:12]}; "
-                f"expected {self._base_fingerprint()[:12]} ({self.name}); remedy: use the base it was trained for, or train again"
+                f"expected {self._base_fingerprint()[:12]} ({self.name}); remedy: use the base it was trained for, or "
+                "train again"
             )
         return files
+
+
+LocalEngine = TransformersEngine
+"""The same under a shorter name."""

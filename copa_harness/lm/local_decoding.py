@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 NEAR_TIE = {"float32": 3e-5}
-"""Largest gap between the two best logits, relative to the largest logit, that batching may turn (measured below 5e-6)."""
+"""Largest gap between the two best logits, relative to the largest logit, that the rounding of a batch may turn."""
 NEAR_EDGE = 2e-5
 """The same for a sampled token: distance in probability to a neighbour's edge, or to the top_p cut."""
 
@@ -77,6 +77,7 @@ class RowChooser:
             self._top_ks = [rules.top_k for rules in sampled]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The scores (shape [rows, vocabulary], changed in place) with every row's choice on top."""
         import torch
 
         near = torch.zeros(self._n_rows, dtype=torch.bool, device=scores.device)
@@ -157,6 +158,7 @@ class RowStopper:
         self._is_cancelled = is_cancelled
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Take every row's newest token; returns which rows are done (bool, shape [rows])."""
         import torch
 
         for i, token in enumerate(input_ids[:, -1].tolist()):

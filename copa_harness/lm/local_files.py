@@ -53,7 +53,9 @@ def hash_file(path: Path) -> str:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        raise ArtifactError(f"got no file at {path}; expected a complete model folder; remedy: fetch it again") from error
+        raise ArtifactError(
+            f"got no file at {path}; expected a complete model folder; remedy: fetch it again"
+        ) from error
     key = (os.fspath(path.resolve()), status.st_mtime_ns, status.st_size)
     with _hashes_lock:
         known = _hashes.get(key)

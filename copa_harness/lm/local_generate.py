@@ -102,13 +102,13 @@ class BatchGenerator:
 
     def _prefix_key(self, prompt: Prompt) -> PrefixKey:
         n_prefix = prompt.tokens.n_prefix
-        if n_prefix < MIN_PREFIX_TOKENS or self.model.batch_kind == "equal_length":
+        if n_prefix < MIN_PREFIX_TOKENS or not self.model.shares_prefix:
             n_prefix = 0
         return (prompt.lora.fingerprint if prompt.lora else "", prompt.tokens.ids[:n_prefix])
 
     def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int]:
         prefix = self._prefix_key(prompt)
-        width = 0 if self.model.batch_kind == "padded" else len(prompt.tokens.ids) - len(prefix[1])
+        width = 0 if self.model.pads else len(prompt.tokens.ids) - len(prefix[1])
         return prefix, width
 
     def _choose(self, waiting: Sequence[Job]) -> Sequence[Job]:
@@ -117,7 +117,7 @@ class BatchGenerator:
         for job in waiting:
             groups.setdefault(self._group_key(job.payload), []).append(job)
         (prefix, _), batch = next(iter(groups.items()))
-        if len(batch) == 1 and self.model.batch_kind == "padded" and prefix not in self.prefixes:
+        if len(batch) == 1 and self.model.pads and prefix not in self.prefixes:
             batch = [
                 group[0]
                 for (other, _), group in groups.items()
@@ -139,7 +139,9 @@ class BatchGenerator:
             rows, near = self._generate(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
-                raise ProviderError(f"generation failed on {self.model.device}: {type(error).__name__}: {error}") from error
+                raise ProviderError(
+                    f"generation failed on {self.model.device}: {type(error).__name__}: {error}"
+                ) from error
             if len(batch) == 1:
                 raise ProviderError(
                     f"out of memory on {self.model.device} for one prompt of {len(batch[0].payload.tokens.ids)} tokens "
@@ -175,7 +177,7 @@ class BatchGenerator:
             mask[i, n_prefix : n_prefix + width - len(suffix)] = 0
         shared: dict[str, Any] = {}
         longest = max(prompt.rules.max_tokens for prompt in prompts)
-        if n_prefix or (model.batch_kind == "padded" and not plain):
+        if n_prefix or (model.pads and model.shares_prefix and not plain):
             empty = model.new_cache()
             states = self.prefixes.states(prefix, module, empty) if n_prefix else empty
             shared["past_key_values"] = spread(states, len(batch), width + min(longest, FIRST_ROOM_TOKENS))

@@ -86,7 +86,8 @@ def read_lora(directory: Path) -> LoraFiles:
         got = hash_file(directory / name) if (directory / name).is_file() else "no file"
         if got != files.get(name):
             raise ArtifactError(
-                f"the LoRA adapter is damaged: got sha256 {got} for {directory / name}, expected {files.get(name)}; {remedy}"
+                f"the LoRA adapter is damaged: got sha256 {got} for {directory / name}, expected {files.get(name)}; "
+                f"{remedy}"
             )
     if fingerprint != _lora_fingerprint(base, files):
         raise ArtifactError(f"the manifest {path} does not match itself (fingerprint {fingerprint}); {remedy}")

@@ -12,25 +12,23 @@ import logging
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.local_lora import LoraFiles
 
 logger = logging.getLogger(__name__)
 
-BatchKind = Literal["padded", "equal_length_with_prefix", "equal_length"]
-"""How requests may share a batch without changing an answer: left-padded behind a shared prefix (plain attention),
-equal lengths behind a shared prefix (short convolutions), or equal lengths only (anything else)."""
-
 MAX_LORAS_IN_MEMORY = 32
+
 
 class LocalModel:
     """A causal language model in memory.
 
     Attributes:
         model: the base model as loaded, frozen, in evaluation mode.
-        batch_kind: see `BatchKind`.
+        pads: whether prompts of different lengths may share a batch, padded on the left, without changing an answer.
+        shares_prefix: whether a batch may start from the states of a prefix computed once.
         context_length: tokens of prompt and answer together that the model can hold.
         eos_ids: token ids that end an answer.
         lock: held while a batch is generated.
@@ -72,13 +70,14 @@ class LocalModel:
         self.model.generation_config = transformers.GenerationConfig(pad_token_id=self.pad_id)
         self.lock = threading.Lock()
         self.bytes_per_token = _bytes_per_token(config, self.model.dtype.itemsize)
-        self.batch_kind: BatchKind = self._batch_kind()
+        self.pads, self.shares_prefix = self._batch_rules()
         self._with_loras: Any = None
         self._loras: OrderedDict[str, None] = OrderedDict()
         logger.info(
-            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, batches %s",
+            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, pads %s, shares prefixes %s",
             directory.name, type(self.model).__name__, dtype, self.device,
-            sum(p.numel() for p in self.model.parameters()) / 1e6, self.context_length, self.batch_kind,
+            sum(p.numel() for p in self.model.parameters()) / 1e6, self.context_length,
+            self.pads, self.shares_prefix,
         )  # fmt: skip
 
     def serving(self, lora: LoraFiles | None) -> Any:
@@ -124,44 +123,52 @@ class LocalModel:
         pad = getattr(self.model.config, "pad_token_id", None)
         return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
 
-    def _batch_kind(self) -> BatchKind:
-        from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+    def _batch_rules(self) -> tuple[bool, bool]:
+        """(pads, shares_prefix): what is exact for this architecture's states, checked where it can be."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
         if getattr(self.model, "_is_stateful", False):
-            return "equal_length"
+            return False, False
         kinds = {type(layer) for layer in self.new_cache().layers}
-        if kinds == {DynamicLayer}:
-            if self._padding_is_exact():
-                return "padded"
-            logger.warning(
-                "%s answers differently behind a shared, padded prefix; its requests are batched by equal length",
-                self.directory.name,
-            )
         # A multi-token continuation from a convolution state is exact in LFM2; other state-space models differ.
-        elif kinds <= {DynamicLayer, LinearAttentionLayer} and self.model.config.model_type == "lfm2":
-            return "equal_length_with_prefix"
-        return "equal_length"
+        if LinearAttentionLayer in kinds and kinds <= {DynamicLayer, LinearAttentionLayer}:
+            return False, self.model.config.model_type == "lfm2"
+        # A window holds only the prefix's last tokens, and padding behind it would push them out.
+        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return False, False
+        rules = (True, kinds == {DynamicLayer})
+        if self._padding_is_exact(n_shared=6 if rules[1] else 0):
+            return rules
+        logger.warning(
+            "%s answers differently when padded; its requests are batched by equal length", self.directory.name
+        )
+        return False, False
 
-    def _padding_is_exact(self) -> bool:
-        """Whether two short prompts behind a shared prefix, padded, give the logits they give alone."""
+    def _padding_is_exact(self, *, n_shared: int) -> bool:
+        """Whether two short prompts behind `n_shared` shared tokens, padded, give the logits they give alone."""
         import torch
 
         vocab_size = self.model.get_input_embeddings().num_embeddings
         draw = torch.Generator().manual_seed(0)
-        head, short, long = (torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (6, 2, 5))
+        head, short, long = (
+            torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (n_shared, 2, 5)
+        )
+        mask = torch.ones(2, n_shared + 5, dtype=torch.long, device=self.device)
+        mask[0, n_shared : n_shared + 3] = 0
         with torch.inference_mode():
-            alone = [self.model(torch.cat([head, tail], 1)).logits[0, -1] for tail in (short, long)]
+            alone = []
+            for tail in (short, long):
+                ids = torch.cat([head, tail], 1)
+                alone.append(self.model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1])
             cache = self.new_cache()
-            self.model(head, past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(2)
-            pad = torch.full((1, 3), self.pad_id, device=self.device)
-            mask = torch.ones(2, 11, dtype=torch.long, device=self.device)
-            mask[0, 6:9] = 0
+            if n_shared:
+                self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
+                cache.batch_repeat_interleave(2)
             together = self.model(
-                torch.cat([torch.cat([pad, short], 1), long]),
+                torch.cat([torch.cat([torch.full((1, 3), self.pad_id, device=self.device), short], 1), long]),
                 past_key_values=cache,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, 6:],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, n_shared:],
                 use_cache=True,
             ).logits[:, -1]
         tolerance = 1e-3 if self.dtype == "float32" else 5e-2

@@ -54,7 +54,7 @@ class PrefixCache:
             self._entries.move_to_end(key)
             return self._entries[key][0]
         ids = torch.tensor([key[1]], device=module.device)
-        module(ids, past_key_values=empty, use_cache=True, logits_to_keep=1)
+        module(ids, attention_mask=torch.ones_like(ids), past_key_values=empty, use_cache=True, logits_to_keep=1)
         self.n_prefilled += 1
         size = sum(tensor.nbytes for layer in empty.layers for tensor in _tensors(layer))
         if size <= self.limit_bytes:
@@ -119,9 +119,7 @@ def roomy_layer(prefix: Any, n_rows: int, n_new: int) -> Any:
             return self.keys, self.values
 
         def _room(self, old: Any, like: Any, n_tokens: int) -> Any:
-            room = torch.empty(
-                (n_rows, like.shape[1], n_tokens, like.shape[-1]), dtype=self.dtype, device=self.device
-            )
+            room = torch.empty((n_rows, like.shape[1], n_tokens, like.shape[-1]), dtype=self.dtype, device=self.device)
             if old is not None:
                 room[:, :, : old.shape[-2]] = old
             return room
@@ -134,6 +132,8 @@ def _tensors(layer: Any) -> list[Any]:
 
     found: list[Any] = []
     for value in vars(layer).values():
-        values: Sequence[Any] = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        values: Sequence[Any] = (
+            list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        )
         found += [item for item in values if isinstance(item, torch.Tensor)]
     return found

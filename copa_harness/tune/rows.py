@@ -1,0 +1,230 @@
+"""Training rows: the prompt exactly as the program's prompt adapter sends it at inference, then the wanted answer.
+
+A LoRA adapter works with the prompts it was trained on: rows without demonstrations spoil the use of
+demonstrations and the reverse. So a row is rendered with the demonstrations that will be served: none, the program's
+own, or k drawn anew for every row and variant. Knows nothing of tokens, models or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from copa_harness.errors import ConfigurationError, TrainingError
+
+if TYPE_CHECKING:
+    import dspy
+
+DemoMode = Literal["none", "program", "resample"]
+"""Demonstrations in training prompts: none; the program's own at the time; k others drawn for every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """A conversation whose last message is the assistant's wanted answer.
+
+    Attributes:
+        messages: `{"role": ..., "content": text}` each.
+        variant: rows that show the same example behind other demonstrations have different variants; every
+            epoch trains on one variant.
+
+    Raises:
+        TrainingError: no prompt, no answer at the end, or a content that is not text.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    variant: int = 0
+
+    def __post_init__(self) -> None:
+        roles = [message.get("role") for message in self.messages]
+        if len(roles) < 2 or roles[-1] != "assistant":
+            raise TrainingError(
+                f"got a training row with the roles {roles}; expected a prompt followed by one assistant message, "
+                "for instance system, user, assistant"
+            )
+        for message in self.messages:
+            if not isinstance(message.get("content"), str):
+                raise TrainingError(
+                    f"got a {message.get('role')} message whose content is {type(message.get('content')).__name__}; "
+                    "expected text (images, tools and other parts cannot be trained on)"
+                )
+
+    @classmethod
+    def from_chat(cls, row: Mapping[str, Any]) -> TrainingRow:
+        """From OpenAI's and DSPy's format, `{"messages": [...]}`.
+
+        Raises:
+            TrainingError: it is something else.
+        """
+        messages = row.get("messages") if isinstance(row, Mapping) else None
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise TrainingError(
+                f"got a training row of type {type(row).__name__}; "
+                'expected {"messages": [{"role": ..., "content": ...}, ...]}'
+            )
+        return cls(tuple({"role": message.get("role"), "content": message.get("content")} for message in messages))
+
+    @property
+    def prompt(self) -> tuple[Mapping[str, str], ...]:
+        """All messages but the answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The wanted answer's text."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorCall:
+    """One call of a predictor with the outputs it should have given. `fields` is all of it, as a demonstration."""
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+def describe_demos(demos: DemoMode, *, n_demos: int = 0) -> str:
+    """What the manifest's `served_with` says of rows rendered in this way."""
+    return f"resample:{n_demos}" if demos == "resample" else demos
+
+
+def render_rows(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    demos: DemoMode,
+    seed: int,
+    n_demos: int = 0,
+    n_variants: int = 1,
+    adapter: Any = None,
+) -> dict[str, tuple[TrainingRow, ...]]:
+    """Rows from labelled examples: the example's own fields are the answer of every predictor.
+
+    Args:
+        program: whose predictors' signatures (instructions included) and prompt adapter shape the rows.
+        examples: labelled; every predictor must find all its input and output fields in them.
+        demos: see `DemoMode`.
+        seed: of the drawing of demonstrations.
+        n_demos: demonstrations per row with `resample`.
+        n_variants: renderings per example with `resample`, each with other demonstrations.
+        adapter: DSPy prompt adapter; by default the one DSPy is configured with, else `dspy.ChatAdapter()`.
+
+    Returns:
+        Rows by predictor name, variants one after the other, examples in order.
+
+    Raises:
+        TrainingError: no examples; an example lacks a field a predictor needs; too few to draw from.
+        ConfigurationError: `n_demos` or `n_variants` do not fit `demos`.
+    """
+    if not examples:
+        raise TrainingError("got no examples to make training rows from; expected at least one")
+    rendered: dict[str, tuple[TrainingRow, ...]] = {}
+    for name, predictor in program.named_predictors():
+        calls = [_gold_call(name, predictor.signature, example, i) for i, example in enumerate(examples)]
+        rendered[name] = render_calls(
+            predictor.signature,
+            calls,
+            demos=demos,
+            seed=seed,
+            n_demos=n_demos,
+            n_variants=n_variants,
+            adapter=adapter,
+            program_demos=predictor.demos,
+        )
+    return rendered
+
+
+def render_calls(
+    signature: Any,
+    calls: Sequence[PredictorCall],
+    *,
+    demos: DemoMode,
+    seed: int,
+    n_demos: int,
+    n_variants: int,
+    adapter: Any,
+    program_demos: Sequence[Any],
+) -> tuple[TrainingRow, ...]:
+    """Rows of one predictor; see `render_rows`. A call is never shown among its own demonstrations."""
+    import dspy
+
+    _check_demo_arguments(demos, n_demos, n_variants)
+    adapter = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+    rows = []
+    for variant in range(n_variants):
+        for i, call in enumerate(calls):
+            if demos == "program":
+                shown = [demo for demo in program_demos if not _same_inputs(signature, demo, call.inputs)]
+            elif demos == "resample":
+                rng = np.random.default_rng([seed, variant, i])
+                shown = _draw(signature, calls, i, n_demos=n_demos, rng=rng)
+            else:
+                shown = []
+            prompt = adapter.format(signature, shown, dict(call.inputs))
+            answer = adapter.format_assistant_message_content(signature, dict(call.outputs))
+            rows.append(TrainingRow((*prompt, {"role": "assistant", "content": answer}), variant))
+    return tuple(rows)
+
+
+def _check_demo_arguments(demos: DemoMode, n_demos: int, n_variants: int) -> None:
+    if demos not in ("none", "program", "resample"):
+        raise ConfigurationError(f"got demos={demos!r}; expected 'none', 'program' or 'resample'")
+    if demos == "resample" and (n_demos < 1 or n_variants < 1):
+        raise ConfigurationError(
+            f"got demos='resample' with n_demos={n_demos}, n_variants={n_variants}; expected at least 1 of each"
+        )
+    if demos != "resample" and (n_demos != 0 or n_variants != 1):
+        raise ConfigurationError(
+            f"got n_demos={n_demos}, n_variants={n_variants} with demos={demos!r}; they mean something only with "
+            "'resample'"
+        )
+
+
+def _draw(
+    signature: Any, calls: Sequence[PredictorCall], own: int, *, n_demos: int, rng: np.random.Generator
+) -> list[Any]:
+    others = [call.fields for call in calls if not _same_inputs(signature, call.inputs, calls[own].inputs)]
+    if len(others) < n_demos:
+        raise TrainingError(
+            f"got n_demos={n_demos} but only {len(others)} other examples to draw demonstrations from; "
+            "remedy: fewer demonstrations or more examples"
+        )
+    return [others[int(j)] for j in rng.choice(len(others), size=n_demos, replace=False)]
+
+
+def _same_inputs(signature: Any, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether two field mappings (examples included) agree in all inputs of a signature."""
+    return all(_get(left, name) == _get(right, name) for name in signature.input_fields)
+
+
+def _get(fields: Any, name: str) -> Any:
+    return fields.get(name, None)
+
+
+def _gold_call(name: str, signature: Any, example: Any, position: int) -> PredictorCall:
+    inputs = filled_inputs(signature, {field: example[field] for field in signature.input_fields if field in example})
+    missing = [field for field in signature.input_fields if field not in inputs]
+    missing += [field for field in signature.output_fields if _get(example, field) is None]
+    if missing:
+        raise TrainingError(
+            f"example {position} lacks {', '.join(missing)}, which predictor {name!r} needs; it has "
+            f"{', '.join(example.keys())}. Labels alone do not say what a predictor should write there; remedy: "
+            "rows_from_traces(...) (the program's own passing answers), or finetune_data= with complete rows"
+        )
+    outputs = {field: example[field] for field in signature.output_fields}
+    return PredictorCall(inputs, outputs, {**inputs, **outputs})
+
+
+def filled_inputs(signature: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs as `dspy.Predict` sends them: the signature's defaults stand in for what is not given."""
+    from pydantic_core import PydanticUndefined
+
+    filled = {name: value for name, value in inputs.items() if name in signature.input_fields}
+    for name, field in signature.input_fields.items():
+        if name not in filled and field.default is not PydanticUndefined:
+            filled[name] = field.default
+    return filled

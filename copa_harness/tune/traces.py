@@ -1,0 +1,150 @@
+"""Training rows from the program's own passing answers: run it, keep the traces whose metric passes, render them.
+
+One bad example costs one example: an answer that does not parse, a provider that fails and a wrong answer are
+counted apart and left out. Knows nothing of tokens, models or training.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from copa_harness.errors import MetricError, ProviderError
+from copa_harness.tune.rows import DemoMode, PredictorCall, TrainingRow, filled_inputs, render_calls
+
+if TYPE_CHECKING:
+    import dspy
+
+logger = logging.getLogger(__name__)
+
+_Outcome = Literal["passed", "wrong", "unparsed", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRows:
+    """Rows by predictor name, and what became of the examples they came from.
+
+    `n_passed + n_wrong + n_unparsed + n_failed` is the number of examples; `errors` are the failures' messages.
+    """
+
+    rows: dict[str, tuple[TrainingRow, ...]]
+    n_passed: int
+    n_wrong: int
+    n_unparsed: int
+    n_failed: int
+    errors: tuple[str, ...] = ()
+
+    @property
+    def all_rows(self) -> tuple[TrainingRow, ...]:
+        """Rows of all predictors together."""
+        return tuple(row for rows in self.rows.values() for row in rows)
+
+
+def rows_from_traces(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    metric: Callable[..., Any],
+    demos: DemoMode,
+    seed: int,
+    n_demos: int = 0,
+    n_variants: int = 1,
+    pass_score: float = 1.0,
+    adapter: Any = None,
+    lm: Any = None,
+    threads: int = 8,
+) -> TraceRows:
+    """Run `program` over `examples` and render every predictor call of the runs that pass.
+
+    Args:
+        program: the program as it stands; its demonstrations are used for running, `demos` for rendering.
+        examples: with inputs set.
+        metric: `metric(example, prediction, trace)`; a score of at least `pass_score` passes.
+        demos: see `render_rows`; `resample` draws from the passing calls.
+        seed: of the drawing of demonstrations.
+        n_demos: demonstrations per row with `resample`.
+        n_variants: renderings per call with `resample`.
+        adapter: DSPy prompt adapter of the rows; see `render_rows`.
+        pass_score: 0..1.
+        lm: the model to run on; by default the predictors' own or DSPy's configured one.
+        threads: examples run at once.
+
+    Raises:
+        MetricError: the metric raised, or gave no number.
+        BudgetExhausted: as soon as a call is refused.
+    """
+    names = {id(predictor): name for name, predictor in program.named_predictors()}
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        # Every task gets a context of its own: DSPy keeps its settings in context variables, and a plain pool
+        # thread would see none of them.
+        futures = [
+            pool.submit(contextvars.copy_context().run, _run_one, program, example, metric, pass_score, lm)
+            for example in examples
+        ]
+        try:
+            results = [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+    counts = {kind: sum(result[0] == kind for result in results) for kind in ("passed", "wrong", "unparsed", "failed")}
+    errors = tuple(result[2] for result in results if result[0] == "failed")
+    if errors:
+        logger.warning(
+            "%d of %d examples failed and give no training row; the first: %s", len(errors), len(results), errors[0]
+        )
+    calls: dict[str, list[PredictorCall]] = {name: [] for name in names.values()}
+    predictors = dict(program.named_predictors())
+    for kind, trace, _ in results:
+        for predictor, inputs, prediction in trace if kind == "passed" else ():
+            if id(predictor) not in names:
+                continue  # made on the fly inside the program: nothing to fine-tune it by
+            signature = predictor.signature
+            given = filled_inputs(signature, inputs)
+            outputs = {field: prediction[field] for field in signature.output_fields}
+            calls[names[id(predictor)]].append(PredictorCall(given, outputs, {**given, **outputs}))
+    rows = {
+        name: render_calls(
+            predictors[name].signature,
+            own,
+            demos=demos,
+            seed=seed,
+            n_demos=n_demos,
+            n_variants=n_variants,
+            adapter=adapter,
+            program_demos=predictors[name].demos,
+        )
+        for name, own in calls.items()
+    }
+    return TraceRows(rows, counts["passed"], counts["wrong"], counts["unparsed"], counts["failed"], errors)
+
+
+def _run_one(
+    program: Any, example: Any, metric: Callable[..., Any], pass_score: float, lm: Any
+) -> tuple[_Outcome, list[Any], str]:
+    import dspy
+    from dspy.utils.exceptions import AdapterParseError, LMError
+
+    settings: dict[str, Any] = {"trace": []}
+    if lm is not None:
+        settings["lm"] = lm
+    with dspy.context(**settings):
+        try:
+            prediction = program(**example.inputs())
+        except AdapterParseError:
+            return "unparsed", [], ""
+        except (ProviderError, LMError) as error:
+            return "failed", [], f"{type(error).__name__}: {error}"
+        trace = list(dspy.settings.trace)
+        try:
+            score = metric(example, prediction, trace)
+            value = float(getattr(score, "score", score))
+        except Exception as error:
+            raise MetricError(
+                f"the metric failed on an example with the fields {', '.join(example.keys())}: {error!r}"
+            ) from error
+    return ("passed" if value >= pass_score else "wrong"), trace, ""
