@@ -1,0 +1,170 @@
+"""The report on disk: latest.json for tools, a numbered copy for comparison later, latest.md for people.
+
+`latest.*` are replaced as a whole; the numbered copy (0001.json, 0002.json, ...) takes the next free number even
+when several processes write at once. A folder that cannot be written is one `CopaError`; whoever called still has the
+records and prints them. Knows nothing of pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from copa_harness.documents import mask_secrets, mask_text, pretty_json, to_jsonable, write_atomic
+from copa_harness.errors import CopaError
+from copa_harness.report.records import RunRecord
+from copa_harness.report.tables import all_tables, verdict_counts
+from copa_harness.results import SCHEMA, Verdict
+
+_NUMBERED = re.compile(r"(\d{4,})\.json")
+_MAX_TRIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPaths:
+    """Where a report was written."""
+
+    latest_json: Path
+    numbered_json: Path
+    latest_markdown: Path
+
+
+def write_reports(
+    directory: Path, runs: Sequence[RunRecord], *, environment: Mapping[str, Any] | None = None
+) -> ReportPaths:
+    """Write latest.json, its numbered copy and latest.md.
+
+    Args:
+        directory: the report folder; created when missing.
+        runs: the records, in the order of the report. Absolute artifact paths are written relative to `directory`.
+        environment: what to say about versions, machine, seed and budget (see `surroundings.environment`).
+
+    Raises:
+        CopaError: the folder cannot be written or the disk is full. Earlier reports are intact.
+    """
+    folder = Path(directory)
+    placed = [replace(run, artifact=_relative(run.artifact, folder)) for run in runs]
+    document = {
+        "schema": SCHEMA,
+        "environment": mask_secrets(to_jsonable(environment or {})),
+        "runs": [run.to_json() for run in placed],
+    }
+    text = pretty_json(document)
+    try:
+        numbered = _write_numbered(folder, text)
+        latest = write_atomic(folder / "latest.json", text)
+        markdown = write_atomic(folder / "latest.md", markdown_report(placed, environment=environment or {}))
+    except OSError as error:
+        raise CopaError(
+            f"the report could not be written to {folder} ({error.strerror or error}); the results stand as "
+            f"printed. Next: free some space or choose a writable folder with --copa-report-dir, then run again "
+            f"(answers are cached)."
+        ) from error
+    return ReportPaths(latest, numbered, markdown)
+
+
+def read_report(path: Path) -> tuple[RunRecord, ...]:
+    """The records of a report written earlier.
+
+    Raises:
+        CopaError: the file is missing, damaged, or of another schema.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise CopaError(f"report {path} has schema {document['schema']!r}; this version reads {SCHEMA}.")
+        return tuple(RunRecord.from_json(run) for run in document["runs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CopaError(
+            f"{path} is not a readable copa_harness report ({error}). Next: run the suite again."
+        ) from error
+
+
+def markdown_report(runs: Sequence[RunRecord], *, environment: Mapping[str, Any]) -> str:
+    """The report as GitHub Markdown: tables, gates, environment."""
+    count = f"{len(runs)} run" + ("" if len(runs) == 1 else "s")
+    lines = ["# copa-harness report", "", f"{count}: {verdict_counts(runs)}." if runs else "No runs."]
+    for title, table in all_tables(runs, style="markdown"):
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table]
+    if gate_lines := _gate_lines(runs):
+        lines += ["", "## Gates", "", *gate_lines]
+    if environment:
+        lines += ["", "## Environment", "", *_environment_lines(mask_secrets(to_jsonable(environment)))]
+    return "\n".join(lines) + "\n"
+
+
+def _gate_lines(runs: Sequence[RunRecord]) -> list[str]:
+    lines = []
+    for run in runs:
+        if not run.gates:
+            continue
+        where = f" (`{run.test}`)" if run.test else ""
+        lines.append(f"- **{run.verdict.value}** {run.task}, {run.strategy}{where}")
+        lines += [
+            f"  - {'**' + gate.verdict.value + '**' if gate.verdict is not Verdict.PASS else gate.verdict.value} "
+            f"`{gate.gate}`: {mask_text(_plain(gate.message))}"
+            for gate in run.gates
+        ]
+    return lines
+
+
+def _environment_lines(environment: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, value in environment.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        lines.append(f"- {name.replace('_', ' ')}: {_plain(str(value))}")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text on one line, with what Markdown would read as markup escaped."""
+    return re.sub(r"([<>*_`\[\]\\])", r"\\\1", " ".join(text.split()))
+
+
+def _relative(artifact: str, folder: Path) -> str:
+    if not artifact or not Path(artifact).is_absolute():
+        return artifact
+    try:
+        return Path(os.path.relpath(artifact, folder.absolute())).as_posix()
+    except ValueError:  # another drive
+        return Path(artifact).as_posix()
+
+
+def _write_numbered(folder: Path, text: str) -> Path:
+    """Write under the next free number; linking a finished file to a name fails if another process has taken it."""
+    temporary = write_atomic(folder / f".{os.getpid()}.{secrets.token_hex(6)}.tmp", text)
+    try:
+        number = 1 + max(
+            (int(match[1]) for name in os.listdir(folder) if (match := _NUMBERED.fullmatch(name))), default=0
+        )
+        for candidate in range(number, number + _MAX_TRIES):
+            path = folder / f"{candidate:04d}.json"
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                continue
+            except OSError:
+                return _claim(path, text)  # a file system without hard links
+            return path
+    finally:
+        temporary.unlink(missing_ok=True)
+    raise OSError(f"no free number from {number:04d} on")
+
+
+def _claim(path: Path, text: str) -> Path:
+    """Take the name first, then write: the next best thing where files cannot be linked."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            path = path.with_name(f"{int(path.stem) + 1:04d}.json")
+            continue
+        os.close(descriptor)
+        return write_atomic(path, text)

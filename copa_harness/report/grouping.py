@@ -1,0 +1,74 @@
+"""Which run belongs in which cell: what a strategy optimizes, and which of several runs stands for it.
+
+Of several runs for one cell the one with the best *validation* score is shown (the last of equals): choosing by the
+test score would make the table flatter than the truth. Pure functions of run records.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from copa_harness.judge.paired import PairedDifference, pair_up, paired_difference
+from copa_harness.report.records import RunRecord
+
+Kind = Literal["baseline", "weights", "prompts", "joint", "other"]
+
+_PROMPT_STEPS = frozenset({"p", "prompts", "demos", "instructions"})
+_WEIGHT_STEPS = frozenset({"w", "weights"})
+
+
+def steps_of(strategy: str) -> tuple[str, ...]:
+    """The names between the arrows, in lower case."""
+    return tuple(step.strip().lower() for step in re.split(r"->|→|>", strategy) if step.strip())
+
+
+def kind_of(strategy: str) -> Kind:
+    """What a strategy optimizes; "other" for an optimizer of DSPy on its own or a program the test brought along."""
+    steps = set(steps_of(strategy))
+    if steps <= {"none"}:
+        return "baseline"
+    if steps <= _WEIGHT_STEPS:
+        return "weights"
+    if steps <= _PROMPT_STEPS:
+        return "prompts"
+    if "joint" in steps or (steps & _WEIGHT_STEPS and steps - _WEIGHT_STEPS):
+        return "joint"
+    return "other"
+
+
+def chosen(runs: Iterable[RunRecord]) -> RunRecord | None:
+    """The run that stands for a cell: with a score, the best validation score, the last of equals; None for none."""
+    best: RunRecord | None = None
+    for run in runs:
+        if run.score is not None and (best is None or _validation(run) >= _validation(best)):
+            best = run
+    return best
+
+
+def _validation(run: RunRecord) -> float:
+    return -math.inf if run.validation_after is None else run.validation_after
+
+
+def by_task(runs: Iterable[RunRecord], *, split: str = "test") -> dict[tuple[str, str], list[RunRecord]]:
+    """Runs on one split by (task, model), in the order they were first seen."""
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in runs:
+        if run.split == split:
+            groups.setdefault((run.task, run.model), []).append(run)
+    return groups
+
+
+def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
+    """Paired difference of two runs; None when not every scored example of either is in both."""
+    pairs = pair_up(before.scores, after.scores)
+    if not pairs.ids or pairs.n_only_before or pairs.n_only_after:
+        return None
+    return paired_difference(pairs.before, pairs.after, ids=pairs.ids)
+
+
+def distinct(runs: Sequence[RunRecord]) -> list[str]:
+    """The strategies of some runs, each once, in order."""
+    return list(dict.fromkeys(run.strategy for run in runs))

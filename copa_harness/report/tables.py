@@ -1,0 +1,276 @@
+"""The tables of the terminal summary and of latest.md, drawn by tabulate.
+
+Numbers stand right-aligned with their unit in the header, beside every mean stand n and its interval, differences are
+signed, and a missing value is '-'. Each function returns text without a final newline, or "" when it has no rows.
+Knows run records only; knows nothing of files or pytest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from copa_harness.judge.messages import number
+from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of
+from copa_harness.report.records import RunRecord
+from copa_harness.results import Interval, PhaseRecord, Usage, Verdict
+
+Style = Literal["terminal", "markdown"]
+
+_MAX_STRATEGY_WIDTH = 24
+_CELLS: tuple[tuple[str, Kind], ...] = (
+    ("baseline", "baseline"),
+    ("weights only", "weights"),
+    ("prompts only", "prompts"),
+    ("COPA", "joint"),
+)
+
+
+def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """What weights, prompts and both together gain, one row per task and model, on the test split."""
+    rows, joint_strategies = [], {}
+    for (task, model), group in by_task(runs).items():
+        cells = {kind: chosen(run for run in group if kind_of(run.strategy) == kind) for _, kind in _CELLS}
+        shown = [run for run in cells.values() if run is not None]
+        if not shown:
+            continue
+        n = max(_n_scored(run) for run in shown)
+        joint, baseline = cells["joint"], cells["baseline"]
+        if joint is not None:
+            joint_strategies[f"{task} {model}"] = joint.strategy
+        gain = _difference(baseline, joint) if joint is not None and baseline is not None else "-"
+        rows.append([task, model, f"{n:,}", *(_mean(cells[kind], n) for _, kind in _CELLS), gain])
+    if not rows:
+        return ""
+    headers = ["task", "model", "n", *(name for name, _ in _CELLS), "improvement"]
+    table = _draw(rows, headers, style=style, n_text=2)
+    notes = ["mean score on the test split [95 % interval]; improvement = COPA - baseline, paired by example"]
+    strategies = list(dict.fromkeys(joint_strategies.values()))
+    if len(strategies) == 1:
+        notes.append(f"COPA = {strategies[0]}")
+    elif strategies:
+        each = ", ".join(f"{where}: {strategy}" for where, strategy in joint_strategies.items())
+        notes.append(f"COPA = the joint strategy with the best validation score ({each})")
+    return _with_notes(table, notes, style=style)
+
+
+def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """What every phase of every run spent and did to the score, with a total per run and over all."""
+    rows, spent = [], Usage()
+    for run in runs:
+        lines = [_phase_cells(phase.phase, phase.usage, _change(phase)) for phase in run.phases]
+        outside = _outside(run)
+        if outside is not None:
+            lines.append(_phase_cells("other" if lines else "all", outside, ""))
+        if len(lines) > 1:
+            validation = PhaseRecord("", Usage(), run.validation_before, run.validation_after)
+            lines.append(_phase_cells("total", run.usage, _change(validation)))
+        for index, line in enumerate(lines):
+            rows.append([run.task if index == 0 else "", run.strategy if index == 0 else "", *line])
+        spent += run.usage
+    if not rows:
+        return ""
+    if len(runs) > 1:
+        rows.append(["all runs", "", *_phase_cells("", spent, "")])
+    headers = [
+        "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds", "score before -> after"
+    ]  # fmt: skip
+    widths = [None, _MAX_STRATEGY_WIDTH, *[None] * 7]
+    return _draw(rows, headers, style=style, n_text=3, widths=widths)
+
+
+def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
+    """Strategies side by side, one row each, per task and model; "" unless some task has at least two.
+
+    Args:
+        runs: all runs.
+        reference: the strategy the others are compared with.
+        style: where the table will stand.
+    """
+    rows, budgets, failing = [], set(), _failure_columns(runs)
+    for (task, model), group in by_task(runs).items():
+        strategies = distinct(group)
+        if len(strategies) < 2:
+            continue
+        best = {name: chosen(r for r in group if r.strategy == name) or _last(group, name) for name in strategies}
+        anchor = best.get(reference)
+        ordered = sorted(best.values(), key=lambda run: (run.strategy != reference, -_sortable(run.score)))
+        for index, run in enumerate(ordered):
+            if run.strategy != reference and not math.isinf(run.budget.calls):
+                budgets.add(f"{run.budget.name} ({run.budget.calls:,.0f} calls)")
+            against = "-" if anchor is None or run is anchor else _difference(anchor, run)
+            rows.append(
+                [
+                    task if index == 0 else "",
+                    model if index == 0 else "",
+                    run.strategy,
+                    f"{_n_scored(run):,}",
+                    _mean(run, _n_scored(run)),
+                    against,
+                    *_cost(run.usage),
+                    *(f"{getattr(run, name):,}" for name, _ in failing),
+                    run.verdict.value,
+                ]
+            )
+    if not rows:
+        return ""
+    headers = [
+        "task", "model", "strategy", "n", "score", f"difference to {reference}", "paid calls", "cached", "seconds",
+        *(header for _, header in failing), "verdict",
+    ]  # fmt: skip
+    widths = [None, None, _MAX_STRATEGY_WIDTH, *[None] * (len(headers) - 3)]
+    notes = ["mean score on the test split [95 % interval]; differences paired by example"]
+    if len(budgets) == 1:
+        notes.append(f"equal budget: {budgets.pop()}")
+    elif budgets:
+        notes.append(f"budgets differ, so costs are not comparable: {', '.join(sorted(budgets))}")
+    return _with_notes(_draw(rows, headers, style=style, n_text=3, widths=widths, last_text=True), notes, style=style)
+
+
+def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """Answers that did not parse and examples without a score, for the runs that have any."""
+    columns = _failure_columns(runs)
+    rows = [
+        [run.task, run.strategy, run.split, f"{run.n:,}", *(f"{getattr(run, name):,}" for name, _ in columns)]
+        for run in runs
+        if any(getattr(run, name) for name, _ in columns)
+    ]
+    headers = ["task", "strategy", "split", "n", *(header for _, header in columns)]
+    return _draw(rows, headers, style=style, n_text=3) if rows else ""
+
+
+def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple[tuple[str, str], ...]:
+    """Every table that has something to say, as (title, text).
+
+    Strategies are compared when some task has one that the first table has no column for, or several for one column.
+    """
+    crowded = any(
+        any(kind_of(name) == "other" for name in distinct(group)) or len(distinct(group)) > len(_CELLS)
+        for group in by_task(runs).values()
+    )
+    drawn = (
+        ("weights, prompts, and both", copa_table(runs, style=style)),
+        ("strategies compared", compare_table(runs, style=style) if crowded else ""),
+        ("what it cost", phase_table(runs, style=style)),
+        ("answers without a usable result", failure_table(runs, style=style)),
+    )
+    return tuple((title, text) for title, text in drawn if text)
+
+
+def _draw(
+    rows: Sequence[Sequence[str]],
+    headers: Sequence[str],
+    *,
+    style: Style,
+    n_text: int,
+    widths: Sequence[int | None] | None = None,
+    last_text: bool = False,
+) -> str:
+    """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned."""
+    from tabulate import tabulate
+
+    n_right = len(headers) - n_text - last_text
+    alignment = ["left"] * n_text + ["right"] * n_right + ["left"] * last_text
+    cells = rows if style == "terminal" else [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return tabulate(
+        cells,
+        headers=list(headers),
+        tablefmt="presto" if style == "terminal" else "github",
+        colalign=alignment,
+        headersglobalalign=None,
+        headersalign=alignment if style == "terminal" else None,
+        disable_numparse=True,
+        maxcolwidths=list(widths) if widths is not None and style == "terminal" else None,
+    )
+
+
+def _with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
+    prefix, gap = ("  ", "\n") if style == "terminal" else ("", "\n\n")
+    return gap.join([table, *(prefix + note for note in notes)])
+
+
+def _n_scored(run: RunRecord) -> int:
+    return run.n - run.n_failed
+
+
+def _mean(run: RunRecord | None, n: int) -> str:
+    """`0.933 [0.85, 0.97]`, with `n=` only where it is not the row's."""
+    if run is None or run.score is None:
+        return "-"
+    own = "" if _n_scored(run) == n else f" n={_n_scored(run):,}"
+    return f"{number(run.score)}{_bounds(run.interval)}{own}"
+
+
+def _difference(before: RunRecord, after: RunRecord) -> str:
+    """`+0.160 [+0.05, +0.27]`; without an interval where the examples are not the same."""
+    if before.score is None or after.score is None:
+        return "-"
+    paired = difference(before, after)
+    if paired is None:
+        return f"{number(after.score - before.score, signed=True)} (unpaired)"
+    return f"{number(paired.difference, signed=True)}{_bounds(paired.interval, signed=True)}"
+
+
+def _bounds(interval: Interval | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return ""
+    sign = "+" if signed else ""
+    return f" [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+
+
+def _change(phase: PhaseRecord) -> str:
+    if phase.score_before is None and phase.score_after is None:
+        return "-"
+    if phase.score_before is None:
+        return number(phase.score_after)
+    return f"{number(phase.score_before)} -> {number(phase.score_after)}"
+
+
+def _phase_cells(name: str, usage: Usage, change: str) -> list[str]:
+    calls = f"{usage.paid_calls:,}", f"{usage.cached_calls:,}"
+    return [name, *calls, f"{usage.tokens:,}", f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", change]
+
+
+def _cost(usage: Usage) -> list[str]:
+    return [f"{usage.paid_calls:,}", f"{usage.cached_calls:,}", f"{usage.wall_s:,.1f}"]
+
+
+def _outside(run: RunRecord) -> Usage | None:
+    """What the run spent in no phase; None when the phases explain everything."""
+    total = Usage()
+    for phase in run.phases:
+        total += phase.usage
+    rest = Usage(
+        paid_calls=run.usage.paid_calls - total.paid_calls,
+        cached_calls=run.usage.cached_calls - total.cached_calls,
+        input_tokens=run.usage.input_tokens - total.input_tokens,
+        output_tokens=run.usage.output_tokens - total.output_tokens,
+        train_steps=run.usage.train_steps - total.train_steps,
+        wall_s=max(0.0, run.usage.wall_s - total.wall_s),
+    )
+    counted = (rest.paid_calls, rest.cached_calls, rest.tokens, rest.train_steps)
+    return rest if any(count > 0 for count in counted) else None
+
+
+def _failure_columns(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    columns = (
+        ("n_unparsed", "unparsed"),
+        ("n_provider_errors", "provider errors"),
+        ("n_metric_errors", "metric errors"),
+    )
+    return [(name, header) for name, header in columns if any(getattr(run, name) for run in runs)]
+
+
+def _last(group: Sequence[RunRecord], strategy: str) -> RunRecord:
+    return [run for run in group if run.strategy == strategy][-1]
+
+
+def _sortable(score: float | None) -> float:
+    return -math.inf if score is None else score
+
+
+def verdict_counts(runs: Sequence[RunRecord]) -> str:
+    """`3 pass, 1 fail, 2 undecided`."""
+    counts = {verdict: sum(run.verdict is verdict for run in runs) for verdict in Verdict}
+    return ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
