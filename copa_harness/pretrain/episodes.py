@@ -21,6 +21,10 @@ from copa_harness.pretrain.tokenizer import ASSISTANT, END, SYSTEM, USER
 from copa_harness.pretrain.words import BANNED_WORDS, PLAIN_WORDS, any_word
 
 N_TURNS, N_SLOTS, N_CLAUSES = 24, 5, 3
+_Value = tuple[int, int, int]
+"""Characters: start and end of a field name, start of its value."""
+_Span = tuple[int, int, float, float]
+"""Characters start and end, weight of the first token and of the later ones."""
 KINDS = ("gauss", "linear", "axis", "rule")
 _PLAIN_OUTPUTS = ("label", "category", "class", "type", "group", "species", "result", "output")
 
@@ -77,6 +81,8 @@ class Row:
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
     value_at: npt.NDArray[np.int64]
+    name_at: npt.NDArray[np.int64]
+    field_at: npt.NDArray[np.int64]
     threshold_at: npt.NDArray[np.int64]
     clause_label_at: npt.NDArray[np.int64]
     same_field: npt.NDArray[np.float32]
@@ -101,6 +107,8 @@ class Batch:
         slot_ok: (B, S) which slots exist.
         kernel: (B, P, P) Gaussian weights over earlier turns, rows sum to 1 or are all 0.
         value_at: (B, P, S) position of each value token, 0 where none.
+        name_at: (B, P, S, 2) first and last + 1 position of the field name before each value, equal where there is none.
+        field_at: (B, C, 2) likewise for the field names in a stated rule's clauses.
         threshold_at: (B, C) positions of a stated rule's thresholds, 0 where none.
         clause_label_at: (B, C + 1) positions of the labels in the stated rule, the last clause's at index n_clauses.
         same_field: (B, P, S, C + 1) where a value token should look: uniform over its field's clauses, or the last index (nowhere).
@@ -119,6 +127,8 @@ class Batch:
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
     value_at: npt.NDArray[np.int64]
+    name_at: npt.NDArray[np.int64]
+    field_at: npt.NDArray[np.int64]
     threshold_at: npt.NDArray[np.int64]
     clause_label_at: npt.NDArray[np.int64]
     same_field: npt.NDArray[np.float32]
@@ -164,6 +174,7 @@ class EpisodeMaker:
         turn = np.full(t + 1, -1, np.int64)
         positions = np.arange(t + 1)
         row_threshold, row_label = np.zeros(c, np.int64), np.zeros(c + 1, np.int64)
+        row_field, name_at = np.zeros((c, 2), np.int64), np.zeros((N_TURNS, N_SLOTS, 2), np.int64)
         header, value_at = np.zeros(N_TURNS, np.int64), np.zeros((N_TURNS, N_SLOTS), np.int64)
         header_ok = np.zeros(N_TURNS, np.bool_)
         whole = rng.random() < mix.system
@@ -175,6 +186,9 @@ class EpisodeMaker:
             shift = len(text) - len(episode.instruction)
             for i, place in enumerate(episode.threshold_places):
                 row_threshold[i] = np.searchsorted(starts, place + shift)
+                name = episode.names[episode.clauses[i].feature]
+                field = episode.field_places[i] + shift
+                row_field[i] = np.searchsorted(starts, (field, field + len(name)))
             for i, place in enumerate(episode.label_places):
                 row_label[i] = np.searchsorted(starts, place + shift)
             ids += encoded.ids
@@ -207,13 +221,15 @@ class EpisodeMaker:
                 turn[label_at - 1] = i
             if i < N_TURNS and label_at < t and not episode.shape.reasoning:
                 header[i], header_ok[i] = label_at - 1, True
-                value_at[i, : len(values)] = [base + int(np.searchsorted(starts, place)) for place in values]
+                for j, (name_start, name_end, place) in enumerate(values):
+                    value_at[i, j] = base + np.searchsorted(starts, place)
+                    name_at[i, j] = base + np.searchsorted(starts, (name_start, name_end))
         ids = (ids + [0] * (t + 1))[: t + 1]
         return Row(
             ids=np.array(ids, np.int64), weights=weights[:t], positions=np.minimum(positions[:t], 2047), turn=turn[:t],
             kind=episode.kind, header=header, header_ok=header_ok, shares=episode.printed_shares(),
             slot_ok=np.arange(N_SLOTS) < episode.n_features, kernel=self._kernel(episode, header_ok), value_at=value_at,
-            threshold_at=row_threshold, clause_label_at=row_label, **episode.rule_targets(),
+            name_at=name_at, field_at=row_field, threshold_at=row_threshold, clause_label_at=row_label, **episode.rule_targets(),
         )  # fmt: skip
 
     def _kernel(self, episode: _Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
@@ -258,6 +274,7 @@ class _Episode:
         self.printed = [[print_number(v, f) for v, f in zip(row, self._formats, strict=True)] for row in low + width * np.clip(shares, 0, 1)]
         if self.clauses:
             self.classes = np.array([self._decide(row)[1] for row in self.printed])
+        self.field_places: list[int] = []
         self.threshold_places: list[int] = []
         self.label_places: list[int] = []
         self.shape, self.instruction = self._signature(several, kind, mix, numpy_rng)
@@ -316,33 +333,38 @@ class _Episode:
         if not described and literal is None or rng.random() < 0.15:
             instruction += rng.choice([" Answer with one of: ", " Choose one of: ", " The answer is one of "]) + label_list + "."
         if kind == "rule":
-            text, thresholds, places = worlds.rule_text(
+            text, fields, thresholds, places = worlds.rule_text(
                 numpy_rng, self.clauses, self.names, self.labels, self.last, main_share=0.8
             )
             lead = instruction + " " if rng.random() < 0.6 else ""
             tail = " " + instruction if not lead and rng.random() < 0.1 else ""
+            self.field_places = [len(lead) + place for place in fields]
             self.threshold_places = [len(lead) + place for place in thresholds]
             self.label_places = [len(lead) + place for place in places]
             instruction = lead + text + tail
         return shape, instruction
 
-    def turn_text(self, i: int, mix: Mix) -> tuple[str, list[int], int, list[tuple[int, int, float, float]]]:
-        """Text of turn ``i``, places of its values, place of its label, and weighted spans (start, end, first, later)."""
+    def turn_text(self, i: int, mix: Mix) -> tuple[str, list[_Value], int, list[_Span]]:
+        """Text of turn ``i``, places of its values and their names, place of its label, and weighted spans."""
         rng, printed, label = self._rng, self.printed[i], self.labels[self.classes[i]]
         supplied = not self.shape.reasoning or i > 2 or rng.random() < 0.5
         text = USER + ("" if supplied else template.INCOMPLETE_PREFIX)
-        values: list[int] = []
+        values: list[_Value] = []
+        name_start = 0
         if len(self.shape.inputs) == self.n_features and self.shape.inputs == tuple(self.names):
             for part_index, part in enumerate(template.user_parts(self.shape, tuple(printed))):
                 if part_index % 2:
-                    values.append(len(text))
+                    values.append((name_start, name_start + len(self.names[part_index // 2]), len(text)))
+                else:
+                    name_start = len(text) + part.index("## ") + 3
                 text += part
         else:
             text += f"[[ ## {self.shape.inputs[0]} ## ]]\n"
             for j, (name, value) in enumerate(zip(self.names, printed, strict=True)):
                 text += ("" if j == 0 else " " if self._style == 0 else ", ")
+                name_start = len(text)
                 text += {2: f"{name}=", 3: f"{name} ", 4: f"{name}: "}.get(self._style, "")
-                values.append(len(text))
+                values.append((name_start, name_start + (len(name) if self._style > 1 else 0), len(text)))
                 text += value
         long_request = self.shape.literal is not None and i > 0
         if supplied and rng.random() < (mix.request * 0.3 if long_request else mix.request if i else 0.7):

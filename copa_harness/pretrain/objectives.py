@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
 
+# layer 1: values and thresholds look at the field name before them (heads 0, 1), layer 2: stated labels at their clause's threshold (heads 2, 3)
 # layer 3: answers look at like examples (heads 0, 1), values at their field's thresholds (heads 2, 3); layer 5: answers look at the
 # stated label of the clause that fires (heads 0, 1)
-TAPPED_LAYERS = (2, 3, 4, 5)
-_MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = slice(0, 2), slice(2, 4), slice(0, 2)
+TAPPED_LAYERS = (1, 2, 3, 4, 5)
+_NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (slice(0, 2), slice(2, 4), slice(0, 2), slice(2, 4), slice(0, 2))
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
 
@@ -41,6 +42,8 @@ class TensorBatch:
     slot_ok: Tensor
     kernel: Tensor
     value_at: Tensor
+    name_at: Tensor
+    field_at: Tensor
     threshold_at: Tensor
     clause_label_at: Tensor
     same_field: Tensor
@@ -85,7 +88,7 @@ class Supervision(nn.Module):
         shares = torch.cat([batch.shares, batch.shares], 1)
         waves = [f(2 * math.pi * w * shares) for w in _WAVES for f in (torch.cos, torch.sin)]
         targets = torch.stack([2 * shares - 1, *waves], -1)
-        predicted = (self._normal(inputs[1][rows, place]) @ self.share_probe).view(targets.shape)
+        predicted = (self._normal(inputs[2][rows, place]) @ self.share_probe).view(targets.shape)
         mask = (place_ok[:, :, None] & batch.slot_ok[:, None]).float()
         loss = (((predicted - targets) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
         parts["values"] = loss.item()
@@ -93,12 +96,12 @@ class Supervision(nn.Module):
 
         value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
         slots = torch.arange(N_SLOTS).expand(value_ok.shape)
-        at_values = inputs[0][rows[:, :, None], batch.value_at]
+        at_values = inputs[1][rows[:, :, None], batch.value_at]
         loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
         parts["slot"] = loss.item()
         probe = probe + 0.3 * loss
 
-        log_attention = _log_attention(queries[1][:, _MATCH_HEADS], keys[1][:, _MATCH_HEADS], batch.header)
+        log_attention = _log_attention(queries[2][:, _MATCH_HEADS], keys[2][:, _MATCH_HEADS], batch.header)
         on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))
         has_target = (batch.kernel.sum(-1) > 0).float()
         entropy = -(batch.kernel * (batch.kernel + 1e-9).log()).sum(-1)
@@ -106,6 +109,12 @@ class Supervision(nn.Module):
         n = has_target.sum().clamp(min=1)
         parts["kernel"] = (((loss - entropy) * has_target).sum() / n).item()
         pull = pull + (loss * has_target).sum() / n
+
+        named = value_ok & (batch.name_at[..., 1] > batch.name_at[..., 0])
+        if named.any():
+            loss = _span_pull(queries[0][:, _NAME_HEADS], keys[0][:, _NAME_HEADS], batch.value_at, batch.name_at, named)
+            parts["name"] = loss.item()
+            pull = pull + loss
 
         ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
         if ruled.any():
@@ -117,13 +126,21 @@ class Supervision(nn.Module):
     def _rules(
         self, inputs: list[Tensor], queries: list[Tensor], keys: list[Tensor], batch: TensorBatch, ruled: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        field_at, threshold_at, label_at = batch.field_at[ruled], batch.threshold_at[ruled], batch.clause_label_at[ruled]
+        stated = field_at[..., 1] > 0
+        name = _span_pull(queries[0][ruled, _NAME_HEADS], keys[0][ruled, _NAME_HEADS], threshold_at, field_at, stated)
+        # a threshold can be looked at only from a later place: where the label comes first, the threshold looks at the label
+        later, earlier = torch.maximum(label_at[:, :-1], threshold_at), torch.minimum(label_at[:, :-1], threshold_at)
+        span = torch.stack([earlier, earlier + 1], -1)
+        own = _span_pull(queries[1][ruled, _OWN_HEADS], keys[1][ruled, _OWN_HEADS], later, span, stated)
+
         value_at, header, header_ok = batch.value_at[ruled], batch.header[ruled], batch.header_ok[ruled]
         n_rows, n_turns = header.shape
         rows = torch.arange(n_rows)[:, None]
         value_ok = header_ok[:, :, None] & batch.slot_ok[ruled][:, None]
         # the last "place to look" is the row's first token: nowhere
         thresholds = F.pad(batch.threshold_at[ruled], (0, 1))
-        read_queries, read_keys = queries[1][ruled, _READ_HEADS], keys[1][ruled, _READ_HEADS]
+        read_queries, read_keys = queries[2][ruled, _READ_HEADS], keys[2][ruled, _READ_HEADS]
         log_attention = _log_attention(read_queries, read_keys, value_at.view(n_rows, -1))
         looked = _at(log_attention, thresholds[:, None, None].expand(-1, 2, n_turns * N_SLOTS, -1), given=True)
         looked = looked.view(n_rows, 2, n_turns, N_SLOTS, N_CLAUSES + 1)
@@ -131,25 +148,36 @@ class Supervision(nn.Module):
         first_true = batch.first_true[ruled]
         first = -looked[:, 1].gather(-1, first_true[..., None])[..., 0][value_ok].mean()
 
-        log_attention = _log_attention(queries[3][ruled, _CHOOSE_HEADS], keys[3][ruled, _CHOOSE_HEADS], header)
-        label_at = batch.clause_label_at[ruled].gather(1, batch.fired[ruled])
+        log_attention = _log_attention(queries[4][ruled, _CHOOSE_HEADS], keys[4][ruled, _CHOOSE_HEADS], header)
+        label_at = label_at.gather(1, batch.fired[ruled])
         fired = -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
 
-        at_values = self._normal(inputs[2][ruled][rows[:, :, None], value_at][value_ok])
+        at_values = self._normal(inputs[3][ruled][rows[:, :, None], value_at][value_ok])
         clause_logits = at_values @ self.clause_probe
         clause = F.cross_entropy(clause_logits, first_true[value_ok])
-        at_headers = self._normal(inputs[3][ruled][rows, header][header_ok])
+        at_headers = self._normal(inputs[4][ruled][rows, header][header_ok])
         fired_logits = at_headers @ self.fired_probe
         fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
         parts = {
-            "same_field": same.item(), "first_true": first.item(), "fired": fired.item(),
+            "clause_name": name.item(), "own_clause": own.item(), "same_field": same.item(), "first_true": first.item(), "fired": fired.item(),
             "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
             "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
         }  # fmt: skip
-        return 0.5 * clause + 0.5 * fired_class, same + first + fired, parts
+        return 0.5 * clause + 0.5 * fired_class, name + own + same + first + fired, parts
 
     def _normal(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self._width,))
+
+
+def _span_pull(queries: Tensor, keys: Tensor, place: Tensor, span: Tensor, valid: Tensor) -> Tensor:
+    """Mean excess cross-entropy of attention from ``place`` (B, ...) to the uniform weights over ``span`` (B, ..., 2)."""
+    log_attention = _log_attention(queries, keys, place.flatten(1))
+    low, high = span.flatten(1, -2).unbind(-1)
+    position = torch.arange(keys.shape[2])
+    inside = (position >= low[..., None]) & (position < high[..., None])
+    n_inside = inside.sum(-1).clamp(min=1)
+    cross = -(log_attention * inside[:, None]).sum(-1).mean(1) / n_inside
+    return (cross - n_inside.log())[valid.flatten(1)].mean()
 
 
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -120,12 +120,12 @@ def rule_shares(
 
 def rule_text(
     rng: np.random.Generator, clauses: list[Clause], names: list[str], labels: list[str], last: int, *, main_share: float
-) -> tuple[str, list[int], list[int]]:
+) -> tuple[str, list[int], list[int], list[int]]:
     """A rule in words.
 
     Returns:
-        The sentence, the character position of each clause's threshold in it, and the character position of each label
-        in it (one per clause, then the last one).
+        The sentence, and character positions in it: of each clause's field name, of each clause's threshold, and of each label
+        (one per clause, then the last one).
     """
     style = 0 if rng.random() < main_share else int(rng.integers(1, 5))
     words = {"below": "below", "at least": "at least", "above": "above"}
@@ -135,7 +135,7 @@ def rule_text(
             "at least": str(rng.choice(["at least", ">=", "not below"])),
             "above": str(rng.choice(["more than", "over", "above", ">"])),
         }
-    text, thresholds, places = "", [], []
+    text, fields, thresholds, places = "", [], [], []
     joint = "; " if style and rng.random() < 0.5 else ", "
     for i, clause in enumerate(clauses):
         word = words[clause.operator]
@@ -143,6 +143,7 @@ def rule_text(
         condition = f"{names[clause.feature]} {copula}{word} "
         if style in (0, 1, 4):
             text += "If " if i == 0 else (joint + ("otherwise if " if style != 4 else "if "))
+            fields.append(len(text))
             text += condition
             thresholds.append(len(text))
             text += clause.threshold + {0: " answer ", 1: " then ", 4: ", "}[style]
@@ -151,9 +152,11 @@ def rule_text(
         else:
             text += joint if i else ""
             places.append(len(text))
-            text += labels[clause.label] + (" if " if style == 2 else " when ") + condition
+            text += labels[clause.label] + (" if " if style == 2 else " when ")
+            fields.append(len(text))
+            text += condition
             thresholds.append(len(text))
             text += clause.threshold
     text += joint + ("otherwise answer " if style == 0 else "otherwise " if rng.random() < 0.6 else "else ")
     places.append(len(text))
-    return text + labels[last] + ".", thresholds, places
+    return text + labels[last] + ".", fields, thresholds, places
