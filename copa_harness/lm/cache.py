@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ N_BUCKETS = 256
 
 _CLAIM_POLL_S = 0.02
 _SQLITE_TIMEOUT_S = 30.0
+_NOT_DAMAGE = ("locked", "readonly", "is full", "disk I/O")
+"""Complaints of sqlite that rebuilding the database would not cure."""
+
+
+# What diskcache raises on a file that is no database, or one with alien settings.
+_UNUSABLE = (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class CacheWarning(UserWarning):
@@ -95,18 +101,17 @@ class ResponseCache:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer stored under `key`, or None. A damaged row is removed and counts as absent."""
-        row = self._unwritten.get(key)
+        row: object = self._unwritten.get(key)
         if row is None:
-            store = self._store
             try:
-                row = store.get(key)
-                if row is None:
-                    return None
-            except (RefusedRowError, OSError) as error:
+                row = self._healed(lambda store: store.get(key))
+            except RefusedRowError as error:
                 self._drop(key, error)
                 return None
-            except sqlite3.DatabaseError as error:
-                self._rebuild(store, error)
+            except (sqlite3.Error, OSError, diskcache.Timeout) as error:
+                self._warn("read", f"the response cache in {self.directory} cannot be read ({error}); going on without")
+                return None
+            if row is None:
                 return None
         try:
             return decode_answer(key, row)
@@ -117,9 +122,8 @@ class ResponseCache:
     def set(self, key: str, value: dict[str, Any]) -> None:
         """Store an answer. If the disk refuses, the answer is kept in memory and a warning says so once."""
         row = encode_answer(key, value)
-        store = self._store
         try:
-            store.set(key, row)
+            self._healed(lambda store: store.set(key, row))
         except (sqlite3.Error, OSError, diskcache.Timeout) as error:
             self._unwritten[key] = row
             self._warn(
@@ -136,7 +140,12 @@ class ResponseCache:
             bucket = self._buckets.get(name)
             if bucket is None:
                 bucket = self._buckets[name] = _Bucket(self.directory / "claims" / f"{name}.lock")
-        bucket.acquire()
+        try:
+            bucket.acquire()
+        except OSError as error:
+            self._warn("claim", f"cannot lock {bucket.path} ({error}); other processes may pay for the same answers")
+            yield
+            return
         try:
             yield
         finally:
@@ -151,6 +160,17 @@ class ResponseCache:
 
     # -- damage
 
+    def _healed(self, action: Callable[[diskcache.Cache], Any]) -> Any:
+        """`action` on the store; once more on a rebuilt store if the database turns out to be damaged."""
+        store = self._store
+        try:
+            return action(store)
+        except sqlite3.DatabaseError as error:
+            if any(sign in str(error) for sign in _NOT_DAMAGE):
+                raise
+            self._rebuild(store, error)
+            return action(self._store)
+
     def _open(self) -> diskcache.Cache:
         return diskcache.Cache(
             str(self.directory / "answers"),
@@ -163,21 +183,20 @@ class ResponseCache:
 
     def _open_or_rebuild(self) -> diskcache.Cache:
         # Many processes creating one sqlite file at once run into "database is locked": one at a time.
-        with FileLock(self.directory / "claims" / "open.lock"):
-            try:
-                return self._open()
-            except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                if isinstance(error, sqlite3.OperationalError) and not self._is_garbage():
-                    raise CacheError(
-                        f"cannot open the response cache in {self.directory}: {error}; expected a folder that can "
-                        "be read and written, choose another with --copa-cache-dir"
-                    ) from error
-                self._move_aside(error)
-                return self._open()
-
-    def _is_garbage(self) -> bool:
-        """Whether `answers` is something no store can be opened in, rather than a folder we may not write."""
-        return not (self.directory / "answers").is_dir()
+        try:
+            with FileLock(self.directory / "claims" / "open.lock"):
+                try:
+                    return self._open()
+                except _UNUSABLE as error:
+                    if any(sign in str(error) for sign in _NOT_DAMAGE):
+                        raise
+                    self._move_aside(error)
+                    return self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise CacheError(
+                f"cannot open the response cache in {self.directory}: {error}; "
+                "expected a folder that can be read and written, choose another with --copa-cache-dir"
+            ) from error
 
     def _rebuild(self, damaged: diskcache.Cache, error: Exception) -> None:
         with self._lock:
@@ -187,11 +206,9 @@ class ResponseCache:
             with FileLock(self.directory / "claims" / "open.lock"):
                 try:
                     healthy = self._open()  # another process may have rebuilt it meanwhile
-                    healthy.get("")
-                    len(healthy)
                     if next(iter(healthy._sql("PRAGMA quick_check(1)")))[0] != "ok":
                         raise sqlite3.DatabaseError("quick_check failed")
-                except (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                except _UNUSABLE:
                     self._move_aside(error)
                     healthy = self._open()
             self._store = healthy
@@ -233,6 +250,7 @@ class _Bucket:
     """One lock file, held by the process as long as any of its threads needs it."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._mutex = threading.Lock()
         self._n_holders = 0
         self._file = FileLock(path, thread_local=False)

@@ -175,7 +175,7 @@ class MeteredLM(dspy.LM):
 
     @contextmanager
     def _noted(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        kwargs.pop("cache", None)  # the door decides; DSPy's own cache knows nothing of weights
+        kwargs["cache"] = False  # whatever was set on the way: DSPy's own cache knows nothing of weights
         rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
         token = _call.set(_Call(rollout_id))
         try:
@@ -242,7 +242,15 @@ class MeteredLM(dspy.LM):
     # -- saving
 
     def dump_state(self) -> dict[str, Any]:
-        """What DSPy writes into a saved program: the model's name and call defaults, and no secret."""
+        """What DSPy writes into a saved program: the model's name and call defaults, and no secret.
+
+        A model behind an endpoint is saved as the plain `dspy.LM` it is, so the program runs without this package.
+        """
+        if isinstance(self.engine, CapableEngine):
+            plain = dspy.LM(self.model, model_type=self.model_type, num_retries=self.num_retries)
+            plain.kwargs = dict(self.kwargs)
+            endpoint_state: dict[str, Any] = plain.dump_state()
+            return endpoint_state
         state: dict[str, Any] = dspy.BaseLM.dump_state(self)
         state["fingerprint"] = self.fingerprint
         return state
