@@ -15,6 +15,8 @@ _HOMES = {
     "compare_table": "tables",
     "failure_table": "tables",
     "all_tables": "tables",
+    "verdict_counts": "verdicts",
+    "gates_to_read": "verdicts",
     "write_reports": "files",
     "read_report": "files",
     "ReportPaths": "files",

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import mask_secrets, mask_text, pretty_json, to_jsonable, write_atomic
+from copa_harness.documents import mask_secrets, pretty_json, to_jsonable, write_atomic
 from copa_harness.errors import CopaError
 from copa_harness.report.records import RunRecord
-from copa_harness.report.tables import all_tables, verdict_counts
-from copa_harness.results import SCHEMA, Verdict
+from copa_harness.report.tables import all_tables
+from copa_harness.report.verdicts import markdown_gates, plain_markdown, verdict_counts
+from copa_harness.results import SCHEMA
 
 _NUMBERED = re.compile(r"(\d{4,})\.json")
 _MAX_TRIES = 1000
@@ -92,26 +93,11 @@ def markdown_report(runs: Sequence[RunRecord], *, environment: Mapping[str, Any]
     lines = ["# copa-harness report", "", f"{count}: {verdict_counts(runs)}." if runs else "No runs."]
     for title, table in all_tables(runs, style="markdown"):
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table]
-    if gate_lines := _gate_lines(runs):
+    if gate_lines := markdown_gates(runs):
         lines += ["", "## Gates", "", *gate_lines]
     if environment:
         lines += ["", "## Environment", "", *_environment_lines(mask_secrets(to_jsonable(environment)))]
     return "\n".join(lines) + "\n"
-
-
-def _gate_lines(runs: Sequence[RunRecord]) -> list[str]:
-    lines = []
-    for run in runs:
-        if not run.gates:
-            continue
-        where = f" (`{run.test}`)" if run.test else ""
-        lines.append(f"- **{run.verdict.value}** {run.task}, {run.strategy}{where}")
-        lines += [
-            f"  - {'**' + gate.verdict.value + '**' if gate.verdict is not Verdict.PASS else gate.verdict.value} "
-            f"`{gate.gate}`: {mask_text(_plain(gate.message))}"
-            for gate in run.gates
-        ]
-    return lines
 
 
 def _environment_lines(environment: Mapping[str, Any]) -> list[str]:
@@ -119,13 +105,8 @@ def _environment_lines(environment: Mapping[str, Any]) -> list[str]:
     for name, value in environment.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
-        lines.append(f"- {name.replace('_', ' ')}: {_plain(str(value))}")
+        lines.append(f"- {name.replace('_', ' ')}: {plain_markdown(str(value))}")
     return lines
-
-
-def _plain(text: str) -> str:
-    """Text on one line, with what Markdown would read as markup escaped."""
-    return re.sub(r"([<>*_`\[\]\\])", r"\\\1", " ".join(text.split()))
 
 
 def _relative(artifact: str, folder: Path) -> str:

@@ -62,9 +62,12 @@ def by_task(runs: Iterable[RunRecord], *, split: str = "test") -> dict[tuple[str
 
 
 def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
-    """Paired difference of two runs; None when not every scored example of either is in both."""
+    """Paired difference of two runs over the examples that have a score in both.
+
+    None when they were not run on the same examples (or their examples are not known).
+    """
     pairs = pair_up(before.scores, after.scores)
-    if not pairs.ids or pairs.n_only_before or pairs.n_only_after:
+    if not pairs.ids or before.scores.keys() != after.scores.keys():
         return None
     return paired_difference(pairs.before, pairs.after, ids=pairs.ids)
 

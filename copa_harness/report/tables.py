@@ -8,17 +8,18 @@ Knows run records only; knows nothing of files or pytest.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 from copa_harness.judge.messages import number
 from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of
 from copa_harness.report.records import RunRecord
-from copa_harness.results import Interval, PhaseRecord, Usage, Verdict
+from copa_harness.results import Interval, PhaseRecord, Usage
 
 Style = Literal["terminal", "markdown"]
 
-_MAX_STRATEGY_WIDTH = 24
+_MAX_NAME_WIDTH = 20
 _CELLS: tuple[tuple[str, Kind], ...] = (
     ("baseline", "baseline"),
     ("weights only", "weights"),
@@ -76,8 +77,7 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     headers = [
         "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds", "score before -> after"
     ]  # fmt: skip
-    widths = [None, _MAX_STRATEGY_WIDTH, *[None] * 7]
-    return _draw(rows, headers, style=style, n_text=3, widths=widths)
+    return _draw(rows, headers, style=style, n_text=3)
 
 
 def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
@@ -88,7 +88,7 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         reference: the strategy the others are compared with.
         style: where the table will stand.
     """
-    rows, budgets, failing = [], set(), _failure_columns(runs)
+    rows, budgets = [], set()
     for (task, model), group in by_task(runs).items():
         strategies = distinct(group)
         if len(strategies) < 2:
@@ -109,7 +109,6 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
                     _mean(run, _n_scored(run)),
                     against,
                     *_cost(run.usage),
-                    *(f"{getattr(run, name):,}" for name, _ in failing),
                     run.verdict.value,
                 ]
             )
@@ -117,15 +116,14 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         return ""
     headers = [
         "task", "model", "strategy", "n", "score", f"difference to {reference}", "paid calls", "cached", "seconds",
-        *(header for _, header in failing), "verdict",
+        "verdict",
     ]  # fmt: skip
-    widths = [None, None, _MAX_STRATEGY_WIDTH, *[None] * (len(headers) - 3)]
     notes = ["mean score on the test split [95 % interval]; differences paired by example"]
     if len(budgets) == 1:
         notes.append(f"equal budget: {budgets.pop()}")
     elif budgets:
         notes.append(f"budgets differ, so costs are not comparable: {', '.join(sorted(budgets))}")
-    return _with_notes(_draw(rows, headers, style=style, n_text=3, widths=widths, last_text=True), notes, style=style)
+    return _with_notes(_draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
 
 
 def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -145,13 +143,15 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
 
     Strategies are compared when some task has one that the first table has no column for, or several for one column.
     """
-    crowded = any(
-        any(kind_of(name) == "other" for name in distinct(group)) or len(distinct(group)) > len(_CELLS)
+    crowded = [
+        run
         for group in by_task(runs).values()
-    )
+        if any(kind_of(name) == "other" for name in distinct(group)) or len(distinct(group)) > len(_CELLS)
+        for run in group
+    ]
     drawn = (
         ("weights, prompts, and both", copa_table(runs, style=style)),
-        ("strategies compared", compare_table(runs, style=style) if crowded else ""),
+        ("strategies compared", compare_table(crowded, style=style)),
         ("what it cost", phase_table(runs, style=style)),
         ("answers without a usable result", failure_table(runs, style=style)),
     )
@@ -159,30 +159,33 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
 
 
 def _draw(
-    rows: Sequence[Sequence[str]],
-    headers: Sequence[str],
-    *,
-    style: Style,
-    n_text: int,
-    widths: Sequence[int | None] | None = None,
-    last_text: bool = False,
+    rows: Sequence[Sequence[str]], headers: Sequence[str], *, style: Style, n_text: int, last_text: bool = False
 ) -> str:
     """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned."""
     from tabulate import tabulate
 
     n_right = len(headers) - n_text - last_text
     alignment = ["left"] * n_text + ["right"] * n_right + ["left"] * last_text
-    cells = rows if style == "terminal" else [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return tabulate(
-        cells,
-        headers=list(headers),
-        tablefmt="presto" if style == "terminal" else "github",
-        colalign=alignment,
-        headersglobalalign=None,
-        headersalign=alignment if style == "terminal" else None,
-        disable_numparse=True,
-        maxcolwidths=list(widths) if widths is not None and style == "terminal" else None,
-    )
+    if style == "markdown":
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
+    # The header goes in as a row: tabulate widens every column by two for a header of its own.
+    wrapped = [[_wrapped(cell) if column < n_text else cell for column, cell in enumerate(row)] for row in rows]
+    lines = tabulate(
+        [list(headers), *wrapped], tablefmt="presto", colalign=alignment, disable_numparse=True
+    ).splitlines()
+    rule = "".join("+" if character == "|" else "-" for character in lines[0])
+    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+
+
+def _wrapped(text: str) -> str:
+    """A name on several lines if it is long, broken after a blank or an underscore."""
+    lines = [""]
+    for piece in re.findall(r"[^\s_]*[\s_]*", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > _MAX_NAME_WIDTH:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
@@ -195,7 +198,7 @@ def _n_scored(run: RunRecord) -> int:
 
 
 def _mean(run: RunRecord | None, n: int) -> str:
-    """`0.933 [0.85, 0.97]`, with `n=` only where it is not the row's."""
+    """`0.933 [.85, .97]`, with `n=` only where it is not the row's."""
     if run is None or run.score is None:
         return "-"
     own = "" if _n_scored(run) == n else f" n={_n_scored(run):,}"
@@ -203,20 +206,27 @@ def _mean(run: RunRecord | None, n: int) -> str:
 
 
 def _difference(before: RunRecord, after: RunRecord) -> str:
-    """`+0.160 [+0.05, +0.27]`; without an interval where the examples are not the same."""
+    """`+0.160 [+.05, +.27]`; without an interval where the examples are not the same,
+    with `n=` where some have no score."""
     if before.score is None or after.score is None:
         return "-"
     paired = difference(before, after)
     if paired is None:
         return f"{number(after.score - before.score, signed=True)} (unpaired)"
-    return f"{number(paired.difference, signed=True)}{_bounds(paired.interval, signed=True)}"
+    partly = f" n={paired.n:,}" if paired.n < max(before.n, after.n) else ""
+    return f"{number(paired.difference, signed=True)}{_bounds(paired.interval, signed=True)}{partly}"
 
 
 def _bounds(interval: Interval | None, *, signed: bool = False) -> str:
     if interval is None:
         return ""
-    sign = "+" if signed else ""
-    return f" [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+    return f" [{_short(interval.low, signed=signed)}, {_short(interval.high, signed=signed)}]"
+
+
+def _short(value: float, *, signed: bool) -> str:
+    """`.85`, `1.00`, `+.05`: two decimals without the leading zero."""
+    text = f"{value:+.2f}" if signed else f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
 
 
 def _change(phase: PhaseRecord) -> str:
@@ -268,9 +278,3 @@ def _last(group: Sequence[RunRecord], strategy: str) -> RunRecord:
 
 def _sortable(score: float | None) -> float:
     return -math.inf if score is None else score
-
-
-def verdict_counts(runs: Sequence[RunRecord]) -> str:
-    """`3 pass, 1 fail, 2 undecided`."""
-    counts = {verdict: sum(run.verdict is verdict for run in runs) for verdict in Verdict}
-    return ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
