@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from copa_harness.documents import mask_text
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
 
 MAX_VALUE_CHARACTERS = 160
@@ -88,7 +89,7 @@ def format_examples(examples: Iterable[ExampleResult]) -> str:
             if values:
                 lines.append(f"   {label:<9} {_fields(values)}")
         if row.error:
-            lines.append(f"   {'error':<9} {_short(row.error)}")
+            lines.append(f"   {'error':<9} {shortened(row.error)}")
     return "\n".join(lines)
 
 
@@ -120,23 +121,42 @@ def format_failure(
     ordered = sorted(gates, key=lambda result: result.verdict is Verdict.PASS)
     if ordered:
         lines += ["", format_gates(ordered)]
-    worst = evaluation.worst(n_worst) if evaluation is not None else ()
-    if evaluation is not None and worst:
-        n_below = sum(row.score is None or row.score < 1.0 for row in evaluation.results)
-        lines += ["", f"worst {len(worst)} of {counted(n_below, 'example')} below a full score:"]
-        lines.append(textwrap.indent(format_examples(worst), "  "))
+    heading, shown = _to_show(evaluation, gates, n_worst)
+    if shown:
+        lines += ["", heading, textwrap.indent(format_examples(shown), "  ")]
     if hints:
         lines += ["", *hints]
     return "\n".join(lines)
 
 
+def _to_show(
+    evaluation: EvaluationResult | None, gates: Sequence[GateResult], count: int
+) -> tuple[str, tuple[ExampleResult, ...]]:
+    """The examples that explain the failure: those that got worse, when a regression failed; else the worst."""
+    if evaluation is None:
+        return "", ()
+    worse = [
+        example_id
+        for gate in gates
+        if gate.verdict in {Verdict.FAIL, Verdict.UNDECIDED}
+        for example_id in gate.details.get("worse", ())
+    ]
+    if worse:
+        rows = {row.example_id: row for row in evaluation.results}
+        shown = tuple(rows[example_id] for example_id in worse if example_id in rows)[:count]
+        return f"{len(shown)} of {counted(len(worse), 'example')} that got worse than the baseline:", shown
+    worst = evaluation.worst(count)
+    n_below = sum(row.score is None or row.score < 1.0 for row in evaluation.results)
+    return f"worst {len(worst)} of {counted(n_below, 'example')} below a full score:", worst
+
+
 def _fields(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={_short(value)}" for key, value in values.items())
+    return ", ".join(f"{key}={shortened(value)}" for key, value in values.items())
 
 
-def _short(value: Any) -> str:
-    """A value on one line, cut in the middle: the end of a long answer often holds what went wrong."""
-    text = " ".join(str(value).split()) if isinstance(value, str) else " ".join(repr(value).split())
+def shortened(value: Any) -> str:
+    """A value on one line, without credentials, cut in the middle: the end of a long answer often tells the most."""
+    text = mask_text(" ".join((value if isinstance(value, str) else repr(value)).split()))
     if len(text) > MAX_VALUE_CHARACTERS:
         head = MAX_VALUE_CHARACTERS * 2 // 3
         text = f"{text[:head]} ... {text[-(MAX_VALUE_CHARACTERS - head) :]}"

@@ -86,9 +86,9 @@ def max_regression(
             f"nothing changed since {named}: the same program and model, and the same score on all "
             f"{counted(answer.paired.n, 'example')}."
         )
-        return GateResult(gate, Verdict.PASS, message + missing, _numbers(answer))
+        return GateResult(gate, Verdict.PASS, message + missing, _numbers(answer, pairs))
     message = f"{_measured(answer, named)} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
-    return GateResult(gate, answer.verdict, message, _numbers(answer))
+    return GateResult(gate, answer.verdict, message, _numbers(answer, pairs))
 
 
 def _measured(answer: Noninferiority, named: str) -> str:
@@ -151,8 +151,8 @@ def _not_comparable(
             f"the {part} changed ({baseline.fingerprints[part][:12]} -> {fingerprints[part][:12]})" for part in changed
         )
     else:
-        parts = "no example that has a score is in both"
-    message = f"not comparable with {named}: {parts}."
+        parts = "no example with a score is in both this run and the one compared with: the test split changed"
+    message = f"{parts} since {named}, so the two cannot be compared."
     if pairs.ids and "metric" not in changed:
         # Same metric, same example content: each pair is sound, only the population is another. Told, not judged.
         common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed)
@@ -165,8 +165,11 @@ def _not_comparable(
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
 
 
-def _numbers(answer: Noninferiority) -> dict[str, Any]:
+def _numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
     paired = answer.paired
+    drops = [
+        (old - new, name) for name, old, new in zip(pairs.ids, pairs.before, pairs.after, strict=True) if new < old
+    ]
     return {
         "difference": paired.difference,
         "low": paired.interval.low,
@@ -174,6 +177,7 @@ def _numbers(answer: Noninferiority) -> dict[str, Any]:
         "n": paired.n,
         "n_better": paired.n_better,
         "n_worse": paired.n_worse,
+        "worse": [name for _, name in sorted(drops, key=lambda drop: (-drop[0], drop[1]))],
         "method": paired.method,
         "p_value": paired.p_value,
         "p_worse": answer.p_worse,

@@ -207,7 +207,8 @@ def _mean(run: RunRecord | None, n: int) -> str:
 
 def _difference(before: RunRecord, after: RunRecord) -> str:
     """`+0.160 [+.05, +.27]`; without an interval where the examples are not the same,
-    with `n=` where some have no score."""
+    with `n=` where some have no score.
+    """
     if before.score is None or after.score is None:
         return "-"
     paired = difference(before, after)
