@@ -1,0 +1,98 @@
+"""Calling a user's metric: any of DSPy's signatures in, one number in 0..1 out, or a clear `MetricError`.
+
+Knows nothing of models or threads. DSPy metrics take (example, prediction), (example, prediction, trace), or for GEPA
+(gold, pred, trace, pred_name, pred_trace), and return a bool, a number or a `dspy.Prediction(score=...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+
+from copa_harness.errors import ConfigurationError, MetricError
+
+Metric = Callable[..., Any]
+"""A DSPy metric."""
+
+
+def metric_name(metric: Metric) -> str:
+    """The name a metric is called in messages."""
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def metric_arity(metric: Metric) -> int:
+    """How many positional arguments the metric is to be called with: 2 to 5.
+
+    Raises:
+        ConfigurationError: It is not callable, or cannot be called with 2 to 5 positional arguments.
+    """
+    if not callable(metric):
+        raise ConfigurationError(
+            f"got {metric!r} as the metric; expected a function metric(example, prediction, trace=None)"
+        )
+    try:
+        signature = inspect.signature(metric)
+    except (TypeError, ValueError):
+        return 2
+    for arity in (3, 2, 5, 4):
+        try:
+            signature.bind(*range(arity))
+        except TypeError:
+            continue
+        return arity
+    raise ConfigurationError(
+        f"got a metric with the signature {metric_name(metric)}{signature}; "
+        "expected metric(example, prediction, trace=None)"
+    )
+
+
+def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace: Any = None) -> float:
+    """The metric's score of one prediction.
+
+    Args:
+        metric: A DSPy metric of 2 to 5 arguments.
+        example: The example with its labels.
+        prediction: What the program returned.
+        trace: DSPy's trace while bootstrapping (metrics may be stricter then), else None.
+
+    Returns:
+        A score in 0..1.
+
+    Raises:
+        MetricError: The metric raised, or returned something that is not a number in 0..1.
+    """
+    arguments = (example, prediction, trace, None, None)[: metric_arity(metric)]
+    try:
+        returned = metric(*arguments)
+    except Exception as error:
+        raise MetricError(f"the metric {metric_name(metric)!r} raised {type(error).__name__}: {error}") from error
+    return score_of(returned, name=metric_name(metric))
+
+
+def score_of(returned: Any, *, name: str = "metric") -> float:
+    """What a metric returned, as a float in 0..1.
+
+    Raises:
+        MetricError: It is not a number in 0..1.
+    """
+    value = returned
+    if isinstance(value, dspy.Prediction):
+        value = value.get("score", returned)
+    elif isinstance(value, dict) and "score" in value:
+        value = value["score"]
+    if hasattr(value, "item") and not isinstance(value, (bool, int, float)):
+        value = value.item()
+    if not isinstance(value, (bool, int, float)):
+        raise MetricError(
+            f"got {returned!r} from the metric {name!r}; expected a bool, a number in 0..1 or dspy.Prediction(score=...)"
+        )
+    score = float(value)
+    if not math.isfinite(score) or not 0.0 <= score <= 1.0:
+        raise MetricError(
+            f"got {score} from the metric {name!r}; expected a number in 0..1 (divide a score of another range by its maximum)"
+        )
+    return score

@@ -1,0 +1,264 @@
+"""Runs a program over examples in threads and keeps what happened to each example apart.
+
+Not `dspy.Evaluate`: that one recomputes all scores per item for its progress bar (quadratic), scores failures as
+zeros nobody can tell from wrong answers, and re-runs slow stragglers. Here every example ends in one of four outcomes:
+
+* ``ok``: the metric gave a score.
+* ``unparsed`` (score 0): the model answered, unusably. Either DSPy's adapter could not parse the answer, or the
+  program's own code raised while working on it (the usual cause is an answer it did not expect; the error is kept).
+* ``provider_error`` (no score): the model gave no answer.
+* ``metric_error`` (no score): the metric raised, or returned no number in 0..1.
+
+A failure of *every* example is no measurement but a broken program, metric or provider, and is raised as such.
+Results come in the order of the examples and do not depend on the number of threads. Knows nothing of optimization.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError, LMError
+
+from copa_harness.errors import ConfigurationError, CopaError, MetricError, ProviderError, TaskError
+from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_values, plain
+from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
+from copa_harness.judge.intervals import mean_interval
+from copa_harness.lm.scope import current_scope
+from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
+
+logger = logging.getLogger("copa_harness")
+
+DEFAULT_THREADS = 32
+"""Enough concurrent examples for a local engine to batch; remote endpoints cope with as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRun:
+    """One example run through a program: its scored result, the raw prediction, and the trace of predictor calls.
+
+    `prediction` is None and `trace` holds the calls made until then when the program did not finish.
+    """
+
+    result: ExampleResult
+    prediction: Any = None
+    trace: tuple[Any, ...] = field(default=(), repr=False)
+
+
+def default_adapter() -> Any:
+    """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter with one call per answer.
+
+    DSPy's default falls back to a second call in JSON when an answer does not parse; a metered run must not pay twice
+    for an answer that is simply wrong.
+    """
+    return dspy.settings.adapter or dspy.ChatAdapter(use_json_adapter_fallback=False)
+
+
+def program_lms(program: dspy.Module) -> tuple[Any, ...]:
+    """The distinct LMs the program's predictors use in this context, in the order of the predictors.
+
+    Raises:
+        ConfigurationError: A predictor has no LM.
+    """
+    lms: list[Any] = []
+    for name, predictor in program.named_predictors():
+        lm = predictor.lm or dspy.settings.lm
+        if lm is None:
+            raise ConfigurationError(
+                f"got no language model for predictor {name!r}; pass lm=..., call program.set_lm(...) "
+                "or dspy.configure(lm=...)"
+            )
+        if not any(lm is other for other in lms):
+            lms.append(lm)
+    return tuple(lms) if lms else tuple(lm for lm in (dspy.settings.lm,) if lm is not None)
+
+
+def evaluate(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    metric: Metric,
+    split: str,
+    lm: Any = None,
+    phase: Phase = Phase.EVALUATE,
+    threads: int = DEFAULT_THREADS,
+    ids: Sequence[str] | None = None,
+) -> EvaluationResult:
+    """Scores of a program on a split, with an interval and what they cost.
+
+    Args:
+        program: Any DSPy module. It is not changed.
+        examples: The split, at least one example with declared inputs.
+        metric: DSPy metric, ``metric(example, prediction, trace=None)``, giving a bool or a number in 0..1.
+        split: The split's name, for the record ("train", "validation", "test").
+        lm: Model for every predictor without one of its own; default `dspy.settings.lm`.
+        phase: What the calls are for; stamped on each.
+        threads: Examples in flight at once. Results do not depend on it.
+        ids: Example ids, default `example_ids(examples)`.
+
+    Returns:
+        Per-example results in the order of `examples`; `usage` is what this evaluation added to the current scope.
+
+    Raises:
+        TaskError: The split is empty or malformed, or the program itself fails on every example.
+        MetricError: The metric fails on every example.
+        ProviderError: No example got an answer.
+        BudgetExhausted: The scope's budget refused a call; examples not yet started are dropped.
+    """
+    scope = current_scope()
+    before, started = scope.usage(), time.perf_counter()
+    runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
+    usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
+    results = tuple(run.result for run in runs)
+    scores = [result.score for result in results if result.score is not None]
+    with dspy.context(**({} if lm is None else {"lm": lm})):
+        names = dict.fromkeys(str(getattr(one, "model", one)) for one in program_lms(program))
+    return EvaluationResult(
+        split=split, lm=", ".join(names), results=results, interval=mean_interval(scores), usage=usage
+    )
+
+
+def usage_since(before: Usage, after: Usage, *, wall_s: float) -> Usage:
+    """What was spent between two readings of a scope's meter, with the seconds that passed."""
+    return Usage(
+        paid_calls=after.paid_calls - before.paid_calls,
+        cached_calls=after.cached_calls - before.cached_calls,
+        failed_calls=after.failed_calls - before.failed_calls,
+        input_tokens=after.input_tokens - before.input_tokens,
+        output_tokens=after.output_tokens - before.output_tokens,
+        usd=after.usd - before.usd,
+        train_steps=after.train_steps - before.train_steps,
+        wall_s=wall_s,
+    )
+
+
+def run_examples(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    metric: Metric,
+    split: str,
+    lm: Any = None,
+    phase: Phase = Phase.EVALUATE,
+    threads: int = DEFAULT_THREADS,
+    ids: Sequence[str] | None = None,
+    trace_to_metric: bool = False,
+    raise_if_nothing_works: bool = True,
+) -> tuple[ExampleRun, ...]:
+    """Like `evaluate`, but returns predictions and traces too (what bootstrapping needs).
+
+    Args:
+        trace_to_metric: Call the metric with the trace, as DSPy's bootstrapping does (many metrics are stricter then).
+        raise_if_nothing_works: Whether a failure of every example is raised. A search turns it off: one hopeless
+            candidate (say, a prompt longer than the context window) must not end it.
+
+    Raises:
+        As `evaluate`.
+    """
+    check_examples(examples, split=split)
+    metric_arity(metric)
+    if threads < 1:
+        raise ConfigurationError(f"got threads={threads}; expected at least 1")
+    names = tuple(ids) if ids is not None else example_ids(examples)
+    if len(names) != len(examples):
+        raise ConfigurationError(f"got {len(names)} ids for {len(examples)} examples; expected one each")
+    settings: dict[str, Any] = {"adapter": default_adapter(), "disable_history": True}
+    if lm is not None:
+        settings["lm"] = lm
+    with current_scope().phase(phase), dspy.context(**settings):
+        if program.named_predictors():
+            program_lms(program)
+        jobs = [
+            lambda example=example, name=name: _run_one(program, example, metric, name, trace_to_metric)
+            for example, name in zip(examples, names, strict=True)
+        ]
+        runs = _in_threads(jobs, threads=threads)
+    if raise_if_nothing_works:
+        _raise_if_nothing_worked(runs, split=split)
+    return runs
+
+
+def _in_threads(jobs: Sequence[Callable[[], ExampleRun]], *, threads: int) -> tuple[ExampleRun, ...]:
+    """The jobs' results in their order; the first exception cancels what has not started and is raised."""
+    executor = ThreadPoolExecutor(max_workers=min(threads, len(jobs)), thread_name_prefix="copa-evaluate")
+    try:
+        # A context can be entered once at a time, so every job gets a copy of its own.
+        futures: list[Future[ExampleRun]] = [executor.submit(contextvars.copy_context().run, job) for job in jobs]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if any(future.exception() is not None for future in done):
+            executor.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                if not future.cancelled() and (error := future.exception()) is not None:
+                    raise error
+        return tuple(future.result() for future in futures)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_one(
+    program: dspy.Module, example: dspy.Example, metric: Metric, name: str, trace_to_metric: bool
+) -> ExampleRun:
+    """One example, never raising an ordinary exception: failures become outcomes."""
+    inputs, expected = input_values(example), label_values(example)
+    trace: list[Any] = []
+    base = ExampleResult(name, None, inputs=plain(inputs), expected=plain(expected))
+    try:
+        with dspy.context(trace=trace):
+            prediction = program(**inputs)
+    except AdapterParseError as error:
+        return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=_said(error)), trace=tuple(trace))
+    except (LMError, ProviderError) as error:
+        return ExampleRun(replace(base, outcome="provider_error", error=_said(error)), trace=tuple(trace))
+    except CopaError:
+        raise
+    except Exception as error:
+        return ExampleRun(
+            replace(base, score=0.0, outcome="unparsed", error=f"the program raised {_said(error)}"), trace=tuple(trace)
+        )
+    base = replace(base, predicted=_fields(prediction))
+    try:
+        score = call_metric(metric, example, prediction=prediction, trace=trace if trace_to_metric else None)
+    except MetricError as error:
+        return ExampleRun(replace(base, outcome="metric_error", error=str(error)), prediction, tuple(trace))
+    return ExampleRun(replace(base, score=score), prediction, tuple(trace))
+
+
+def _fields(prediction: Any) -> dict[str, Any]:
+    """A prediction's fields as plain JSON types."""
+    if isinstance(prediction, (dspy.Example, Mapping)):
+        return {str(key): plain(value) for key, value in prediction.items()}
+    return {"output": plain(prediction)}
+
+
+def _said(error: BaseException) -> str:
+    """An error in one paragraph: its class and message, shortened."""
+    text = f"{type(error).__name__}: {error}".strip()
+    return text if len(text) <= 600 else text[:600] + " ..."
+
+
+def _raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
+    """Raise when every example failed in the same way that no score can express."""
+    results = [run.result for run in runs]
+    first = results[0].error
+    if all(result.outcome == "metric_error" for result in results):
+        raise MetricError(f"the metric failed on all {len(results)} examples of the {split!r} split; the first: {first}")
+    if all(result.outcome == "provider_error" for result in results):
+        raise ProviderError(
+            f"no answer from the model on any of the {len(results)} examples of the {split!r} split; the first: {first}"
+        )
+    if all((result.error or "").startswith("the program raised ") for result in results):
+        raise TaskError(
+            f"the program failed on all {len(results)} examples of the {split!r} split; the first: {first}. "
+            "Check that the examples have every input field the program needs"
+        )
+    failed = [result for result in results if result.score is None]
+    if failed:
+        logger.warning(
+            "%d of %d examples of the %s split have no score: %s", len(failed), len(results), split, failed[0].error
+        )

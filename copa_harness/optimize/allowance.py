@@ -1,0 +1,122 @@
+"""How many calls a step of a strategy may use: its share of what the run's budget still allows.
+
+The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on the
+order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses the call after the last one.
+Knows scopes and numbers; knows nothing of programs or scores.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import dspy
+
+from copa_harness.errors import BudgetExhausted
+from copa_harness.lm.scope import SETTING, Reservation, Scope
+from copa_harness.results import Budget, Phase, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A ceiling on the distinct calls of `scope`, counted from the scope's beginning."""
+
+    scope: Scope
+    ceiling: float
+
+    @property
+    def remaining(self) -> float:
+        """Calls left to this step."""
+        return max(0.0, min(self.scope.remaining_calls, self.ceiling - self.scope.charged_calls))
+
+    def can_afford(self, n_calls: float) -> bool:
+        """Whether `n_calls` more distinct calls fit."""
+        return n_calls <= self.remaining
+
+
+class OutOfCalls(Exception):
+    """A step's allowance does not suffice for the work it was about to begin. Caught by the step itself."""
+
+
+def share_of(scope: Scope, weight: float, total_weight: float, *, reserved: float = 0.0) -> Allowance:
+    """The allowance of the next step: `weight / total_weight` of what is left after `reserved` calls are set aside."""
+    if math.isinf(scope.remaining_calls):
+        return Allowance(scope, math.inf)
+    free = max(0.0, scope.remaining_calls - reserved)
+    return Allowance(scope, scope.charged_calls + math.floor(free * weight / total_weight) if total_weight else 0.0)
+
+
+class StepScope(Scope):
+    """A scope whose calls are charged to `parent`, with a lower ceiling of its own.
+
+    Refusing a call here says nothing about the parent's budget: `parent.exhausted` stays as it is.
+    """
+
+    def __init__(self, parent: Scope, *, ceiling: float, name: str) -> None:
+        super().__init__(f"{parent.name} [{name}]", budget=Budget(ceiling, parent.budget.name))
+        self._parent = parent
+        self._step_lock = threading.RLock()
+        self._step_refused = False
+
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
+        return self._parent.phase(phase)
+
+    @property
+    def current_phase(self) -> Phase:
+        return self._parent.current_phase
+
+    def usage(self) -> Usage:
+        return self._parent.usage()
+
+    def phase_usages(self) -> dict[str, Usage]:
+        return self._parent.phase_usages()
+
+    def add_train_steps(self, n: int, wall_s: float) -> None:
+        self._parent.add_train_steps(n, wall_s)
+
+    @property
+    def charged_calls(self) -> int:
+        return self._parent.charged_calls
+
+    @property
+    def remaining_calls(self) -> float:
+        return max(0.0, min(self._parent.remaining_calls, self.budget.calls - self._parent.charged_calls))
+
+    @property
+    def exhausted(self) -> bool:
+        return self._step_refused
+
+    def reserve(self, key: str, *, paying: bool = False) -> Reservation:
+        with self._step_lock:
+            if self._closed:
+                raise BudgetExhausted(f"step {self.name!r} has ended; a thread left over from it asked for another call")
+            before = self._parent.charged_calls
+            reservation = self._parent.reserve(key, paying=paying)
+            if before < self._parent.charged_calls and self._parent.charged_calls > self.budget.calls:
+                self._parent.refund(reservation, failed=False)
+                self._step_refused = True
+                raise BudgetExhausted(
+                    f"step {self.name!r} used its share of the budget ({self.budget.calls:g} distinct requests counted "
+                    "from the beginning of the run)"
+                )
+            return reservation
+
+    def settle(self, reservation: Reservation, usage: Usage) -> None:
+        self._parent.settle(reservation, usage)
+
+    def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
+        self._parent.refund(reservation, failed=failed)
+
+
+@contextmanager
+def step_scope(allowance: Allowance, *, name: str) -> Iterator[StepScope]:
+    """Run the block with every model call of this context held to the allowance."""
+    scope = StepScope(allowance.scope, ceiling=allowance.ceiling, name=name)
+    try:
+        with dspy.context(**{SETTING: scope}):
+            yield scope
+    finally:
+        scope.close()

@@ -1,0 +1,265 @@
+"""COPA: joint optimization of weights and prompts, as a DSPy `Teleprompter`. Works with and without pytest.
+
+    program = COPA(metric=metric, strategy="p -> w -> p", budget="light", lm=lm).compile(student, trainset=rows)
+    program.copa_result.score_after
+
+Translates arguments into a `Run` and its outcome into a program; the work is done in `run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from copa_harness.errors import ConfigurationError, TaskError
+from copa_harness.evaluate.examples import check_examples
+from copa_harness.evaluate.metrics import Metric, metric_arity
+from copa_harness.evaluate.runner import DEFAULT_THREADS
+from copa_harness.lm.metered import MeteredLM
+from copa_harness.lm.scope import Scope, open_scope
+from copa_harness.optimize.budgets import parse_budget
+from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.outcome import OptimizationResult, to_state
+from copa_harness.optimize.proposals import ProposalSettings
+from copa_harness.optimize.run import Run, RunSettings
+from copa_harness.optimize.samplers import SAMPLERS
+from copa_harness.optimize.schema import split_off_validation
+from copa_harness.optimize.scoring import Validation
+from copa_harness.optimize.strategy import Step, StepKind, parse_strategy
+from copa_harness.optimize.study import SearchSettings
+from copa_harness.optimize.weights import WeightsSettings
+from copa_harness.results import Budget
+
+if TYPE_CHECKING:
+    from copa_harness.tune.settings import LoraSettings
+
+logger = logging.getLogger("copa_harness")
+
+VALIDATION_SHARE = 1 / 3
+"""Share of the training examples that becomes the validation split when none is given."""
+
+
+class COPA(Teleprompter):
+    """Optimizes a program's weights and prompts together, within a budget of model calls.
+
+    Args:
+        metric: DSPy metric, ``metric(example, prediction, trace=None)``, giving a bool or a number in 0..1.
+        strategy: What to optimize and in which order, see `parse_strategy`.
+        budget: "light" (400 distinct calls), "medium" (1,600), "heavy" (6,400), "calls=500", a number, or a `Budget`.
+        seed: Of every random choice. Same seed, same program.
+        lm: Model of every predictor without one of its own; default `dspy.settings.lm`. Must be metered (`build_lm`,
+            `ScriptedLM`), or its calls could be neither bounded nor cached.
+        prompt_lm: Model that writes instructions. None proposes only instructions that need no model: a task model
+            that fits in a test suite is no writer.
+        threads: Examples in flight at once. Results do not depend on it.
+        sampler: Optuna sampler of the study: "tpe", "random" or "gp".
+        max_demos: Demonstrations in the largest sets proposed; also what weights are tuned behind when the program has
+            none yet but a prompt step follows.
+        n_demo_sets: Demonstration sets proposed per predictor and phase.
+        bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
+            lack a predictor's outputs.
+        n_proposed: Instructions asked of `prompt_lm` per predictor and phase.
+        lora: LoRA settings; None takes the trainer's defaults with `epochs_with_demos` or `epochs_bare` passes.
+        epochs_with_demos: Passes over rows that carry demonstrations.
+        epochs_bare: Passes over rows without demonstrations.
+        bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
+        held_out_share: Share of the rows held out for early stopping, 0..1; 0 trains all epochs.
+        min_score: Score from which a trace counts as passing, 0..1.
+        max_cycles: Cycles of ``demos -> instructions`` at most.
+        epsilon: Improvement below which a cycle has converged.
+        patience: Trials in a row without improvement that end a study; None never does.
+        finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
+        optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: Metric,
+        strategy: str = "p -> w -> p",
+        budget: Budget | int | str = "light",
+        seed: int = 0,
+        lm: Any = None,
+        prompt_lm: Any = None,
+        threads: int = DEFAULT_THREADS,
+        sampler: str = "tpe",
+        max_demos: int = 9,
+        n_demo_sets: int = 12,
+        bootstrap: bool | None = None,
+        n_proposed: int = 4,
+        lora: LoraSettings | None = None,
+        epochs_with_demos: int = 6,
+        epochs_bare: int = 20,
+        bare_share: float = 0.2,
+        held_out_share: float = 0.0,
+        min_score: float = 1.0,
+        max_cycles: int = 3,
+        epsilon: float = 0.01,
+        patience: int | None = 40,
+        finetune_data: Sequence[Mapping[str, Any]] | None = None,
+        optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        metric_arity(metric)
+        _at_least(1, threads=threads, max_cycles=max_cycles)
+        _at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
+        _in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
+        if sampler not in SAMPLERS:
+            raise ConfigurationError(f"got {sampler!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
+        self.metric = metric
+        self.strategy = strategy
+        self.steps: tuple[Step, ...] = parse_strategy(strategy)
+        self.budget = parse_budget(budget)
+        self.lm, self.prompt_lm = lm, prompt_lm
+        self.finetune_data = finetune_data
+        self.settings = RunSettings(
+            seed=seed,
+            threads=threads,
+            max_cycles=max_cycles,
+            epsilon=epsilon,
+            search=SearchSettings(sampler=sampler, patience=patience),
+            proposals=ProposalSettings(
+                max_demos=max_demos,
+                n_demo_sets=n_demo_sets,
+                bootstrap=bootstrap,
+                min_score=min_score,
+                n_proposed=n_proposed,
+            ),
+            weights=WeightsSettings(
+                lora=lora,
+                epochs_with_demos=epochs_with_demos,
+                epochs_bare=epochs_bare,
+                n_demos=max_demos,
+                bare_share=bare_share,
+                held_out_share=held_out_share,
+                min_score=min_score,
+            ),
+            optimizer_kwargs=dict(optimizer_kwargs or {}),
+        )
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        teacher: dspy.Module | None = None,
+        valset: list[dspy.Example] | None = None,
+        **kwargs: Any,
+    ) -> dspy.Module:
+        """The best program found, with its models attached and the record of the run as `copa_result`.
+
+        The student is not changed. The result is never worse on validation than the student, also when the budget ends
+        the run early.
+
+        Args:
+            student: The program to optimize.
+            trainset: Labelled examples: source of demonstrations, rules and training rows.
+            teacher: Program whose traces demonstrations are bootstrapped from, if not the student's own.
+            valset: Labelled examples that decide; default a seeded third of the training examples.
+
+        Raises:
+            TaskError: A split is empty or too small, or the program has no predictors.
+            ConfigurationError: No metered model, or a strategy the model cannot do.
+            ProviderError, MetricError, TrainingError: The model, the metric or a training failed throughout.
+        """
+        if kwargs:
+            raise ConfigurationError(
+                f"got unknown argument(s) {', '.join(sorted(kwargs))}; compile takes trainset, valset and teacher"
+            )
+        train, validation_examples = self._splits(trainset, valset)
+        candidate = Candidate.of(_thawed(student), lm=self.lm or dspy.settings.lm)
+        for lm in (*candidate.lms, *(() if self.prompt_lm is None else (self.prompt_lm,))):
+            _check_metered(lm)
+        settings = self.settings
+        validation = Validation(
+            validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed
+        )
+        name = " -> ".join(map(str, self.steps))
+        logger.info(
+            "optimizing %s with %s: %d training and %d validation examples, budget %s",
+            type(student).__name__, name, len(train), validation.n, self.budget.name,
+        )  # fmt: skip
+        with open_scope(f"COPA {name}", budget=self.budget) as scope, dspy.context(lm=candidate.lms[0]):
+            run = Run(
+                candidate,
+                trainset=train,
+                validation=validation,
+                metric=self.metric,
+                scope=scope,
+                settings=settings,
+                prompt_lm=self.prompt_lm,
+                teacher=teacher,
+                finetune_data=self.finetune_data,
+            )
+            run.execute(self.steps)
+        program = run.incumbent.program()
+        program.copa_result = self._result(run, scope, name, program)
+        return program
+
+    def _splits(
+        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None
+    ) -> tuple[list[dspy.Example], list[dspy.Example]]:
+        check_examples(trainset, split="train")
+        if valset is not None:
+            check_examples(valset, split="validation")
+            return list(trainset), list(valset)
+        if [step.kind for step in self.steps] == [StepKind.NONE]:
+            return list(trainset), list(trainset)
+        return split_off_validation(trainset, share=VALIDATION_SHARE, seed=self.settings.seed)
+
+    def _result(self, run: Run, scope: Scope, strategy: str, program: dspy.Module) -> OptimizationResult:
+        before, after = run.validation.mean(run.student), run.score
+        return OptimizationResult(
+            strategy=strategy,
+            model=run.incumbent.model,
+            phases=tuple(run.phases),
+            score_before=None if math.isnan(before) else before,
+            score_after=None if math.isnan(after) else after,
+            n_validation=run.validation.n,
+            stopped=run.stopped,
+            exhausted=run.stopped == "budget",
+            usage=scope.usage(),
+            seed=self.settings.seed,
+            budget_calls=scope.budget.calls,
+            charged_calls=scope.charged_calls,
+            n_trials=run.n_trials,
+            notes=tuple(run.notes),
+            state=None if run.incumbent.structure else to_state(program),
+        )
+
+
+def _thawed(student: dspy.Module) -> dspy.Module:
+    """A copy of the student that optimizers accept: a program compiled before counts as frozen in DSPy."""
+    if not isinstance(student, dspy.Module):
+        raise TaskError(f"got {type(student).__name__} as the program; expected a dspy.Module")
+    copy = student.deepcopy()
+    copy._compiled = False
+    return copy
+
+
+def _check_metered(lm: Any) -> None:
+    if not isinstance(lm, MeteredLM):
+        raise ConfigurationError(
+            f"got the model {model_name(lm)!r} ({type(lm).__name__}), whose calls cannot be bounded or cached; "
+            "expected one made by copa_harness.lm.build_lm(...)"
+        )
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"got {name}={value!r}; expected a whole number of at least {least}")
+
+
+def _in_unit_interval(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"got {name}={value!r}; expected a number in 0..1")

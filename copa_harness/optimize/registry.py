@@ -1,0 +1,232 @@
+"""DSPy's optimizers by name, run under the same budget and meter as everything else.
+
+What DSPy 3.4 does on its own, and what is done about it here:
+
+* Demo optimizers refuse a program marked compiled, and return programs whose predictors lost their model: the mark is
+  cleared, models are put back (a `p` after a `w` then works on the tuned model).
+* A spent budget must stop an optimizer that swallows exceptions: `BudgetExhausted` is no `Exception`, and the best
+  program of its complete evaluations is recovered through a callback.
+* BetterTogether logs a failed step and returns a program flagged `flag_compilation_error_occurred`: raised here.
+* InferRules writes instructions into the signature class its candidates share, so what it returns is its last
+  candidate, not its best: the recorded evaluation of the best is taken instead.
+* Prints, progress bars and loggers go to our logger at DEBUG.
+
+Knows how to run an optimizer; how each is built and sized is in `builders`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+from dspy.utils.callback import BaseCallback
+
+from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
+from copa_harness.evaluate.metrics import Metric, call_metric
+from copa_harness.evaluate.runner import default_adapter
+from copa_harness.lm.scope import current_scope
+from copa_harness.optimize.allowance import Allowance, step_scope
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.quiet import quiet
+from copa_harness.results import Phase
+
+logger = logging.getLogger("copa_harness")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerJob:
+    """One DSPy optimizer to be run.
+
+    Attributes:
+        name: Registered name.
+        incumbent: What it starts from.
+        trainset, valset: As in DSPy.
+        metric: The user's metric.
+        allowance: Calls it may use; it is sized to them and stopped at them.
+        calls_per_example: Upper estimate of the calls of one program run.
+        prompt_lm: Model that writes instructions, if any.
+        threads: Examples in flight at once.
+        seed: Of the optimizer's random choices, where it has a seed.
+        n_demos: Demonstrations per predictor at most.
+        kwargs: The user's own arguments, which win over the sizes chosen here.
+    """
+
+    name: str
+    incumbent: Candidate
+    trainset: Sequence[dspy.Example]
+    valset: Sequence[dspy.Example]
+    metric: Metric
+    allowance: Allowance
+    calls_per_example: int
+    prompt_lm: Any = None
+    threads: int = 8
+    seed: int = 0
+    n_demos: int = 9
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def task_lm(self) -> Any:
+        """The model of the first predictor; DSPy's optimizers know one task model."""
+        return self.incumbent.lms[0]
+
+    @property
+    def calls(self) -> int:
+        """Calls it may use, as a number to size it by."""
+        return int(min(self.allowance.remaining, 1_000_000))
+
+    @property
+    def val_cost(self) -> int:
+        """Calls of one pass over the validation examples."""
+        return max(1, len(self.valset) * self.calls_per_example)
+
+    @property
+    def train_cost(self) -> int:
+        """Calls of one pass over the training examples."""
+        return len(self.trainset) * self.calls_per_example
+
+    def scored(self, example: dspy.Example, prediction: Any, trace: Any = None) -> float:
+        """The user's metric as a number, whatever its signature and return type.
+
+        An answer on which the metric fails scores 0 here, as DSPy has no other word for it; the final scores on
+        validation keep failures apart.
+        """
+        try:
+            return call_metric(self.metric, example, prediction=prediction, trace=trace)
+        except CopaError as error:
+            logger.debug("metric failed inside %s: %s", self.name, error)
+            return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerOutcome:
+    """What an optimizer found (None when it was stopped before its first complete evaluation), and sentences about it."""
+
+    candidate: Candidate | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A constructed optimizer.
+
+    Attributes:
+        optimizer: The DSPy teleprompter.
+        compile_kwargs: For its `compile`, besides the student.
+        tunes_weights: Whether the models of its result are its own; otherwise the incumbent's are put back.
+        takes_best_evaluation: Whether the best recorded evaluation is preferred to the program returned.
+        structure: Name of a change to the program that settings cannot express; empty for none.
+        note: What it was sized to.
+    """
+
+    optimizer: Any
+    compile_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tunes_weights: bool = False
+    takes_best_evaluation: bool = False
+    structure: str = ""
+    note: str = ""
+
+
+class _BestEvaluation(BaseCallback):  # type: ignore[misc]
+    """Remembers the best program of the complete evaluations on the whole validation split."""
+
+    def __init__(self, job: OptimizerJob) -> None:
+        self._job, self._lock = job, threading.Lock()
+        self._running: dict[str, tuple[Candidate, int]] = {}
+        self.best: Candidate | None = None
+        self.score = float("-inf")
+        self.n_complete = 0
+
+    def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        program, devset = inputs.get("program"), inputs.get("devset") or instance.devset
+        if isinstance(program, dspy.Module) and program.named_predictors():
+            with self._lock:
+                self._running[call_id] = (_settings_of(program, self._job), len(devset))
+
+    def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        with self._lock:
+            candidate, n = self._running.pop(call_id, (None, 0))
+            if candidate is None or outputs is None or exception is not None or n != len(self._job.valset):
+                return
+            self.n_complete += 1
+            if float(outputs.score) > self.score:
+                self.best, self.score = candidate, float(outputs.score)
+
+
+def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
+    """Run a DSPy optimizer within its allowance.
+
+    Returns:
+        Its result as a candidate, or the best program it had fully evaluated when the budget ended it.
+
+    Raises:
+        ConfigurationError: It needs something that is not there (a prompt LM, a model that can be tuned).
+        CopaError: It failed.
+    """
+    from copa_harness.optimize.builders import build
+
+    student = job.incumbent.program()
+    student._compiled = False
+    best = _BestEvaluation(job)
+    notes: list[str] = []
+    adapter = default_adapter()
+    with (
+        current_scope().phase(Phase.SEARCH),
+        step_scope(job.allowance, name=job.name),
+        dspy.context(
+            lm=job.task_lm, adapter=adapter, callbacks=[*(dspy.settings.callbacks or []), best],
+            num_threads=job.threads, disable_history=True,
+        ),
+        quiet(job.name),
+    ):  # fmt: skip
+        built = build(job)
+        if built.note:
+            notes.append(built.note)
+        try:
+            program = _compile(job, built, student)
+        except BudgetExhausted:
+            notes.append(
+                f"its share of the budget ended it after {best.n_complete} complete evaluations on validation; "
+                + ("the best of them is kept" if best.best is not None else "nothing to keep")
+            )
+            return OptimizerOutcome(best.best, tuple(notes))
+    if getattr(program, "flag_compilation_error_occurred", False):
+        raise CopaError(
+            f"{job.name}: DSPy reports that a step failed (flag_compilation_error_occurred); its reason is in the "
+            "copa_harness log at level DEBUG"
+        )
+    if built.takes_best_evaluation and best.best is not None:
+        return OptimizerOutcome(best.best, tuple(notes))
+    program._compiled = False
+    candidate = _settings_of(program, job, structure=built.structure, keep_lms=built.tunes_weights)
+    return OptimizerOutcome(candidate, tuple(notes))
+
+
+def _compile(job: OptimizerJob, built: Built, student: dspy.Module) -> dspy.Module:
+    try:
+        program = built.optimizer.compile(student, **built.compile_kwargs)
+    except CopaError:
+        raise
+    except Exception as error:
+        hint = "" if job.prompt_lm is not None else "; a small task model writing its own instructions is a likely cause"
+        raise CopaError(f"{job.name} failed with {type(error).__name__}: {error}{hint}") from error
+    if not isinstance(program, dspy.Module):
+        raise CopaError(f"{job.name} returned {type(program).__name__}; expected a program")
+    return program
+
+
+def _settings_of(
+    program: dspy.Module, job: OptimizerJob, *, structure: str = "", keep_lms: bool = False
+) -> Candidate:
+    """A program's settings now, as a candidate; on the incumbent's models unless it brought its own."""
+    candidate = Candidate.of(program, lm=job.task_lm, structure=structure or job.incumbent.structure)
+    names = [part.predictor for part in candidate.parts]
+    expected = [part.predictor for part in job.incumbent.parts]
+    if names != expected:
+        raise ConfigurationError(f"{job.name} changed the program's predictors from {expected} to {names}")
+    if not structure:
+        candidate = Candidate(job.incumbent.template, candidate.parts, candidate.structure)
+    return candidate if keep_lms else candidate.with_lms(job.incumbent.lms)

@@ -1,0 +1,42 @@
+"""Optuna's samplers by name. Nothing is sampled by hand here.
+
+    random   Monte Carlo: every point equally likely
+    tpe      tree-structured Parzen estimator over all dimensions jointly (MIPRO's surrogate)
+    gp       Gaussian process with expected improvement
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import optuna
+from optuna.samplers import BaseSampler
+
+from copa_harness.errors import ConfigurationError
+
+SAMPLERS: tuple[str, ...] = ("tpe", "random", "gp")
+
+
+def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10) -> BaseSampler:
+    """A seeded Optuna sampler.
+
+    Args:
+        name: One of `SAMPLERS`.
+        seed: Of its random numbers.
+        n_startup_trials: Trials before the surrogate is asked.
+
+    Raises:
+        ConfigurationError: Unknown name.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if name == "tpe":
+            # No constant liar: one trial runs at a time, and a lie would depend on what runs beside it.
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=False, n_startup_trials=n_startup_trials
+            )
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials, deterministic_objective=True)
+    raise ConfigurationError(f"got {name!r} as the sampler; expected one of {', '.join(SAMPLERS)}")

@@ -1,0 +1,163 @@
+"""The search space: one categorical dimension for the weights, and two for every predictor.
+
+A point is a mapping from dimension to the *name* of an option, so a stored study and its dashboard read well. The
+incumbent's own settings are always among the options, so every space contains the program that has to be beaten.
+Knows candidates; knows nothing of scores or of how points are chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.demos import NO_DEMOS, DemoSet
+from copa_harness.optimize.instructions import InstructionOption
+
+Point = dict[str, str]
+"""Option name by dimension."""
+
+WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsLevel:
+    """One level of the weights dimension: a name, and the model of each predictor in the program's order."""
+
+    name: str
+    lms: tuple[Any, ...]
+
+
+def level_of(candidate: Candidate) -> WeightsLevel:
+    """The weights a candidate runs on, as a level."""
+    return WeightsLevel("+".join(dict.fromkeys(model_name(lm) for lm in candidate.lms)), candidate.lms)
+
+
+@dataclass(frozen=True)
+class Space:
+    """All combinations of the options; build one with `Space.around`."""
+
+    incumbent: Candidate
+    weights: tuple[WeightsLevel, ...]
+    instructions: Mapping[str, tuple[InstructionOption, ...]]
+    demos: Mapping[str, tuple[DemoSet, ...]]
+
+    @classmethod
+    def around(
+        cls,
+        incumbent: Candidate,
+        *,
+        weights: Sequence[WeightsLevel] = (),
+        instructions: Mapping[str, Sequence[InstructionOption]] | None = None,
+        demos: Mapping[str, Sequence[DemoSet]] | None = None,
+    ) -> Space:
+        """The space of the given options and the incumbent's own settings.
+
+        Dimensions without options hold the incumbent's setting alone. Options of equal content are kept once.
+        """
+        own = level_of(incumbent)
+        levels = {level.name: level for level in (own, *weights)}
+        texts, sets = {}, {}
+        for part in incumbent.parts:
+            offered = list((instructions or {}).get(part.predictor, ()))
+            if all(option.text != part.instruction for option in offered):
+                offered.insert(0, InstructionOption("incumbent", part.instruction))
+            texts[part.predictor] = _distinct_instructions(offered)
+            offered_sets = list((demos or {}).get(part.predictor, ()))
+            if all(option.demos != part.demos for option in offered_sets):
+                offered_sets.insert(0, DemoSet("incumbent", part.demos) if part.demos else NO_DEMOS)
+            sets[part.predictor] = _distinct_sets(offered_sets)
+        return cls(incumbent, tuple(levels.values()), texts, sets)
+
+    @cached_property
+    def dimensions(self) -> dict[str, tuple[str, ...]]:
+        """Names of the options by dimension, dimensions with a single option left out."""
+        found = {WEIGHTS: tuple(level.name for level in self.weights)}
+        for predictor, options in self.instructions.items():
+            found[f"{predictor}.instruction"] = tuple(option.name for option in options)
+        for predictor, sets in self.demos.items():
+            found[f"{predictor}.demos"] = tuple(option.name for option in sets)
+        return {name: options for name, options in found.items() if len(options) > 1}
+
+    @property
+    def size(self) -> int:
+        """Number of points."""
+        return math.prod(len(options) for options in self.dimensions.values())
+
+    def point_of_incumbent(self) -> Point:
+        """The point whose candidate is the incumbent."""
+        point = {WEIGHTS: level_of(self.incumbent).name}
+        for part in self.incumbent.parts:
+            texts, sets = self.instructions[part.predictor], self.demos[part.predictor]
+            point[f"{part.predictor}.instruction"] = next(o.name for o in texts if o.text == part.instruction)
+            point[f"{part.predictor}.demos"] = next(o.name for o in sets if o.demos == part.demos)
+        return {name: option for name, option in point.items() if name in self.dimensions}
+
+    def candidate(self, point: Mapping[str, str]) -> Candidate:
+        """The candidate at a point; dimensions not mentioned keep the incumbent's setting."""
+        chosen = {**self.point_of_incumbent(), **point}
+        candidate = self.incumbent
+        if WEIGHTS in self.dimensions:
+            level = next(level for level in self.weights if level.name == chosen[WEIGHTS])
+            candidate = candidate.with_lms(level.lms)
+        instructions = {
+            predictor: next(o.text for o in options if o.name == chosen[f"{predictor}.instruction"])
+            for predictor, options in self.instructions.items()
+            if f"{predictor}.instruction" in self.dimensions
+        }
+        demos = {
+            predictor: next(o.demos for o in sets if o.name == chosen[f"{predictor}.demos"])
+            for predictor, sets in self.demos.items()
+            if f"{predictor}.demos" in self.dimensions
+        }
+        return candidate.with_instructions(instructions).with_demos(demos)
+
+    def unseen(self, seen: set[tuple[str, ...]], generator: np.random.Generator) -> Point | None:
+        """A random point not in `seen` (as given by `signature`), or None when there is none left."""
+        names = list(self.dimensions)
+        if len(seen) >= self.size:
+            return None
+        for _ in range(200):
+            point = {name: self.dimensions[name][int(generator.integers(len(self.dimensions[name])))] for name in names}
+            if self.signature(point) not in seen:
+                return point
+        for number in range(self.size):
+            point = {}
+            for name in names:
+                number, i = divmod(number, len(self.dimensions[name]))
+                point[name] = self.dimensions[name][i]
+            if self.signature(point) not in seen:
+                return point
+        return None
+
+    def signature(self, point: Mapping[str, str]) -> tuple[str, ...]:
+        """The point's option names in the order of the dimensions."""
+        chosen = {**self.point_of_incumbent(), **point}
+        return tuple(chosen[name] for name in self.dimensions)
+
+
+def _distinct_instructions(options: Sequence[InstructionOption]) -> tuple[InstructionOption, ...]:
+    kept: list[InstructionOption] = []
+    for option in options:
+        if all(option.text != other.text for other in kept):
+            kept.append(InstructionOption(_free(option.name, [o.name for o in kept]), option.text))
+    return tuple(kept)
+
+
+def _distinct_sets(sets: Sequence[DemoSet]) -> tuple[DemoSet, ...]:
+    kept: list[DemoSet] = []
+    for option in sets:
+        if all(option.demos != other.demos for other in kept):
+            kept.append(DemoSet(_free(option.name, [o.name for o in kept]), option.demos))
+    return tuple(kept)
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    if name not in taken:
+        return name
+    return next(f"{name} ({i})" for i in range(2, len(taken) + 3) if f"{name} ({i})" not in taken)

@@ -1,0 +1,257 @@
+"""The weights step: rows rendered with the prompts that will be served, and a LoRA adapter trained on them.
+
+A LoRA trained long on bare prompts loses the use of demonstrations, and one trained with demonstrations collapses
+without them; so the rows follow what is to come. With demonstrations in the incumbent, or a prompt step still ahead,
+every row is rendered behind demonstrations drawn anew for every epoch, and a fifth of the rows (`bare_share`) bare as
+well: enough that the search can still try short prompts on the tuned weights, too few to teach it to ignore
+demonstrations. Otherwise all rows are bare. What was chosen is written into the adapter's manifest (`served_with`).
+
+Knows training rows and trainers; knows nothing of the search.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import dspy
+import numpy as np
+
+from copa_harness.errors import ConfigurationError, TrainingError
+from copa_harness.evaluate.metrics import Metric, call_metric
+from copa_harness.evaluate.runner import default_adapter
+from copa_harness.lm.scope import current_scope
+from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.schema import is_fully_labelled
+from copa_harness.results import Phase
+
+if TYPE_CHECKING:
+    from copa_harness.tune.rows import DemoMode, TrainingRow
+    from copa_harness.tune.settings import LoraSettings
+
+logger = logging.getLogger("copa_harness")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSettings:
+    """How a weights step trains.
+
+    Attributes:
+        lora: Settings of the LoRA adapter; None takes the trainer's defaults, with `epochs_with_demos` or `epochs_bare`.
+        epochs_with_demos: Passes over the rows when they carry demonstrations. Few suffice: the demonstrations do part
+            of the work, and every pass sees new ones.
+        epochs_bare: Passes over bare rows.
+        n_demos: Demonstrations per row when the incumbent has none but a prompt step follows.
+        n_variants: Renderings per example with different demonstrations; None is one per epoch.
+        bare_share: Share of the rows rendered once more without demonstrations, 0..1.
+        held_out_share: Share of the rows kept for early stopping; 0 turns it off.
+        min_score: Score from which a trace becomes a row when labels do not give the rows, 0..1.
+    """
+
+    lora: LoraSettings | None = None
+    epochs_with_demos: int = 6
+    epochs_bare: int = 20
+    n_demos: int = 9
+    n_variants: int | None = None
+    bare_share: float = 0.2
+    held_out_share: float = 0.0
+    min_score: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsJob:
+    """One training to be done.
+
+    Attributes:
+        incumbent: Whose prompts are served and whose models are tuned.
+        trainset: Training examples.
+        metric: Decides which traces pass.
+        settings: How to train.
+        demos_ahead: Whether a step that searches demonstrations follows.
+        seed: Of the demonstrations drawn, and of the training when `settings.lora` is not given.
+        threads: Examples in flight at once while tracing.
+        can_afford_traces: Whether the budget pays for a pass over the training examples.
+        finetune_data: Rows ``{"messages": [...]}`` to train on instead.
+    """
+
+    incumbent: Candidate
+    trainset: Sequence[dspy.Example]
+    metric: Metric
+    settings: WeightsSettings
+    demos_ahead: bool
+    seed: int
+    threads: int
+    can_afford_traces: bool
+    finetune_data: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def n_demos(self) -> int:
+        """Demonstrations per row; 0 for bare rows."""
+        wanted = self.incumbent.n_demos or (self.settings.n_demos if self.demos_ahead else 0)
+        return max(0, min(wanted, len(self.trainset) - 1))
+
+    @property
+    def n_epochs(self) -> int:
+        """Passes over the rows."""
+        if self.settings.lora is not None:
+            return self.settings.lora.epochs
+        return self.settings.epochs_with_demos if self.n_demos else self.settings.epochs_bare
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Tuned weights: one model per predictor, how many demonstrations the rows carried, and a sentence about it."""
+
+    lms: tuple[Any, ...]
+    n_demos: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows by predictor, the demonstrations they carry, and what `served_with` says of them."""
+
+    by_predictor: Mapping[str, Sequence[TrainingRow]]
+    n_demos: int
+    source: str
+    served_with: str
+
+
+def train_weights(job: WeightsJob) -> Trained:
+    """Fine-tune every model of the incumbent on rows rendered with its prompts.
+
+    Rows come from the user (`finetune_data`) if given, from gold labels when the program has a single predictor all of
+    whose fields the examples hold, and else from traces of training examples the program got right.
+
+    Raises:
+        TrainingError: There are no rows to train on.
+        ConfigurationError: A model cannot be fine-tuned.
+    """
+    for lm in job.incumbent.lms:
+        _check_tunable(lm)
+    rows = _rows(job)
+    if not any(rows.by_predictor.values()):
+        raise TrainingError(
+            "got no rows to fine-tune on: no training example was answered well enough; give labels for every output, "
+            "finetune_data=..., or a strategy that begins with 'p'"
+        )
+    tuned: dict[str, Any] = {}
+    scope = current_scope()
+    steps_before, n_rows = scope.usage().train_steps, 0
+    with scope.phase(Phase.WEIGHTS):
+        for lm in job.incumbent.lms:
+            name = model_name(lm)
+            if name in tuned:
+                continue
+            own = [r for part in job.incumbent.parts if model_name(part.lm) == name for r in rows.by_predictor[part.predictor]]
+            tuned[name] = _fine_tuned(lm, own, job, rows) if own else lm
+            n_rows += len(own)
+    n_steps = scope.usage().train_steps - steps_before
+    note = f"{n_rows} rows from {rows.source}, served with {rows.served_with}; {n_steps} training steps"
+    logger.info("weights: %s", note)
+    return Trained(tuple(tuned[model_name(lm)] for lm in job.incumbent.lms), rows.n_demos, note)
+
+
+def _rows(job: WeightsJob) -> _Rows:
+    from copa_harness.tune.rows import TrainingRow
+
+    names = [part.predictor for part in job.incumbent.parts]
+    if job.finetune_data is not None:
+        given = [TrainingRow.from_chat(row) for row in job.finetune_data]
+        by_predictor: dict[str, Sequence[TrainingRow]] = {name: () for name in names}
+        by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
+        return _Rows(by_predictor, 0, "the user", "as in the rows")
+    program = job.incumbent.program()
+    labelled = len(names) == 1 and is_fully_labelled(program.named_predictors()[0][1].signature, job.trainset)
+    source = "gold labels" if labelled else "passing traces"
+    bare, n_examples = _rendered(job, program, labelled, demos="none", n_demos=0, n_variants=1)
+    n_demos = max(0, min(job.n_demos, n_examples - 1))
+    if n_demos < 1:
+        return _Rows(bare, 0, source, "none")
+    n_variants = job.settings.n_variants or job.n_epochs
+    rows, _ = _rendered(job, program, labelled, demos="resample", n_demos=n_demos, n_variants=n_variants)
+    generator = np.random.default_rng([job.seed, 505])
+    mixed: dict[str, Sequence[TrainingRow]] = {}
+    for name in names:
+        added = [
+            replace(bare[name][int(i)], variant=variant)
+            for variant in range(n_variants)
+            for i in sorted(generator.permutation(len(bare[name]))[: round(job.settings.bare_share * len(bare[name]))])
+        ]
+        mixed[name] = [*rows[name], *added]
+    share = job.settings.bare_share
+    return _Rows(mixed, n_demos, source, f"resample:{n_demos}" + (f" + none:{share:g}" if share else ""))
+
+
+def _rendered(
+    job: WeightsJob, program: dspy.Module, labelled: bool, *, demos: DemoMode, n_demos: int, n_variants: int
+) -> tuple[dict[str, tuple[TrainingRow, ...]], int]:
+    """Rows by predictor, and how many examples they come from. Tracing twice costs the calls of once: they are cached."""
+    from copa_harness.tune.rows import render_rows
+    from copa_harness.tune.traces import rows_from_traces
+
+    adapter = default_adapter()
+    if labelled:
+        rows = render_rows(
+            program, job.trainset, demos=demos, seed=job.seed, n_demos=n_demos, n_variants=n_variants, adapter=adapter
+        )
+        return rows, len(job.trainset)
+    if not job.can_afford_traces:
+        raise TrainingError(
+            "the budget does not pay for a pass over the training examples, which the weights step needs here; raise the "
+            "budget, or give finetune_data=..."
+        )
+    with current_scope().phase(Phase.BOOTSTRAP), dspy.context(adapter=adapter, disable_history=True):
+        traced = rows_from_traces(
+            program,
+            job.trainset,
+            metric=lambda example, prediction, trace: call_metric(job.metric, example, prediction=prediction, trace=trace),
+            demos=demos,
+            seed=job.seed,
+            n_demos=n_demos,
+            n_variants=n_variants,
+            pass_score=job.settings.min_score,
+            adapter=adapter,
+            threads=job.threads,
+        )
+    return traced.rows, traced.n_passed
+
+
+def _check_tunable(lm: Any) -> None:
+    provider = getattr(lm, "provider", None)
+    if not (hasattr(getattr(lm, "engine", None), "add_lora") or getattr(provider, "finetunable", False)):
+        raise ConfigurationError(
+            f"got the model {model_name(lm)!r}, which cannot be fine-tuned; the weights step needs 'embedded', "
+            "'hf:<path or id>', or a DSPy model whose provider fine-tunes"
+        )
+
+
+def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
+    """The tuned model: by LoRA for a local engine, by DSPy's provider for any other."""
+    if hasattr(getattr(lm, "engine", None), "add_lora"):
+        return _lora(lm, rows, job, made)
+    from dspy.clients.utils_finetune import TrainDataFormat
+
+    data = [{"messages": [dict(message) for message in row.messages]} for row in rows]
+    result = lm.finetune(train_data=data, train_data_format=TrainDataFormat.CHAT, train_kwargs={}).result()
+    if isinstance(result, BaseException):  # DSPy hands an error over as the job's result
+        raise TrainingError(f"fine-tuning {model_name(lm)!r} failed: {result}") from result
+    return result
+
+
+def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
+    from copa_harness.tune.settings import LoraSettings
+    from copa_harness.tune.trainer import LoraTrainer
+
+    lora = job.settings.lora or LoraSettings(epochs=job.n_epochs, seed=job.seed)
+    kept, held_out = list(rows), []
+    n_held_out = round(job.settings.held_out_share * len(rows))
+    if n_held_out:
+        chosen = set(np.random.default_rng([job.seed, 606]).permutation(len(rows))[:n_held_out].tolist())
+        kept = [row for i, row in enumerate(rows) if i not in chosen]
+        held_out = [row for i, row in enumerate(rows) if i in chosen]
+    trainer = LoraTrainer(lm.engine, directory=lm.engine.lora_dir)
+    adapter = trainer.train(kept, settings=lora, held_out=held_out, served_with=made.served_with)
+    return lm.copy(model=adapter.model)
