@@ -206,7 +206,7 @@ def _litellm_providers(*, default: str | None = None) -> list[str]:
 
 
 def _did_you_mean(provider: str, model: str) -> str:
-    close = difflib.get_close_matches(provider.lower(), [*LITELLM_PROVIDER_PREFIXES, *_litellm_providers()], cutoff=0.7)
+    close = difflib.get_close_matches(provider.lower(), [*LITELLM_PROVIDER_PREFIXES, *_litellm_providers()], cutoff=0.8)
     if close:
         return f"; did you mean '{close[0]}/{model}'?"
     return f"; for a model of the Hugging Face hub write 'hf:{provider}/{model}'" if "/" not in model else ""
