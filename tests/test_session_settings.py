@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.settings import MarkerArguments, Setting, Settings
+from copa_harness.session.settings import MarkerArguments, Setting, Settings
 
 ROOT = Path("/somewhere")
 

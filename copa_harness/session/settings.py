@@ -115,7 +115,7 @@ class MarkerArguments:
         threads: Examples in flight at once.
         max_cycles: Rounds of an alternating strategy at most.
         epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
-        optimizer_kwargs: Arguments for DSPy optimizers named in the strategy.
+        optimizer_kwargs: Arguments of DSPy optimizers by name: `{"miprov2": {"num_trials": 5}}`.
         undecided_fails: Whether gates that are undecided or not comparable fail the test.
     """
 
@@ -158,12 +158,13 @@ class MarkerArguments:
             if value is not None and not accepts(value):
                 raise ConfigurationError(f"copa marker: {name}={value!r}; expected {expected}.")
         marker = cls(**keywords)
-        for parse, text in ((parse_strategy, marker.strategy), (parse_budget, marker.budget)):
-            if text is not None:
-                try:
-                    parse(text)
-                except ConfigurationError as error:
-                    raise ConfigurationError(f"copa marker: {error}") from None
+        try:
+            if marker.strategy is not None:
+                parse_strategy(marker.strategy)
+            if marker.budget is not None:
+                parse_budget(marker.budget)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"copa marker: {error}") from None
         return marker
 
 
@@ -205,8 +206,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_cycles": _POSITIVE,
     "epsilon": _SHARE,
     "optimizer_kwargs": (
-        lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
-        "a dictionary of keyword arguments",
+        lambda value: isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values()),
+        "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",
     ),
     "undecided_fails": (lambda value: isinstance(value, bool), "True or False"),
 }

@@ -1,0 +1,159 @@
+"""The `copa_*` fixtures, and what the plugin remembers between its hooks.
+
+Like `plugin.py` this module imports pytest and the standard library only; a fixture imports what it needs when it
+is first asked for. It translates a test's marker and settings into calls of `CopaSession` and decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+if TYPE_CHECKING:
+    from copa_harness.lm.metered import MeteredLM
+    from copa_harness.session.copa_session import CopaSession
+    from copa_harness.session.ending import Report
+    from copa_harness.session.runs import CopaRun, ScoredEvaluation
+    from copa_harness.session.settings import MarkerArguments, Setting, Settings
+    from copa_harness.tasks.task import Task
+
+OPTION_NAMES = ("budget", "lm", "prompt_lm", "seed", "threads", "cache_dir", "report_dir", "api_base")
+"""Settings with a value, each with a command-line option, an environment variable and an ini option."""
+
+
+@dataclass(slots=True)
+class State:
+    """What the plugin remembers in `config.stash`; created when the first copa test is collected."""
+
+    settings: Settings
+    order: dict[str, int] = field(default_factory=dict)
+    session: CopaSession | None = None
+
+
+STATE = pytest.StashKey[State]()
+WORKER_RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+MARKER_ARGUMENTS: pytest.StashKey[MarkerArguments] = pytest.StashKey()
+REFUSED = pytest.StashKey[str]()
+RUNS = pytest.StashKey[list[Any]]()
+REPORT: pytest.StashKey[Report] = pytest.StashKey()
+
+
+def given_settings(config: pytest.Config) -> dict[str, Setting]:
+    """Option values by name, from the strongest source that has one."""
+    from copa_harness.session.settings import Setting
+
+    given = {}
+    for name in OPTION_NAMES:
+        variable = f"COPA_{name.upper()}"
+        if (value := config.getoption(f"copa_{name}")) is not None:
+            given[name] = Setting(_from_here(config, name, value), f"--copa-{name.replace('_', '-')}")
+        elif value := os.environ.get(variable):
+            given[name] = Setting(_from_here(config, name, value), f"environment variable {variable}")
+        elif (value := config.getini(f"copa_{name}")) not in (None, ""):
+            given[name] = Setting(str(value), f"ini option copa_{name}")
+    return given
+
+
+def _from_here(config: pytest.Config, name: str, value: str) -> str:
+    """A directory typed in a shell is relative to where it was typed (one in an ini file to the rootdir)."""
+    return str(Path(config.invocation_params.dir, value)) if name.endswith("_dir") else value
+
+
+@pytest.fixture(scope="session")
+def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
+    """The session that runs and remembers everything: cache, engines, finished stages, records."""
+    from copa_harness.session.copa_session import CopaSession
+    from copa_harness.session.settings import Settings
+
+    state = pytestconfig.stash.get(STATE, None)
+    if state is None:  # reached by getfixturevalue() from a test that names no copa fixture
+        state = State(Settings.from_given(given_settings(pytestconfig), root=pytestconfig.rootpath))
+        pytestconfig.stash[STATE] = state
+    with CopaSession(state.settings) as session:
+        state.session = session
+        yield session
+
+
+@pytest.fixture(scope="session")
+def copa_task() -> Task:
+    """The task under test: a program, a metric and three splits. Define your own."""
+    pytest.fail(
+        "no task to test: define a fixture copa_task in this module or in a conftest.py, for instance\n\n"
+        "    @pytest.fixture(scope='module')\n"
+        "    def copa_task():\n"
+        "        return copa_harness.tasks.iris()",
+        pytrace=False,
+    )
+
+
+def _arguments(request: pytest.FixtureRequest) -> MarkerArguments:
+    from copa_harness.session.settings import MarkerArguments
+
+    return cast("pytest.Item", request.node).stash.get(MARKER_ARGUMENTS, MarkerArguments())
+
+
+@pytest.fixture
+def copa_base_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM:
+    """The base model (`--copa-lm`, or the marker's). Override it to test with a model of your own making."""
+    return copa_session.base_lm(_arguments(request))
+
+
+@pytest.fixture
+def copa_prompt_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM | None:
+    """The model that proposes instructions (`--copa-prompt-lm`), or None. Override it like `copa_base_lm`."""
+    return copa_session.prompt_lm(_arguments(request))
+
+
+@pytest.fixture
+def copa_finetuned_lm(
+    request: pytest.FixtureRequest, copa_session: CopaSession, copa_task: Task, copa_base_lm: MeteredLM
+) -> MeteredLM:
+    """The base model after fine-tuning on the task: what the strategy `w` comes up with."""
+    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=_arguments(request))
+
+
+@pytest.fixture
+def copa_evaluate(
+    request: pytest.FixtureRequest, copa_session: CopaSession, copa_task: Task, copa_base_lm: MeteredLM
+) -> Callable[..., ScoredEvaluation]:
+    """A function `(program=None, *, lm=None, split="test")` that scores a program on a split of the task.
+
+    Default program: the task's, as written. Default model: the base model.
+    """
+    item = cast("pytest.Item", request.node)
+
+    def evaluate(program: Any = None, *, lm: MeteredLM | None = None, split: str = "test") -> ScoredEvaluation:
+        evaluation = copa_session.evaluate(
+            copa_task,
+            program=program,
+            lm=copa_base_lm if lm is None else lm,
+            split=split,
+            marker=_arguments(request),
+            test=item.nodeid,
+        )
+        item.stash.setdefault(RUNS, []).append(evaluation)
+        return evaluation
+
+    return evaluate
+
+
+@pytest.fixture
+def copa_run(
+    request: pytest.FixtureRequest,
+    copa_session: CopaSession,
+    copa_task: Task,
+    copa_base_lm: MeteredLM,
+    copa_prompt_lm: MeteredLM | None,
+) -> CopaRun:
+    """The task's program after the optimization the marker asks for, scored once on the test split."""
+    item = cast("pytest.Item", request.node)
+    run = copa_session.run(
+        copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=_arguments(request), test=item.nodeid
+    )
+    item.stash.setdefault(RUNS, []).append(run)
+    return run

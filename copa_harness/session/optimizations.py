@@ -1,0 +1,261 @@
+"""Finished optimizations by everything their outcome depends on: the same optimization is never made twice.
+
+The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
+package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
+made, under a lock that other processes wait for. One found on disk costs no call, no training step and no import of
+torch or Optuna. Knows nothing of gates, records or pytest, and never sees a test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.results import PhaseRecord, Usage
+from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
+
+if TYPE_CHECKING:
+    import dspy
+
+    from copa_harness.lm.metered import MeteredLM
+    from copa_harness.optimize.outcome import OptimizationResult
+    from copa_harness.tasks.task import Task
+
+PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")
+_ROOMS = ("lm", "evaluate", "tune", "optimize")
+
+
+@dataclass(slots=True)
+class Optimized:
+    """A finished optimization.
+
+    Attributes:
+        key: Names everything it depends on.
+        program: The optimized program, models attached.
+        lm: The model it runs on.
+        result: What the optimizer reported when it was made.
+        artifact: Folder with program, LoRA adapter and manifest.
+        from_disk: It was found finished, not made by this process.
+        told: What it spent stands in a record already; further records of it spend nothing, so that the sums of a
+            report are what was really spent.
+    """
+
+    key: str
+    program: dspy.Module
+    lm: MeteredLM
+    result: OptimizationResult
+    artifact: Path
+    from_disk: bool
+    told: bool = False
+
+    def phases(self) -> tuple[PhaseRecord, ...]:
+        """The phases with what they spent here and now: nothing, when they were found finished."""
+        if not (self.from_disk or self.told):
+            return self.result.phases
+        where = "done earlier" if self.from_disk else "shared"
+        return tuple(
+            replace(
+                phase,
+                usage=Usage(cached_calls=phase.usage.paid_calls + phase.usage.cached_calls),
+                note="; ".join(part for part in (_cost(phase.usage, where), phase.note) if part),
+            )
+            for phase in self.result.phases
+        )
+
+
+def _cost(usage: Usage, where: str) -> str:
+    return f"{where} for {usage.paid_calls:,} calls, {usage.train_steps:,} steps, {usage.wall_s:.0f} s"
+
+
+class Optimizations:
+    """Makes optimizations, or finds them made.
+
+    Args:
+        directory: The cache directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from copa_harness.store.stages import StageStore
+
+        self._directory = directory
+        self._stages = StageStore(directory / "stages")
+        self._made: dict[str, Optimized] = {}
+
+    def get(
+        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
+    ) -> Optimized:
+        """The task's program optimized as the marker says.
+
+        Args:
+            task: Its test split is not looked at.
+            lm: Base model.
+            prompt_lm: Model that proposes instructions.
+            settings: Budget, seed and threads in force (the marker's already merged in).
+            marker: Strategy and search settings.
+        """
+        from filelock import FileLock
+
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        if key not in self._made:
+            locks = self._directory / "stages" / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / f"{key[:32]}.lock"):  # held by the process: it lapses when the process is killed
+                self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
+        return self._made[key]
+
+    def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
+        from copa_harness.optimize.outcome import OptimizationResult, apply_state
+
+        stored = self._stages.get(key)
+        if stored is None:
+            return None
+        result = OptimizationResult.from_json(stored["result"])
+        if result.state is None:
+            return None
+        program = apply_state(task.program, result.state, lm=lm)
+        return self._finished(key, task, program, lm, result, from_disk=True)
+
+    def _make(
+        self,
+        key: str,
+        task: Task,
+        lm: MeteredLM,
+        prompt_lm: MeteredLM | None,
+        settings: Settings,
+        marker: MarkerArguments,
+    ) -> Optimized:
+        from copa_harness.optimize.copa import COPA
+
+        optimizer = COPA(
+            metric=task.metric,
+            strategy=marker.strategy or DEFAULT_STRATEGY,
+            budget=settings.budget,
+            seed=settings.seed,
+            lm=lm,
+            prompt_lm=prompt_lm,
+            threads=settings.threads,
+            finetune_data=task.finetune_data,
+            **_search_settings(marker),
+        )
+        program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
+        result: OptimizationResult = program.copa_result
+        if result.state is not None:
+            self._stages.put(key, {"task": task.name, "result": result.to_json()})
+        return self._finished(key, task, program, lm, result, from_disk=False)
+
+    def _finished(
+        self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult, *, from_disk: bool
+    ) -> Optimized:
+        models = [predictor.lm for predictor in program.predictors() if predictor.lm is not None]
+        tuned = next((model for model in models if model.model == result.model), lm)
+        artifact = self._saved(key, task, program, tuned, result)
+        return Optimized(key, program, tuned, result, artifact, from_disk)
+
+    def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
+        """The artifact's folder; written when it is not there yet."""
+        from copa_harness.report.surroundings import versions
+        from copa_harness.store.artifacts import save_artifact
+
+        folder = self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
+        if not (folder / "manifest.json").exists():
+            save_artifact(
+                folder,
+                program_state=program.dump_state(json_mode=True),
+                lora_directory=_lora_directory(lm),
+                manifest={
+                    "task": task.name,
+                    "strategy": result.strategy,
+                    "model": result.model,
+                    "model_fingerprint": lm.fingerprint,
+                    "seed": result.seed,
+                    "validation_score": result.score_after,
+                    "n_validation": result.n_validation,
+                    "versions": versions(PACKAGES),
+                },
+            )
+        return folder
+
+
+def program_fingerprint(program: dspy.Module) -> str:
+    """SHA-256 of a program: the source of its class and the state of its predictors, models left out."""
+    from copa_harness.store.stages import hash_json, hash_source
+
+    state: Mapping[str, Any] = program.dump_state(json_mode=True)
+    bare = {
+        name: {key: value for key, value in part.items() if key != "lm"} if isinstance(part, Mapping) else part
+        for name, part in state.items()
+        if name != "lm"
+    }
+    return hash_json([hash_source(type(program)), bare])
+
+
+def task_fingerprint(task: Task) -> str:
+    """SHA-256 of a task: its data, the source of its metric, its program. Its name does not count."""
+    from copa_harness.store.stages import hash_examples, hash_json, hash_source
+
+    return hash_json(
+        {
+            "trainset": hash_examples(task.trainset),
+            "valset": hash_examples(task.valset),
+            "testset": hash_examples(task.testset),
+            "finetune_data": task.finetune_data,
+            "metric": hash_source(task.metric),
+            "program": program_fingerprint(task.program),
+        }
+    )
+
+
+def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments) -> str:
+    from copa_harness.optimize.strategy import parse_strategy
+    from copa_harness.report.surroundings import versions
+    from copa_harness.store.stages import hash_json
+
+    return hash_json(
+        {
+            "task": task_fingerprint(task),
+            "lm": [lm.model, lm.fingerprint, lm.kwargs],
+            "prompt_lm": None if prompt_lm is None else [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
+            "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
+            "budget_calls": str(settings.budget.calls),
+            "seed": settings.seed,
+            "search": _search_settings(marker),
+            "versions": versions(PACKAGES),
+            "source": _own_source(),
+        }
+    )
+
+
+def _search_settings(marker: MarkerArguments) -> dict[str, Any]:
+    """What the marker says about the search, and no word about what it leaves to the optimizer."""
+    given = {name: getattr(marker, name) for name in ("max_cycles", "epsilon", "optimizer_kwargs")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@cache
+def _own_source() -> str:
+    """SHA-256 of the modules that decide how an optimization runs: a changed optimizer makes new results."""
+    from copa_harness.store.stages import hash_file, hash_json
+
+    package = Path(__file__).parent
+    files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
+    return hash_json({path.relative_to(package).as_posix(): hash_file(path) for path in files})
+
+
+def _lora_directory(lm: MeteredLM) -> Path | None:
+    """Where the LoRA adapter of a fine-tuned local model lies; None for base weights and remote models."""
+    from copa_harness.lm.local_lora import find_lora, split_model_name
+
+    digits = split_model_name(lm.model)[1]
+    directory = getattr(lm.engine, "lora_dir", None)
+    return find_lora(Path(directory), digits) if digits is not None and directory is not None else None
+
+
+def _slug(text: str) -> str:
+    return (
+        "".join(character if character.isalnum() or character in "_." else "-" for character in text.lower())
+        .strip("-")
+        .replace("--", "-")
+    )

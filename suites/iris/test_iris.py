@@ -1,0 +1,32 @@
+"""Iris: name a flower from four lengths. Weights alone, prompts alone, and both together, each held to a score."""
+
+import pytest
+
+from copa_harness.tasks import iris
+
+BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.60, 0.60, 0.85
+
+
+@pytest.fixture(scope="module")
+def copa_task():
+    return iris()
+
+
+def test_base_model(copa_evaluate, copa_base_lm):
+    assert copa_evaluate(lm=copa_base_lm).score > BASE
+
+
+def test_finetuned_model(copa_evaluate, copa_finetuned_lm):
+    assert copa_evaluate(lm=copa_finetuned_lm).score > WEIGHTS
+
+
+@pytest.mark.copa(strategy="p", min_score=PROMPTS)
+def test_prompts(copa_run):
+    copa_run.check()
+
+
+@pytest.mark.copa(strategy="p -> w -> p", min_score=JOINT, max_regression=0.05)
+def test_joint(copa_run):
+    assert copa_run.score >= JOINT
+    assert copa_run.usage.calls <= copa_run.budget.calls
+    copa_run.check()
