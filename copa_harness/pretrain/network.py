@@ -30,7 +30,7 @@ class NetworkShape:
     n_layers: int = 6
     n_heads: int = 4
     feed_forward: int = 320
-    rope_theta: float = 10000.0
+    rope_theta: float = 1_000_000.0
 
 
 class TrainingNetwork(nn.Module):
