@@ -76,6 +76,16 @@ def test_names_dspy_knows_become_endpoint_models_with_the_providers_own_defaults
     assert set(lm.kwargs.values()) == {None}
 
 
+def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_default(build, tmp_path):
+    (tmp_path / "model").mkdir()
+    lm = build(f"hf:{tmp_path / 'model'}/", device="cpu")
+    assert lm.model == lm.engine.name == f"hf:{tmp_path / 'model'}"
+    assert lm.engine.lora_dir == tmp_path / "lora"
+    assert lm.kwargs == {"temperature": 0.0, "max_tokens": 512}
+    assert build(f"hf:{tmp_path / 'model'}", max_tokens=9).kwargs["max_tokens"] == 9
+    assert not adapter_for(lm).use_json_adapter_fallback
+
+
 def test_the_json_fallback_of_the_chat_adapter_is_for_models_with_a_json_mode(build):
     assert not adapter_for(ScriptedLM("x")).use_json_adapter_fallback
     assert adapter_for(build("openai/gpt-4o-mini")).use_json_adapter_fallback

@@ -98,4 +98,4 @@ def test_the_claim_of_a_killed_process_lapses_at_once(start, tmp_path):
     result = json.loads(heir.stdout.readline())
     assert result["right"]
     assert result["paid"] == 1
-    assert result["seconds"] < 1.5
+    assert result["seconds"] < 5  # the owner would have kept it for a minute
