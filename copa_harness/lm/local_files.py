@@ -1,7 +1,8 @@
 """What a local model is made of, on disk: where its files lie and the hash of everything that shapes an answer.
 
 Knows nothing of torch: a run answered wholly from the cache fingerprints its models here and never imports
-torch or transformers. Hashes are memoised by path, modification time and size.
+torch or transformers. What was computed from files is
+remembered by their paths, modification times and sizes, since a fingerprint is asked for at every request.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from copa_harness.errors import ArtifactError, ConfigurationError
 
@@ -34,8 +35,30 @@ _SHAPING_FILES = (
     "chat_template.json",
 )
 
-_hashes: dict[tuple[str, int, int], str] = {}
-_hashes_lock = threading.Lock()
+Stamp = tuple[tuple[int, int], ...]
+"""(mtime in ns, size in bytes) of several paths."""
+
+Value = TypeVar("Value")
+
+_remembered: dict[Hashable, tuple[Stamp, Any]] = {}
+_remembered_lock = threading.Lock()
+
+
+def remembered(key: Hashable, paths: Sequence[Path], compute: Callable[[], Value]) -> Value:
+    """`compute()`, or its last result if modification time and size of all `paths` are as they were then.
+
+    A path that does not exist counts as a state of its own.
+    """
+    stamp = tuple(map(_stamp, paths))
+    with _remembered_lock:
+        known = _remembered.get(key)
+    if known is not None and known[0] == stamp:
+        value: Value = known[1]
+        return value
+    value = compute()
+    with _remembered_lock:
+        _remembered[key] = (stamp, value)
+    return value
 
 
 def hash_mapping(value: Mapping[str, Any]) -> str:
@@ -45,28 +68,33 @@ def hash_mapping(value: Mapping[str, Any]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Sha256 of a file's bytes, in hex; memoised by (path, mtime, size).
+    """Sha256 of a file's bytes, in hex; computed once for each (path, mtime, size).
 
     Raises:
         ArtifactError: the file is not there.
     """
+    return remembered(("file", path), [path], lambda: _hash_file(path))
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        status = path.stat()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     except FileNotFoundError as error:
         raise ArtifactError(
             f"got no file at {path}; expected a complete model folder; remedy: fetch it again"
         ) from error
-    key = (os.fspath(path.resolve()), status.st_mtime_ns, status.st_size)
-    with _hashes_lock:
-        known = _hashes.get(key)
-    if known is not None:
-        return known
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    with _hashes_lock:
-        return _hashes.setdefault(key, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return (-1, -1)
+    return (status.st_mtime_ns, status.st_size)
 
 
 def resolve_model_directory(path: Path | str) -> Path:
@@ -115,6 +143,31 @@ def base_fingerprint(directory: Path, *, dtype: str, chat_template: str | None =
     Raises:
         ConfigurationError: the folder holds no safetensors weights or no config.json.
     """
+    files = shaping_files(directory)
+    return remembered(
+        ("base", directory, dtype, chat_template),
+        files,
+        lambda: hash_mapping(
+            {
+                "schema": FINGERPRINT_SCHEMA,
+                "files": {file.relative_to(directory).as_posix(): hash_file(file) for file in files},
+                "dtype": dtype,
+                "chat_template": chat_template,
+            }
+        ),
+    )
+
+
+def shaping_files(directory: Path) -> list[Path]:
+    """The files of a model folder that shape its answers.
+
+    Raises:
+        ConfigurationError: the folder holds no safetensors weights or no config.json.
+    """
+    return remembered(("listing", directory), [directory], lambda: _shaping_files(directory))
+
+
+def _shaping_files(directory: Path) -> list[Path]:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights or not (directory / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
@@ -125,11 +178,4 @@ def base_fingerprint(directory: Path, *, dtype: str, chat_template: str | None =
         )
     files = [*weights, *(directory / name for name in _SHAPING_FILES if (directory / name).is_file())]
     files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    return hash_mapping(
-        {
-            "schema": FINGERPRINT_SCHEMA,
-            "files": {file.relative_to(directory).as_posix(): hash_file(file) for file in files},
-            "dtype": dtype,
-            "chat_template": chat_template,
-        }
-    )
+    return files

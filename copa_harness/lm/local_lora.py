@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ArtifactError
-from copa_harness.lm.local_files import hash_file, hash_mapping
+from copa_harness.lm.local_files import hash_file, hash_mapping, remembered
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -71,6 +71,11 @@ def read_lora(directory: Path) -> LoraFiles:
     Raises:
         ArtifactError: something is missing, or a file's hash is not the manifest's.
     """
+    paths = [directory / name for name in (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE)]
+    return remembered(("lora", directory), paths, lambda: _read_lora(directory))
+
+
+def _read_lora(directory: Path) -> LoraFiles:
     remedy = f"remedy: delete {directory} and train again (the same training gives the same adapter)"
     path = directory / MANIFEST_FILE
     try:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +95,13 @@ class LocalModel:
         name = f"lora_{lora.fingerprint[:32]}"  # peft refuses dots in names
         if name not in self._loras:
             # The trainer stores float32 adapters; peft would otherwise keep them so beside a bfloat16 base.
-            if self._with_loras is None:
-                self._with_loras = peft.PeftModel.from_pretrained(
-                    share_weights(self.model), str(lora.directory), adapter_name=name
-                )
-            else:
-                self._with_loras.load_adapter(str(lora.directory), adapter_name=name)
+            with quiet_peft():
+                if self._with_loras is None:
+                    self._with_loras = peft.PeftModel.from_pretrained(
+                        share_weights(self.model), str(lora.directory), adapter_name=name
+                    )
+                else:
+                    self._with_loras.load_adapter(str(lora.directory), adapter_name=name)
             self._with_loras.to(self.device)
             self._with_loras.eval().requires_grad_(False)
         self._with_loras.set_adapter(name)
@@ -184,6 +188,14 @@ def _bytes_per_token(config: Any, item_bytes: int) -> int:
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
     return 2 * int(config.num_hidden_layers) * n_kv_heads * width * item_bytes
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silences what peft's own code provokes (it asks transformers 5 for a deprecated attribute)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def share_weights(model: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from copa_harness.errors import TrainingError
+from copa_harness.lm.local_model import quiet_peft
 from copa_harness.tune.settings import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         target_modules=target if isinstance(target, str) else list(target),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet_peft():
         try:
             wrapped = peft.get_peft_model(model, config)
         except ValueError as error:

@@ -1,0 +1,281 @@
+"""LoraTrainer: learns, repeats bit for bit, never trains twice, leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import dspy
+import peft
+import pytest
+import torch
+import transformers
+from dspy.lm15 import Config, Message, Request
+
+from copa_harness.errors import ArtifactError, ConfigurationError, TrainingError
+from copa_harness.lm.door import Door
+from copa_harness.lm.local import TransformersEngine
+from copa_harness.lm.local_lora import WEIGHTS_FILE
+from copa_harness.lm.local_model import quiet_peft
+from copa_harness.lm.metered import MeteredLM
+from copa_harness.lm.scope import open_scope
+from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, loop, render_rows
+from copa_harness.tune.loop import EncodedRow, _batches, _rate
+from copa_harness.tune.trainer import encode_row
+
+QUICK = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1)
+
+
+def row(question: str, answer: str, variant: int = 0) -> TrainingRow:
+    return TrainingRow(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), variant)
+
+
+ROWS = tuple(row(f"question {i}", "red" if i % 2 else "green") for i in range(8))
+
+
+def ask(engine, model, question, **config):
+    request = Request(model=model, messages=(Message.user(question),), config=Config(max_tokens=8, **config))
+    return engine.complete(request, seed=0)
+
+
+@pytest.fixture
+def trainer(engine):
+    return LoraTrainer(engine, directory=engine.lora_dir)
+
+
+def test_a_trained_adapter_answers_as_it_was_taught_and_the_base_does_not_change(engine, trainer):
+    before = ask(engine, "hf:tiny", "question 1").text
+    settings = LoraSettings(rank=8, epochs=30, batch_size=8, learning_rate=2e-2)
+    adapter = trainer.train(ROWS, settings=settings, served_with="none")
+    assert [ask(engine, adapter.model, f"question {i}").text for i in range(4)] == ["green", "red", "green", "red"]
+    assert ask(engine, adapter.model, "question 1").finish_reason == "stop"
+    assert ask(engine, "hf:tiny", "question 1").text == before
+
+
+def test_answers_of_an_adapter_equal_those_of_peft_alone_also_beside_other_adapters(engine, trainer, tiny_folder):
+    first, second = (
+        trainer.train(ROWS, settings=LoraSettings(rank=4, epochs=3, learning_rate=3e-2, seed=seed), served_with="none")
+        for seed in (0, 1)
+    )
+    models = ["hf:tiny", first.model, second.model] * 3
+    with ThreadPoolExecutor(9) as pool:
+        texts = list(pool.map(lambda model: ask(engine, model, "question zebra 5").text, models))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    ids = tokenizer("<|user|>question zebra 5<|assistant|>", add_special_tokens=False, return_tensors="pt")
+    for i, adapter in enumerate((None, first, second)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+        if adapter:
+            with quiet_peft():
+                model = peft.PeftModel.from_pretrained(model, str(adapter.directory))
+        generated = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert texts[i::3] == [tokenizer.decode(generated, skip_special_tokens=True)] * 3
+    assert len(set(texts)) == 3
+
+
+def test_the_same_training_repeats_bit_for_bit(engine, tmp_path):
+    adapters = [
+        LoraTrainer(engine, directory=tmp_path / name).train(ROWS, settings=QUICK, served_with="none") for name in "ab"
+    ]
+    assert adapters[0].fingerprint == adapters[1].fingerprint
+    weights = [(adapter.directory / WEIGHTS_FILE).read_bytes() for adapter in adapters]
+    assert weights[0] == weights[1]
+    other_seed = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1, seed=1)
+    assert (
+        LoraTrainer(engine, directory=tmp_path / "c").train(ROWS, settings=other_seed, served_with="none").fingerprint
+        != adapters[0].fingerprint
+    )
+
+
+def test_a_finished_training_is_read_and_not_done_again(engine, trainer):
+    with open_scope("first") as scope:
+        first = trainer.train(ROWS, settings=QUICK, served_with="none")
+    assert scope.usage().train_steps == first.train_steps == 4
+    with open_scope("second") as scope:
+        again = trainer.train(list(ROWS), settings=QUICK, served_with="none")
+    assert scope.usage().train_steps == 0
+    assert (first.trained_now, again.trained_now) == (True, False)
+    assert (again.fingerprint, again.train_steps, again.final_loss) == (first.fingerprint, 4, first.final_loss)
+
+
+@pytest.mark.parametrize("change", ["rows", "settings", "held_out", "served_with"])
+def test_anything_that_shapes_a_training_makes_another_recipe(change, trainer):
+    given = {"rows": ROWS, "settings": QUICK, "held_out": (), "served_with": "none"}
+    other = {"rows": ROWS[:-1], "settings": LoraSettings(), "held_out": ROWS[:1], "served_with": "program"}
+    changed = {**given, change: other[change]}
+    assert trainer.recipe(changed.pop("rows"), **changed) != trainer.recipe(given.pop("rows"), **given)
+
+
+def test_a_later_process_finds_an_adapter_by_its_name(trainer, engine, tiny_folder):
+    adapter = trainer.train(ROWS, settings=QUICK, served_with="none")
+    later = TransformersEngine(tiny_folder, name="hf:tiny", lora_dir=engine.lora_dir)
+    assert later.fingerprint(adapter.model) == adapter.fingerprint
+    assert ask(later, adapter.model, "question 1").text == ask(engine, adapter.model, "question 1").text
+
+
+def test_the_manifest_says_how_and_for_which_prompts(trainer):
+    adapter = trainer.train(ROWS, settings=QUICK, held_out=ROWS[:2], served_with="resample:9")
+    manifest = json.loads((adapter.directory / "manifest.json").read_text())
+    assert manifest["served_with"] == "resample:9"
+    assert manifest["settings"]["rank"] == 4
+    assert manifest["train_steps"] == 4
+    assert len(manifest["losses"]) == len(manifest["held_out_losses"]) == 2
+    assert set(manifest["files"]) == {WEIGHTS_FILE, "adapter_config.json"}
+    assert adapter.directory.name == manifest["recipe"]
+
+
+def test_a_damaged_adapter_is_refused_by_engine_and_trainer(engine, trainer):
+    adapter = trainer.train(ROWS, settings=QUICK, served_with="none")
+    (adapter.directory / WEIGHTS_FILE).write_bytes(b"x" * 100)
+    for act in (
+        lambda: engine.fingerprint(adapter.model),
+        lambda: ask(engine, adapter.model, "x"),
+        lambda: trainer.train(ROWS, settings=QUICK, served_with="none"),
+    ):
+        with pytest.raises(ArtifactError, match="remedy: delete"):
+            act()
+
+
+def test_an_adapter_of_another_base_is_refused(trainer, tmp_path):
+    from copa_harness.lm.local_tiny import write_tiny_model
+
+    adapter = trainer.train(ROWS, settings=QUICK, served_with="none")
+    other = TransformersEngine(write_tiny_model(tmp_path / "other", seed=5), name="hf:tiny", lora_dir=tmp_path)
+    with pytest.raises(ArtifactError, match="trained for a base"):
+        other.add_lora(adapter.directory)
+
+
+def test_training_stops_early_and_keeps_the_best_epoch(trainer):
+    settings = LoraSettings(rank=4, epochs=40, batch_size=8, learning_rate=3e-2, early_stop_patience=2)
+    contrary = [row(f"question {i}", "green" if i % 2 else "red") for i in range(8)]
+    adapter = trainer.train(ROWS, settings=settings, held_out=contrary, served_with="none")
+    manifest = json.loads((adapter.directory / "manifest.json").read_text())
+    losses = manifest["held_out_losses"]
+    assert len(losses) < 40
+    assert adapter.final_loss == min(losses) == losses[manifest["best_epoch"] - 1]
+
+
+def test_gradient_accumulation_gives_the_gradients_of_the_whole_batch(engine, tmp_path):
+    losses = []
+    for size in (None, 3):
+        settings = LoraSettings(rank=4, epochs=3, batch_size=8, micro_batch_size=size)
+        adapter = LoraTrainer(engine, directory=tmp_path / str(size)).train(ROWS, settings=settings, served_with="none")
+        losses.append(json.loads((adapter.directory / "manifest.json").read_text())["losses"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_no_rows_only_long_rows_and_a_diverging_loss_are_errors(trainer):
+    with pytest.raises(TrainingError, match="0 rows"):
+        trainer.train([], settings=QUICK, served_with="none")
+    with pytest.raises(TrainingError, match="longer than 3 tokens"):
+        trainer.train(ROWS, settings=LoraSettings(max_length=3), served_with="none")
+    with pytest.raises(TrainingError, match="remedy: a learning rate"):
+        trainer.train(ROWS, settings=LoraSettings(learning_rate=1e6, epochs=6, batch_size=2), served_with="none")
+    assert not [path for path in trainer.directory.iterdir() if path.name != ".locks"]
+
+
+def test_over_long_rows_are_left_out_and_counted(trainer, caplog):
+    long = row("zebra " * 60, "red")
+    with caplog.at_level("WARNING"):
+        adapter = trainer.train([*ROWS, long], settings=LoraSettings(epochs=1, max_length=60), served_with="none")
+    assert adapter.n_over_long == 1
+    assert "1 of 9 training rows" in caplog.text
+
+
+def test_each_epoch_trains_on_the_next_variant(trainer):
+    rows = [row(f"question {i}", "red", variant) for variant in range(2) for i in range(6)]
+    adapter = trainer.train(rows, settings=LoraSettings(epochs=4, batch_size=6), served_with="resample:1")
+    assert adapter.train_steps == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"max_length": 0}, {"seed": -1}, {"learnign_rate": 1}],
+)
+def test_settings_out_of_range_or_misspelt_are_refused(changes):
+    with pytest.raises(ConfigurationError, match="expected"):
+        LoraSettings().replaced(changes)
+
+
+def test_unknown_target_modules_are_a_clear_error(trainer):
+    with pytest.raises(TrainingError, match="target_modules"):
+        trainer.train(ROWS, settings=LoraSettings(target_modules=("nothing_like_it",)), served_with="none")
+
+
+def test_loss_falls_on_the_answer_and_its_end_only(engine):
+    encoded = encode_row(engine.chat, row("question 1", "red"), eos_ids=engine.eos_ids)
+    assert engine.tokenizer.decode(encoded.ids[: encoded.n_prompt]) == "<|user|>question 1<|assistant|>"
+    assert engine.tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "red<|end|>"
+
+
+def test_a_template_that_ends_turns_with_more_than_the_end_token_trains_up_to_it(tiny_folder, tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    engine = TransformersEngine(tiny_folder, name="m", lora_dir=tmp_path, chat_template=template)
+    encoded = encode_row(engine.chat, row("question 1", "red"), eos_ids=engine.eos_ids)
+    assert engine.tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "red<|end|>"
+
+
+def test_a_template_that_rewrites_the_prompt_once_answered_is_refused(tiny_folder, tmp_path):
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ ' Answer:' }}{% endif %}"
+    )
+    engine = TransformersEngine(tiny_folder, name="m", lora_dir=tmp_path, chat_template=template)
+    with pytest.raises(TrainingError, match="finished conversation differently"):
+        encode_row(engine.chat, row("question 1", "red"), eos_ids=engine.eos_ids)
+
+
+def test_batches_hold_every_row_once_and_rows_of_like_length_together():
+    import numpy as np
+
+    rows = [EncodedRow(tuple(range(n)), 1) for n in [10] * 8 + [200] * 8]
+    batches = list(_batches(rows, 4, np.random.default_rng(0)))
+    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
+    assert all(len({len(row.ids) for row in batch}) == 1 for batch in batches)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    rates = [_rate(step, 5, 30) for step in range(31)]
+    assert rates[0] == pytest.approx(1 / 6)
+    assert max(rates) == rates[5] == 1.0
+    assert rates[-1] == 0.0
+
+
+def _train_for_ever(folder, directory):
+    loop._loss_sum = lambda *args, **kwargs: time.sleep(600)
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=directory)
+    LoraTrainer(engine, directory=directory).train(ROWS, settings=QUICK, served_with="none")
+
+
+def test_a_killed_training_leaves_nothing_and_holds_up_nobody(tiny_folder, trainer):
+    killed = multiprocessing.get_context("spawn").Process(target=_train_for_ever, args=(tiny_folder, trainer.directory))
+    killed.start()
+    deadline = time.monotonic() + 60
+    while not list((trainer.directory / ".locks").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert not list(trainer.directory.glob("*/manifest.json"))
+    assert trainer.train(ROWS, settings=QUICK, served_with="none").trained_now
+
+
+def test_a_recipe_asked_for_by_many_at_once_is_trained_once(engine):
+    with ThreadPoolExecutor(4) as pool:
+        trainers = [LoraTrainer(engine, directory=engine.lora_dir) for _ in range(4)]
+        adapters = list(pool.map(lambda trainer: trainer.train(ROWS, settings=QUICK, served_with="none"), trainers))
+    assert sum(adapter.trained_now for adapter in adapters) == 1
+    assert len({adapter.model for adapter in adapters}) == 1
+
+
+def test_rows_of_a_program_train_and_serve_end_to_end(engine, trainer, program, examples):
+    rows = render_rows(program, examples[:4:3], demos="none", seed=0)["self"]
+    settings = LoraSettings(epochs=40, batch_size=2, learning_rate=2e-2)
+    adapter = trainer.train(rows, settings=settings, served_with="none")
+    lm = MeteredLM(adapter.model, engine=engine, door=Door(cache=None), max_tokens=40)
+    with dspy.context(lm=lm):
+        assert [program(**example.inputs()).colour for example in examples[:4:3]] == ["red"] * 2
