@@ -203,7 +203,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             where = _last_line_of_the_user(call.excinfo)
             report.longrepr = f"{where}{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     if report.when == "call" and report.failed:
-        report.sections.extend(("copa", run.describe()) for run in item.stash.get(RUNS, []))
+        said = "" if call.excinfo is None else str(call.excinfo.value)  # check() has said it all already
+        descriptions = [run.describe() for run in item.stash.get(RUNS, [])]
+        report.sections.extend(("copa", text) for text in dict.fromkeys(descriptions) if text not in said)
     return report
 
 
@@ -268,4 +270,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for remark in report.remarks:
         terminalreporter.write_line(remark, red=True)
     where = f"; report: {report.written}" if report.written else ""
-    terminalreporter.write_line(f"copa: {report.verdicts}{where}")
+    terminalreporter.write_line(f"runs: {report.verdicts}{where}")

@@ -123,13 +123,11 @@ class CopaSession:
         lm = lm or self.base_lm(marker)
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
-        task = _checked(task)
+        evaluation = self._evaluation(
+            _checked(task), program or task.program, lm, split=split, strategy=strategy, marker=marker
+        )
         if strategy == "none" and split == "test":
-            evaluation = self._baseline(task, lm, marker)
-        else:
-            evaluation = self._evaluation(
-                task, program or task.program, lm, split=split, strategy=strategy, marker=marker
-            )
+            self._baselines[_baseline_key(task, lm)] = evaluation
         self._record(evaluation, test=test, base=base, marker=marker, optimized=optimized)
         return evaluation
 
@@ -156,16 +154,12 @@ class CopaSession:
         base = lm or self.base_lm(marker)
         optimized = self._optimized(_checked(task), base, prompt_lm, marker)
         result = optimized.result
-        known = self._is_known(task, base)
-        baseline = self._baseline(task, base, marker)
-        if result.strategy == "none":
-            evaluation = baseline
-        else:
-            if not known:
-                self._record(baseline, test=test, base=base, marker=marker)
-            evaluation = self._evaluation(
-                task, optimized.program, optimized.lm, split="test", strategy=result.strategy, marker=marker
-            )
+        if result.strategy != "none" and _baseline_key(task, base) not in self._baselines:
+            self.evaluate(task, lm=base, marker=marker, test=test)
+        evaluation = self._evaluation(
+            task, optimized.program, optimized.lm, split="test", strategy=result.strategy, marker=marker
+        )
+        baseline = evaluation if result.strategy == "none" else self._baselines[_baseline_key(task, base)]
         phases = optimized.phases()
         gates = judged(task, evaluation, optimized, base=base, marker=marker, settings=settings)
         run = CopaRun(
@@ -231,18 +225,6 @@ class CopaSession:
                 threads=self.settings.merged(marker).threads,
             )
         return ScoredEvaluation.of(result, task=task.name, strategy=strategy)
-
-    def _baseline(self, task: Task, lm: MeteredLM, marker: MarkerArguments) -> ScoredEvaluation:
-        """The program as written on the test split, once per session."""
-        key = _baseline_key(task, lm)
-        if key not in self._baselines:
-            self._baselines[key] = self._evaluation(
-                task, task.program, lm, split="test", strategy="none", marker=marker
-            )
-        return self._baselines[key]
-
-    def _is_known(self, task: Task, lm: MeteredLM) -> bool:
-        return _baseline_key(task, lm) in self._baselines
 
     def _record(
         self,

@@ -6,7 +6,7 @@ plugin asks it for its meaning when such an assertion fails.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Score(float):
         return self.evaluation.summary() if self.evaluation is not None else f"score {float(self):.3f}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ScoredEvaluation(EvaluationResult):
     """An `EvaluationResult` that knows what was evaluated, so that it can be described."""
 
@@ -60,6 +60,9 @@ class ScoredEvaluation(EvaluationResult):
         """`iris, p -> w -> p`."""
         return ", ".join(part for part in (self.task, self.strategy) if part)
 
+    def __repr__(self) -> str:
+        return f"<ScoredEvaluation {self.summary()}>"
+
     def summary(self) -> str:
         """`iris, p -> w -> p: score 0.893 on 75 test examples (95 % interval 0.803 to 0.945)`."""
         return f"{self.title}: {score_line(self)}"
@@ -69,7 +72,7 @@ class ScoredEvaluation(EvaluationResult):
         return format_failure(self, title=self.title)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class CopaRun:
     """One optimization run and its final evaluation.
 
@@ -103,8 +106,8 @@ class CopaRun:
     phases: tuple[PhaseRecord, ...]
     gates: tuple[GateResult, ...]
     verdict: Verdict
-    program: dspy.Module = field(repr=False)
-    lm: MeteredLM = field(repr=False)
+    program: dspy.Module
+    lm: MeteredLM
     artifact: Path | None
     exhausted: bool = False
     stopped: str = ""
@@ -137,6 +140,9 @@ class CopaRun:
         """Score minus the score of the program as written, -1..1."""
         return float(self.score) - float(self.baseline.score)
 
+    def __repr__(self) -> str:
+        return f"<CopaRun {self.evaluation.summary()}>"
+
     def worst(self, k: int = 3) -> tuple[ExampleResult, ...]:
         """The `k` worst test examples."""
         return self.evaluation.worst(k)
@@ -159,7 +165,7 @@ class CopaRun:
         """What was measured, what it cost and the worst examples; shown beside a failed test."""
         ceiling = f"{self.budget.calls:,.0f}" if self.budget.calls != float("inf") else "any number of"
         hints = [
-            f"the program as written: {number(self.baseline.score)}, so {number(self.improvement, signed=True)}",
+            f"the program as written scored {number(self.baseline.score)}: {number(self.improvement, signed=True)}",
             f"optimization spent {self.usage.calls:,} of {ceiling} calls (budget {self.budget.name}), "
             f"{self.usage.train_steps:,} training steps, {self.usage.wall_s:.1f} s"
             + ("; it was found finished on disk" if self.from_disk else ""),
