@@ -168,9 +168,8 @@ def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
     for outcome, words in (("provider_error", "got no answer from the model"), ("metric_error", "broke the metric")):
         rows = [row for row in failed if row.outcome == outcome]
         if rows:
-            kinds.append(
-                f"{len(rows)} {words} (first: {rows[0].example_id}: {shortened(rows[0].error or 'no message recorded')})"
-            )
+            first = shortened(rows[0].error or "no message recorded")
+            kinds.append(f"{len(rows)} {words} (first: {rows[0].example_id}: {first})")
     message = (
         f"{len(failed)} of {evaluation.n} examples have no score ({100 * rate:.1f} %, allowed {100 * most:g} %): "
         f"{'; '.join(kinds) or 'no reason recorded'}. They are failures, not wrong answers, and are in no mean. "

@@ -188,6 +188,8 @@ def permutation_p_value(
     moved = np.sort(differences[differences != 0])
     if moved.size == 0:
         return 1.0
+    if moved.size == 1:
+        moved = np.append(moved, 0.0)  # scipy wants two rows; the sign of a zero changes nothing
     from scipy import stats
 
     def total(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

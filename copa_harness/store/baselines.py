@@ -166,9 +166,12 @@ def load_baseline(directory: Path, *, task: str, name: str) -> Baseline | None:
     if not isinstance(document, dict) or document.get("kind") != KIND or document.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} is not a baseline of schema {SCHEMA}. {_MEND}")
     try:
-        return _from_json(document)
+        loaded = _from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"baseline {path} is damaged ({type(error).__name__}: {error}). {_MEND}") from error
+    if (loaded.task, loaded.name) != (task, name):
+        raise ArtifactError(f"{path} is the baseline of {loaded.task} ({loaded.name}), not of {task} ({name}). {_MEND}")
+    return loaded
 
 
 _MEND = "Next: restore it (git checkout), or accept the present scores with --copa-bless."
