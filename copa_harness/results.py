@@ -161,7 +161,7 @@ class EvaluationResult:
     def worst(self, k: int = 3) -> tuple[ExampleResult, ...]:
         """The `k` worst examples: failures first, then the lowest scores, in a stable order."""
         below = [r for r in self.results if r.score is None or r.score < 1.0]
-        return tuple(sorted(below, key=lambda r: (-1.0 if r.score is None else r.score))[:k])
+        return tuple(sorted(below, key=lambda r: -1.0 if r.score is None else r.score)[:k])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -188,14 +189,14 @@ def test_builtins_go_by_name():
 
 def test_another_process_computes_the_same_hash(tmp_path):
     variant(tmp_path, 1)
+    source = str(tmp_path / "1" / "metric_module.py")
     program = (
         "import importlib.util, sys\n"
         "from copa_harness.store.fingerprints import hash_source, hash_json\n"
-        f"spec = importlib.util.spec_from_file_location('metric_module', {str(tmp_path / '1' / 'metric_module.py')!r})\n"
+        f"spec = importlib.util.spec_from_file_location('metric_module', {source!r})\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(hash_source(m.metric), hash_json({'a': {'x', 'y', 'z'}}))"
     )
-    import os
 
     def answer(seed):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
