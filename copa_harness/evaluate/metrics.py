@@ -88,11 +88,13 @@ def score_of(returned: Any, *, name: str = "metric") -> float:
         value = value.item()
     if not isinstance(value, (bool, int, float)):
         raise MetricError(
-            f"got {returned!r} from the metric {name!r}; expected a bool, a number in 0..1 or dspy.Prediction(score=...)"
+            f"got {returned!r} from the metric {name!r}; "
+            "expected a bool, a number in 0..1 or dspy.Prediction(score=...)"
         )
     score = float(value)
     if not math.isfinite(score) or not 0.0 <= score <= 1.0:
         raise MetricError(
-            f"got {score} from the metric {name!r}; expected a number in 0..1 (divide a score of another range by its maximum)"
+            f"got {score} from the metric {name!r}; "
+            "expected a number in 0..1 (divide a score of another range by its maximum)"
         )
     return score

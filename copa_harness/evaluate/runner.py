@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError, LMError
+from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMError, LMUnsupportedFeatureError
 
 from copa_harness.errors import ConfigurationError, CopaError, MetricError, ProviderError, TaskError
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_values, plain
@@ -52,10 +52,10 @@ class ExampleRun:
 
 
 def default_adapter() -> Any:
-    """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter with one call per answer.
+    """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter.
 
-    DSPy's default falls back to a second call in JSON when an answer does not parse; a metered run must not pay twice
-    for an answer that is simply wrong.
+    That one makes one call per answer. DSPy's default falls back to a second call in JSON when an answer does not parse;
+    a metered run must not pay twice for an answer that is simply wrong.
     """
     return dspy.settings.adapter or dspy.ChatAdapter(use_json_adapter_fallback=False)
 
@@ -154,6 +154,14 @@ def run_examples(
     """Like `evaluate`, but returns predictions and traces too (what bootstrapping needs).
 
     Args:
+        program: As in `evaluate`.
+        examples: As in `evaluate`.
+        metric: As in `evaluate`.
+        split: As in `evaluate`.
+        lm: As in `evaluate`.
+        phase: As in `evaluate`.
+        threads: As in `evaluate`.
+        ids: As in `evaluate`.
         trace_to_metric: Call the metric with the trace, as DSPy's bootstrapping does (many metrics are stricter then).
         raise_if_nothing_works: Whether a failure of every example is raised. A search turns it off: one hopeless
             candidate (say, a prompt longer than the context window) must not end it.
@@ -213,14 +221,15 @@ def _run_one(
             prediction = program(**inputs)
     except AdapterParseError as error:
         return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=_said(error)), trace=tuple(trace))
+    except (LMConfigurationError, LMUnsupportedFeatureError) as error:
+        raise ConfigurationError(f"the model cannot be asked like this: {_said(error)}") from error
     except (LMError, ProviderError) as error:
         return ExampleRun(replace(base, outcome="provider_error", error=_said(error)), trace=tuple(trace))
     except CopaError:
         raise
-    except Exception as error:
-        return ExampleRun(
-            replace(base, score=0.0, outcome="unparsed", error=f"the program raised {_said(error)}"), trace=tuple(trace)
-        )
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything; it is recorded, never dropped
+        said = f"the program raised {_said(error)}"
+        return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=said), trace=tuple(trace))
     base = replace(base, predicted=_fields(prediction))
     try:
         score = call_metric(metric, example, prediction=prediction, trace=trace if trace_to_metric else None)
@@ -247,7 +256,9 @@ def _raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
     results = [run.result for run in runs]
     first = results[0].error
     if all(result.outcome == "metric_error" for result in results):
-        raise MetricError(f"the metric failed on all {len(results)} examples of the {split!r} split; the first: {first}")
+        raise MetricError(
+            f"the metric failed on all {len(results)} examples of the {split!r} split; the first: {first}"
+        )
     if all(result.outcome == "provider_error" for result in results):
         raise ProviderError(
             f"no answer from the model on any of the {len(results)} examples of the {split!r} split; the first: {first}"

@@ -1,7 +1,7 @@
 """How many calls a step of a strategy may use: its share of what the run's budget still allows.
 
-The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on the
-order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses the call after the last one.
+The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on
+the order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses what is too much.
 Knows scopes and numbers; knows nothing of programs or scores.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dspy
@@ -61,38 +61,51 @@ class StepScope(Scope):
         self._step_lock = threading.RLock()
         self._step_refused = False
 
-    def phase(self, phase: Phase) -> AbstractContextManager[None]:
-        return self._parent.phase(phase)
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """As the parent's."""
+        with self._parent.phase(phase):
+            yield
 
     @property
     def current_phase(self) -> Phase:
+        """The parent's."""
         return self._parent.current_phase
 
     def usage(self) -> Usage:
+        """The parent's, the whole run."""
         return self._parent.usage()
 
     def phase_usages(self) -> dict[str, Usage]:
+        """The parent's, the whole run."""
         return self._parent.phase_usages()
 
     def add_train_steps(self, n: int, wall_s: float) -> None:
+        """Booked with the parent."""
         self._parent.add_train_steps(n, wall_s)
 
     @property
     def charged_calls(self) -> int:
+        """The parent's, the whole run."""
         return self._parent.charged_calls
 
     @property
     def remaining_calls(self) -> float:
+        """Left to this step, and to the run."""
         return max(0.0, min(self._parent.remaining_calls, self.budget.calls - self._parent.charged_calls))
 
     @property
     def exhausted(self) -> bool:
+        """Whether this step's ceiling refused a call."""
         return self._step_refused
 
     def reserve(self, key: str, *, paying: bool = False) -> Reservation:
+        """As the parent's, within this step's ceiling."""
         with self._step_lock:
             if self._closed:
-                raise BudgetExhausted(f"step {self.name!r} has ended; a thread left over from it asked for another call")
+                raise BudgetExhausted(
+                    f"step {self.name!r} has ended; a thread left over from it asked for another call"
+                )
             before = self._parent.charged_calls
             reservation = self._parent.reserve(key, paying=paying)
             if before < self._parent.charged_calls and self._parent.charged_calls > self.budget.calls:
@@ -105,9 +118,11 @@ class StepScope(Scope):
             return reservation
 
     def settle(self, reservation: Reservation, usage: Usage) -> None:
+        """Settled with the parent."""
         self._parent.settle(reservation, usage)
 
     def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
+        """Refunded with the parent."""
         self._parent.refund(reservation, failed=failed)
 
 

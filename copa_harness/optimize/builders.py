@@ -10,16 +10,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import dspy
 from dspy import teleprompt
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.registry import Built, OptimizerJob
-
-MAX_ERRORS = 10_000_000
-"""Unparsable answers are counted as such by our own scoring; DSPy must not give up on the tenth."""
+from copa_harness.evaluate.metrics import metric_arity
+from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
 
 
 def build(job: OptimizerJob) -> Built:
@@ -37,7 +36,9 @@ def _data(job: OptimizerJob) -> dict[str, Any]:
     return {"trainset": list(job.trainset), "valset": list(job.valset)}
 
 
-def _split_kwargs(job: OptimizerJob, kind: Any, *, ours: dict[str, Any], at_compile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _split_kwargs(
+    job: OptimizerJob, kind: Any, *, ours: dict[str, Any], at_compile: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """(optimizer, compile arguments): the user's kwargs go wherever DSPy takes them.
 
     Raises:
@@ -128,9 +129,9 @@ def _knn(job: OptimizerJob) -> Built:
         raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
     k = int(job.kwargs.get("k", max(1, job.n_demos)))
     optimizer = NeighboursOptimizer(
-        trainset=job.trainset, metric=job.scored, lm=job.task_lm, **{**job.kwargs, "k": min(k, len(job.trainset))}
+        trainset=job.trainset, metric=job.scored, **{**job.kwargs, "k": min(k, len(job.trainset))}
     )
-    return Built(optimizer, structure=f"knn_fewshot {optimizer.describe()}")
+    return Built(optimizer, structure=f"knn_fewshot {optimizer.name}")
 
 
 def _mipro(job: OptimizerJob) -> Built:
@@ -168,18 +169,14 @@ def _mipro(job: OptimizerJob) -> Built:
 
 
 def _copro(job: OptimizerJob) -> Built:
-    if job.prompt_lm is None:
-        raise ConfigurationError(
-            "copro improves instructions with a prompt LM and none is given; pass prompt_lm=... (or --copa-prompt-lm)"
-        )
     depth = 2
     per_round = max(1, job.val_cost * len(job.incumbent.parts) + 1)
     breadth = max(2, min(10, job.calls // (per_round * depth)))
-    ours = {"metric": job.scored, "prompt_model": job.prompt_lm, "breadth": breadth, "depth": depth}
+    ours = {"metric": job.scored, "prompt_model": job.prompt_lm or job.task_lm, "breadth": breadth, "depth": depth}
     # COPRO scores its candidates on what it calls trainset.
     at_compile = {
         "trainset": list(job.valset),
-        "eval_kwargs": {"num_threads": job.threads, "display_progress": False, "max_errors": MAX_ERRORS},
+        "eval_kwargs": {"num_threads": job.threads, "display_progress": False},
     }
     optimizer, kwargs = _split_kwargs(job, teleprompt.COPRO, ours=ours, at_compile=at_compile)
     return Built(optimizer, kwargs, note=f"sized to breadth {breadth}, depth {depth}")
@@ -211,12 +208,9 @@ def _with_feedback(job: OptimizerJob) -> Callable[..., Any]:
 
     def metric(gold: dspy.Example, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any:
         score = job.scored(gold, pred, trace)
-        returned = None
-        try:
-            returned = job.metric(gold, pred, trace, pred_name, pred_trace)
-        except TypeError:
-            pass  # a metric of two or three arguments gives no feedback of its own
-        feedback = getattr(returned, "feedback", None)
+        feedback = None
+        if metric_arity(job.metric) == 5:  # only such a metric is made to give feedback
+            feedback = getattr(job.metric(gold, pred, trace, pred_name, pred_trace), "feedback", None)
         if not feedback:
             labels = {key: value for key, value in gold.items() if key not in gold.inputs()}
             said = ", ".join(f"{key} = {value}" for key, value in labels.items())
@@ -288,16 +282,18 @@ def _together(job: OptimizerJob) -> Built:
     # It scores every intermediate program itself, and the weights step traces the training examples.
     n_evaluations = 1 + len(strategy.split(" -> "))
     free = job.calls - job.train_cost - n_evaluations * job.val_cost
-    prompt = _random_search(OptimizerJob(**{**_fields(job), "kwargs": {}}), calls=free // n_prompt_steps)
-    optimizer = teleprompt.BetterTogether(
-        metric=job.scored, p=PromptStep(prompt.optimizer), w=FinetuneStep(OptimizerJob(**{**_fields(job), "kwargs": {}}))
-    )
-    kwargs = {**_data(job), "strategy": strategy, "num_threads": job.threads, "max_errors": MAX_ERRORS, "seed": job.seed}
-    return Built(optimizer, {**kwargs, **job.kwargs}, tunes_weights=True, note=f"{strategy}; each p {prompt.note}")
-
-
-def _fields(job: OptimizerJob) -> dict[str, Any]:
-    return {name: getattr(job, name) for name in OptimizerJob.__slots__}
+    bare = replace(job, kwargs={})
+    prompt = _random_search(bare, calls=free // n_prompt_steps)
+    optimizer = teleprompt.BetterTogether(metric=job.scored, p=PromptStep(prompt.optimizer), w=FinetuneStep(bare))
+    kwargs = {
+        **_data(job),
+        "strategy": strategy,
+        "num_threads": job.threads,
+        "max_errors": MAX_ERRORS,
+        "seed": job.seed,
+        **job.kwargs,
+    }
+    return Built(optimizer, kwargs, tunes_weights=True, note=f"{strategy}; each p {prompt.note}")
 
 
 _BUILDERS: dict[str, Callable[[OptimizerJob], Built]] = {

@@ -164,6 +164,7 @@ class COPA(Teleprompter):
             trainset: Labelled examples: source of demonstrations, rules and training rows.
             teacher: Program whose traces demonstrations are bootstrapped from, if not the student's own.
             valset: Labelled examples that decide; default a seeded third of the training examples.
+            **kwargs: Refused; DSPy's signature has them.
 
         Raises:
             TaskError: A split is empty or too small, or the program has no predictors.

@@ -1,4 +1,4 @@
-"""Proposals of instructions: the plain one, with the list of labels, with a rule learned from the rows, and a prompt LM's.
+"""Proposals of instructions: the plain one, with the labels, with a rule learned from the rows, and a prompt LM's.
 
 The first three need no model. The prompt LM is shown a summary of the data, the current instruction and past
 instructions with their scores; its proposals are drawn under rollout ids, so they are repeatable. Knows signatures and
@@ -137,7 +137,8 @@ def proposed_by_lm(
     Raises:
         BudgetExhausted: The budget ended.
     """
-    history = "\n".join(f"{score:.2f}: {text}" for text, score in sorted(past, key=lambda one: one[1])[-8:]) or "none yet"
+    best_last = sorted(past, key=lambda one: one[1])[-8:]
+    history = "\n".join(f"{score:.2f}: {text}" for text, score in best_last) or "none yet"
     fields = f"{predictor}: {', '.join(signature.input_fields)} -> {', '.join(signature.output_fields)}"
     writer = dspy.Predict(ProposeInstruction)
     options: list[InstructionOption] = []

@@ -7,13 +7,17 @@ Knows nothing of budgets or scores.
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import dspy
 import numpy as np
-from dspy import teleprompt
+from dspy.predict.knn import KNN
 from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.exceptions import AdapterParseError
+
+from copa_harness.optimize.demos import labelled_pool
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
@@ -53,41 +57,67 @@ def _numbers(text: str) -> list[float]:
     return [float(match) for match in _NUMBER.findall(text)]
 
 
-class NeighboursProgram(dspy.Module):  # type: ignore[misc]
-    """A program whose demonstrations are the nearest training examples of each input."""
+class _Neighbours:
+    """What a program needs to find its demonstrations; shared by copies of the program."""
 
-    def __init__(self, program: dspy.Module, *, knn: teleprompt.KNNFewShot, plain: dspy.Module) -> None:
-        super().__init__()
-        self.__dict__.update({name: value for name, value in program.__dict__.items() if name != "forward"})
-        self._knn = knn
-        self._plain = plain
+    def __init__(self, knn: KNN, *, metric: Callable[..., Any], max_bootstrapped: int, max_labeled: int) -> None:
+        self.knn, self.metric = knn, metric
+        self.max_bootstrapped, self.max_labeled = max_bootstrapped, max_labeled
 
-    def forward(self, **inputs: Any) -> Any:
-        """Answer with demonstrations chosen for these inputs, on the predictors' own models."""
-        lms = {name: predictor.lm for name, predictor in self.named_predictors()}
-        settings = {"lm": next(iter(lms.values()))} if any(lms.values()) else {}
-        nearest = self._knn.KNN(**inputs)
-        with dspy.context(**settings):
-            student = self._plain.deepcopy()
-            student._compiled = False
-            compiled = teleprompt.BootstrapFewShot(**self._knn.few_shot_bootstrap_args).compile(student, trainset=nearest)
-            for name, predictor in compiled.named_predictors():
-                predictor.lm = lms.get(name) or dspy.settings.lm
-            return compiled(**inputs)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Neighbours:
+        return self
+
+
+def _forward(program: Any, **inputs: Any) -> Any:
+    """Answer with demonstrations chosen for these inputs."""
+    neighbours: _Neighbours = program._copa_neighbours
+    nearest = neighbours.knn(**inputs)
+    plain = program.deepcopy()
+    del plain.forward  # the class's own
+    made = _bootstrapped(plain, nearest, neighbours) if neighbours.max_bootstrapped else {}
+    for name, predictor in plain.named_predictors():
+        own = made.get(name, [])
+        labelled = [demo for demo, _ in labelled_pool(predictor.signature, nearest[: neighbours.max_labeled])]
+        predictor.demos = [*own, *labelled[: max(0, neighbours.max_labeled - len(own))]]
+    return plain(**inputs)
+
+
+def _bootstrapped(
+    plain: dspy.Module, nearest: Sequence[dspy.Example], neighbours: _Neighbours
+) -> dict[str, list[dspy.Example]]:
+    """Demonstrations from the program's own answers to its neighbours, where the metric passes them."""
+    names = {id(predictor): name for name, predictor in plain.named_predictors()}
+    found: dict[str, list[dspy.Example]] = {name: [] for name in names.values()}
+    for example in nearest[: neighbours.max_bootstrapped]:
+        trace: list[Any] = []
+        try:
+            with dspy.context(trace=trace):
+                prediction = plain(**example.inputs())
+        except AdapterParseError:
+            continue
+        if neighbours.metric(example, prediction, trace) < 1.0:
+            continue
+        for predictor, given, outputs in trace:
+            if id(predictor) in names:
+                demo = dspy.Example(augmented=True, **given, **dict(outputs.items()))
+                found[names[id(predictor)]].append(demo)
+    return found
 
 
 class NeighboursOptimizer(Teleprompter):
     """KNNFewShot as an optimizer with the usual `compile(student)`.
 
+    DSPy's own runs a whole BootstrapFewShot, progress bars included, for every input; here its retriever is used and
+    the demonstrations are put in directly.
+
     Args:
         trainset: Where neighbours come from.
         metric: Decides which bootstrapped traces pass.
-        lm: Model for predictors without one.
         k: Neighbours per input.
         vectorizer: Texts to vectors; default `TextVectors`.
-        max_bootstrapped_demos: Demonstrations made by running the program on neighbours, one call each; 0 shows the
+        max_bootstrapped_demos: Demonstrations made by running the program on neighbours, one run each; 0 shows the
             labels alone.
-        max_labeled_demos: Labelled demonstrations, default `k`.
+        max_labeled_demos: Demonstrations in all, default `k`.
     """
 
     def __init__(
@@ -95,7 +125,6 @@ class NeighboursOptimizer(Teleprompter):
         *,
         trainset: Sequence[dspy.Example],
         metric: Callable[..., Any],
-        lm: Any,
         k: int,
         vectorizer: Callable[[list[str]], Any] | None = None,
         max_bootstrapped_demos: int = 0,
@@ -103,21 +132,17 @@ class NeighboursOptimizer(Teleprompter):
     ) -> None:
         super().__init__()
         texts = [" | ".join(f"{key}: {value}" for key, value in example.inputs().items()) for example in trainset]
-        self.k, self.lm = k, lm
-        self._own_vectors = vectorizer is None
-        self._knn = teleprompt.KNNFewShot(
-            k=k,
-            trainset=list(trainset),
-            vectorizer=vectorizer or TextVectors(texts),
+        self.name = f"k={k}, {'own' if vectorizer is None else 'given'} vectors, {max_bootstrapped_demos} bootstrapped"
+        self._neighbours = _Neighbours(
+            KNN(k, list(trainset), vectorizer or TextVectors(texts)),
             metric=metric,
-            max_bootstrapped_demos=max_bootstrapped_demos,
-            max_labeled_demos=k if max_labeled_demos is None else max_labeled_demos,
+            max_bootstrapped=max_bootstrapped_demos,
+            max_labeled=k if max_labeled_demos is None else max_labeled_demos,
         )
-
-    def describe(self) -> str:
-        """In words what cannot be read from the program's settings."""
-        return f"k={self.k}, {'own' if self._own_vectors else 'given'} vectors"
 
     def compile(self, student: dspy.Module, **kwargs: Any) -> dspy.Module:
         """The student with demonstrations chosen per input."""
-        return NeighboursProgram(student, knn=self._knn, plain=student.deepcopy())
+        program = student.deepcopy()
+        program._copa_neighbours = self._neighbours
+        program.forward = types.MethodType(_forward, program)
+        return program

@@ -38,9 +38,9 @@ class ProposalSettings:
     Attributes:
         max_demos: Demonstrations in the largest sets; 0 proposes none.
         n_demo_sets: Random sets per predictor and source.
-        bootstrap: Run the program on training examples for demonstrations from passing traces. None does so exactly when
-            a predictor has an output that the examples do not hold (reasoning, intermediate steps): where they hold all
-            of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
+        bootstrap: Run the program on training examples for demonstrations from passing traces. None does so exactly
+            when a predictor has an output that the examples do not hold (reasoning, intermediate steps): where they
+            hold all of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
         min_score: Score from which a trace passes, 0..1.
         n_proposed: Instructions asked of the prompt LM, per predictor and phase.
     """

@@ -59,10 +59,13 @@ def quiet(source: str) -> Iterator[None]:
         kept.append((noisy, list(noisy.handlers), noisy.propagate))
         noisy.handlers, noisy.propagate = [forward], False
     try:
-        with contextlib.redirect_stdout(_Lines(source)), contextlib.redirect_stderr(_Lines(source)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
+        with (
+            contextlib.redirect_stdout(_Lines(source)),
+            contextlib.redirect_stderr(_Lines(source)),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for noisy, handlers, propagate in kept:
             noisy.handlers, noisy.propagate = handlers, propagate

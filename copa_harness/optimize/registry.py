@@ -9,6 +9,7 @@ What DSPy 3.4 does on its own, and what is done about it here:
 * BetterTogether logs a failed step and returns a program flagged `flag_compilation_error_occurred`: raised here.
 * InferRules writes instructions into the signature class its candidates share, so what it returns is its last
   candidate, not its best: the recorded evaluation of the best is taken instead.
+* An instruction proposal that does not parse ends MIPROv2, COPRO and InferRules: see `forgiving`.
 * Prints, progress bars and loggers go to our logger at DEBUG.
 
 Knows how to run an optimizer; how each is built and sized is in `builders`.
@@ -31,10 +32,14 @@ from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.scope import current_scope
 from copa_harness.optimize.allowance import Allowance, step_scope
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.forgiving import ProposalCount, forgiving
 from copa_harness.optimize.quiet import quiet
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")
+
+MAX_ERRORS = 10_000_000
+"""Unparsable answers are counted as such by our own scoring; DSPy must not give up on the tenth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class OptimizerJob:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerOutcome:
-    """What an optimizer found (None when it was stopped before its first complete evaluation), and sentences about it."""
+    """What an optimizer found (None when stopped before its first complete evaluation), and sentences about it."""
 
     candidate: Candidate | None
     notes: tuple[str, ...] = ()
@@ -130,7 +135,7 @@ class Built:
     note: str = ""
 
 
-class _BestEvaluation(BaseCallback):  # type: ignore[misc]
+class _BestEvaluation(BaseCallback):
     """Remembers the best program of the complete evaluations on the whole validation split."""
 
     def __init__(self, job: OptimizerJob) -> None:
@@ -172,13 +177,14 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     student._compiled = False
     best = _BestEvaluation(job)
     notes: list[str] = []
-    adapter = default_adapter()
+    count = ProposalCount()
+    adapter = forgiving(default_adapter(), program=student, count=count)
     with (
         current_scope().phase(Phase.SEARCH),
         step_scope(job.allowance, name=job.name),
         dspy.context(
             lm=job.task_lm, adapter=adapter, callbacks=[*(dspy.settings.callbacks or []), best],
-            num_threads=job.threads, disable_history=True,
+            num_threads=job.threads, max_errors=MAX_ERRORS, disable_history=True,
         ),
         quiet(job.name),
     ):  # fmt: skip
@@ -193,6 +199,8 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
                 + ("the best of them is kept" if best.best is not None else "nothing to keep")
             )
             return OptimizerOutcome(best.best, tuple(notes))
+    if count.n_unusable:
+        notes.append(f"{count.n_unusable} of {count.n_asked} instruction proposals were unusable and left out")
     if getattr(program, "flag_compilation_error_occurred", False):
         raise CopaError(
             f"{job.name}: DSPy reports that a step failed (flag_compilation_error_occurred); its reason is in the "
@@ -211,8 +219,7 @@ def _compile(job: OptimizerJob, built: Built, student: dspy.Module) -> dspy.Modu
     except CopaError:
         raise
     except Exception as error:
-        hint = "" if job.prompt_lm is not None else "; a small task model writing its own instructions is a likely cause"
-        raise CopaError(f"{job.name} failed with {type(error).__name__}: {error}{hint}") from error
+        raise CopaError(f"the optimizer {job.name} failed with {type(error).__name__}: {error}") from error
     if not isinstance(program, dspy.Module):
         raise CopaError(f"{job.name} returned {type(program).__name__}; expected a program")
     return program
@@ -225,7 +232,7 @@ def _settings_of(
     candidate = Candidate.of(program, lm=job.task_lm, structure=structure or job.incumbent.structure)
     names = [part.predictor for part in candidate.parts]
     expected = [part.predictor for part in job.incumbent.parts]
-    if names != expected:
+    if names != expected and not structure:
         raise ConfigurationError(f"{job.name} changed the program's predictors from {expected} to {names}")
     if not structure:
         candidate = Candidate(job.incumbent.template, candidate.parts, candidate.structure)

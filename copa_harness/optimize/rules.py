@@ -36,7 +36,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A decision list: clauses (conditions, label) tried in order, then `otherwise`; its accuracy on the rows it saw."""
+    """A decision list: clauses (conditions, label) tried in order, then `otherwise`; accuracy on the rows it saw."""
 
     clauses: tuple[tuple[tuple[Condition, ...], str], ...]
     otherwise: str
@@ -60,7 +60,9 @@ class _Feature:
     precision: int = 0
 
 
-def learn_rules(columns: Mapping[str, Sequence[str]], labels: Sequence[str], *, max_depth: int = 3, seed: int = 0) -> tuple[Rule, ...]:
+def learn_rules(
+    columns: Mapping[str, Sequence[str]], labels: Sequence[str], *, max_depth: int = 3, seed: int = 0
+) -> tuple[Rule, ...]:
     """Rules from rows, at most two: a chain of one-condition clauses, and the full tree when it is more exact.
 
     Args:
@@ -78,7 +80,7 @@ def learn_rules(columns: Mapping[str, Sequence[str]], labels: Sequence[str], *, 
         return ()
     chance = max(counts.values()) / len(labels)
     rows = np.array(labels, dtype=object)
-    chain = _chain(features, rows, max_clauses=max(max_depth, min(len(counts) - 1, 4)), seed=seed)
+    chain = _chain(features, rows, max_clauses=min(len(counts) - 1, max_depth + 1), seed=seed)
     tree = _tree(features, rows, max_depth=max_depth, seed=seed)
     found = [rule for rule in (chain, tree) if rule is not None and rule.clauses and rule.accuracy > chance]
     if len(found) == 2 and found[1].accuracy <= found[0].accuracy:

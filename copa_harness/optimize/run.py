@@ -217,9 +217,15 @@ class Run:
         self, space: Space, allowance: Allowance, *, phase: Phase, name: str, starts: Sequence[Point] = ()
     ) -> str:
         """Run one study and adopt its best; why it stopped."""
-        settings = replace(self.settings.search, seed=self.settings.search.seed + 1000 * self.settings.seed + self.n_trials)
+        settings = replace(self.settings.search, seed=1000 * self.settings.seed + self.n_trials)
         outcome = search(
-            space, validation=self.validation, allowance=allowance, settings=settings, phase=phase, starts=starts, name=name
+            space,
+            validation=self.validation,
+            allowance=allowance,
+            settings=settings,
+            phase=phase,
+            starts=starts,
+            name=name,
         )
         self.n_trials += len(outcome.trials)
         for trial in outcome.trials:
@@ -233,8 +239,8 @@ class Run:
             f"{name}: {len(outcome.trials)} candidates of {space.size}, stopped: {outcome.stopped}; racing left out "
             f"{saved} of {len(outcome.trials) * self.validation.n} example evaluations"
         )
-        if outcome.stopped == "budget" and not self.scope.remaining_calls > allowance.remaining + self.validation.n:
-            self.stopped = "budget"
+        if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
+            self.stopped = "budget"  # and not merely this step's share
         return outcome.stopped
 
     # -- demos -> instructions
@@ -247,15 +253,14 @@ class Run:
         """
         for cycle in range(self.settings.max_cycles):
             before = self.score
-            remaining = 2 * (self.settings.max_cycles - cycle)
-            demos_allowance = self._fraction(allowance, remaining)
-            demos = self._demo_options(demos_allowance)
-            stopped = [self._half(demos_allowance, Phase.DEMOS, f"demos {cycle + 1}", {}, demos)]
+            # Every cycle may use half of what is left, the last one all of it; demonstrations have more to choose from.
+            cycle_share = allowance if cycle + 1 == self.settings.max_cycles else self._fraction(allowance, 1 / 2)
+            demos_share = self._fraction(cycle_share, 2 / 3)
+            demos = self._demo_options(demos_share)
+            self._half(demos_share, Phase.DEMOS, f"demos {cycle + 1}", {}, demos)
             if self.score < PERFECT:
-                instructions_allowance = self._fraction(allowance, remaining - 1)
-                instructions = self._instruction_options(instructions_allowance)
-                name = f"instructions {cycle + 1}"
-                stopped.append(self._half(instructions_allowance, Phase.INSTRUCTIONS, name, instructions, {}))
+                instructions = self._instruction_options(cycle_share)
+                self._half(cycle_share, Phase.INSTRUCTIONS, f"instructions {cycle + 1}", instructions, {})
             if self.score >= PERFECT:
                 self.stopped = "perfect score"
                 return
@@ -289,10 +294,10 @@ class Run:
             ]
         return self._search(space, allowance, phase=phase, name=name, starts=starts)
 
-    def _fraction(self, allowance: Allowance, parts: int) -> Allowance:
+    def _fraction(self, allowance: Allowance, share: float) -> Allowance:
         if math.isinf(allowance.remaining):
             return allowance
-        return Allowance(self.scope, self.scope.charged_calls + math.floor(allowance.remaining / parts))
+        return self._capped(math.floor(allowance.remaining * share))
 
     # -- weights
 
@@ -357,8 +362,10 @@ class Run:
     # -- joint
 
     def _joint(self, allowance: Allowance) -> None:
-        """One study over weights and prompts at once: base weights, weights tuned bare, weights tuned behind
-        demonstrations, times every instruction and demonstration set."""
+        """One study over weights and prompts at once.
+
+        Levels of the weights: as they are, tuned behind demonstrations, tuned bare.
+        """
         levels = []
         for demos_ahead in (True, False):
             trained = self._train(demos_ahead=demos_ahead)

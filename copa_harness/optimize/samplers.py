@@ -1,8 +1,8 @@
 """Optuna's samplers by name. Nothing is sampled by hand here.
 
-    random   Monte Carlo: every point equally likely
-    tpe      tree-structured Parzen estimator over all dimensions jointly (MIPRO's surrogate)
-    gp       Gaussian process with expected improvement
+* ``random``: Monte Carlo, every point equally likely.
+* ``tpe``: tree-structured Parzen estimator over all dimensions jointly (MIPRO's surrogate).
+* ``gp``: Gaussian process with expected improvement.
 """
 
 from __future__ import annotations

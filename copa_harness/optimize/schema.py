@@ -43,7 +43,7 @@ def is_fully_labelled(signature: Any, examples: Sequence[dspy.Example]) -> bool:
 
 
 def labelled_field(predictor: str, signature: Any, examples: Sequence[dspy.Example]) -> LabelledField | None:
-    """The predictor's last output field that all examples hold, or None when there is none, or its inputs are not there."""
+    """The predictor's last output field that all examples hold; None when there is none or inputs are missing."""
     if not all(name in example for example in examples for name in signature.input_fields):
         return None
     names = [n for n in signature.output_fields if all(n in example for example in examples)]
@@ -84,7 +84,7 @@ def strata_of(examples: Sequence[dspy.Example]) -> tuple[str, ...]:
     if not examples:
         return ()
     inputs = set(input_values(examples[0]))
-    names = [name for name in examples[0].keys() if name not in inputs and all(name in e for e in examples)]
+    names = [name for name in examples[0] if name not in inputs and all(name in e for e in examples)]
     columns = []
     for name in names:
         values = [example[name] for example in examples]

@@ -128,7 +128,8 @@ class Validation:
         self._n_dead = self._n_dead + 1 if dead else 0
         if self._n_dead >= MAX_DEAD_CANDIDATES:
             raise ProviderError(
-                f"no answer from the model for {self._n_dead} candidates in a row; the last error: {runs[0].result.error}"
+                f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
+                f"{runs[0].result.error}"
             )
         sheet.extend(run.result.score for run in runs)
         return tuple(sheet)

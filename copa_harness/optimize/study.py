@@ -153,12 +153,12 @@ class _Race:
                 if self.settings.patience is not None and since_better >= self.settings.patience:
                     stopped = "no improvement"
                     break
+                point = self.space.unseen(self.seen, self.generator)
+                if point is None:
+                    stopped = "search space exhausted"
+                    break
                 if record.n_new == 0 and not self._queue_waits():
-                    point = self.space.unseen(self.seen, self.generator)
-                    if point is None:
-                        stopped = "search space exhausted"
-                        break
-                    self.study.enqueue_trial(point)
+                    self.study.enqueue_trial(point)  # the sampler repeats itself: show it something new
         except (OutOfCalls, BudgetExhausted):
             stopped = "budget"
         logger.info(
@@ -213,7 +213,7 @@ class _Race:
             reported = len(scores)
             if self.validation.is_complete(candidate):
                 return False
-            if reported and (self.validation.mean(candidate) != self.validation.mean(candidate) or trial.should_prune()):
+            if reported and (math.isnan(self.validation.mean(candidate)) or trial.should_prune()):
                 return True
             if not reported and not self.allowance.can_afford(self.validation.cost_to_complete(candidate)):
                 raise OutOfCalls

@@ -2,8 +2,8 @@
 
 BootstrapFinetune crashes on one example that does not parse or gets no answer, and trains on nothing when no example
 passes; so it is given only examples the program was seen to get right (their answers are cached, the second run is
-free). BetterTogether's demo optimizers drop the models, so the `p` after a `w` would run on the base model; `PromptStep`
-puts them back. Knows nothing of sizes.
+free). BetterTogether's demo optimizers drop the models, so the `p` after a `w` would run on the base model;
+`PromptStep` puts them back. Knows nothing of sizes.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ class FinetuneStep(Teleprompter):
         passing = [example for example, run in zip(trainset, runs, strict=True) if run.result.score]
         if not passing:
             raise TrainingError(
-                f"the program gets none of {len(trainset)} training examples right, so there is nothing to fine-tune on; "
-                "use a strategy that optimizes prompts first, or 'w', which trains on labels"
+                f"the program gets none of {len(trainset)} training examples right, so there is nothing to fine-tune "
+                "on; use a strategy that optimizes prompts first, or 'w', which trains on labels"
             )
-        optimizer = teleprompt.BootstrapFinetune(
-            **{"metric": self._job.scored, "num_threads": self._job.threads, "adapter": default_adapter(), **self._job.kwargs}
-        )
+        ours = {"metric": self._job.scored, "num_threads": self._job.threads, "adapter": default_adapter()}
+        optimizer = teleprompt.BootstrapFinetune(**{**ours, **self._job.kwargs})
         tuned: dspy.Module = optimizer.compile(student, trainset=passing)
         tuned._compiled = False
         return tuned
@@ -99,8 +98,8 @@ def finetunable(lm: Any) -> Any:
     directory = getattr(getattr(lm, "engine", None), "lora_dir", None)
     if directory is None:
         raise ConfigurationError(
-            f"got the model {model_name(lm)!r}, which cannot be fine-tuned; expected 'embedded', 'hf:<path or id>', or a "
-            "DSPy model whose provider fine-tunes"
+            f"got the model {model_name(lm)!r}, which cannot be fine-tuned; expected 'embedded', 'hf:<path or id>', "
+            "or a DSPy model whose provider fine-tunes"
         )
     from copa_harness.tune.provider import attach_provider
 

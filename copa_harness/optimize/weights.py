@@ -39,7 +39,7 @@ class WeightsSettings:
     """How a weights step trains.
 
     Attributes:
-        lora: Settings of the LoRA adapter; None takes the trainer's defaults, with `epochs_with_demos` or `epochs_bare`.
+        lora: Settings of the LoRA adapter; None takes the trainer's, with `epochs_with_demos` or `epochs_bare`.
         epochs_with_demos: Passes over the rows when they carry demonstrations. Few suffice: the demonstrations do part
             of the work, and every pass sees new ones.
         epochs_bare: Passes over bare rows.
@@ -145,7 +145,8 @@ def train_weights(job: WeightsJob) -> Trained:
             name = model_name(lm)
             if name in tuned:
                 continue
-            own = [r for part in job.incumbent.parts if model_name(part.lm) == name for r in rows.by_predictor[part.predictor]]
+            served = [part.predictor for part in job.incumbent.parts if model_name(part.lm) == name]
+            own = [row for predictor in served for row in rows.by_predictor[predictor]]
             tuned[name] = _fine_tuned(lm, own, job, rows) if own else lm
             n_rows += len(own)
     n_steps = scope.usage().train_steps - steps_before
@@ -160,7 +161,7 @@ def _rows(job: WeightsJob) -> _Rows:
     names = [part.predictor for part in job.incumbent.parts]
     if job.finetune_data is not None:
         given = [TrainingRow.from_chat(row) for row in job.finetune_data]
-        by_predictor: dict[str, Sequence[TrainingRow]] = {name: () for name in names}
+        by_predictor: dict[str, Sequence[TrainingRow]] = dict.fromkeys(names, ())
         by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
         return _Rows(by_predictor, 0, "the user", "as in the rows")
     program = job.incumbent.program()
@@ -188,7 +189,7 @@ def _rows(job: WeightsJob) -> _Rows:
 def _rendered(
     job: WeightsJob, program: dspy.Module, labelled: bool, *, demos: DemoMode, n_demos: int, n_variants: int
 ) -> tuple[dict[str, tuple[TrainingRow, ...]], int]:
-    """Rows by predictor, and how many examples they come from. Tracing twice costs the calls of once: they are cached."""
+    """Rows by predictor, and how many examples they come from. Tracing twice costs the calls of once (cached)."""
     from copa_harness.tune.rows import render_rows
     from copa_harness.tune.traces import rows_from_traces
 
@@ -200,14 +201,16 @@ def _rendered(
         return rows, len(job.trainset)
     if not job.can_afford_traces:
         raise TrainingError(
-            "the budget does not pay for a pass over the training examples, which the weights step needs here; raise the "
-            "budget, or give finetune_data=..."
+            "the budget does not pay for a pass over the training examples, which the weights step needs here; "
+            "raise the budget, or give finetune_data=..."
         )
     with current_scope().phase(Phase.BOOTSTRAP), dspy.context(adapter=adapter, disable_history=True):
         traced = rows_from_traces(
             program,
             job.trainset,
-            metric=lambda example, prediction, trace: call_metric(job.metric, example, prediction=prediction, trace=trace),
+            metric=lambda example, prediction, trace: call_metric(
+                job.metric, example, prediction=prediction, trace=trace
+            ),
             demos=demos,
             seed=job.seed,
             n_demos=n_demos,
