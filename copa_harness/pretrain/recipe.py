@@ -103,9 +103,12 @@ SHIPPED = Recipe(
             kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
             several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
             plain_answer=1.0)),
-        Stage("short", 500, 24, 160, 1.0, 1.0, Mix(
+        Stage("short", 300, 24, 160, 1.0, 1.0, Mix(
             kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
             spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0)),
+        Stage("rules", 400, 30, 128, 1.0, 1.5, Mix(
+            kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
+            literal=0.0, reasoning=0.0, plain_answer=1.0)),
         Stage("full", 1300, 15, 264, 0.7, 0.7, Mix(
             kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
             literal=0.1)),
