@@ -96,20 +96,25 @@ class Batcher(Generic[Payload, Answer]):
                     return
                 self._collect()
                 waiting = [job for job in self._waiting if not job.cancelled]
-                batch = list(self._choose(waiting)) if waiting else []
-                taken = set(map(id, batch))
-                self._waiting = [job for job in waiting if id(job) not in taken]
+                self._waiting = []
                 self._had_company = len(waiting) > 1
-            if not batch:
-                continue
-            try:
-                self._run(batch)
-            except BaseException as error:  # noqa: BLE001 - handed to every caller, who raises it
-                for job in batch:
-                    if not job.future.done():
-                        job.future.set_exception(error)
-            # A batch must not be kept alive, tensors and all, by this frame while the worker idles.
-            del batch, waiting
+            if waiting:
+                self._work_off(waiting)
+            del waiting  # an idle worker must not keep answers alive
+
+    def _work_off(self, waiting: list[Job[Payload, Answer]]) -> None:
+        """Run one batch out of `waiting` and put the rest back in front of what has come since."""
+        batch = waiting
+        try:
+            batch = list(self._choose(waiting))
+            taken = set(map(id, batch))
+            with self._condition:
+                self._waiting[:0] = [job for job in waiting if id(job) not in taken]
+            self._run(batch)
+        except BaseException as error:  # noqa: BLE001 - handed to every caller, who raises it
+            for job in batch:
+                if not job.future.done():
+                    job.future.set_exception(error)
 
     def _collect(self) -> None:
         """Wait for company until the oldest job's deadline, if any is to be expected."""

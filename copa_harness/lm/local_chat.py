@@ -82,6 +82,11 @@ class ChatFormat:
         """Token ids of a rendered text; the template has written every special token already."""
         return self._ids(text)
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """(first, one past the last) character of every token of `ids(text)`."""
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
     def prompt(self, messages: Sequence[ChatMessage]) -> PromptTokens:
         """Tokens of a prompt that the assistant is to answer, with the length of its shareable prefix.
 

@@ -2,7 +2,8 @@
 
     loss = sum over answer tokens t of -log p(token_t | all tokens before it) / number of answer tokens in the batch
 
-Rows are padded on the left, so that all answers end at the same column and only the last columns need logits.
+Rows are padded on the left, so that all answers end at the same column, and only columns that predict an answer token
+get logits.
 Repeats bit for bit on a CPU with the same number of threads: initial weights and row order come from generators of
 their own. Knows nothing of files, recipes, DSPy or budgets.
 """
@@ -31,11 +32,20 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """Token ids of a row; loss falls on those from `n_prompt` on. For `variant` see `TrainingRow`."""
+    """Token ids of a row. Loss falls on those from `n_prompt` on and on the positions `also` (in demonstrations).
+
+    For `variant` see `TrainingRow`.
+    """
 
     ids: tuple[int, ...]
     n_prompt: int
     variant: int = 0
+    also: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Positions of the tokens to learn; the first is at least 1."""
+        return (*self.also, *range(self.n_prompt, len(self.ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +130,7 @@ def train(
             model.train()
             loss_sum = n_tokens = 0.0
             for batch in _batches(epoch_rows, settings.batch_size, rng):
-                n_answer = sum(len(row.ids) - row.n_prompt for row in batch)
+                n_answer = sum(len(row.targets) for row in batch)
                 size = settings.micro_batch_size or len(batch)
                 batch_loss = 0.0
                 for start in range(0, len(batch), size):
@@ -170,28 +180,36 @@ def mean_loss(model: Any, rows: Sequence[EncodedRow], *, batch_size: int, pad_id
             float(_loss_sum(model, rows[start : start + batch_size], pad_id=pad_id))
             for start in range(0, len(rows), batch_size)
         )
-    return total / sum(len(row.ids) - row.n_prompt for row in rows)
+    return total / sum(len(row.targets) for row in rows)
 
 
 def _loss_sum(model: Any, batch: Sequence[EncodedRow], *, pad_id: int) -> Any:
-    """Summed cross-entropy of the batch's answer tokens (a scalar tensor)."""
+    """Summed cross-entropy of the batch's target tokens (a scalar tensor)."""
     import torch
 
     width = max(len(row.ids) for row in batch)
-    n_last = max(len(row.ids) - row.n_prompt for row in batch)
-    ids = torch.full((len(batch), width), pad_id, device=model.device)
+    ids = torch.full((len(batch), width), pad_id)
     mask = torch.zeros_like(ids)
-    wanted = torch.full((len(batch), n_last), -100, device=model.device)
+    wanted = torch.full_like(ids, -100)
     for i, row in enumerate(batch):
-        ids[i, width - len(row.ids) :] = torch.tensor(row.ids, device=model.device)
-        mask[i, width - len(row.ids) :] = 1
-        n_answer = len(row.ids) - row.n_prompt
-        wanted[i, n_last - n_answer :] = ids[i, width - n_answer :]
-    # The column before the first answer token predicts it.
-    last_only = {"logits_to_keep": n_last + 1} if _takes_logits_to_keep(model) else {}
+        start = width - len(row.ids)
+        ids[i, start:] = torch.tensor(row.ids)
+        mask[i, start:] = 1
+        at = torch.tensor(row.targets) + start
+        wanted[i, at - 1] = ids[i, at]  # a token is predicted by the column before it
+    columns = (wanted != -100).any(0).nonzero()[:, 0].to(model.device)
+    wanted = wanted.to(model.device)[:, columns]
+    only = {"logits_to_keep": columns} if _takes_logits_to_keep(model) else {}
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **last_only).logits
-    logits = logits[:, -(n_last + 1) : -1].float()
+    logits = model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=positions.to(model.device),
+        use_cache=False,
+        **only,
+    ).logits.float()
+    if not only:
+        logits = logits[:, columns]
     return torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=-100, reduction="sum"
     )

@@ -187,13 +187,14 @@ def _check_demo_arguments(demos: DemoMode, n_demos: int, n_variants: int) -> Non
 def _draw(
     signature: Any, calls: Sequence[PredictorCall], own: int, *, n_demos: int, rng: np.random.Generator
 ) -> list[Any]:
-    others = [call.fields for call in calls if not _same_inputs(signature, call.inputs, calls[own].inputs)]
-    if len(others) < n_demos:
+    if len(calls) - 1 < n_demos:
         raise TrainingError(
-            f"got n_demos={n_demos} but only {len(others)} other examples to draw demonstrations from; "
+            f"got n_demos={n_demos} but only {len(calls) - 1} other examples to draw demonstrations from; "
             "remedy: fewer demonstrations or more examples"
         )
-    return [others[int(j)] for j in rng.choice(len(others), size=n_demos, replace=False)]
+    others = [call.fields for call in calls if not _same_inputs(signature, call.inputs, calls[own].inputs)]
+    size = min(n_demos, len(others))  # fewer only where examples have twins
+    return [others[int(j)] for j in rng.choice(len(others), size=size, replace=False)] if size else []
 
 
 def _same_inputs(signature: Any, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:

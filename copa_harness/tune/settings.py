@@ -30,6 +30,8 @@ class LoraSettings:
         seed: of initial weights and row order.
         early_stop_patience: epochs without a better held-out loss before training stops (only with held-out rows;
             the best epoch's weights are kept).
+        learn_from_demos: let loss fall on the demonstrations' answers too. A prompt with k demonstrations then teaches
+            k + 1 answers, behind 0 to k demonstrations, for the price of one; held-out loss is on the last one only.
 
     Raises:
         ConfigurationError: a value out of range.
@@ -48,6 +50,7 @@ class LoraSettings:
     max_grad_norm: float = 1.0
     seed: int = 0
     early_stop_patience: int = 2
+    learn_from_demos: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha", "epochs", "batch_size", "micro_batch_size", "max_length", "early_stop_patience"):

@@ -162,7 +162,7 @@ class LoraTrainer:
 
         base = self.engine.generator.model
         longest = min(settings.max_length or base.context_length, base.context_length)
-        encoded, n_over_long = self._encode(rows, longest=longest)
+        encoded, n_over_long = self._encode(rows, longest=longest, learn_from_demos=settings.learn_from_demos)
         encoded_held_out, n_held_out_over_long = self._encode(held_out, longest=longest)
         if not encoded:
             raise TrainingError(
@@ -208,10 +208,14 @@ class LoraTrainer:
         }
         self._write(target, model, details)
 
-    def _encode(self, rows: Sequence[TrainingRow], *, longest: int) -> tuple[list[EncodedRow], int]:
+    def _encode(
+        self, rows: Sequence[TrainingRow], *, longest: int, learn_from_demos: bool = False
+    ) -> tuple[list[EncodedRow], int]:
         """Rows as tokens, and how many were left out for being longer than `longest`."""
         eos_ids = self.engine.eos_ids
-        encoded = [encode_row(self.engine.chat, row, eos_ids=eos_ids) for row in rows]
+        encoded = [
+            encode_row(self.engine.chat, row, eos_ids=eos_ids, learn_from_demos=learn_from_demos) for row in rows
+        ]
         kept = [row for row in encoded if len(row.ids) <= longest]
         return kept, len(encoded) - len(kept)
 
@@ -244,7 +248,9 @@ class LoraTrainer:
             raise
 
 
-def encode_row(chat: ChatFormat, row: TrainingRow, *, eos_ids: frozenset[int]) -> EncodedRow:
+def encode_row(
+    chat: ChatFormat, row: TrainingRow, *, eos_ids: frozenset[int], learn_from_demos: bool = False
+) -> EncodedRow:
     """A row as tokens: the very prompt tokens of inference, then the answer's up to and with its end token.
 
     Prompt and answer are tokenized apart, as they are at inference, where the answer follows the given prompt tokens.
@@ -270,7 +276,30 @@ def encode_row(chat: ChatFormat, row: TrainingRow, *, eos_ids: frozenset[int]) -
     end = next((i for i, token in enumerate(answer_ids) if token in eos_ids), None)
     # What a template writes after the end token (often a newline) is never generated.
     answer_ids = answer_ids[: end + 1] if end is not None else [*answer_ids, *sorted(eos_ids)[:1]]
-    return EncodedRow((*prompt_ids, *answer_ids), len(prompt_ids), row.variant)
+    also = _demo_targets(chat, row, prompt, prompt_ids, eos_ids=eos_ids) if learn_from_demos else ()
+    return EncodedRow((*prompt_ids, *answer_ids), len(prompt_ids), row.variant, also)
+
+
+def _demo_targets(
+    chat: ChatFormat, row: TrainingRow, prompt: str, prompt_ids: Sequence[int], *, eos_ids: frozenset[int]
+) -> tuple[int, ...]:
+    """Positions of the demonstrations' answers (end tokens included) in the prompt's tokens."""
+    offsets = chat.offsets(prompt)
+    targets: list[int] = []
+    for i, message in enumerate(row.prompt):
+        # DSPy shows demonstrations with missing fields too; their placeholder is nothing to learn.
+        if message["role"] != "assistant" or "Not supplied for this particular" in message["content"]:
+            continue
+        before = chat.text(row.messages[:i], answer_next=True)
+        after = chat.text(row.messages[: i + 1], answer_next=False)
+        if not (prompt.startswith(after) and after.startswith(before)):
+            continue  # this template writes earlier turns differently from the one being answered
+        for position, (start, end) in enumerate(offsets):
+            if position and len(before) <= start and end <= len(after):
+                targets.append(position)
+                if prompt_ids[position] in eos_ids:
+                    break
+    return tuple(targets)
 
 
 def _plain(row: TrainingRow) -> list[Any]:

@@ -71,6 +71,32 @@ def test_an_error_in_a_batch_reaches_every_caller():
             batcher.wait(job)
 
 
+def test_an_error_in_choosing_a_batch_reaches_every_caller_instead_of_hanging():
+    def choose(waiting):
+        raise ZeroDivisionError
+
+    batcher = Batcher(choose, lambda batch: None)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            batcher.submit(1).future.result(timeout=5.0)
+
+
+def test_jobs_that_were_not_chosen_stay_in_order():
+    log = []
+
+    def run(batch):
+        log.append([job.payload for job in batch])
+        for job in batch:
+            job.future.set_result(None)
+
+    batcher = Batcher(lambda waiting: waiting[:2], run, window_s=0.3)
+    with batcher.arriving():
+        jobs = [batcher.submit(i) for i in range(5)]
+    for job in jobs:
+        batcher.wait(job)
+    assert log == [[0, 1], [2, 3], [4]]
+
+
 def test_the_worker_thread_ends_when_idle_and_a_later_job_starts_another(monkeypatch):
     monkeypatch.setattr(local_batching, "IDLE_S", 0.05)
     batcher = echo_batcher([])

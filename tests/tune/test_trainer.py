@@ -17,6 +17,7 @@ import transformers
 from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ArtifactError, ConfigurationError, TrainingError
+from copa_harness.lm import local_model
 from copa_harness.lm.door import Door
 from copa_harness.lm.local import TransformersEngine
 from copa_harness.lm.local_lora import WEIGHTS_FILE
@@ -74,6 +75,20 @@ def test_answers_of_an_adapter_equal_those_of_peft_alone_also_beside_other_adapt
         generated = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert texts[i::3] == [tokenizer.decode(generated, skip_special_tokens=True)] * 3
     assert len(set(texts)) == 3
+
+
+def test_adapters_beyond_those_that_fit_in_memory_are_dropped_and_loaded_again(engine, trainer, monkeypatch):
+    monkeypatch.setattr(local_model, "MAX_LORAS_IN_MEMORY", 1)
+    models = [
+        trainer.train(
+            ROWS, settings=LoraSettings(rank=4, epochs=3, learning_rate=3e-2, seed=seed), served_with="none"
+        ).model
+        for seed in (2, 3)
+    ]
+    answers = [[ask(engine, model, f"question zebra {i}").text for model in models] for i in (5, 6) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[2] == answers[3]
+    assert answers[0][0] != answers[0][1]
 
 
 def test_the_same_training_repeats_bit_for_bit(engine, tmp_path):
@@ -209,6 +224,27 @@ def test_loss_falls_on_the_answer_and_its_end_only(engine):
     encoded = encode_row(engine.chat, row("question 1", "red"), eos_ids=engine.eos_ids)
     assert engine.tokenizer.decode(encoded.ids[: encoded.n_prompt]) == "<|user|>question 1<|assistant|>"
     assert engine.tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "red<|end|>"
+
+
+def test_loss_falls_on_the_answers_of_demonstrations_when_asked(engine):
+    messages = [
+        {"role": "system", "content": "S"},
+        *({"role": role, "content": text} for role, text in [("user", "q1"), ("assistant", "red")]),
+        {"role": "user", "content": "q2"},
+        {"role": "assistant", "content": "Not supplied for this particular example."},
+        *({"role": role, "content": text} for role, text in [("user", "q3"), ("assistant", "green")]),
+    ]
+    encoded = encode_row(engine.chat, TrainingRow(tuple(messages)), eos_ids=engine.eos_ids, learn_from_demos=True)
+    learnt = engine.tokenizer.decode([encoded.ids[position] for position in encoded.targets])
+    assert learnt == "red<|end|>green<|end|>"
+
+
+def test_learning_from_demonstrations_learns_what_they_answer(engine, trainer):
+    turns = [part for i in range(4) for part in (("user", f"question {i}"), ("assistant", "red" if i % 2 else "green"))]
+    rows = [TrainingRow(tuple({"role": role, "content": text} for role, text in turns))]
+    settings = LoraSettings(rank=8, epochs=60, learning_rate=2e-2, learn_from_demos=True)
+    adapter = trainer.train(rows, settings=settings, served_with="program")
+    assert ask(engine, adapter.model, "question 0").text == "green"  # the first demonstration, behind none
 
 
 def test_a_template_that_ends_turns_with_more_than_the_end_token_trains_up_to_it(tiny_folder, tmp_path):
