@@ -33,7 +33,7 @@ class Phase(str, Enum):
 class Verdict(str, Enum):
     """A gate's answer."""
 
-    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    PASS = "pass"
     FAIL = "fail"
     UNDECIDED = "undecided"
     ERROR = "error"

@@ -28,6 +28,7 @@ from copa_harness.results import EvaluationResult, Interval
 
 Alternative = Literal["two-sided", "less", "greater"]
 _CHUNK = 1_000_000
+_DECIMALS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,33 +182,43 @@ def permutation_p_value(
 ) -> float:
     """Paired permutation test of a mean difference of zero: the signs of the differences are exchanged.
 
-    Zero differences change nothing under any exchange and are left out, so small problems are enumerated exactly.
+    Zero differences change nothing under any exchange and are left out. Small problems are enumerated exactly, larger
+    ones sampled, with the observed arrangement counted in, so a p-value is never 0 and the test never too eager.
 
-    Source: Pitman (1937); `scipy.stats.permutation_test`.
+    Source: Pitman (1937); Phipson & Smyth (2010) for the count. The same test as `scipy.stats.permutation_test` with
+    `permutation_type="samples"` (property-tested against it), as one matrix product: scipy's takes seconds for
+    thousands of rows.
     """
     moved = np.sort(differences[differences != 0])
     if moved.size == 0:
         return 1.0
-    if moved.size == 1:
-        moved = np.append(moved, 0.0)  # scipy wants two rows; the sign of a zero changes nothing
-    from scipy import stats
+    exact = moved.size <= math.log2(N_RESAMPLES)
+    # Rounded, so that equal sums added in another order count as ties.
+    observed = round(float(moved.sum()), _DECIMALS)
+    totals = np.round(_all_exchanges(moved) if exact else _some_exchanges(moved, seed=seed), _DECIMALS)
+    added = 0 if exact else 1
+    less = (int((totals <= observed).sum()) + added) / (totals.size + added)
+    greater = (int((totals >= observed).sum()) + added) / (totals.size + added)
+    return {"less": less, "greater": greater, "two-sided": min(1.0, 2 * min(less, greater))}[alternative]
 
-    def total(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        # Rounded, so that equal sums added in another order count as ties.
-        rounded: NDArray[np.float64] = np.round(np.sum(values, axis=axis), 10)
-        return rounded
 
-    result = stats.permutation_test(
-        (moved,),
-        total,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=N_RESAMPLES,
-        batch=max(1, _CHUNK // moved.size),
-        alternative=alternative,
-        rng=np.random.default_rng(seed),
-    )
-    return min(1.0, float(result.pvalue))
+def _all_exchanges(moved: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums under every choice of signs, 2^k of them for k differences."""
+    sums: NDArray[np.float64] = np.zeros(1)
+    for difference in moved:
+        sums = np.concatenate([sums - difference, sums + difference])
+    return sums
+
+
+def _some_exchanges(moved: NDArray[np.float64], *, seed: int) -> NDArray[np.float64]:
+    """Sums under `N_RESAMPLES` random choices of signs."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // moved.size)
+    sums = []
+    for start in range(0, N_RESAMPLES, rows):
+        shape = (min(rows, N_RESAMPLES - start), moved.size)
+        sums.append((2.0 * rng.integers(0, 2, shape, dtype=np.int8) - 1.0) @ moved)
+    return np.concatenate(sums)
 
 
 def tango_statistic(gained: float, lost: float, n: int, *, difference: float) -> float:

@@ -64,6 +64,23 @@ def test_permutation_of_a_few_differences_is_enumerated_exactly(differences, alt
     assert got == pytest.approx(count / len(sums), abs=1e-9)
 
 
+@pytest.mark.parametrize("alternative", ["two-sided", "less", "greater"])
+@pytest.mark.parametrize("n", [7, 60])
+def test_permutation_is_scipys_permutation_test(n, alternative):
+    differences = np.random.default_rng(n).normal(0.05, 0.2, n)
+    expected = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=9_999, alternative=alternative, rng=1
+    ).pvalue
+    got = permutation_p_value(differences, alternative=alternative)
+    assert got == pytest.approx(expected, abs=1e-9 if n == 7 else 0.015)
+
+
+def test_permutation_raises_false_alarms_no_oftener_than_it_says():
+    rng = np.random.default_rng(5)
+    p_values = [permutation_p_value(rng.normal(0, 0.2, 40), alternative="less", seed=i) for i in range(300)]
+    assert sum(p <= 0.05 for p in p_values) <= 0.05 * 300 + 2.6 * math.sqrt(300 * 0.05 * 0.95)
+
+
 @settings(deadline=None, max_examples=40)
 @given(binary_pairs)
 def test_on_right_wrong_scores_permutation_and_mcnemar_are_the_same_test(pairs):
