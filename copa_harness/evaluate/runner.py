@@ -54,7 +54,7 @@ class ExampleRun:
 def default_adapter() -> Any:
     """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter.
 
-    That one makes one call per answer. DSPy's default falls back to a second call in JSON when an answer does not parse;
+    That one makes one call per answer. DSPy's default asks a second time in JSON when an answer does not parse;
     a metered run must not pay twice for an answer that is simply wrong.
     """
     return dspy.settings.adapter or dspy.ChatAdapter(use_json_adapter_fallback=False)
