@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import dspy
+import pytest
+
+from copa_harness.lm.embedded import embedded_model_path
+from copa_harness.pretrain.devtasks import development_tasks
+from copa_harness.pretrain.measure import load_model, record, signature
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(embedded_model_path())
+
+
+@pytest.fixture(scope="module")
+def task():
+    return development_tasks(0)[0]
+
+
+def test_the_files_are_there_and_under_twelve_megabytes():
+    folder = embedded_model_path()
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "README.md",
+    } <= names  # fmt: skip
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 12e6
+
+
+def test_finding_the_model_imports_no_torch():
+    code = "import sys, copa_harness.lm.embedded as e; e.embedded_model_path(); print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
+
+
+def test_it_is_a_plain_llama_that_loads_in_a_second(model):
+    started = time.perf_counter()
+    load_model(embedded_model_path())
+    assert time.perf_counter() - started < 1.0
+    assert json.loads((embedded_model_path() / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("form", ["float_fields", "str_fields", "single"])
+def test_zero_shot_answers_parse(model, task, form):
+    program = signature(task, form)
+    answers = model.answers(program, [], [record(task, form, row) for row in task.test])
+    assert sum(answer is not None for answer in answers) >= 0.95 * len(answers)
+
+
+def test_demonstrations_move_its_answers(model, task):
+    form = "float_fields"
+    program = signature(task, form)
+    rows = [record(task, form, row) for row in task.train]
+    tests = [record(task, form, row) for row in task.test]
+    zero_shot, _ = model.accuracy(program, [], tests)
+    with_demos, _ = model.accuracy(program, rows[:12], tests)
+    assert with_demos > zero_shot + 0.1
+
+
+def test_a_prompt_of_fifteen_hundred_tokens_still_parses(model, task):
+    form = "float_fields"
+    program = signature(task, form)
+    rows = [record(task, form, row) for row in task.train]
+    demos = rows[:1]
+    while len(model.prompt_ids(program, rows[: len(demos) + 1], rows[-1])) <= 1500:
+        demos = rows[: len(demos) + 1]
+    answers = model.answers(program, demos, rows[-20:])
+    assert sum(answer in task.labels for answer in answers) >= 19
+
+
+def test_a_literal_output_and_a_chain_of_thought_parse(model, task):
+    from typing import Literal
+
+    rows = [record(task, "single", row) for row in task.test[:20]]
+    literal = signature(task, "single").with_updated_fields("answer", type_=Literal[task.labels])
+    answers = model.answers(literal, [], rows)
+    assert sum(answer in task.labels for answer in answers) >= 19
+    thoughtful = dspy.ChainOfThought(signature(task, "single")).predict.signature
+    assert sum(answer is not None for answer in model.answers(thoughtful, [], rows)) >= 19
