@@ -177,6 +177,29 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
 # Running and failing
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Makes the base model that was asked for, so that a wrong name or an unusable cache is one error, not many.
+
+    Raises:
+        pytest.UsageError: There is no such model, or the cache directory cannot be used.
+    """
+    config = session.config
+    state = config.stash.get(STATE, None)
+    if state is None or config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    from copa_harness.errors import ConfigurationError
+    from copa_harness.session.models import Models
+
+    try:
+        models = Models(state.settings)
+        if "lm" in state.settings.forced:
+            models.named(state.settings.lm)
+        models.close()
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fails a test whose marker or settings were refused in an xdist worker."""
     if message := item.stash.get(REFUSED, None):
@@ -201,7 +224,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
         if isinstance(call.excinfo.value, CopaError):
             where = _last_line_of_the_user(call.excinfo)
-            report.longrepr = f"{where}{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+            report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}{where}"
     if report.when == "call" and report.failed:
         said = "" if call.excinfo is None else str(call.excinfo.value)  # check() has said it all already
         descriptions = [run.describe() for run in item.stash.get(RUNS, [])]
@@ -210,12 +233,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _last_line_of_the_user(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """`file:line: ` of the innermost frame that belongs to no installed package, or nothing."""
+    """`(file:line)` of the innermost frame that belongs to no installed package, or nothing."""
     package = str(Path(__file__).parent)
     for entry in reversed(excinfo.traceback):
         path = str(entry.path)
-        if not path.startswith(package) and "site-packages" not in path:
-            return f"{path}:{entry.lineno + 1}: "
+        if Path(path).is_file() and not path.startswith(package) and "site-packages" not in path:
+            return f"\n({path}:{entry.lineno + 1})"
     return ""
 
 

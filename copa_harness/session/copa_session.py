@@ -84,7 +84,7 @@ class CopaSession:
     ) -> MeteredLM:
         """The model that the strategy `w` ends with on this task."""
         marker = replace(marker or MarkerArguments(), strategy="w", optimizer_kwargs=None)
-        base = lm or self.base_lm(marker)
+        base = self._metered(lm, marker)
         optimized = self._optimized(_checked(task), base, None, marker)
         tuned = optimized.lm.copy()
         self._tuned[id(tuned)] = (tuned, base, optimized)  # keeps `tuned` alive, so the id stays its own
@@ -92,6 +92,9 @@ class CopaSession:
 
     def _merged(self, marker: MarkerArguments | None) -> Settings:
         return self.settings if marker is None else self.settings.merged(marker)
+
+    def _metered(self, lm: MeteredLM | None, marker: MarkerArguments) -> MeteredLM:
+        return self.base_lm(marker) if lm is None else self.models.metered(lm)
 
     def _optimized(self, task: Task, lm: MeteredLM, prompt_lm: MeteredLM | None, marker: MarkerArguments) -> Optimized:
         settings = self.settings.merged(marker)
@@ -120,7 +123,7 @@ class CopaSession:
             test: Id of the test that asks, for the record.
         """
         marker = marker or MarkerArguments()
-        lm = lm or self.base_lm(marker)
+        lm = self._metered(lm, marker)
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
         evaluation = self._evaluation(
@@ -151,15 +154,19 @@ class CopaSession:
         """
         marker = marker or MarkerArguments()
         settings = self.settings.merged(marker)
-        base = lm or self.base_lm(marker)
-        optimized = self._optimized(_checked(task), base, prompt_lm, marker)
-        result = optimized.result
-        if result.strategy != "none" and _baseline_key(task, base) not in self._baselines:
+        base = self._metered(lm, marker)
+        key = _baseline_key(_checked(task), base)
+        if key not in self._baselines and marker.strategy != "none":
+            # First of all: a broken metric or model shows here, before anything is spent on searching.
             self.evaluate(task, lm=base, marker=marker, test=test)
+        optimized = self._optimized(task, base, prompt_lm, marker)
+        result = optimized.result
         evaluation = self._evaluation(
             task, optimized.program, optimized.lm, split="test", strategy=result.strategy, marker=marker
         )
-        baseline = evaluation if result.strategy == "none" else self._baselines[_baseline_key(task, base)]
+        if result.strategy == "none":
+            self._baselines[key] = evaluation
+        baseline = self._baselines[key]
         phases = optimized.phases()
         gates = judged(task, evaluation, optimized, base=base, marker=marker, settings=settings)
         run = CopaRun(

@@ -62,9 +62,17 @@ class Models:
         return self._models[name]
 
     def metered(self, lm: dspy.LM) -> MeteredLM:
-        """A model somebody made (a fixture of the user's), led through the door unless it has one of its own."""
+        """A model somebody made (a fixture of the user's), led through the door unless it has one of its own.
+
+        Raises:
+            ConfigurationError: It is no language model, or one whose calls cannot be metered.
+        """
         from copa_harness.lm.build import meter_lm
 
+        if not (hasattr(lm, "model") and hasattr(lm, "kwargs")):
+            raise ConfigurationError(
+                f"got {lm!r} as a language model; expected a dspy.LM or one made by copa_harness.build_lm(...)."
+            )
         return meter_lm(lm, door=self.door)
 
     def close(self) -> None:
