@@ -24,9 +24,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMError, LMUnsupportedFeatureError
+from dspy.utils.exceptions import (
+    AdapterParseError,
+    ContextWindowExceededError,
+    LMConfigurationError,
+    LMError,
+    LMUnsupportedFeatureError,
+)
 
-from copa_harness.errors import ConfigurationError, CopaError, MetricError, ProviderError, TaskError
+from copa_harness.errors import (
+    ConfigurationError,
+    ContextOverflowError,
+    CopaError,
+    MetricError,
+    ProviderError,
+    TaskError,
+)
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_values, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
@@ -43,12 +56,14 @@ DEFAULT_THREADS = 32
 class ExampleRun:
     """One example run through a program: its scored result, the raw prediction, and the trace of predictor calls.
 
-    `prediction` is None and `trace` holds the calls made until then when the program did not finish.
+    `prediction` is None and `trace` holds the calls made until then when the program did not finish; `too_long` says
+    that it was because a prompt did not fit the model's context.
     """
 
     result: ExampleResult
     prediction: Any = None
     trace: tuple[Any, ...] = field(default=(), repr=False)
+    too_long: bool = False
 
 
 def default_adapter() -> Any:
@@ -224,7 +239,9 @@ def _run_one(
     except (LMConfigurationError, LMUnsupportedFeatureError) as error:
         raise ConfigurationError(f"the model cannot be asked like this: {_said(error)}") from error
     except (LMError, ProviderError) as error:
-        return ExampleRun(replace(base, outcome="provider_error", error=_said(error)), trace=tuple(trace))
+        failed = replace(base, outcome="provider_error", error=_said(error))
+        too_long = isinstance(error, (ContextOverflowError, ContextWindowExceededError))
+        return ExampleRun(failed, trace=tuple(trace), too_long=too_long)
     except CopaError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything; it is recorded, never dropped

@@ -121,10 +121,12 @@ class Validation:
             phase=phase,
             threads=self.threads,
             ids=self.ids[start:stop],
-            raise_if_nothing_works=False,
+            # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
+            raise_if_nothing_works=self._calls_per_example == 0,
         )
-        self._calls_per_example = max(self._calls_per_example, *(len(run.trace) for run in runs))
-        dead = all(run.result.outcome == "provider_error" for run in runs)
+        self._calls_per_example = max(1, self._calls_per_example, *(len(run.trace) for run in runs))
+        # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
+        dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
         self._n_dead = self._n_dead + 1 if dead else 0
         if self._n_dead >= MAX_DEAD_CANDIDATES:
             raise ProviderError(

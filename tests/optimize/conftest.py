@@ -18,12 +18,13 @@ def field(text, name):
     return found.group(1).strip() if found else None
 
 
-def make_rows(n, *, seed):
+def make_rows(n, *, seed, noise=0.12):
+    """Rows whose label is right except for a share of noise: no prompt and no weights reach a perfect score."""
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
         size, weight = round(float(generator.uniform(0, 10)), 1), round(float(generator.uniform(0, 10)), 1)
-        kind = "big" if size >= 5 else "small"
+        kind = "big" if (size >= 5) != (generator.random() < noise) else "small"
         rows.append(dspy.Example(size=str(size), weight=str(weight), kind=kind).with_inputs("size", "weight"))
     return rows
 

@@ -1,0 +1,361 @@
+"""COPA as a whole, on the toy task."""
+
+import json
+
+import dspy
+import pytest
+
+from copa_harness.errors import ConfigurationError, MetricError, ProviderError, TaskError, TrainingError
+from copa_harness.evaluate import evaluate
+from copa_harness.lm.cache import ResponseCache
+from copa_harness.lm.door import Door
+from copa_harness.lm.scope import open_scope
+from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.optimize import COPA, OptimizationResult, apply_state, to_state
+
+
+def optimized(toy, strategy="p", *, lm=None, program=None, valset="val", **settings):
+    optimizer = COPA(**{"metric": toy.metric, "strategy": strategy, "budget": 150, "lm": lm or toy.lm(), **settings})
+    return optimizer.compile(
+        program or toy.program(), trainset=toy.train, valset=toy.val if valset == "val" else valset
+    )
+
+
+def tunable(toy, **kwargs):
+    return toy.lm(provider=toy.provider, **kwargs)
+
+
+def settings_of(program):
+    state = to_state(program)
+    return json.dumps(state, sort_keys=True)
+
+
+def test_prompts_are_improved_within_the_budget(toy):
+    lm = toy.lm()
+    result = optimized(toy, lm=lm).copa_result
+    assert result.score_after > result.score_before + 0.2
+    assert lm.calls == result.charged_calls == result.usage.paid_calls <= 150
+    assert [phase.phase for phase in result.phases] == ["baseline", "p"]
+    assert result.phases[1].score_before == result.score_before
+    assert result.phases[1].score_after == result.score_after
+
+
+def test_the_score_it_reports_is_the_score_the_program_has(toy):
+    program = optimized(toy)
+    again = evaluate(program, toy.val, metric=toy.metric, split="validation", lm=toy.lm())
+    assert again.score == pytest.approx(program.copa_result.score_after)
+
+
+def test_the_student_is_not_changed(toy):
+    student = toy.program()
+    before = student.dump_state()
+    optimized(toy, program=student)
+    assert student.dump_state() == before and student.lm is None and not hasattr(student, "copa_result")
+
+
+def test_the_result_has_its_model_attached(toy):
+    lm = toy.lm()
+    program = optimized(toy, lm=lm)
+    assert program.lm is not None and program.lm.model == lm.model
+    with dspy.context(lm=None):
+        assert program(size="9.0", weight="1").kind in ("big", "small")
+
+
+def test_same_seed_same_program_whatever_the_threads(toy):
+    found = {
+        (settings_of(program), program.copa_result.charged_calls)
+        for program in (optimized(toy, threads=threads, seed=3) for threads in (1, 2, 16))
+    }
+    assert len(found) == 1
+
+
+def test_another_seed_tries_other_things(toy):
+    first, second = optimized(toy, seed=1).copa_result, optimized(toy, seed=2).copa_result
+    assert first.state != second.state or first.charged_calls != second.charged_calls
+
+
+@pytest.mark.parametrize("calls", [1, 15, 16, 17, 30, 47, 64])
+def test_whatever_the_budget_the_result_is_no_worse_and_the_budget_holds(toy, calls):
+    lm = toy.lm()
+    result = optimized(toy, budget=calls, lm=lm).copa_result
+    assert lm.calls <= calls
+    if calls < len(toy.val):
+        assert result.score_before is None and result.stopped == "budget" and result.exhausted
+        assert "does not pay for scoring the program as written" in result.notes[0]
+    else:
+        assert result.score_after >= result.score_before
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_the_same(toy, tmp_path):
+    whole = optimized(toy)
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+    good = toy.lm().engine
+
+    def answers(messages, model):
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise Killed
+        return good._answers(messages, model)
+
+    def lm(script):
+        door = Door(cache=ResponseCache(tmp_path / "answers"))
+        return ScriptedLM(script, fingerprint=lambda model: f"toy:{model}", door=door)
+
+    with pytest.raises(Killed):
+        optimized(toy, lm=lm(answers), threads=1)
+    rest = lm(good._answers)
+    again = optimized(toy, lm=rest)
+    assert settings_of(again) == settings_of(whole)
+    assert again.copa_result.charged_calls == whole.copa_result.charged_calls
+    assert rest.calls == whole.copa_result.charged_calls - 60
+
+
+def test_none_returns_the_program_as_written_and_costs_nothing(toy):
+    lm = toy.lm()
+    program = optimized(toy, "none", lm=lm)
+    assert lm.calls == 0 and program.copa_result.stopped == "completed"
+    assert program.signature.instructions == toy.program().signature.instructions and program.lm.model == lm.model
+
+
+def test_the_callers_scope_is_left_alone(toy):
+    with open_scope("outside") as scope:
+        optimized(toy)
+        assert scope.charged_calls == 0
+
+
+def test_without_a_valset_a_part_of_the_trainset_decides(toy):
+    result = optimized(toy, valset=None).copa_result
+    assert result.n_validation == 8
+
+
+def test_a_perfect_program_is_left_alone(toy):
+    toy.metric = lambda example, prediction, trace=None: 1.0
+    result = optimized(toy, "p -> p").copa_result
+    assert result.stopped == "perfect score" and result.charged_calls == len(toy.val)
+
+
+# -- weights
+
+
+def test_weights_are_tuned_on_labels_and_adopted_when_not_worse(toy):
+    program = optimized(toy, "w", lm=tunable(toy))
+    assert program.lm.model == "scripted/model@24"
+    assert program.copa_result.model == "scripted/model@24"
+    (rows,) = toy.provider.trained
+    assert len(rows) == 24 and all(len(row["messages"]) == 3 for row in rows)
+    answers = [row["messages"][-1]["content"] for row in rows]
+    assert [f"[[ ## kind ## ]]\n{e.kind}" in answer for e, answer in zip(toy.train, answers, strict=True)] == [True] * 24
+
+
+def test_weights_that_make_it_worse_are_not_adopted(toy):
+    def answers(messages, model):
+        return {"kind": "neither" if "@" in model else "small"}
+
+    lm = ScriptedLM(answers, fingerprint=lambda model: model, provider=toy.provider)
+    program = optimized(toy, "w", lm=lm)
+    assert program.lm.model == "scripted/model"
+    assert any("not adopted" in note for note in program.copa_result.notes)
+
+
+def test_rows_carry_demonstrations_when_prompts_are_searched_afterwards(toy):
+    result = optimized(toy, "w -> p", lm=tunable(toy)).copa_result
+    (rows,) = toy.provider.trained
+    lengths = {len(row["messages"]) for row in rows}
+    assert lengths == {3, 3 + 2 * 9}
+    assert any("resample:9 + none:0.2" in note for note in result.notes)
+    assert [phase.phase for phase in result.phases] == ["baseline", "1: w", "2: p"]
+
+
+def test_prompts_after_weights_are_searched_on_the_tuned_model(toy):
+    lm = tunable(toy)
+    program = optimized(toy, "w -> p", lm=lm)
+    tuned = [request for request in lm.requests if "@" in request.model]
+    assert len(tuned) > 3 * len(toy.val)
+    assert "@" in program.lm.model
+
+
+def test_rows_given_by_the_user_are_used_as_they_are(toy):
+    row = {"messages": [{"role": "user", "content": "size 1"}, {"role": "assistant", "content": "small"}]}
+    optimized(toy, "w", lm=tunable(toy), finetune_data=[row])
+    assert toy.provider.trained == [[row]]
+
+
+def test_a_model_that_cannot_be_tuned_is_one_clear_error(toy):
+    with pytest.raises(ConfigurationError, match="cannot be fine-tuned"):
+        optimized(toy, "p -> w")
+
+
+def test_joint_searches_weights_and_prompts_at_once(toy):
+    lm = tunable(toy)
+    program = optimized(toy, "joint", lm=lm)
+    result = program.copa_result
+    assert len(toy.provider.trained) == 2
+    assert result.score_after > result.score_before
+    assert {"@" in request.model for request in lm.requests} == {True, False}
+
+
+class TwoSteps(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.read = dspy.Predict(dspy.Signature("size, weight -> note", "Note the size."))
+        self.judge = dspy.Predict(dspy.Signature("note -> kind", "Judge the note."))
+
+    def forward(self, size, weight):
+        return self.judge(note=self.read(size=size, weight=weight).note)
+
+
+@pytest.fixture
+def two_steps(toy):
+    """A two-stage program, and a model whose second stage needs a demonstration of each kind."""
+
+    def answers(messages, model):
+        text = messages[-1]["content"]
+        if "[[ ## note ## ]]\n" not in text.split("Respond")[0]:
+            return {"note": "size " + text.split("[[ ## size ## ]]\n")[1].split()[0]}
+        shown = " ".join(message["content"] for message in messages[1:-1])
+        size = float(text.split("size ")[1].split()[0])
+        return {"kind": "big" if size >= 5 and "\nbig" in shown or "@" in model and size >= 5 else "small"}
+
+    toy.program = TwoSteps
+    toy.lm = lambda **kwargs: ScriptedLM(answers, **{"fingerprint": lambda model: f"two:{model}", **kwargs})
+    return toy
+
+
+def test_programs_of_several_steps_get_demonstrations_from_their_own_passing_traces(two_steps):
+    two_steps.val = two_steps.make_rows(16, seed=9, noise=0)
+    two_steps.train = two_steps.make_rows(24, seed=8, noise=0.4)
+    program = optimized(two_steps, budget=600)
+    result = program.copa_result
+    assert result.usage.paid_calls <= 600
+    assert "bootstrap" in {name for name, _ in program.named_predictors()} or result.n_trials > 3
+    assert set(result.state["predictors"]) == {"read", "judge"}
+
+
+def test_programs_of_several_steps_are_tuned_on_passing_traces(two_steps):
+    program = optimized(two_steps, "w", lm=two_steps.lm(provider=two_steps.provider), budget=600)
+    (rows,) = two_steps.provider.trained
+    n_small = sum(example.kind == "small" for example in two_steps.train)
+    assert len(rows) == 2 * n_small
+    assert "@" in program.read.lm.model and program.read.lm is program.judge.lm
+
+
+def test_traces_that_never_pass_are_one_clear_error(two_steps):
+    two_steps.metric = lambda example, prediction, trace=None: 0.0
+    with pytest.raises(TrainingError, match="no rows"):
+        optimized(two_steps, "w", lm=two_steps.lm(provider=two_steps.provider), budget=600)
+
+
+# -- demos -> instructions
+
+
+def test_the_alternating_loop_says_why_it_stopped(toy):
+    result = optimized(toy, "demos -> instructions", budget=2000).copa_result
+    assert result.stopped == "converged" and any("less than epsilon" in note for note in result.notes)
+    assert result.score_after > result.score_before
+
+
+def test_the_alternating_loop_ends_after_its_cycles(toy):
+    result = optimized(toy, "demos -> instructions", budget=2000, epsilon=0.0, max_cycles=2).copa_result
+    assert result.stopped == "max_cycles"
+
+
+def test_the_alternating_loop_ends_with_the_budget(toy):
+    result = optimized(toy, "demos -> instructions", budget=70, epsilon=0.0, max_cycles=9).copa_result
+    assert result.stopped == "budget" and result.charged_calls <= 70
+
+
+# -- the prompt LM
+
+
+def test_the_prompt_lms_instructions_are_tried(toy):
+    text = "If size is at least 5 answer big, otherwise answer small."
+    toy.train = [example for example in toy.train if example.kind == "small"] + toy.train[:1]
+    writer = ScriptedLM({"tip": {"proposed_instruction": text}})
+    program = optimized(toy, prompt_lm=writer, max_demos=0)
+    assert writer.calls == 4
+    assert text in {program.signature.instructions} or program.copa_result.score_after >= 0.8
+
+
+# -- storing and restoring
+
+
+def test_a_finished_optimization_is_restored_without_a_call(toy):
+    lm = tunable(toy)
+    program = optimized(toy, "w -> p", lm=lm)
+    stored = json.loads(json.dumps(program.copa_result.to_json()))
+    result = OptimizationResult.from_json(stored)
+    assert result == program.copa_result
+    fresh = tunable(toy)
+    restored = apply_state(toy.program(), result.state, lm=fresh)
+    assert settings_of(restored) == settings_of(program)
+    assert restored.lm.model == program.lm.model and fresh.calls == 0
+    score = evaluate(restored, toy.val, metric=toy.metric, split="validation").score
+    assert score == pytest.approx(result.score_after)
+
+
+def test_state_of_another_program_is_refused(toy, two_steps):
+    state = to_state(TwoSteps())
+    with pytest.raises(ConfigurationError, match="it changed since"):
+        apply_state(dspy.Predict("size, weight -> kind"), state, lm=toy.lm())
+
+
+# -- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "px"}, "strategy"),
+        ({"budget": "huge"}, "light"),
+        ({"threads": 0}, "threads"),
+        ({"max_cycles": 0}, "max_cycles"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"epsilon": 2}, "epsilon"),
+        ({"metric": "accuracy"}, "metric"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(toy, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        COPA(**{"metric": toy.metric, **settings})
+
+
+def test_empty_and_tiny_trainsets_are_refused(toy):
+    optimizer = COPA(metric=toy.metric, lm=toy.lm(), strategy="p")
+    with pytest.raises(TaskError, match="no examples"):
+        optimizer.compile(toy.program(), trainset=[])
+    with pytest.raises(TaskError, match="at least 4"):
+        optimizer.compile(toy.program(), trainset=toy.train[:3])
+
+
+def test_a_model_that_is_not_metered_is_refused(toy):
+    with pytest.raises(ConfigurationError, match="build_lm"):
+        COPA(metric=toy.metric, lm=dspy.LM("openai/gpt-x"), strategy="p").compile(toy.program(), trainset=toy.train)
+
+
+def test_no_model_at_all_is_refused(toy):
+    with dspy.context(lm=None), pytest.raises(ConfigurationError, match="no language model"):
+        COPA(metric=toy.metric, strategy="p").compile(toy.program(), trainset=toy.train)
+
+
+def test_the_configured_model_is_the_default(toy):
+    lm = toy.lm()
+    with dspy.context(lm=lm):
+        COPA(metric=toy.metric, strategy="p", budget=40).compile(toy.program(), trainset=toy.train)
+    assert lm.calls > 0
+
+
+def test_a_broken_metric_is_one_clear_error(toy):
+    toy.metric = lambda example, prediction, trace=None: example.nothing_like_it
+    with pytest.raises(MetricError, match="AttributeError"):
+        optimized(toy)
+
+
+def test_a_provider_that_is_down_is_one_clear_error(toy):
+    with pytest.raises(ProviderError, match="no connection"):
+        optimized(toy, lm=ScriptedLM(lambda messages: ProviderError("no connection")))
