@@ -23,29 +23,12 @@ import numpy as np
 
 from copa_harness.errors import TrainingError
 from copa_harness.lm.local_model import quiet_peft
+from copa_harness.tune.encoding import EncodedRow
 from copa_harness.tune.settings import LoraSettings
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """Token ids of a row. Loss falls on those from `n_prompt` on and on the positions `also` (in demonstrations).
-
-    For `variant` see `TrainingRow`.
-    """
-
-    ids: tuple[int, ...]
-    n_prompt: int
-    variant: int = 0
-    also: tuple[int, ...] = ()
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """Positions of the tokens to learn; the first is at least 1."""
-        return (*self.also, *range(self.n_prompt, len(self.ids)))
 
 
 @dataclass(frozen=True, slots=True)

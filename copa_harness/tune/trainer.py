@@ -23,13 +23,12 @@ from copa_harness.errors import TrainingError
 from copa_harness.lm.local_files import hash_mapping
 from copa_harness.lm.local_lora import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, model_name, read_lora, write_manifest
 from copa_harness.lm.scope import current_scope
+from copa_harness.tune.encoding import EncodedRow, encode_row
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
     from copa_harness.lm.local import TransformersEngine
-    from copa_harness.lm.local_chat import ChatFormat
-    from copa_harness.tune.loop import EncodedRow
 
 logger = logging.getLogger(__name__)
 
@@ -246,60 +245,6 @@ class LoraTrainer:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-
-
-def encode_row(
-    chat: ChatFormat, row: TrainingRow, *, eos_ids: frozenset[int], learn_from_demos: bool = False
-) -> EncodedRow:
-    """A row as tokens: the very prompt tokens of inference, then the answer's up to and with its end token.
-
-    Prompt and answer are tokenized apart, as they are at inference, where the answer follows the given prompt tokens.
-
-    Raises:
-        TrainingError: the chat template writes a finished conversation differently from the prompt it began with.
-    """
-    from copa_harness.tune.loop import EncodedRow
-
-    prompt = chat.text(row.prompt, answer_next=True)
-    whole = chat.text(row.messages, answer_next=False)
-    if not whole.startswith(prompt):
-        at = next(
-            (i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt))
-        )
-        raise TrainingError(
-            f"the chat template of {chat.name} writes the finished conversation differently from the prompt, from "
-            f"character {at} on: {whole[at : at + 40]!r} instead of {prompt[at : at + 40]!r}; training on it would "
-            "teach prompts that are never served; remedy: give a template without such rules, "
-            "TransformersEngine(..., chat_template=...)"
-        )
-    prompt_ids, answer_ids = chat.ids(prompt), list(chat.ids(whole[len(prompt) :]))
-    end = next((i for i, token in enumerate(answer_ids) if token in eos_ids), None)
-    # What a template writes after the end token (often a newline) is never generated.
-    answer_ids = answer_ids[: end + 1] if end is not None else [*answer_ids, *sorted(eos_ids)[:1]]
-    also = _demo_targets(chat, row, prompt, prompt_ids, eos_ids=eos_ids) if learn_from_demos else ()
-    return EncodedRow((*prompt_ids, *answer_ids), len(prompt_ids), row.variant, also)
-
-
-def _demo_targets(
-    chat: ChatFormat, row: TrainingRow, prompt: str, prompt_ids: Sequence[int], *, eos_ids: frozenset[int]
-) -> tuple[int, ...]:
-    """Positions of the demonstrations' answers (end tokens included) in the prompt's tokens."""
-    offsets = chat.offsets(prompt)
-    targets: list[int] = []
-    for i, message in enumerate(row.prompt):
-        # DSPy shows demonstrations with missing fields too; their placeholder is nothing to learn.
-        if message["role"] != "assistant" or "Not supplied for this particular" in message["content"]:
-            continue
-        before = chat.text(row.messages[:i], answer_next=True)
-        after = chat.text(row.messages[: i + 1], answer_next=False)
-        if not (prompt.startswith(after) and after.startswith(before)):
-            continue  # this template writes earlier turns differently from the one being answered
-        for position, (start, end) in enumerate(offsets):
-            if position and len(before) <= start and end <= len(after):
-                targets.append(position)
-                if prompt_ids[position] in eos_ids:
-                    break
-    return tuple(targets)
 
 
 def _plain(row: TrainingRow) -> list[Any]:

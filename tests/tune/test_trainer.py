@@ -25,8 +25,8 @@ from copa_harness.lm.local_model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import open_scope
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, loop, render_rows
-from copa_harness.tune.loop import EncodedRow, _batches, _rate
-from copa_harness.tune.trainer import encode_row
+from copa_harness.tune.encoding import EncodedRow, encode_row
+from copa_harness.tune.loop import _batches, _rate
 
 QUICK = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1)
 
