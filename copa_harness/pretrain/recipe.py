@@ -15,7 +15,7 @@ from copa_harness.pretrain.episodes import Mix
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Some steps at one row length and one mix."""
+    """Some steps at one row length and one mix; a ``partner`` takes every second of them with its own rows and mix."""
 
     name: str
     steps: int
@@ -24,6 +24,18 @@ class Stage:
     probe_weight: float
     pull_weight: float
     mix: Mix
+    partner: Stage | None = None
+
+    def at(self, step: int) -> Stage:
+        """This stage at even steps, its partner (when it has one) at odd ones."""
+        return self.partner if self.partner is not None and step % 2 else self
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Stage:
+        """Inverse of ``dataclasses.asdict``."""
+        mix = {key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()}
+        partner = cls.from_json(data["partner"]) if data["partner"] else None
+        return cls(**{**data, "mix": Mix(**mix), "partner": partner})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +74,12 @@ class Recipe:
 
     def stage_at(self, step: int) -> tuple[int, Stage]:
         """Index and stage of a step (counted from 0); the last stage goes on for ever."""
+        start = 0
         for i, stage in enumerate(self.stages):
-            if step < stage.steps:
-                return i, stage
-            step -= stage.steps
-        return len(self.stages) - 1, self.stages[-1]
+            if step < start + stage.steps:
+                return i, stage.at(step)
+            start += stage.steps
+        return len(self.stages) - 1, self.stages[-1].at(step)
 
     def rate_share(self, step: int, last_step: int) -> float:
         """Share of the full learning rate at a step, when the run ends at ``last_step``."""
@@ -88,16 +101,13 @@ class Recipe:
     def from_json(cls, data: dict[str, Any]) -> Recipe:
         """Inverse of ``to_json``."""
         data = {key: value for key, value in data.items() if key != "schema"}
-        stages = []
-        for stage in data.pop("stages"):
-            mix = {key: tuple(value) if isinstance(value, list) else value for key, value in stage["mix"].items()}
-            stages.append(Stage(**{**stage, "mix": Mix(**mix)}))
-        return cls(**data, stages=tuple(stages))
+        stages = tuple(Stage.from_json(stage) for stage in data.pop("stages"))
+        return cls(**data, stages=stages)
 
 
 SHIPPED = Recipe(
     seed=0, width=128, n_layers=6, n_heads=4, feed_forward=320, muon_rate=0.02, adam_rate=3e-3,
-    warmup_steps=50, decay_steps=2500,
+    warmup_steps=50, decay_steps=3700,
     stages=(
         Stage("bare", 300, 40, 96, 1.0, 1.0, Mix(
             kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
@@ -109,11 +119,14 @@ SHIPPED = Recipe(
         Stage("rules", 400, 30, 128, 1.0, 1.5, Mix(
             kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
             literal=0.0, reasoning=0.0, plain_answer=1.0)),
-        Stage("full", 1300, 15, 264, 0.7, 0.7, Mix(
+        Stage("full", 500, 15, 264, 0.7, 0.7, Mix(
             kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
             literal=0.1)),
-        Stage("long", 8000, 9, 448, 0.3, 0.3, Mix(
-            kinds=(1, 0.15, 0.12, 0.6), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5, single_styles=(1.5, 0.7, 6, 1, 1),
-            stretch=0.35)),
+        Stage("long", 4200, 9, 448, 0.4, 0.4, Mix(
+            kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5,
+            single_styles=(1.5, 0.7, 6, 1, 1), stretch=0.35),
+            partner=Stage("read", 0, 18, 216, 0.7, 1.0, Mix(
+                kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
+                literal=0.12, reasoning=0.04, stretch=0.2))),
     ),
 )  # fmt: skip

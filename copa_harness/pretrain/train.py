@@ -42,9 +42,8 @@ class EpisodeBatches(Dataset[Batch]):
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
         self._recipe = recipe
-        self._makers = {
-            stage.tokens: EpisodeMaker(tokenizer, n_tokens=stage.tokens) for stage in recipe.stages
-        }  # fmt: skip
+        lengths = {stage.at(parity).tokens for stage in recipe.stages for parity in (0, 1)}
+        self._makers = {length: EpisodeMaker(tokenizer, n_tokens=length) for length in lengths}
 
     def __len__(self) -> int:
         return 10**9
@@ -172,7 +171,7 @@ class PretrainingRun:
 
     def _log(self, window: _Window, bar: tqdm[Any]) -> None:
         record = {
-            "step": self.step, "stage": self.recipe.stage_at(self.step - 1)[1].name, "tokens": self.n_tokens,
+            "step": self.step, "stage": self.recipe.stages[self.recipe.stage_at(self.step - 1)[0]].name, "tokens": self.n_tokens,
             "wall_s": round(self.wall_s, 1), "rate_share": round(self.recipe.rate_share(self.step, self._last_step()), 4),
             **window.means(),
         }  # fmt: skip
