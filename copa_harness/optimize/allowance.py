@@ -56,43 +56,44 @@ class StepScope(Scope):
     """
 
     def __init__(self, parent: Scope, *, ceiling: float, name: str) -> None:
-        super().__init__(f"{parent.name} [{name}]", budget=Budget(ceiling, parent.budget.name))
-        self._parent = parent
+        super().__init__(f"{parent.name} [{name}]", budget=Budget(ceiling, parent.budget.name), parent=parent)
+        self._run = parent
+        self._parent = parent  # so that what holds for the run (tokens, dollars, seconds) holds here
         self._step_lock = threading.RLock()
         self._step_refused = False
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """As the parent's."""
-        with self._parent.phase(phase):
+        with self._run.phase(phase):
             yield
 
     @property
     def current_phase(self) -> Phase:
         """The parent's."""
-        return self._parent.current_phase
+        return self._run.current_phase
 
     def usage(self) -> Usage:
         """The parent's, the whole run."""
-        return self._parent.usage()
+        return self._run.usage()
 
     def phase_usages(self) -> dict[str, Usage]:
         """The parent's, the whole run."""
-        return self._parent.phase_usages()
+        return self._run.phase_usages()
 
     def add_train_steps(self, n: int, wall_s: float) -> None:
         """Booked with the parent."""
-        self._parent.add_train_steps(n, wall_s)
+        self._run.add_train_steps(n, wall_s)
 
     @property
     def charged_calls(self) -> int:
         """The parent's, the whole run."""
-        return self._parent.charged_calls
+        return self._run.charged_calls
 
     @property
     def remaining_calls(self) -> float:
         """Left to this step, and to the run."""
-        return max(0.0, min(self._parent.remaining_calls, self.budget.calls - self._parent.charged_calls))
+        return max(0.0, min(self._run.remaining_calls, self.budget.calls - self._run.charged_calls))
 
     @property
     def exhausted(self) -> bool:
@@ -106,10 +107,10 @@ class StepScope(Scope):
                 raise BudgetExhausted(
                     f"step {self.name!r} has ended; a thread left over from it asked for another call"
                 )
-            before = self._parent.charged_calls
-            reservation = self._parent.reserve(key, paying=paying)
-            if before < self._parent.charged_calls and self._parent.charged_calls > self.budget.calls:
-                self._parent.refund(reservation, failed=False)
+            before = self._run.charged_calls
+            reservation = self._run.reserve(key, paying=paying)
+            if before < self._run.charged_calls and self._run.charged_calls > self.budget.calls:
+                self._run.refund(reservation, failed=False)
                 self._step_refused = True
                 raise BudgetExhausted(
                     f"step {self.name!r} used its share of the budget ({self.budget.calls:g} distinct requests counted "
@@ -119,11 +120,11 @@ class StepScope(Scope):
 
     def settle(self, reservation: Reservation, usage: Usage) -> None:
         """Settled with the parent."""
-        self._parent.settle(reservation, usage)
+        self._run.settle(reservation, usage)
 
     def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
         """Refunded with the parent."""
-        self._parent.refund(reservation, failed=failed)
+        self._run.refund(reservation, failed=failed)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A prompt adapter that survives writers who cannot write: for proposals made inside DSPy's optimizers.
 
-MIPROv2, COPRO and InferRules die of the first proposal that does not parse, and a small model parses seldom. Under this
-adapter such a proposal becomes the instruction it was to improve (no proposal), other fields become empty, and it is
-counted. Answers of the user's own program stay as strict as ever. Knows signatures; knows nothing of optimizers.
+MIPROv2, COPRO and InferRules die of the first proposal that does not parse or whose prompt does not fit the model, and
+a small model is seldom understood and soon full. Under this adapter such a proposal becomes the instruction it was to
+improve (no proposal), its other fields become empty, and it is counted. Answers of the user's own program stay as
+strict as ever. Knows signatures; knows nothing of optimizers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 _CURRENT = ("basic_instruction", "current_instruction", "instruction")
 """Input fields under which DSPy's proposers state the instruction to be improved."""
@@ -57,7 +58,7 @@ def forgiving(adapter: Any, *, program: dspy.Module, count: ProposalCount) -> An
                 return answers
             try:
                 answers = super().__call__(lm, lm_kwargs, signature, demos, inputs)
-            except AdapterParseError:
+            except (AdapterParseError, ContextWindowExceededError):
                 count.add(usable=False)
                 current = _current(inputs) or fallback
                 return [{name: current if "instruction" in name else "" for name in signature.output_fields}]

@@ -72,13 +72,12 @@ class Validation:
         return len(self.examples)
 
     def calls_per_example(self, candidate: Candidate) -> int:
-        """An upper estimate: the most predictor calls seen on one example, at least one per predictor.
+        """An estimate from above: the most calls an example took so far, judges in the metric included.
 
-        Doubled while DSPy's ChatAdapter may ask a second time in JSON.
+        At least one per predictor, and two while DSPy's ChatAdapter may ask a second time in JSON.
         """
-        adapter = default_adapter()
-        retries = 2 if getattr(adapter, "use_json_adapter_fallback", False) else 1
-        return max(len(candidate.parts), self._calls_per_example) * retries
+        retries = 2 if getattr(default_adapter(), "use_json_adapter_fallback", False) else 1
+        return max(len(candidate.parts) * retries, self._calls_per_example)
 
     def scores(self, candidate: Candidate) -> tuple[float | None, ...]:
         """The candidate's scores so far, a prefix of the fixed order."""
@@ -113,6 +112,7 @@ class Validation:
             return tuple(sheet)
         if not allowance.can_afford((stop - start) * self.calls_per_example(candidate)):
             raise OutOfCalls
+        charged = allowance.scope.charged_calls
         runs = run_examples(
             candidate.program(),
             self.examples[start:stop],
@@ -124,7 +124,8 @@ class Validation:
             # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
             raise_if_nothing_works=self._calls_per_example == 0,
         )
-        self._calls_per_example = max(1, self._calls_per_example, *(len(run.trace) for run in runs))
+        mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
+        self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
         # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
         dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
         self._n_dead = self._n_dead + 1 if dead else 0

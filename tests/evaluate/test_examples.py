@@ -23,7 +23,8 @@ def test_different_labels_have_different_ids():
 
 def test_repeats_of_an_example_are_told_apart():
     ids = example_ids([make(question="a"), make(question="b"), make(question="a")])
-    assert ids[2] == ids[0] + "-2" and len(set(ids)) == 3
+    assert ids[2] == ids[0] + "-2"
+    assert len(set(ids)) == 3
 
 
 def test_numpy_values_sets_and_objects_without_json_have_stable_ids():
@@ -42,7 +43,8 @@ def test_an_id_is_the_same_in_another_process():
     )
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
         ).stdout.strip()
         for seed in ("1", "2")
     }  # fmt: skip

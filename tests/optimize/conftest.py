@@ -30,7 +30,7 @@ def make_rows(n, *, seed, noise=0.12):
 
 
 def answer_of(messages, model):
-    """Follows a rule in the instruction, else copies the nearest demonstration, else says "small"; tuned: nearly right."""
+    """Tuned: nearly right. Else follows a rule in the instruction, copies the nearest demonstration, or says small."""
     size = float(field(messages[-1]["content"], "size"))
     rule = RULE.search(messages[0]["content"])
     if "@" in model:
@@ -81,7 +81,7 @@ def toy():
 
     def lm(**kwargs):
         def answers(messages, model):
-            if "size" not in messages[-1]["content"]:
+            if not re.search(r"\[\[ ## size ## \]\]\n[\d.]+\n", messages[-1]["content"]):
                 return "not an answer to anything"
             return {"kind": answer_of(messages, model)}
 

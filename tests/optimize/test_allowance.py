@@ -17,7 +17,8 @@ def test_a_share_is_counted_from_what_was_spent_already():
         scope.reserve("one")
         allowance = share_of(scope, 1, 3, reserved=9)
         assert allowance.remaining == 30
-        assert allowance.can_afford(30) and not allowance.can_afford(31)
+        assert allowance.can_afford(30)
+        assert not allowance.can_afford(31)
 
 
 def test_without_a_ceiling_a_share_has_none():
@@ -42,9 +43,11 @@ def test_a_step_is_stopped_at_its_share_and_the_run_goes_on():
             ask(lm, 0)
             with pytest.raises(BudgetExhausted, match="share of the budget"):
                 ask(lm, 3)
-        assert scope.charged_calls == 3 and not scope.exhausted
+        assert scope.charged_calls == 3
+        assert not scope.exhausted
         ask(lm, 3)
-        assert current_scope() is scope and scope.usage().paid_calls == 4
+        assert current_scope() is scope
+        assert scope.usage().paid_calls == 4
 
 
 def test_many_threads_never_pass_a_steps_share():
@@ -62,7 +65,9 @@ def test_many_threads_never_pass_a_steps_share():
 
             with ThreadPoolExecutor(8) as pool:
                 refused = sum(pool.map(one, range(60)))
-        assert lm.calls == 17 and refused == 43 and scope.charged_calls == 17
+        assert lm.calls == 17
+        assert refused == 43
+        assert scope.charged_calls == 17
 
 
 def test_calls_of_a_step_are_stamped_in_the_run():
@@ -70,7 +75,8 @@ def test_calls_of_a_step_are_stamped_in_the_run():
     with open_scope("run", budget=Budget(calls=10)) as scope:
         with scope.phase(Phase.SEARCH), step_scope(Allowance(scope, 5), name="step") as step:
             ask(lm, 0)
-            assert step.current_phase is Phase.SEARCH and step.remaining_calls == 4
+            assert step.current_phase is Phase.SEARCH
+            assert step.remaining_calls == 4
         assert scope.phase_usages()["search"].paid_calls == 1
 
 

@@ -21,9 +21,11 @@ def candidate(toy):
 def test_applying_settings_leaves_the_template_alone(candidate):
     changed = candidate.with_instructions({"self": "New."}).with_demos({"self": (DEMO,)})
     program = changed.program()
-    assert program.signature.instructions == "New." and program.demos == [DEMO]
+    assert program.signature.instructions == "New."
+    assert program.demos == [DEMO]
     assert candidate.template.signature.instructions == "Tell the kind from the sizes."
-    assert candidate.template.demos == [] and candidate.template.lm is None
+    assert candidate.template.demos == []
+    assert candidate.template.lm is None
 
 
 def test_equal_settings_have_equal_keys_and_different_ones_do_not(candidate, toy):
@@ -79,7 +81,8 @@ def test_the_space_contains_the_incumbent_and_no_option_twice(space):
 
 def test_a_point_names_a_candidate(space):
     candidate = space.candidate({"weights": "scripted/model@tuned", "self.demos": "one", "self.instruction": "a"})
-    assert candidate.model == "scripted/model@tuned" and candidate.n_demos == 1
+    assert candidate.model == "scripted/model@tuned"
+    assert candidate.n_demos == 1
     assert candidate.parts[0].instruction == "A."
 
 

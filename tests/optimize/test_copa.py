@@ -50,13 +50,16 @@ def test_the_student_is_not_changed(toy):
     student = toy.program()
     before = student.dump_state()
     optimized(toy, program=student)
-    assert student.dump_state() == before and student.lm is None and not hasattr(student, "copa_result")
+    assert student.dump_state() == before
+    assert student.lm is None
+    assert not hasattr(student, "copa_result")
 
 
 def test_the_result_has_its_model_attached(toy):
     lm = toy.lm()
     program = optimized(toy, lm=lm)
-    assert program.lm is not None and program.lm.model == lm.model
+    assert program.lm is not None
+    assert program.lm.model == lm.model
     with dspy.context(lm=None):
         assert program(size="9.0", weight="1").kind in ("big", "small")
 
@@ -64,7 +67,7 @@ def test_the_result_has_its_model_attached(toy):
 def test_same_seed_same_program_whatever_the_threads(toy):
     found = {
         (settings_of(program), program.copa_result.charged_calls)
-        for program in (optimized(toy, threads=threads, seed=3) for threads in (1, 2, 16))
+        for program in (optimized(toy, threads=threads, seed=3) for threads in (1, 16))
     }
     assert len(found) == 1
 
@@ -80,7 +83,9 @@ def test_whatever_the_budget_the_result_is_no_worse_and_the_budget_holds(toy, ca
     result = optimized(toy, budget=calls, lm=lm).copa_result
     assert lm.calls <= calls
     if calls < len(toy.val):
-        assert result.score_before is None and result.stopped == "budget" and result.exhausted
+        assert result.score_before is None
+        assert result.stopped == "budget"
+        assert result.exhausted
         assert "does not pay for scoring the program as written" in result.notes[0]
     else:
         assert result.score_after >= result.score_before
@@ -118,8 +123,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_the_same(toy, tmp_p
 def test_none_returns_the_program_as_written_and_costs_nothing(toy):
     lm = toy.lm()
     program = optimized(toy, "none", lm=lm)
-    assert lm.calls == 0 and program.copa_result.stopped == "completed"
-    assert program.signature.instructions == toy.program().signature.instructions and program.lm.model == lm.model
+    assert lm.calls == 0
+    assert program.copa_result.stopped == "completed"
+    assert program.signature.instructions == toy.program().signature.instructions
+    assert program.lm.model == lm.model
 
 
 def test_the_callers_scope_is_left_alone(toy):
@@ -136,7 +143,8 @@ def test_without_a_valset_a_part_of_the_trainset_decides(toy):
 def test_a_perfect_program_is_left_alone(toy):
     toy.metric = lambda example, prediction, trace=None: 1.0
     result = optimized(toy, "p -> p").copa_result
-    assert result.stopped == "perfect score" and result.charged_calls == len(toy.val)
+    assert result.stopped == "perfect score"
+    assert result.charged_calls == len(toy.val)
 
 
 # -- weights
@@ -147,9 +155,10 @@ def test_weights_are_tuned_on_labels_and_adopted_when_not_worse(toy):
     assert program.lm.model == "scripted/model@24"
     assert program.copa_result.model == "scripted/model@24"
     (rows,) = toy.provider.trained
-    assert len(rows) == 24 and all(len(row["messages"]) == 3 for row in rows)
-    answers = [row["messages"][-1]["content"] for row in rows]
-    assert [f"[[ ## kind ## ]]\n{e.kind}" in answer for e, answer in zip(toy.train, answers, strict=True)] == [True] * 24
+    assert len(rows) == 24
+    assert all(len(row["messages"]) == 3 for row in rows)
+    for example, row in zip(toy.train, rows, strict=True):
+        assert f"[[ ## kind ## ]]\n{example.kind}" in row["messages"][-1]["content"]
 
 
 def test_weights_that_make_it_worse_are_not_adopted(toy):
@@ -219,7 +228,7 @@ def two_steps(toy):
             return {"note": "size " + text.split("[[ ## size ## ]]\n")[1].split()[0]}
         shown = " ".join(message["content"] for message in messages[1:-1])
         size = float(text.split("size ")[1].split()[0])
-        return {"kind": "big" if size >= 5 and "\nbig" in shown or "@" in model and size >= 5 else "small"}
+        return {"kind": "big" if (size >= 5 and "\nbig" in shown) or ("@" in model and size >= 5) else "small"}
 
     toy.program = TwoSteps
     toy.lm = lambda **kwargs: ScriptedLM(answers, **{"fingerprint": lambda model: f"two:{model}", **kwargs})
@@ -227,13 +236,13 @@ def two_steps(toy):
 
 
 def test_programs_of_several_steps_get_demonstrations_from_their_own_passing_traces(two_steps):
-    two_steps.val = two_steps.make_rows(16, seed=9, noise=0)
-    two_steps.train = two_steps.make_rows(24, seed=8, noise=0.4)
-    program = optimized(two_steps, budget=600)
+    lm = two_steps.lm()
+    program = optimized(two_steps, budget=250, lm=lm)
     result = program.copa_result
-    assert result.usage.paid_calls <= 600
-    assert "bootstrap" in {name for name, _ in program.named_predictors()} or result.n_trials > 3
+    assert result.charged_calls <= 250
     assert set(result.state["predictors"]) == {"read", "judge"}
+    prompts = [message["content"] for request in lm.requests for message in request.messages[1:-1]]
+    assert any(prompt.startswith("[[ ## note ## ]]\nsize ") for prompt in prompts)
 
 
 def test_programs_of_several_steps_are_tuned_on_passing_traces(two_steps):
@@ -241,7 +250,8 @@ def test_programs_of_several_steps_are_tuned_on_passing_traces(two_steps):
     (rows,) = two_steps.provider.trained
     n_small = sum(example.kind == "small" for example in two_steps.train)
     assert len(rows) == 2 * n_small
-    assert "@" in program.read.lm.model and program.read.lm is program.judge.lm
+    assert "@" in program.read.lm.model
+    assert program.read.lm is program.judge.lm
 
 
 def test_traces_that_never_pass_are_one_clear_error(two_steps):
@@ -255,18 +265,20 @@ def test_traces_that_never_pass_are_one_clear_error(two_steps):
 
 def test_the_alternating_loop_says_why_it_stopped(toy):
     result = optimized(toy, "demos -> instructions", budget=2000).copa_result
-    assert result.stopped == "converged" and any("less than epsilon" in note for note in result.notes)
+    assert result.stopped == "converged"
+    assert any("less than epsilon" in note for note in result.notes)
     assert result.score_after > result.score_before
 
 
 def test_the_alternating_loop_ends_after_its_cycles(toy):
-    result = optimized(toy, "demos -> instructions", budget=2000, epsilon=0.0, max_cycles=2).copa_result
+    result = optimized(toy, "demos -> instructions", budget=400, epsilon=0.0, max_cycles=2).copa_result
     assert result.stopped == "max_cycles"
 
 
 def test_the_alternating_loop_ends_with_the_budget(toy):
     result = optimized(toy, "demos -> instructions", budget=70, epsilon=0.0, max_cycles=9).copa_result
-    assert result.stopped == "budget" and result.charged_calls <= 70
+    assert result.stopped == "budget"
+    assert result.charged_calls <= 70
 
 
 # -- the prompt LM
@@ -293,7 +305,8 @@ def test_a_finished_optimization_is_restored_without_a_call(toy):
     fresh = tunable(toy)
     restored = apply_state(toy.program(), result.state, lm=fresh)
     assert settings_of(restored) == settings_of(program)
-    assert restored.lm.model == program.lm.model and fresh.calls == 0
+    assert restored.lm.model == program.lm.model
+    assert fresh.calls == 0
     score = evaluate(restored, toy.val, metric=toy.metric, split="validation").score
     assert score == pytest.approx(result.score_after)
 

@@ -20,7 +20,8 @@ def test_random_sets_show_every_label():
     assert len({one.name for one in sets}) == 6
     for one in sets:
         kinds = ["abc"[demo.x % 3] for demo in one.demos]
-        assert len(set(kinds)) == 3 and max(kinds.count(kind) for kind in "abc") <= len(kinds) // 3 + 1
+        assert len(set(kinds)) == 3
+        assert max(kinds.count(kind) for kind in "abc") <= len(kinds) // 3 + 1
 
 
 def test_sizes_beyond_the_pool_are_cut():
@@ -61,7 +62,8 @@ def propose(toy, program, **settings):
 
 def test_fully_labelled_predictors_cost_no_call_to_propose_for(toy):
     options, calls = propose(toy, toy.program())
-    assert calls == 0 and options["self"][-1].demos == ()
+    assert calls == 0
+    assert options["self"][-1].demos == ()
     assert all("labelled" in option.name for option in options["self"][:-1])
 
 
@@ -71,14 +73,16 @@ def test_outputs_without_labels_are_bootstrapped_within_a_share_of_the_calls(toy
     options, calls = propose(toy, dspy.ChainOfThought("size, weight -> kind"))
     assert 0 < calls <= 20
     made = [option for option in options["predict"] if "bootstrapped" in option.name]
-    assert made and all(demo.reasoning == "because" for option in made for demo in option.demos)
+    assert made
+    assert all(demo.reasoning == "because" for option in made for demo in option.demos)
 
 
 def test_instructions_are_plain_rule_and_labels(toy):
     options = rule_based("self", toy.program().signature, "Tell.", trainset=toy.train, seed=0)
     assert [option.name for option in options] == ["plain", "rule", "labels"]
     assert options[0].text == "Tell."
-    assert options[1].text.startswith("Tell. If size is ") and options[1].text.endswith(".")
+    assert options[1].text.startswith("Tell. If size is ")
+    assert options[1].text.endswith(".")
     assert options[2].text == "Tell. Answer with one of: big, small."
 
 
@@ -97,13 +101,16 @@ def test_the_prompt_lm_sees_the_data_and_the_past_and_unusable_proposals_are_lef
     )  # fmt: skip
     assert [option.text for option in options] == ["Look at size."]
     prompt = writer.requests[0].prompt
-    assert "0.25: Guess." in prompt and "kind: one of big" in prompt and "size, weight -> kind" in prompt
+    assert "0.25: Guess." in prompt
+    assert "kind: one of big" in prompt
+    assert "size, weight -> kind" in prompt
     assert len({request.seed for request in writer.requests}) == 3
 
 
 def test_the_data_summary_counts_categories(toy):
     summary = data_summary(toy.program().signature, toy.train)
-    assert summary.startswith("24 examples.") and "kind: one of big (" in summary
+    assert summary.startswith("24 examples.")
+    assert "kind: one of big (" in summary
 
 
 def test_starting_points_try_every_instruction_with_and_without_demonstrations(toy):

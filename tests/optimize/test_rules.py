@@ -41,8 +41,10 @@ def test_three_classes_in_a_row_give_two_clauses():
     values = [f"{v:.1f}" for v in np.linspace(0.1, 9.0, 60)]
     labels = ["low" if float(v) < 3 else "middle" if float(v) < 6 else "high" for v in values]
     rule = learn_rules({"size": values}, labels)[0]
-    assert len(rule.clauses) == 2 and rule.accuracy == 1.0
-    assert "is " in rule.text and rule.text.startswith("If size is ")
+    assert len(rule.clauses) == 2
+    assert rule.accuracy == 1.0
+    assert "is " in rule.text
+    assert rule.text.startswith("If size is ")
 
 
 def test_a_threshold_has_the_precision_of_the_printed_values():
@@ -53,7 +55,8 @@ def test_a_threshold_has_the_precision_of_the_printed_values():
 
 def test_text_columns_become_conditions_on_words():
     rule = learn_rules({"sky": ["sunny", "rain", "snow"] * 6}, ["go", "stay", "stay"] * 6)[0]
-    assert rule.accuracy == 1.0 and "sunny" in rule.text
+    assert rule.accuracy == 1.0
+    assert "sunny" in rule.text
 
 
 def test_rows_that_say_nothing_give_no_rule():

@@ -32,7 +32,8 @@ def test_optimizers_may_stand_inside_a_sequence():
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_every_optimizer_name_is_one_step(name):
     (step,) = parse_strategy(name.upper())
-    assert step.kind is StepKind.OPTIMIZER and step.name == name
+    assert step.kind is StepKind.OPTIMIZER
+    assert step.name == name
 
 
 def test_dspys_own_class_names_are_understood():

@@ -47,17 +47,30 @@ def test_a_block_that_does_not_fit_is_not_begun(toy, validation):
     candidate = Candidate.of(toy.program(), lm=lm)
     with open_scope("test", budget=Budget(calls=4)) as scope, pytest.raises(OutOfCalls):
         validation.advance(candidate, allowance=unlimited(scope), phase=Phase.SEARCH)
-    assert lm.calls == 0 and not scope.exhausted
+    assert lm.calls == 0
+    assert not scope.exhausted
 
 
 def test_a_provider_that_is_down_ends_the_search_with_its_error(toy, validation):
     lm = ScriptedLM(lambda messages: ProviderError("the cable is out"))
     base = Candidate.of(toy.program(), lm=lm)
     with open_scope("test") as scope, pytest.raises(ProviderError, match="the cable is out"):
-        for i in range(4):
-            validation.advance(
-                base.with_instructions({"self": f"Try {i}."}), allowance=unlimited(scope), phase=Phase.SEARCH
-            )
+        validation.advance(base, allowance=unlimited(scope), phase=Phase.SEARCH)
+
+
+def test_a_provider_that_goes_down_later_ends_the_search_with_its_error(toy, validation):
+    def answers(messages):
+        down = "Try" in messages[0]["content"]
+        return ProviderError("the cable is out") if down else {"kind": "small"}
+
+    base = Candidate.of(toy.program(), lm=ScriptedLM(answers))
+    with open_scope("test") as scope:
+        validation.complete(base, allowance=unlimited(scope), phase=Phase.BASELINE)
+        ways = [base.with_instructions({"self": f"Try {i}."}) for i in range(3)]
+        for candidate in ways[:2]:
+            validation.advance(candidate, allowance=unlimited(scope), phase=Phase.SEARCH)
+        with pytest.raises(ProviderError, match="3 candidates in a row"):
+            validation.advance(ways[2], allowance=unlimited(scope), phase=Phase.SEARCH)
 
 
 def test_equal_scores_prefer_the_simpler_candidate(toy, validation):
@@ -67,7 +80,8 @@ def test_equal_scores_prefer_the_simpler_candidate(toy, validation):
         for candidate in (plain, wordy):
             validation.complete(candidate, allowance=unlimited(scope), phase=Phase.SEARCH)
     assert validation.mean(plain) == validation.mean(wordy)
-    assert validation.is_better(plain, wordy) and not validation.is_better(wordy, plain)
+    assert validation.is_better(plain, wordy)
+    assert not validation.is_better(wordy, plain)
 
 
 def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
@@ -92,7 +106,8 @@ def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
 def test_a_search_finds_something_better_within_its_calls(toy, sampler):
     outcome, validation, incumbent, scope = searched(toy, sampler=sampler)
     assert validation.mean(outcome.best) > validation.mean(incumbent) + 0.2
-    assert scope.charged_calls <= 200 and not scope.exhausted
+    assert scope.charged_calls <= 200
+    assert not scope.exhausted
 
 
 def test_the_best_is_a_fully_scored_candidate_no_worse_than_any_other(toy):
@@ -105,18 +120,21 @@ def test_the_best_is_a_fully_scored_candidate_no_worse_than_any_other(toy):
 def test_dropped_trials_cost_less_than_a_full_pass(toy):
     outcome, validation, _, _ = searched(toy, calls=400)
     dropped = [trial for trial in outcome.trials if trial.outcome == "dropped"]
-    assert dropped and all(trial.n_scored < validation.n for trial in dropped)
+    assert dropped
+    assert all(trial.n_scored < validation.n for trial in dropped)
 
 
 def test_two_searches_with_one_seed_are_the_same(toy):
     first, second = searched(toy)[0], searched(toy)[0]
-    assert first.trials == second.trials and first.best.key == second.best.key
+    assert first.trials == second.trials
+    assert first.best.key == second.best.key
 
 
 def test_a_search_ends_before_the_budget_and_says_so(toy):
     outcome, _, _, scope = searched(toy, calls=50)
     assert outcome.stopped == "budget"
-    assert scope.charged_calls <= 50 and not scope.exhausted
+    assert scope.charged_calls <= 50
+    assert not scope.exhausted
 
 
 def test_a_search_ends_when_everything_was_tried(toy):
@@ -136,7 +154,8 @@ def test_a_search_ends_without_improvement_for_a_while(toy):
 def test_a_perfect_score_ends_a_search(toy):
     toy.metric = lambda example, prediction, trace=None: 1.0
     outcome, _, _, scope = searched(toy)
-    assert outcome.stopped == "perfect score" and scope.charged_calls == len(toy.val)
+    assert outcome.stopped == "perfect score"
+    assert scope.charged_calls == len(toy.val)
 
 
 def test_prompts_too_long_for_the_model_are_left_behind(toy):
