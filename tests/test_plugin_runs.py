@@ -17,7 +17,7 @@ import copa_harness.session.copa_session
 import copa_harness.store.artifacts
 import copa_harness.store.baselines  # noqa: F401
 
-STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider")
+STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 CONFTEST = '''
 import dspy

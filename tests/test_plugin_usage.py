@@ -5,7 +5,7 @@ import pytest
 # pytester forgets what an inner run imported; this is imported once, here, for all of them.
 import copa_harness.session.settings  # noqa: F401
 
-STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider")
+STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 
 @pytest.fixture
