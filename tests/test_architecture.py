@@ -30,7 +30,7 @@ DOORS = {"plugin", "fixtures", "cli"}
 HEAVY = {
     "torch": ("lm/local", "tune/", "pretrain/"),
     "transformers": ("lm/local", "tune/", "pretrain/"),
-    "peft": ("lm/local", "tune/"),
+    "peft": ("lm/local", "tune/", "pretrain/"),
     "dspy": ("lm/", "evaluate/", "tune/", "optimize/", "tasks/", "pretrain/"),
     "optuna": ("optimize/",),
     "hypothesis": ("evaluate/robustness",),
