@@ -130,7 +130,8 @@ def run_python(code, **environment):
 
 @pytest.mark.parametrize(
     "module",
-    ["copa_harness", "copa_harness.plugin", "copa_harness.tasks", "copa_harness.session", "copa_harness.session.settings", "copa_harness.session.runs",
+    ["copa_harness", "copa_harness.plugin", "copa_harness.tasks", "copa_harness.session",
+     "copa_harness.session.settings", "copa_harness.session.runs",
      "copa_harness.lm", "copa_harness.tune", "copa_harness.evaluate", "copa_harness.optimize", "copa_harness.report",
      "copa_harness.store", "copa_harness.judge"],
 )  # fmt: skip
