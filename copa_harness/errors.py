@@ -20,11 +20,73 @@ class TaskError(ConfigurationError):
 
 
 class ProviderError(CopaError):
-    """The model gave no answer (network, server, out of memory). Never counted as a wrong answer."""
+    """The model gave no answer (network, server, out of memory). Never counted as a wrong answer.
+
+    Attributes:
+        kind: Under which name failures of this class are counted.
+        billed: Whether the provider charges for the call: None when nobody can know. What is not certainly free is
+            booked at the worst case that was reserved for it.
+    """
+
+    kind = "provider"
+    billed: bool | None = False
 
 
 class ContextOverflowError(ProviderError):
     """The prompt plus the tokens asked for do not fit the model's context window."""
+
+    kind = "context overflow"
+
+
+class RateLimitError(ProviderError):
+    """The provider asked to slow down (HTTP 429)."""
+
+    kind = "rate limit"
+
+
+class ProviderTimeoutError(ProviderError):
+    """No answer in time. The provider may be working on it still, and bill it."""
+
+    kind = "timeout"
+    billed = None
+
+
+class ServerFailureError(ProviderError):
+    """The provider failed (HTTP 5xx)."""
+
+    kind = "server error"
+
+
+class ConnectionFailedError(ProviderError):
+    """The connection could not be made, or broke."""
+
+    kind = "connection"
+
+
+class AuthenticationError(ProviderError):
+    """The provider does not accept the credentials (HTTP 401, 403)."""
+
+    kind = "authentication"
+
+
+class BillingError(ProviderError):
+    """The account has no credit or quota left (HTTP 402, `insufficient_quota`)."""
+
+    kind = "billing"
+
+
+class MalformedAnswerError(ProviderError):
+    """The provider sent something, and it is no answer: broken JSON, missing fields."""
+
+    kind = "malformed answer"
+    billed = None
+
+
+class RefusalError(ProviderError):
+    """The model or the provider's content filter refused to answer."""
+
+    kind = "refusal"
+    billed = True
 
 
 class MetricError(CopaError):

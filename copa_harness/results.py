@@ -28,6 +28,7 @@ class Phase(str, Enum):
     INSTRUCTIONS = "instructions"
     SEARCH = "search"
     EVALUATE = "evaluate"
+    METRIC = "metric"
 
 
 class Verdict(str, Enum):
@@ -44,7 +45,10 @@ class Verdict(str, Enum):
 class Usage:
     """What was spent. `paid_calls` reached a model; `cached_calls` were answered from disk and cost nothing.
 
-    Tokens and dollars count paid calls only. `train_steps` are optimizer steps of LoRA training.
+    Tokens and dollars count paid calls only. `train_steps` are optimizer steps of LoRA training. `estimated_calls`
+    are those of the paid calls whose tokens the provider did not report, or whose end it never told (a timeout after
+    the request was sent): they are booked at the worst case that was reserved for them. `unpriced_calls` are paid
+    calls whose price nobody knows; their dollars are missing from `usd`.
     """
 
     paid_calls: int = 0
@@ -55,6 +59,8 @@ class Usage:
     usd: float = 0.0
     train_steps: int = 0
     wall_s: float = 0.0
+    estimated_calls: int = 0
+    unpriced_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -66,6 +72,23 @@ class Usage:
             self.usd + other.usd,
             self.train_steps + other.train_steps,
             self.wall_s + other.wall_s,
+            self.estimated_calls + other.estimated_calls,
+            self.unpriced_calls + other.unpriced_calls,
+        )
+
+    def __sub__(self, other: Usage) -> Usage:
+        """What was spent between two readings of one meter, the later one minus the earlier one."""
+        return Usage(
+            self.paid_calls - other.paid_calls,
+            self.cached_calls - other.cached_calls,
+            self.failed_calls - other.failed_calls,
+            self.input_tokens - other.input_tokens,
+            self.output_tokens - other.output_tokens,
+            self.usd - other.usd,
+            self.train_steps - other.train_steps,
+            self.wall_s - other.wall_s,
+            self.estimated_calls - other.estimated_calls,
+            self.unpriced_calls - other.unpriced_calls,
         )
 
     @property
@@ -83,13 +106,36 @@ class Usage:
 class Budget:
     """Ceilings of one optimization run; `math.inf` means no ceiling.
 
-    `calls` bounds the *distinct* requests of the run, counted the same whether the answer was bought or
-    replayed from disk. So a run that was killed and started again stops at the very same point as an
-    uninterrupted one, and the calls really paid never exceed the ceiling.
+    `calls`, tokens and dollars bound the *distinct* requests of the run, counted the same whether the answer was
+    bought or replayed from disk. So a run that was killed and started again stops at the very same point as an
+    uninterrupted one, and what is really paid never exceeds the ceiling. (The ledger of a whole pytest run counts
+    real payments only: see `copa_harness.lm.ledger`.)
+
+    Attributes:
+        calls: Distinct requests.
+        name: As the user wrote it, for messages.
+        tokens: Input plus output tokens.
+        input_tokens: Prompt tokens.
+        output_tokens: Completion tokens.
+        usd: Dollars.
+        seconds: Seconds since the scope was opened; after them nothing more is bought.
+        train_steps: Optimizer steps of LoRA training.
     """
 
     calls: float = math.inf
     name: str = "unlimited"
+    tokens: float = math.inf
+    input_tokens: float = math.inf
+    output_tokens: float = math.inf
+    usd: float = math.inf
+    seconds: float = math.inf
+    train_steps: float = math.inf
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The finite ceilings by name, in the order of the attributes."""
+        names = ("calls", "tokens", "input_tokens", "output_tokens", "usd", "seconds", "train_steps")
+        return {name: value for name in names if math.isfinite(value := getattr(self, name))}
 
 
 @dataclass(frozen=True, slots=True)

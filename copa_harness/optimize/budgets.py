@@ -53,8 +53,8 @@ def describe_budget(budget: Budget) -> str:
     if not ceilings:
         return f"{budget.name} (no ceiling)"
     units = {
-        "calls": "optimization calls", "usd": "dollars", "train_steps": "training steps", "input_tokens": "input tokens",
-        "output_tokens": "output tokens",
+        "calls": "optimization calls", "usd": "dollars", "train_steps": "training steps",
+        "input_tokens": "input tokens", "output_tokens": "output tokens",
     }  # fmt: skip
     parts = [f"{_shown(ceiling)} {units.get(name, name)}" for name, ceiling in ceilings.items()]
     return f"{budget.name} (at most {', '.join(parts)} per task)"

@@ -126,7 +126,7 @@ def test_callbacks_and_usage_are_seen_once_by_dspy(lm):
     assert tracker.get_total_tokens()["openai/gpt-4o-mini"]["prompt_tokens"] == 11
 
 
-def test_transient_errors_are_retried_by_dspy_and_refunded(lm, server):
+def test_transient_errors_are_retried_by_the_door_and_refunded(lm, server):
     busy = (429, {"error": {"message": "slow down", "type": "rate_limit"}}, {"Retry-After": "1"})
     broken = (500, {"error": {"message": "oops"}}, {})
     server.failures = [busy, broken]
@@ -238,7 +238,7 @@ def test_a_plain_lm_is_metered_with_its_provider_and_defaults(server):
     lm = meter_lm(plain, door=Door(cache=None))
     assert lm.provider is plain.provider
     assert isinstance(lm.provider, OpenAIProvider)
-    assert (lm.kwargs, lm.train_kwargs, lm.num_retries) == (defaults, {"a": 1}, 3)
+    assert (lm.kwargs, lm.train_kwargs, lm.engine.patience.retries.n_retries) == (defaults, {"a": 1}, 3)
     lm.copy(model="openai/ft:m:1")("hi")
     assert server.bodies[0]["model"] == "ft:m:1"
     assert meter_lm(lm, door=Door(cache=None)) is lm
