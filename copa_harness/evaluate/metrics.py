@@ -34,20 +34,24 @@ def metric_arity(metric: Metric) -> int:
         raise ConfigurationError(
             f"got {metric!r} as the metric; expected a function metric(example, prediction, trace=None)"
         )
-    try:
-        signature = inspect.signature(metric)
-    except (TypeError, ValueError):
-        return 2
     for arity in (3, 2, 5, 4):
-        try:
-            signature.bind(*range(arity))
-        except TypeError:
-            continue
-        return arity
+        if takes_arguments(metric, arity):
+            return arity
     raise ConfigurationError(
-        f"got a metric with the signature {metric_name(metric)}{signature}; "
+        f"got a metric with the signature {metric_name(metric)}{inspect.signature(metric)}; "
         "expected metric(example, prediction, trace=None)"
     )
+
+
+def takes_arguments(metric: Metric, n: int) -> bool:
+    """Whether the metric can be called with `n` positional arguments; without a readable signature, with 2."""
+    try:
+        inspect.signature(metric).bind(*range(n))
+    except ValueError:
+        return n == 2
+    except TypeError:
+        return False
+    return True
 
 
 def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace: Any = None) -> float:

@@ -1,8 +1,9 @@
 """How each DSPy optimizer is built and sized to a number of calls; the user's own arguments always win.
 
 Symbols: B = calls it may use, V and T = calls of one pass over the validation and the training examples. A full
-evaluation costs V, bootstrapping at most T in all (the same example asked again is free in one scope). Sizes aim a
-little below B; what overshoots is stopped by the step's scope. Knows constructor signatures of DSPy 3.4.1.
+evaluation costs V, bootstrapping at most T in all, and mostly far less (the same example asked again is free in one
+scope); so it is left out of the sizes: an optimizer that would be equal to its rivals uses its whole budget, and what
+overshoots is stopped by the step's scope with the best program kept. Knows constructor signatures of DSPy 3.4.1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dspy
 from dspy import teleprompt
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.evaluate.metrics import metric_arity
+from copa_harness.evaluate.metrics import takes_arguments
 from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
 
 
@@ -86,8 +87,7 @@ def _bootstrap(job: OptimizerJob) -> Built:
 
 def _random_search(job: OptimizerJob, *, calls: int | None = None) -> Built:
     # Three programs (as it is without demonstrations, labelled, bootstrapped) are scored besides the candidates.
-    free = (job.calls if calls is None else calls) - job.train_cost
-    n = max(1, min(64, free // job.val_cost - 3))
+    n = max(1, min(64, (job.calls if calls is None else calls) // job.val_cost - 3))
     ours = {
         "metric": job.scored,
         "max_bootstrapped_demos": min(4, job.n_demos),
@@ -103,7 +103,7 @@ def _random_search(job: OptimizerJob, *, calls: int | None = None) -> Built:
 
 
 def _optuna(job: OptimizerJob) -> Built:
-    n = max(1, min(64, (job.calls - job.train_cost) // job.val_cost))
+    n = max(1, min(64, job.calls // job.val_cost))
     ours = {
         "metric": job.scored,
         "max_bootstrapped_demos": max(1, min(8, job.n_demos)),
@@ -139,8 +139,7 @@ def _mipro(job: OptimizerJob) -> Built:
     # summaries and program descriptions by a model that cannot write them cost calls and help nobody.
     writes_itself = job.prompt_lm is None
     n_predictors = len(job.incumbent.parts)
-    free = job.calls - job.train_cost - 4 * n_predictors - 10
-    n_trials = max(1, min(200, free // job.val_cost - 1))
+    n_trials = max(1, min(200, (job.calls - 4 * n_predictors) // job.val_cost - 1))
     n_candidates = max(2, min(18, math.ceil(n_trials / 1.5)))
     ours = {
         "metric": job.scored,
@@ -209,7 +208,7 @@ def _with_feedback(job: OptimizerJob) -> Callable[..., Any]:
     def metric(gold: dspy.Example, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any:
         score = job.scored(gold, pred, trace)
         feedback = None
-        if metric_arity(job.metric) == 5:  # only such a metric is made to give feedback
+        if takes_arguments(job.metric, 5):  # only such a metric can be made to give feedback
             feedback = getattr(job.metric(gold, pred, trace, pred_name, pred_trace), "feedback", None)
         if not feedback:
             labels = {key: value for key, value in gold.items() if key not in gold.inputs()}
@@ -244,7 +243,7 @@ def _simba(job: OptimizerJob) -> Built:
 
 
 def _infer_rules(job: OptimizerJob) -> Built:
-    n = max(1, min(10, (job.calls - job.train_cost) // (job.val_cost + len(job.incumbent.parts))))
+    n = max(1, min(10, job.calls // (job.val_cost + len(job.incumbent.parts))))
     ours: dict[str, Any] = {
         "metric": job.scored,
         "num_candidates": n,

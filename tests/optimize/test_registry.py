@@ -92,6 +92,21 @@ def test_two_runs_with_a_budget_that_ends_them_are_the_same(toy):
     assert states[0] == states[1]
 
 
+def test_gepa_is_told_the_metrics_own_feedback(toy):
+    prompt_lm = writer()
+    toy.metric = lambda gold, pred, trace=None, pred_name=None, pred_trace=None: dspy.Prediction(
+        score=float(gold.kind == pred.kind), feedback="It is all about the size."
+    )
+    optimized(toy, "gepa", prompt_lm=prompt_lm)
+    assert any("It is all about the size." in request.prompt for request in prompt_lm.requests)
+
+
+def test_gepa_is_told_the_right_answer_when_the_metric_says_nothing(toy):
+    prompt_lm = writer()
+    optimized(toy, "gepa", prompt_lm=prompt_lm)
+    assert any("The right answer: kind = big." in request.prompt for request in prompt_lm.requests)
+
+
 def test_a_budget_too_small_for_an_optimizer_is_said(toy):
     result = optimized(toy, "miprov2", budget=20).copa_result
     assert result.stopped == "budget"
