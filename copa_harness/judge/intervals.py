@@ -64,17 +64,20 @@ def wilson_interval(successes: float, n: int, *, level: float = 0.95) -> Interva
     return Interval(low, high, level, "wilson")
 
 
-def mean_interval(scores: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+def mean_interval(
+    scores: Sequence[float], *, level: float = 0.95, seed: int = 0, groups: Sequence[str] | None = None
+) -> Interval:
     """Interval around the mean of scores in 0..1.
 
     Args:
         scores: one number in 0..1 per example; none at all gives 0..1.
         level: two-sided confidence, 0 < level < 1.
         seed: of the bootstrap; equal scores and seed give equal intervals.
+        groups: the group of each score, where some examples share one (see `clustered.py`).
 
     Returns:
-        `method` is "wilson" (all 0 or 1), "bca" (graded), "wilson-bound" (graded, too little spread to resample) or
-        "none" (no scores).
+        `method` is "wilson" (all 0 or 1), "bca" (graded), "wilson-bound" (graded, too little spread to resample),
+        "cluster-bca" or "cluster-bound" (groups), or "none" (no scores).
 
     Raises:
         ValueError: for scores outside 0..1 or not finite.
@@ -85,6 +88,10 @@ def mean_interval(scores: Sequence[float], *, level: float = 0.95, seed: int = 0
         return Interval(0.0, 1.0, level, "none")
     if not np.all(np.isfinite(values)) or values.min() < 0 or values.max() > 1:
         raise ValueError(f"got scores in {values.min()}..{values.max()}; expected finite numbers in 0..1")
+    if groups is not None and len(set(groups)) < len(groups):
+        from copa_harness.judge.clustered import clustered_mean_interval
+
+        return clustered_mean_interval(values, groups, level=level, seed=seed)
     total = min(math.fsum(values), float(values.size))
     if bool(np.all((values == 0) | (values == 1))):
         return wilson_interval(round(total), values.size, level=level)

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from copa_harness.judge.clustered import clustered_difference_interval, group_labels, grouped
 from copa_harness.judge.intervals import MIN_DISTINCT_ROWS, N_RESAMPLES, bootstrap_bounds
 from copa_harness.results import EvaluationResult, Interval
 
@@ -36,7 +37,8 @@ class PairedDifference:
     """Mean of after - before over `n` paired examples, -1..1.
 
     `p_value` is two-sided, of "nothing changed" (1 when no example changed). `n_better` and `n_worse` count the
-    examples that moved; `disagreement` is the mean of |d|, for right/wrong the share of examples that moved.
+    examples that moved; `disagreement` is the mean of |d|, for right/wrong the share of examples that moved;
+    `n_groups` counts the groups when examples share them, else 0.
     """
 
     difference: float
@@ -47,6 +49,7 @@ class PairedDifference:
     n_better: int = 0
     n_worse: int = 0
     disagreement: float = 0.0
+    n_groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,13 @@ def pair_up(before: Mapping[str, float | None], after: Mapping[str, float | None
 
 
 def paired_difference(
-    before: Sequence[float], after: Sequence[float], *, ids: Sequence[str], level: float = 0.95, seed: int = 0
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    ids: Sequence[str],
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Mapping[str, str] | None = None,
 ) -> PairedDifference:
     """Compare two runs over the same examples.
 
@@ -101,6 +110,7 @@ def paired_difference(
             id is refused: the same example counted twice is not two observations.
         level: two-sided confidence of the interval.
         seed: of the resampling methods.
+        groups: group by example id, where examples share one (see `clustered.py`).
 
     Returns:
         The difference; over no examples at all it is nan with the interval -1..1.
@@ -123,8 +133,15 @@ def paired_difference(
         return PairedDifference(math.nan, Interval(-1.0, 1.0, level, "none"), 1.0, "none", 0)
     gained, lost = gained_and_lost(differences)
     binary = is_right_wrong(old) and is_right_wrong(new)
-    interval = difference_interval(differences, binary=binary, level=level, seed=seed)
-    if binary:
+    labels = group_labels([ids[index] for index in order], groups)
+    if labels is not None:
+        interval = clustered_difference_interval(differences, labels, level=level, seed=seed)
+    else:
+        interval = difference_interval(differences, binary=binary, level=level, seed=seed)
+    if labels is not None:
+        totals = grouped(differences, labels).totals
+        p_value, method = permutation_p_value(totals, seed=seed), "paired permutation of groups"
+    elif binary:
         p_value, method = mcnemar_p_value(round(gained), round(lost)), "exact McNemar"
     else:
         p_value, method = permutation_p_value(differences, alternative="two-sided", seed=seed), "paired permutation"
@@ -137,6 +154,7 @@ def paired_difference(
         n_better=int((differences > 0).sum()),
         n_worse=int((differences < 0).sum()),
         disagreement=(gained + lost) / n,
+        n_groups=0 if labels is None else len(set(labels)),
     )
 
 

@@ -131,7 +131,7 @@ def noninferiority_verdict(gained, lost, n, margin):
     from copa_harness.judge.noninferiority import _one_sided
 
     differences = np.array([1.0] * gained + [-1.0] * lost + [0.0] * (n - gained - lost))
-    p_not_worse, p_worse, p_any = _one_sided(differences, margin=margin, binary=True, alpha=0.05, seed=0)
+    p_not_worse, p_worse, p_any = _one_sided(differences, margin=margin, binary=True, seed=0)
     if p_worse <= 0.05 and p_any <= 0.05:
         return Verdict.FAIL
     return Verdict.PASS if p_not_worse <= 0.05 else Verdict.UNDECIDED

@@ -1,0 +1,155 @@
+"""Tests of a mean that hold at their stated size for every distribution, however few or skewed the rows.
+
+Symbols: n rows, d_i in [low, high] one row's value, delta their true mean, delta_0 the value it is tested against;
+for right/wrong pairs g gained, l lost, q the true share lost, q + delta_0 the true share gained.
+
+* right/wrong pairs: the exact unconditional test with Tango's score statistic. The p-value is the greatest
+  probability, over the unknown q, of a statistic at least as extreme. q is searched in a 1 - GAMMA confidence region
+  only, and GAMMA is added (Berger & Boos 1994, JASA 89:1012; Sidik 2003, Stat. Med. 22:265). The asymptotic test
+  alone rejects a true delta_0 in up to 8 % of runs at a nominal 5 %.
+* anything bounded: Gaffke's test (Gaffke 2005; Phan, Thomas & Learned-Miller 2021, ICML, arXiv 2106.03163): the
+  observed values and one unseen value at the far end of the range get random weights (uniform on the simplex); the
+  p-value is the share of weightings whose mean reaches delta_0. For right/wrong values it is Clopper-Pearson's.
+  It needs no symmetry, so it holds where sign exchanges around a margin and the bootstrap do not.
+
+Knows nothing of models, files, gates or verdicts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copa_harness.judge.intervals import N_RESAMPLES
+
+GAMMA = 0.0005
+"""Error spent on confining the nuisance parameter."""
+
+_GRID = 101
+_CHUNK = 1_000_000
+_TIE = 1e-9
+
+
+def exact_share_p_value(
+    gained: int, lost: int, n: int, *, difference: float, alternative: Literal["less", "greater"]
+) -> float:
+    """Exact p-value of a paired difference of shares against `difference`.
+
+    Args:
+        gained: pairs wrong before and right after.
+        lost: pairs right before and wrong after.
+        n: all pairs, at least gained + lost and at least 1.
+        difference: the true difference under the null hypothesis, strictly between -1 and 1.
+        alternative: "greater" asks whether the data show more than `difference`, "less" whether they show less.
+
+    Raises:
+        ValueError: for impossible counts or a difference outside -1..1.
+
+    Source: Sidik (2003); Lloyd & Moldovan (2008), Stat. Med. 27:3540, for the monotone rejection region.
+    """
+    if n < 1 or min(gained, lost) < 0 or gained + lost > n or not -1 < difference < 1:
+        raise ValueError(
+            f"got {gained} gained, {lost} lost of {n} against {difference}; expected counts within n, |difference| < 1"
+        )
+    if alternative == "less":
+        return exact_share_p_value(lost, gained, n, difference=-difference, alternative="greater")
+    from scipy import stats
+
+    observed = float(score_statistic(np.array([gained]), np.array([lost]), n, difference=difference)[0])
+    each_lost = np.arange(n + 1)
+    least_gained = _least_gained(observed, n, difference=difference)
+    low, high = _moved_region(gained + lost, n)
+    shares_moved = np.linspace(max(low, abs(difference)), max(high, abs(difference)), _GRID)
+    shares_lost = np.clip((shares_moved - difference) / 2, 0.0, 1.0)[:, None]
+    shares_gained = np.clip(shares_lost + difference, 0.0, 1.0)
+    rest = np.maximum(1.0 - shares_lost, 1e-300)
+    weights = stats.binom.pmf(each_lost, n, shares_lost)
+    tails = stats.binom.sf(least_gained - 1, n - each_lost, np.minimum(shares_gained / rest, 1.0))
+    return float(min(1.0, (weights * tails).sum(axis=1).max() + GAMMA))
+
+
+def score_statistic(
+    gained: NDArray[np.int64], lost: NDArray[np.int64], n: int, *, difference: float
+) -> NDArray[np.float64]:
+    """Tango's statistic (`paired.tango_statistic`) for arrays of counts."""
+    a = 2.0 * n
+    b = -gained - lost + (2 * n - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    share_lost = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = n * (2 * share_lost + difference * (1 - difference))
+    numerator = gained - lost - n * difference
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = numerator / np.sqrt(np.maximum(variance, 0.0))
+    certain = np.where(np.abs(numerator) < _TIE, 0.0, np.copysign(np.inf, numerator))
+    result: NDArray[np.float64] = np.where(variance <= 1e-12, certain, value)
+    return result
+
+
+def _least_gained(observed: float, n: int, *, difference: float) -> NDArray[np.int64]:
+    """For each number lost 0..n, the least number gained whose statistic reaches the observed one.
+
+    The statistic grows with the number gained, so bisection finds it; n - lost + 1 stands for "never".
+    """
+    lost = np.arange(n + 1)
+    low, high = np.zeros(n + 1, dtype=np.int64), n - lost + 1
+    while np.any(low < high):
+        middle = (low + high) // 2
+        reached = score_statistic(middle, lost, n, difference=difference) >= observed - _TIE
+        high = np.where(reached, middle, high)
+        low = np.where(reached, low, np.minimum(middle + 1, high))
+    return high
+
+
+def _moved_region(moved: int, n: int) -> tuple[float, float]:
+    """Clopper-Pearson region of the share of pairs that move, at confidence 1 - GAMMA."""
+    from scipy import stats
+
+    region = stats.binomtest(moved, n).proportion_ci(1 - GAMMA, method="exact")
+    return float(region.low), float(region.high)
+
+
+def bounded_mean_p_value(
+    values: NDArray[np.float64],
+    *,
+    mean: float,
+    alternative: Literal["less", "greater"],
+    low: float,
+    high: float,
+    seed: int = 0,
+) -> float:
+    """P-value of a true mean of `mean`, valid for independent values of any distribution on [low, high].
+
+    Args:
+        values: one number in low..high per independent row (or cluster).
+        mean: the true mean under the null hypothesis.
+        alternative: "greater" asks whether the true mean is above `mean`, "less" whether it is below.
+        low: least possible value.
+        high: greatest possible value.
+        seed: of the random weights.
+
+    Returns:
+        At least 1 / (N_RESAMPLES + 1); no values at all give 1.
+
+    Raises:
+        ValueError: for values outside low..high.
+
+    Source: Gaffke (2005), "Three test statistics for a nonparametric one-sided hypothesis on the mean of a
+    nonnegative variable"; the weighting is that of Phan, Thomas & Learned-Miller (2021).
+    """
+    if values.size == 0:
+        return 1.0
+    if values.min() < low - _TIE or values.max() > high + _TIE:
+        raise ValueError(f"got values in {values.min()}..{values.max()}; expected {low}..{high}")
+    if alternative == "less":
+        return bounded_mean_p_value(-values, mean=-mean, alternative="greater", low=-high, high=-low, seed=seed)
+    support, counts = np.unique(np.append(values, low), return_counts=True)
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // support.size)
+    reached = 0
+    for start in range(0, N_RESAMPLES, rows):
+        # Equal values share one gamma weight: a sum of that many exponentials.
+        weights = rng.standard_gamma(counts, (min(rows, N_RESAMPLES - start), support.size))
+        reached += int((weights @ (support - mean) <= 0).sum())
+    return (reached + 1) / (N_RESAMPLES + 1)
