@@ -239,7 +239,7 @@ def _own_source() -> str:
     """SHA-256 of the modules that decide how an optimization runs: a changed optimizer makes new results."""
     from copa_harness.store.stages import hash_file, hash_json
 
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
     return hash_json({path.relative_to(package).as_posix(): hash_file(path) for path in files})
 
