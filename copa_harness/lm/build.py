@@ -22,8 +22,7 @@ from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.door import Door
-from copa_harness.lm.endpoint import EndpointEngine
-from copa_harness.lm.engines import CapableEngine
+from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.metered import MeteredLM
 
 EMBEDDED_MAX_TOKENS = 64
@@ -101,11 +100,10 @@ def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
         defaults["max_tokens"] = defaults.pop("max_completion_tokens")
     return MeteredLM(
         lm.model,
-        engine=EndpointEngine(lm),
+        engine=_endpoint_engine(lm),
         door=door,
         provider=lm.provider,
         model_type=lm.model_type,
-        num_retries=lm.num_retries,
         callbacks=lm.callbacks,
         finetuning_model=lm.finetuning_model,
         launch_kwargs=lm.launch_kwargs,
@@ -113,6 +111,16 @@ def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
         use_developer_role=lm.use_developer_role,
         **{"temperature": None, "max_tokens": None, **defaults},
     )
+
+
+def _endpoint_engine(lm: dspy.LM) -> Engine:
+    if importlib.util.find_spec("aiohttp") is None:
+        from copa_harness.lm.endpoint import EndpointEngine
+
+        return EndpointEngine(lm)
+    from copa_harness.lm.http_engine import HttpEngine
+
+    return HttpEngine(lm)
 
 
 def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:

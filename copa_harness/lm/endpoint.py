@@ -1,6 +1,7 @@
 """Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
 
-An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call.
+An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call;
+the door tries again as its `patience` says.
 Its fingerprint is made of the URL, the model and the parameters of the connection that can change an answer, never of
 credentials. LiteLLM is imported by the first call that needs it. Knows nothing of caches or budgets.
 """
@@ -26,7 +27,10 @@ from dspy.utils.exceptions import LMError
 from copa_harness.documents import MASK, is_secret_key, mask_text
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.engines import Capabilities
+from copa_harness.lm.estimates import Limits
 from copa_harness.lm.failures import engine_failure
+from copa_harness.lm.patience import Pace, Patience, RetryPolicy
+from copa_harness.lm.prices import limits_of, use_shipped_prices
 
 _NOT_IN_ANSWERS = frozenset({"api_key", "timeout", "azure_ad_token_provider", "headers", "extra_headers"})
 """Client settings that say who asks or how long to wait, not what answers; headers are looked at one by one."""
@@ -66,6 +70,7 @@ class EndpointEngine:
         self._template = lm.copy(cache=False, num_retries=0, callbacks=[])
         # Call defaults travel in each request; only the connection belongs to the engine.
         self._template.kwargs = {key: value for key, value in lm.kwargs.items() if key in CLIENT_KEYS}
+        self.patience = Patience(RetryPolicy(lm.num_retries), Pace())
         self._secrets = _secrets_in(self._template.kwargs)
         self._lock = threading.Lock()
         self._lms: dict[str, dspy.LM] = {lm.model: self._template}
@@ -116,8 +121,7 @@ class EndpointEngine:
 
     def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
         """The completion and its price in dollars, None when DSPy knows no price."""
-        # LiteLLM, should the call need it, then takes prices from the list it ships instead of downloading one.
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        use_shipped_prices()
         lm = self._lm(request.model)
         try:
             with dspy.context(send_stream=None):
@@ -128,6 +132,10 @@ class EndpointEngine:
                 raise
             raise failure from None  # the chain would print the secret
         return result.typed(request, lm.model_type), result.cost
+
+    def limits(self, model: str) -> Limits:
+        """Prices and the longest answer, from the list DSPy ships."""
+        return limits_of(self._lm(model))
 
     def capabilities(self, model: str) -> Capabilities:
         """What DSPy knows of the model's abilities."""

@@ -8,12 +8,15 @@ caches or particular engines.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import (
     ContextWindowExceededError,
+    LMAuthError,
+    LMBillingError,
     LMError,
     LMLockTimeoutError,
     LMProviderError,
@@ -24,7 +27,19 @@ from dspy.utils.exceptions import (
     LMUnexpectedError,
 )
 
-from copa_harness.errors import ContextOverflowError, CopaError, ProviderError
+from copa_harness.errors import (
+    AuthenticationError,
+    BillingError,
+    ConnectionFailedError,
+    ContextOverflowError,
+    CopaError,
+    MalformedAnswerError,
+    ProviderError,
+    ProviderTimeoutError,
+    RateLimitError,
+    RefusalError,
+    ServerFailureError,
+)
 
 
 class _Failure(ProviderError):
@@ -49,20 +64,36 @@ class ContextOverflow(ContextWindowExceededError, ContextOverflowError):
         ContextWindowExceededError.__init__(self, model=model, message=message)
 
 
-class RateLimited(_Failure, LMRateLimitError):
-    """The provider asked to slow down; retried by DSPy after `retry_after` seconds."""
+class RateLimited(_Failure, RateLimitError, LMRateLimitError):
+    """The provider asked to slow down; worth another try after `retry_after` seconds."""
 
 
-class TimedOut(_Failure, LMTimeoutError):
-    """No answer in time; retried by DSPy."""
+class TimedOut(_Failure, ProviderTimeoutError, LMTimeoutError):
+    """No answer in time; worth another try, and possibly billed."""
 
 
-class ServerFailed(_Failure, LMServerError):
-    """The provider failed (5xx); retried by DSPy."""
+class ServerFailed(_Failure, ServerFailureError, LMServerError):
+    """The provider failed (5xx); worth another try."""
 
 
-class Disconnected(_Failure, LMTransportError):
-    """The connection failed; retried by DSPy."""
+class Disconnected(_Failure, ConnectionFailedError, LMTransportError):
+    """The connection failed; worth another try. Billed or not is unknown once the request was sent."""
+
+
+class AuthFailed(_Failure, AuthenticationError, LMAuthError):
+    """The provider does not accept the credentials; trying again is useless."""
+
+
+class BillingFailed(_Failure, BillingError, LMBillingError):
+    """No credit or quota is left; trying again is useless."""
+
+
+class Malformed(_Failure, MalformedAnswerError, LMProviderError):
+    """What came is no answer; worth another try, and possibly billed."""
+
+
+class Refused(_Failure, RefusalError, LMProviderError):
+    """The model refused. It would again: the refusal is stored like an answer and never paid for twice."""
 
 
 class LockTimedOut(_Failure, LMLockTimeoutError):
@@ -71,6 +102,8 @@ class LockTimedOut(_Failure, LMLockTimeoutError):
 
 # Specific before general, as isinstance decides.
 _OURS: tuple[tuple[Any, Any], ...] = (
+    (LMAuthError, AuthFailed),
+    (LMBillingError, BillingFailed),
     (LMRateLimitError, RateLimited),
     (LMTimeoutError, TimedOut),
     (LMServerError, ServerFailed),
@@ -78,6 +111,10 @@ _OURS: tuple[tuple[Any, Any], ...] = (
     (LMLockTimeoutError, LockTimedOut),
     (LMProviderError, EngineError),
 )
+
+
+TRANSIENT = (RateLimited, TimedOut, ServerFailed, Disconnected, LockTimedOut, Malformed)
+"""Failures that another try may mend."""
 
 
 def engine_failure(error: Exception, *, model: str) -> Exception:
@@ -99,11 +136,15 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
     if isinstance(error, (MemoryError, ImportError, Warning, CopaError)):
         return error
     if isinstance(error, LM15Error):
-        return engine_failure(wrap_error(error, model=model), model=model)
+        wrapped = wrap_error(error, model=model)
+        wrapped.__cause__ = error  # what lies behind it tells whether anything was sent
+        return engine_failure(wrapped, model=model)
     if isinstance(error, ContextWindowExceededError):
         return ContextOverflow(error.message, model=error.model or model)
     for theirs, ours in _OURS:
         if isinstance(error, theirs):
+            if ours is EngineError and error.status is not None and 200 <= error.status < 300:
+                ours = Malformed  # a success without an answer in it
             failure: Exception = ours(
                 error.message,
                 model=error.model or model,
@@ -113,6 +154,8 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
                 request_id=error.request_id,
                 retry_after=error.retry_after,
             )
+            if isinstance(failure, Disconnected) and not _never_sent(error):
+                failure.billed = None
             return failure
     if isinstance(error, LMUnexpectedError):
         return UnexpectedEngineError(error.message, model=error.model or model)
@@ -120,6 +163,22 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
         about_the_call: Exception = error  # configuration, unsupported features: not the provider's fault
         return about_the_call
     return UnexpectedEngineError(f"{type(error).__name__}: {error}", model=model)
+
+
+_NO_CONNECTION = frozenset({"ConnectError", "ConnectTimeout", "ClientConnectorError", "NewConnectionError"})
+"""Exceptions of lm15, httpx, aiohttp and urllib3 that say that no connection came about."""
+
+
+def _never_sent(error: BaseException) -> bool:
+    """Whether an error or one behind it says that no connection came about, so nothing can be billed."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, (ConnectionRefusedError, socket.gaierror)) or type(link).__name__ in _NO_CONNECTION:
+            return True
+        if "connection refused" in str(link).lower():
+            return True
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def passed_through_dspy(error: LMUnexpectedError) -> BaseException | None:

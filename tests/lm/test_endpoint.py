@@ -74,7 +74,7 @@ def server():
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     # DSPy would otherwise ask the network for a fresh price list, and wait.
-    monkeypatch.setattr("dspy.clients.model_metadata.model_info", lambda *args, **kwargs: {})
+    monkeypatch.setattr("dspy.clients.model_metadata.model_info", lambda *args, **kwargs: PRICES)
     monkeypatch.setattr("dspy.clients.costs.model_info", lambda *args, **kwargs: PRICES)
     monkeypatch.setattr("dspy.clients.capabilities.model_info", lambda *args, **kwargs: {})
     monkeypatch.setattr("dspy.clients.execution.time.sleep", lambda seconds: None)
