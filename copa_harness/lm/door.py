@@ -2,22 +2,31 @@
 
 The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An
 answer found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted
-one does. A failed call is refunded. Knows nothing of DSPy programs, and of engines only the seam.
+one does. Every try at a call is reserved, and settled or refunded, on its own; a failed one is refunded unless the
+provider may have billed it. Knows nothing of DSPy programs, and of engines only the seam.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dspy.lm15 import Request, Response
+from dspy.lm15 import RefusalPart, Request, Response
 
+from copa_harness.documents import mask_text
+from copa_harness.errors import ProviderError, RateLimitError
+from copa_harness.lm.accounts import Cost
 from copa_harness.lm.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.engines import Engine, PricedEngine, seed_of
-from copa_harness.lm.failures import engine_failure
-from copa_harness.lm.request_key import replayed_response, request_key, response_record
+from copa_harness.lm.engines import Engine, PricedEngine, seed_of, time_left_s
+from copa_harness.lm.estimates import LimitedEngine, Limits, actual_cost, lost_cost, worst_case
+from copa_harness.lm.failures import Refused, engine_failure
+from copa_harness.lm.patience import IMPATIENT, Patience, PatientEngine
+from copa_harness.lm.request_key import recorded_bill, replayed_response, request_key, response_record
 from copa_harness.lm.scope import Scope, current_scope
 from copa_harness.results import Usage
 
@@ -51,57 +60,154 @@ class Door:
             The answer; a replayed one has empty usage.
 
         Raises:
-            BudgetExhausted: The current scope's budget is spent.
+            BudgetExhausted: A budget is spent: the current scope's, that of a scope around it, or the whole run's.
+            ConfigurationError: A ceiling on tokens or dollars is set and the call's worst case cannot be known.
             ProviderError: The engine gave no answer (also a DSPy `LMError`, so DSPy handles it as one).
         """
         key = request_key(
             request, rollout_id=rollout_id, candidate=candidate, fingerprint=engine.fingerprint(model)
         )
-        scope = current_scope()
-        found = self._replay(key, scope)
-        if found is not None:
-            return found
-        with self._flights.alone(key), self._store.claimed(key):
-            found = self._replay(key, scope)
-            if found is not None:
-                return found
-            reservation = scope.reserve(key, paying=True)
+        call = _Call(engine, request, model, key, seed_of(rollout_id, candidate), current_scope())
+        found = self._replay(call)
+        if found is None:
+            with self._flights.alone(key), self._store.claimed(key):
+                found = self._replay(call)
+                if found is None:
+                    found = self._buy(call)
+        refusal = _refusal(found, model=model)
+        if refusal is not None:
+            call.scope.note_failure(refusal.kind, str(refusal))
+            raise refusal
+        return found
+
+    def _replay(self, call: _Call) -> Response | None:
+        record = self._store.get(call.key)
+        if record is None:
+            return None
+        response = replayed_response(record)
+        reservation = call.scope.reserve(call.key)
+        try:
+            if reservation.first:
+                bounds = call.scope.bounds
+                if bounds.tokens or bounds.usd:
+                    cost = _recorded_cost(record, call.worst_case())
+                    call.scope.hold(cost, replayed=True).settle(cost)
+        except BaseException:
+            call.scope.refund(reservation, failed=False)
+            raise
+        call.scope.settle(reservation, Usage(cached_calls=1))
+        return response
+
+    def _buy(self, call: _Call) -> Response:
+        patience = call.engine.patience if isinstance(call.engine, PatientEngine) else IMPATIENT
+        n_failed, n_slowed, waited_s = 0, 0, 0.0
+        for _ in itertools.count():
             try:
-                response, usd = _ask(engine, request, seed=seed_of(rollout_id, candidate))
+                response, usd = call.attempt(patience)
+                break
+            except ProviderError as failure:
+                if isinstance(failure, RateLimitError):
+                    n_slowed += 1
+                else:
+                    n_failed += 1
+                pause_s = patience.retries.pause_s(failure, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
+                if pause_s is None or pause_s >= call.scope.remaining_s:
+                    raise
+            time.sleep(pause_s)
+            waited_s += pause_s
+        self._store.set(call.key, response_record(response, usd=usd))
+        return response
+
+
+class _Call:
+    """One call that is not known yet, and the scope that pays for it."""
+
+    def __init__(
+        self, engine: Engine, request: Request, model: str, key: str, seed: int, scope: Scope
+    ) -> None:
+        self.engine, self.request, self.model, self.key, self.seed, self.scope = (
+            engine, request, model, key, seed, scope,
+        )  # fmt: skip
+
+    def worst_case(self) -> Cost:
+        """The most it can cost, as far as the ceilings in force ask.
+
+        Raises:
+            ConfigurationError: They ask, and nobody can know.
+        """
+        bounds = self.scope.bounds
+        if not (bounds.tokens or bounds.usd):
+            return Cost(calls=1)
+        limits = self.engine.limits(self.model) if isinstance(self.engine, LimitedEngine) else Limits()
+        return worst_case(self.request, limits, budget=bounds.budget, tokens=bounds.tokens, usd=bounds.usd)
+
+    def attempt(self, patience: Patience) -> tuple[Response, float | None]:
+        """One try: the answer and its price in dollars, None when nobody knows it.
+
+        Raises:
+            ProviderError: It failed; it is counted, and refunded unless it may have been billed.
+            BudgetExhausted: It does not fit under a ceiling.
+        """
+        scope, worst = self.scope, self.worst_case()
+        with patience.turn():
+            reservation = scope.reserve(self.key, paying=True)
+            try:
+                hold = scope.hold(worst)
+            except BaseException:
+                scope.refund(reservation, failed=False)
+                raise
+            try:
+                response, usd = self._ask()
             except Exception as error:
-                scope.refund(reservation)
-                failure = engine_failure(error, model=model)
+                failure = engine_failure(error, model=self.model)
+                if isinstance(failure, ProviderError):
+                    scope.note_failure(failure.kind, mask_text("".join(traceback.format_exception(error))))
+                    free = failure.billed is False
+                else:
+                    free = True
+                if free:
+                    hold.release()
+                    scope.refund(reservation)
+                else:
+                    hold.settle(worst)
+                    scope.settle(reservation, lost_cost(worst))
                 if failure is error:
                     raise
                 raise failure from error
             except BaseException:
+                hold.settle(worst)  # interrupted in the middle: whether it is billed nobody will know
                 scope.refund(reservation, failed=False)
                 raise
-            scope.settle(reservation, _paid(response, usd))
-            self._store.set(key, response_record(response))
-            return response
+            cost, usage = actual_cost(response, usd, worst=worst)
+            hold.settle(cost)
+            scope.settle(reservation, usage)
+            return response, usd
 
-    def _replay(self, key: str, scope: Scope) -> Response | None:
-        record = self._store.get(key)
-        if record is None:
-            return None
-        response = replayed_response(record)
-        scope.settle(scope.reserve(key), Usage(cached_calls=1))
-        return response
-
-
-def _ask(engine: Engine, request: Request, *, seed: int) -> tuple[Response, float | None]:
-    if isinstance(engine, PricedEngine):
-        return engine.complete_priced(request, seed=seed)
-    return engine.complete(request, seed=seed), 0.0
+    def _ask(self) -> tuple[Response, float | None]:
+        token = time_left_s.set(self.scope.remaining_s)
+        try:
+            if isinstance(self.engine, PricedEngine):
+                return self.engine.complete_priced(self.request, seed=self.seed)
+            return self.engine.complete(self.request, seed=self.seed), 0.0
+        finally:
+            time_left_s.reset(token)
 
 
-def _paid(response: Response, usd: float | None) -> Usage:
-    return Usage(
-        paid_calls=1,
-        input_tokens=response.usage.input_tokens or 0,
-        output_tokens=response.usage.output_tokens or 0,
-        usd=usd or 0.0,
+def _recorded_cost(record: dict[str, object], worst: Cost) -> Cost:
+    response, usd = recorded_bill(record)
+    cost, _ = actual_cost(response, usd, worst=worst)
+    return cost - Cost(calls=1)
+
+
+def _refusal(response: Response, *, model: str) -> Refused | None:
+    said = [part.text for part in response.message.parts if isinstance(part, RefusalPart)]
+    if not said and response.finish_reason != "content_filter":
+        return None
+    reason = " ".join(text for text in said if text) or response.message.text or "no reason given"
+    return Refused(
+        f"the model refused to answer ({'content filter' if not said else 'refusal'}): {reason[:300]}; it would again, "
+        "so the refusal is kept and not paid for twice",
+        model=model,
     )
 
 

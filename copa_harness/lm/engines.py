@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from dspy.lm15 import Request, Response
+
+time_left_s: ContextVar[float] = ContextVar("copa_time_left_s", default=math.inf)
+"""Seconds the budget leaves the call under way. An engine that can should not wait longer for its answer."""
 
 
 class Engine(Protocol):

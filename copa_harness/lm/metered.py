@@ -24,6 +24,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.failures import passed_through_dspy
+from copa_harness.lm.patience import PatientEngine, RetryPolicy
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
@@ -97,8 +98,8 @@ class MeteredLM(dspy.LM):
         provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
-        num_retries: How often DSPy repeats a transient failure (rate limit, timeout, 5xx), with growing pauses.
-            0 by default: a local engine that fails once fails again.
+        num_retries: How often DSPy repeats a transient failure (rate limit, timeout, 5xx). 0 by default: a local engine
+            that fails once fails again, and for endpoints the door repeats, as their engine's `patience` says.
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
 
@@ -247,7 +248,8 @@ class MeteredLM(dspy.LM):
         A model behind an endpoint is saved as the plain `dspy.LM` it is, so the program runs without this package.
         """
         if isinstance(self.engine, CapableEngine):
-            plain = dspy.LM(self.model, model_type=self.model_type, num_retries=self.num_retries)
+            retries = self.engine.patience.retries if isinstance(self.engine, PatientEngine) else RetryPolicy()
+            plain = dspy.LM(self.model, model_type=self.model_type, num_retries=retries.n_retries)
             plain.kwargs = dict(self.kwargs)
             endpoint_state: dict[str, Any] = plain.dump_state()
             return endpoint_state

@@ -21,6 +21,8 @@ from dspy.lm15 import Request, Response, Usage
 KEY_VERSION = 1
 """Raised when the meaning of a key changes; older entries are then never found again."""
 
+_PRICE = "copa_usd"
+
 
 def request_key(request: Request, *, rollout_id: object, candidate: int, fingerprint: str) -> str:
     """The key under which one completion is stored.
@@ -39,9 +41,11 @@ def request_key(request: Request, *, rollout_id: object, candidate: int, fingerp
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def response_record(response: Response) -> dict[str, Any]:
-    """The answer as JSON data. Raw provider data (headers, ids of accounts) is left out."""
+def response_record(response: Response, *, usd: float | None = None) -> dict[str, Any]:
+    """The answer as JSON data, with its price in dollars if known. Raw provider data (headers, ids) is left out."""
     record: dict[str, Any] = response_to_dict(response)
+    if usd is not None:
+        record[_PRICE] = usd
     return record
 
 
@@ -53,7 +57,14 @@ def replayed_response(record: dict[str, Any]) -> Response:
         TypeError: A field has the wrong type.
         ValueError: A field has an impossible value.
     """
-    return replace(response_from_dict(record), usage=Usage())
+    return replace(response_from_dict({k: v for k, v in record.items() if k != _PRICE}), usage=Usage())
+
+
+def recorded_bill(record: dict[str, Any]) -> tuple[Response, float | None]:
+    """The answer with the usage it was bought with, and its price in dollars, None if it was not known."""
+    price = record.get(_PRICE)
+    response: Response = response_from_dict({k: v for k, v in record.items() if k != _PRICE})
+    return response, price if isinstance(price, (int, float)) else None
 
 
 def _plain(value: object) -> object:
