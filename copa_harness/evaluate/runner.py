@@ -141,16 +141,7 @@ def evaluate(
 
 def usage_since(before: Usage, after: Usage, *, wall_s: float) -> Usage:
     """What was spent between two readings of a scope's meter, with the seconds that passed."""
-    return Usage(
-        paid_calls=after.paid_calls - before.paid_calls,
-        cached_calls=after.cached_calls - before.cached_calls,
-        failed_calls=after.failed_calls - before.failed_calls,
-        input_tokens=after.input_tokens - before.input_tokens,
-        output_tokens=after.output_tokens - before.output_tokens,
-        usd=after.usd - before.usd,
-        train_steps=after.train_steps - before.train_steps,
-        wall_s=wall_s,
-    )
+    return replace(after - before, wall_s=wall_s)
 
 
 def run_examples(

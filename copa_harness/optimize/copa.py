@@ -3,7 +3,7 @@
     program = COPA(metric=metric, strategy="p -> w -> p", budget="light", lm=lm).compile(student, trainset=rows)
     program.copa_result.score_after
 
-Translates arguments into a `Run` and its outcome into a program; the work is done in `run`.
+Translates arguments into a `Run` and its outcome into a program; the work is done in `steps`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from copa_harness.optimize.run import Run, RunSettings
 from copa_harness.optimize.samplers import SAMPLERS
 from copa_harness.optimize.schema import split_off_validation
 from copa_harness.optimize.scoring import Validation
+from copa_harness.optimize.steps import execute
 from copa_harness.optimize.strategy import Step, StepKind, parse_strategy
 from copa_harness.optimize.study import SearchSettings
 from copa_harness.optimize.weights import WeightsSettings
@@ -200,7 +201,7 @@ class COPA(Teleprompter):
                 teacher=teacher,
                 finetune_data=self.finetune_data,
             )
-            run.execute(self.steps)
+            execute(run, self.steps)
         program = run.incumbent.program()
         program.copa_result = self._result(run, scope, name, program)
         return program

@@ -1,0 +1,210 @@
+"""The steps of a strategy: what each proposes, and under which condition it replaces the incumbent.
+
+Prompts, the alternating loop, weights, everything at once, and DSPy's own optimizers. A step ends by itself, with its
+share of the calls, or with the budget; whatever ends it, the incumbent is the best program so far. Knows the order of
+things; knows nothing of how an optimization is called or stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from copa_harness.errors import BudgetExhausted
+from copa_harness.optimize.allowance import Allowance, OutOfCalls
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
+from copa_harness.optimize.instructions import InstructionOption
+from copa_harness.optimize.proposals import starting_points
+from copa_harness.optimize.registry import OptimizerJob, run_optimizer
+from copa_harness.optimize.space import Point, Space, level_of
+from copa_harness.optimize.strategy import Step, StepKind
+from copa_harness.optimize.weights import Trained
+from copa_harness.results import Phase
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.run import Run
+
+logger = logging.getLogger("copa_harness")
+
+PERFECT = 1.0 - 1e-9
+"""A mean score from here on is perfect; sums of floats are not exact."""
+
+
+def execute(run: Run, steps: Sequence[Step]) -> None:
+    """Score the student, then take the steps in order until they, the budget, or a perfect score end it."""
+    if [step.kind for step in steps] == [StepKind.NONE]:
+        return
+    if not run.baseline():
+        return
+    for i, step in enumerate(steps):
+        if run.score >= PERFECT:
+            run.stopped = "perfect score"
+            run.note(f"perfect score on validation before step {i + 1} ({step})")
+            return
+        run.n_steps += 1
+        before = len(run.notes)
+        with run.recorded(f"{i + 1}: {step}" if len(steps) > 1 else str(step), before):
+            _take(run, step, steps[i + 1 :])
+    if run.score >= PERFECT and run.stopped == "completed":
+        run.stopped = "perfect score"
+
+
+def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
+    allowance = run.share(step, later)
+    try:
+        if step.kind is StepKind.WEIGHTS:
+            _weights(run, allowance, demos_ahead=any(s.kind is not StepKind.WEIGHTS for s in later))
+        elif step.kind is StepKind.PROMPTS:
+            _prompts(run, allowance)
+        elif step.kind is StepKind.ALTERNATE:
+            _alternate(run, allowance)
+        elif step.kind is StepKind.JOINT:
+            _joint(run, allowance)
+        else:
+            _optimizer(run, step, allowance)
+    except (OutOfCalls, BudgetExhausted):
+        run.budget_note(step)
+
+
+def _prompts(run: Run, allowance: Allowance) -> None:
+    """One study over instructions and demonstrations (and over tuned weights that were not adopted)."""
+    demos = run.demo_options(allowance)
+    instructions = run.instruction_options(allowance)
+    levels = run.open_levels()
+    starts = starting_points(instructions, demos, weights=(level_of(run.incumbent), *levels))
+    space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+    run.search(space, allowance, phase=Phase.SEARCH, name="p", starts=starts)
+
+
+def _alternate(run: Run, allowance: Allowance) -> None:
+    """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
+
+    Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle without more than `epsilon` of
+    improvement over both halves has converged.
+    """
+    for cycle in range(run.settings.max_cycles):
+        before = run.score
+        # Every cycle may use half of what is left, the last one all of it; demonstrations have more to choose from.
+        cycle_share = allowance if cycle + 1 == run.settings.max_cycles else run.fraction(allowance, 1 / 2)
+        demos_share = run.fraction(cycle_share, 2 / 3)
+        space = Space.around(run.incumbent, demos=run.demo_options(demos_share))
+        run.search(space, demos_share, phase=Phase.DEMOS, name=f"demos {cycle + 1}")
+        if run.score < PERFECT:
+            instructions = run.instruction_options(cycle_share)
+            space = Space.around(run.incumbent, instructions=instructions)
+            name, starts = f"instructions {cycle + 1}", _instruction_starts(instructions)
+            run.search(space, cycle_share, phase=Phase.INSTRUCTIONS, name=name, starts=starts)
+        if run.score >= PERFECT:
+            run.stopped = "perfect score"
+            return
+        if not allowance.can_afford(run.validation.n * run.validation.calls_per_example(run.incumbent)):
+            run.stopped = "budget"
+            return
+        if run.score - before < run.settings.epsilon:
+            run.stopped = "converged"
+            run.note(
+                f"converged: cycle {cycle + 1} improved validation by {run.score - before:+.3f}, "
+                f"less than epsilon {run.settings.epsilon:g}"
+            )
+            return
+    run.stopped = "max_cycles"
+
+
+def _instruction_starts(instructions: Mapping[str, Sequence[InstructionOption]]) -> list[Point]:
+    """Every instruction once, all predictors alike."""
+    longest = max(len(options) for options in instructions.values())
+    return [
+        {f"{name}.instruction": options[min(i, len(options) - 1)].name for name, options in instructions.items()}
+        for i in range(longest)
+    ]
+
+
+def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool) -> None:
+    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse."""
+    trained = run.tuned = run.train(demos_ahead=demos_ahead)
+    run.note(f"w: {trained.note}")
+    whole = Allowance(run.scope, math.inf)
+    best: Candidate | None = None
+    for candidate in _serving_prompts(run, trained):
+        # The first prompt is always tried; further ones only within this step's share.
+        if best is not None and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
+            break
+        run.validation.complete(candidate, allowance=whole, phase=Phase.WEIGHTS)
+        logger.info("w: tuned weights, %d demonstrations: %.3f", candidate.n_demos, run.validation.mean(candidate))
+        if best is None or run.validation.is_better(candidate, best):
+            best = candidate
+    if best is not None:
+        run.adopt(best, what="w: tuned weights")
+
+
+def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
+    """The incumbent's prompts on the tuned weights; fresh demonstrations as in training; none."""
+    tuned = run.incumbent.with_lms(trained.lms)
+    found = [tuned]
+    if trained.n_demos:
+        fresh: dict[str, tuple[Any, ...]] = {}
+        for i, (name, predictor) in enumerate(run.incumbent.template.named_predictors()):
+            generator = np.random.default_rng([run.settings.seed, run.n_steps, i, 707])
+            pool = labelled_pool(predictor.signature, run.trainset)
+            sets = random_sets(pool, label="labelled", counts={trained.n_demos: 1}, generator=generator)
+            if sets:
+                fresh[name] = sets[0].demos
+        found.append(tuned.with_demos(fresh))
+        found.append(tuned.with_demos({part.predictor: NO_DEMOS.demos for part in tuned.parts}))
+    return list({candidate.key: candidate for candidate in found}.values())
+
+
+def _joint(run: Run, allowance: Allowance) -> None:
+    """One study over weights and prompts at once.
+
+    Levels of the weights: as they are, tuned behind demonstrations, tuned bare.
+    """
+    levels = []
+    for demos_ahead in (True, False):
+        trained = run.train(demos_ahead=demos_ahead)
+        run.note(f"joint: {trained.note}")
+        levels.append(level_of(run.incumbent.with_lms(trained.lms)))
+    demos = run.demo_options(allowance)
+    instructions = run.instruction_options(allowance)
+    space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+    first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
+    bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
+    starts: list[Point] = [
+        {"weights": levels[0].name, **first},
+        {"weights": levels[-1].name, **bare},
+        *starting_points(instructions, demos),
+    ]
+    run.search(space, allowance, phase=Phase.SEARCH, name="joint", starts=starts)
+
+
+def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
+    """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation."""
+    cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
+    if not allowance.can_afford(2 * cost):
+        raise OutOfCalls
+    job = OptimizerJob(
+        name=step.name,
+        incumbent=run.incumbent,
+        trainset=run.trainset,
+        valset=run.validation.examples,
+        metric=run.metric,
+        allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - cost),
+        calls_per_example=run.validation.calls_per_example(run.incumbent),
+        prompt_lm=run.prompt_lm,
+        threads=run.settings.threads,
+        seed=run.settings.seed,
+        n_demos=run.settings.proposals.max_demos,
+        kwargs=run.settings.optimizer_kwargs.get(step.name, {}),
+    )
+    found = run_optimizer(job)
+    for note in found.notes:
+        run.note(f"{step}: {note}")
+    if found.candidate is None:
+        return
+    run.validation.complete(found.candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+    run.adopt(found.candidate, what=f"{step}: result")
