@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
 
-# layer 1: values and thresholds look at the field name before them (heads 0, 1), layer 2: stated labels at their clause's threshold (heads 2, 3)
+# layer 1 or 0: values and thresholds look at the field name before them (heads 0, 1), layer 2: stated labels at their clause's threshold (heads 2, 3)
 # layer 3: answers look at like examples (heads 0, 1), values at their field's thresholds (heads 2, 3); layer 5: answers look at the
 # stated label of the clause that fires (heads 0, 1)
-TAPPED_LAYERS = (1, 2, 3, 4, 5)
+TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
 _NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (slice(0, 2), slice(2, 4), slice(0, 2), slice(2, 4), slice(0, 2))
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
@@ -71,12 +71,16 @@ class Supervision(nn.Module):
         self.clause_probe = probe(N_CLAUSES + 1)
         self.fired_probe = probe(N_CLAUSES + 1)
 
-    def forward(self, taps: list[Tensor], batch: TensorBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def forward(
+        self, taps: list[Tensor], batch: TensorBatch, *, name_layer: int
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Probe loss, pull loss, and their parts for the log.
 
         Args:
             taps: For each of ``TAPPED_LAYERS`` its input, queries and keys.
             batch: The rows.
+            name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later, where the
+                name's tokens are still plain embeddings; then only the first turns are supervised, which is enough.
         """
         inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
         rows = torch.arange(len(batch.ids))[:, None]
@@ -88,7 +92,7 @@ class Supervision(nn.Module):
         shares = torch.cat([batch.shares, batch.shares], 1)
         waves = [f(2 * math.pi * w * shares) for w in _WAVES for f in (torch.cos, torch.sin)]
         targets = torch.stack([2 * shares - 1, *waves], -1)
-        predicted = (self._normal(inputs[2][rows, place]) @ self.share_probe).view(targets.shape)
+        predicted = (self._normal(inputs[3][rows, place]) @ self.share_probe).view(targets.shape)
         mask = (place_ok[:, :, None] & batch.slot_ok[:, None]).float()
         loss = (((predicted - targets) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
         parts["values"] = loss.item()
@@ -96,12 +100,12 @@ class Supervision(nn.Module):
 
         value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
         slots = torch.arange(N_SLOTS).expand(value_ok.shape)
-        at_values = inputs[1][rows[:, :, None], batch.value_at]
+        at_values = inputs[2][rows[:, :, None], batch.value_at]
         loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
         parts["slot"] = loss.item()
         probe = probe + 0.3 * loss
 
-        log_attention = _log_attention(queries[2][:, _MATCH_HEADS], keys[2][:, _MATCH_HEADS], batch.header)
+        log_attention = _log_attention(queries[3][:, _MATCH_HEADS], keys[3][:, _MATCH_HEADS], batch.header)
         on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))
         has_target = (batch.kernel.sum(-1) > 0).float()
         entropy = -(batch.kernel * (batch.kernel + 1e-9).log()).sum(-1)
@@ -111,28 +115,31 @@ class Supervision(nn.Module):
         pull = pull + (loss * has_target).sum() / n
 
         named = value_ok & (batch.name_at[..., 1] > batch.name_at[..., 0])
-        if named.any():
-            loss = _span_pull(queries[0][:, _NAME_HEADS], keys[0][:, _NAME_HEADS], batch.value_at, batch.name_at, named)
+        if named[:, :4].any():
+            n = named.shape[1] if name_layer else 4
+            name_queries, name_keys = queries[name_layer][:, _NAME_HEADS], keys[name_layer][:, _NAME_HEADS]
+            loss = _span_pull(name_queries, name_keys, batch.value_at[:, :n], batch.name_at[:, :n], named[:, :n])
             parts["name"] = loss.item()
             pull = pull + loss
 
         ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
         if ruled.any():
-            rule_probe, rule_pull, rule_parts = self._rules(inputs, queries, keys, batch, ruled.nonzero()[:, 0])
+            rule_probe, rule_pull, rule_parts = self._rules(inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer)
             probe, pull = probe + rule_probe, pull + rule_pull
             parts |= rule_parts
         return probe, pull, parts
 
     def _rules(
-        self, inputs: list[Tensor], queries: list[Tensor], keys: list[Tensor], batch: TensorBatch, ruled: Tensor
+        self, inputs: list[Tensor], queries: list[Tensor], keys: list[Tensor], batch: TensorBatch, ruled: Tensor,
+        name_layer: int,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         field_at, threshold_at, label_at = batch.field_at[ruled], batch.threshold_at[ruled], batch.clause_label_at[ruled]
         stated = field_at[..., 1] > 0
-        name = _span_pull(queries[0][ruled, _NAME_HEADS], keys[0][ruled, _NAME_HEADS], threshold_at, field_at, stated)
+        name = _span_pull(queries[name_layer][ruled, _NAME_HEADS], keys[name_layer][ruled, _NAME_HEADS], threshold_at, field_at, stated)
         # a threshold can be looked at only from a later place: where the label comes first, the threshold looks at the label
         later, earlier = torch.maximum(label_at[:, :-1], threshold_at), torch.minimum(label_at[:, :-1], threshold_at)
         span = torch.stack([earlier, earlier + 1], -1)
-        own = _span_pull(queries[1][ruled, _OWN_HEADS], keys[1][ruled, _OWN_HEADS], later, span, stated)
+        own = _span_pull(queries[2][ruled, _OWN_HEADS], keys[2][ruled, _OWN_HEADS], later, span, stated)
 
         value_at, header, header_ok = batch.value_at[ruled], batch.header[ruled], batch.header_ok[ruled]
         n_rows, n_turns = header.shape
@@ -140,7 +147,7 @@ class Supervision(nn.Module):
         value_ok = header_ok[:, :, None] & batch.slot_ok[ruled][:, None]
         # the last "place to look" is the row's first token: nowhere
         thresholds = F.pad(batch.threshold_at[ruled], (0, 1))
-        read_queries, read_keys = queries[2][ruled, _READ_HEADS], keys[2][ruled, _READ_HEADS]
+        read_queries, read_keys = queries[3][ruled, _READ_HEADS], keys[3][ruled, _READ_HEADS]
         log_attention = _log_attention(read_queries, read_keys, value_at.view(n_rows, -1))
         looked = _at(log_attention, thresholds[:, None, None].expand(-1, 2, n_turns * N_SLOTS, -1), given=True)
         looked = looked.view(n_rows, 2, n_turns, N_SLOTS, N_CLAUSES + 1)
@@ -148,14 +155,14 @@ class Supervision(nn.Module):
         first_true = batch.first_true[ruled]
         first = -looked[:, 1].gather(-1, first_true[..., None])[..., 0][value_ok].mean()
 
-        log_attention = _log_attention(queries[4][ruled, _CHOOSE_HEADS], keys[4][ruled, _CHOOSE_HEADS], header)
+        log_attention = _log_attention(queries[5][ruled, _CHOOSE_HEADS], keys[5][ruled, _CHOOSE_HEADS], header)
         label_at = label_at.gather(1, batch.fired[ruled])
         fired = -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
 
-        at_values = self._normal(inputs[3][ruled][rows[:, :, None], value_at][value_ok])
+        at_values = self._normal(inputs[4][ruled][rows[:, :, None], value_at][value_ok])
         clause_logits = at_values @ self.clause_probe
         clause = F.cross_entropy(clause_logits, first_true[value_ok])
-        at_headers = self._normal(inputs[4][ruled][rows, header][header_ok])
+        at_headers = self._normal(inputs[5][ruled][rows, header][header_ok])
         fired_logits = at_headers @ self.fired_probe
         fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
         parts = {

@@ -21,7 +21,7 @@ class Muon:
         weight_decay: Decoupled, per unit of learning rate.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.02) -> None:
+    def __init__(self, parameters: list[torch.nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
         self._parameters = parameters
         self._momentum, self._weight_decay = momentum, weight_decay
         self.buffers = [torch.zeros_like(parameter) for parameter in parameters]

@@ -24,6 +24,7 @@ class Stage:
     probe_weight: float
     pull_weight: float
     mix: Mix
+    name_layer: int = 1
     partner: Stage | None = None
 
     def at(self, step: int) -> Stage:
@@ -47,6 +48,8 @@ class Recipe:
         width, n_layers, n_heads, feed_forward: Sizes of the network.
         muon_rate: Learning rate of the matrices inside the layers.
         adam_rate: Learning rate of everything else.
+        muon_decay: Decoupled weight decay of those matrices, per unit of learning rate; without it the first layer's output
+            drowns the rest of the residual stream.
         warmup_steps: Linear rise of both.
         decay_steps: Linear fall of both to ``final_share`` over the last steps.
         mixed_precision: bfloat16 matrix products.
@@ -63,6 +66,7 @@ class Recipe:
     warmup_steps: int
     decay_steps: int
     stages: tuple[Stage, ...]
+    muon_decay: float = 0.2
     final_share: float = 0.02
     mixed_precision: bool = True
     compiled: bool = True
@@ -107,7 +111,7 @@ class Recipe:
 
 SHIPPED = Recipe(
     seed=0, width=128, n_layers=6, n_heads=4, feed_forward=320, muon_rate=0.02, adam_rate=3e-3,
-    warmup_steps=50, decay_steps=3700,
+    warmup_steps=50, decay_steps=2400,
     stages=(
         Stage("bare", 300, 40, 96, 1.0, 1.0, Mix(
             kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
@@ -119,14 +123,14 @@ SHIPPED = Recipe(
         Stage("rules", 400, 30, 128, 1.0, 1.5, Mix(
             kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
             literal=0.0, reasoning=0.0, plain_answer=1.0)),
-        Stage("full", 500, 15, 264, 0.7, 0.7, Mix(
+        Stage("full", 200, 15, 264, 0.7, 0.7, Mix(
             kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
             literal=0.1)),
-        Stage("long", 4200, 9, 448, 0.4, 0.4, Mix(
+        Stage("long", 3000, 9, 448, 0.4, 0.4, Mix(
             kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5,
             single_styles=(1.5, 0.7, 6, 1, 1), stretch=0.35),
-            partner=Stage("read", 0, 18, 216, 0.7, 1.0, Mix(
+            name_layer=0, partner=Stage("read", 0, 18, 216, 0.7, 1.0, Mix(
                 kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
-                literal=0.12, reasoning=0.04, stretch=0.2))),
+                literal=0.12, reasoning=0.04, stretch=0.2), name_layer=0)),
     ),
 )  # fmt: skip

@@ -90,7 +90,7 @@ class PretrainingRun:
             number_features=number_features(numbers), tapped_layers=TAPPED_LAYERS, generator=generator,
         )  # fmt: skip
         self.supervision = Supervision(recipe.width, generator=generator)
-        self._muon = Muon(self.network.hidden_matrices())
+        self._muon = Muon(self.network.hidden_matrices(), weight_decay=recipe.muon_decay)
         others = [*self.network.other_parameters(), *self.supervision.parameters()]
         self._adam = torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
         self._cos, self._sin = self.network.rotary_tables()
@@ -134,7 +134,7 @@ class PretrainingRun:
             hidden, taps = forward(table, batch.ids[:, :-1].contiguous(), cos, sin)
             logits = hidden.reshape(-1, self.recipe.width)[picked] @ table.T
         loss = token_loss(logits, targets, weights)
-        probe, pull, parts = self.supervision(taps, batch)
+        probe, pull, parts = self.supervision(taps, batch, name_layer=stage.name_layer)
         total = loss + stage.probe_weight * probe + stage.pull_weight * pull
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([*self.network.parameters(), *self.supervision.parameters()], 1.0)
