@@ -31,7 +31,7 @@ from copa_harness.optimize.samplers import SAMPLERS
 from copa_harness.optimize.schema import split_off_validation
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.steps import execute
-from copa_harness.optimize.strategy import Step, StepKind, parse_strategy
+from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, StepKind, parse_strategy
 from copa_harness.optimize.study import SearchSettings
 from copa_harness.optimize.weights import WeightsSettings
 from copa_harness.results import Budget
@@ -97,7 +97,7 @@ class COPA(Teleprompter):
         bootstrap: bool | None = None,
         n_proposed: int = 4,
         lora: LoraSettings | None = None,
-        epochs_with_demos: int = 6,
+        epochs_with_demos: int = 12,
         epochs_bare: int = 20,
         bare_share: float = 0.2,
         held_out_share: float = 0.0,
@@ -115,6 +115,10 @@ class COPA(Teleprompter):
         _in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
         if sampler not in SAMPLERS:
             raise ConfigurationError(f"got {sampler!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
+        unknown = sorted(set(optimizer_kwargs or {}) - set(OPTIMIZER_NAMES))
+        if unknown:
+            known = ", ".join(OPTIMIZER_NAMES)
+            raise ConfigurationError(f"got optimizer_kwargs for {unknown}; expected some of {known}")
         self.metric = metric
         self.strategy = strategy
         self.steps: tuple[Step, ...] = parse_strategy(strategy)

@@ -141,6 +141,7 @@ class _BestEvaluation(BaseCallback):
     def __init__(self, job: OptimizerJob) -> None:
         self._job, self._lock = job, threading.Lock()
         self._running: dict[str, tuple[Candidate, int]] = {}
+        self.keeps_lms = False
         self.best: Candidate | None = None
         self.score = float("-inf")
         self.n_complete = 0
@@ -149,7 +150,8 @@ class _BestEvaluation(BaseCallback):
         program, devset = inputs.get("program"), inputs.get("devset") or instance.devset
         if isinstance(program, dspy.Module) and program.named_predictors():
             with self._lock:
-                self._running[call_id] = (_settings_of(program, self._job), len(devset))
+                candidate = _settings_of(program, self._job, keep_lms=self.keeps_lms)
+                self._running[call_id] = (candidate, len(devset))
 
     def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         with self._lock:
@@ -189,6 +191,7 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
         quiet(job.name),
     ):  # fmt: skip
         built = build(job)
+        best.keeps_lms = built.tunes_weights
         if built.note:
             notes.append(built.note)
         try:
@@ -229,7 +232,9 @@ def _settings_of(
     program: dspy.Module, job: OptimizerJob, *, structure: str = "", keep_lms: bool = False
 ) -> Candidate:
     """A program's settings now, as a candidate; on the incumbent's models unless it brought its own."""
-    candidate = Candidate.of(program, lm=job.task_lm, structure=structure or job.incumbent.structure)
+    # A demo optimizer inside BetterTogether works on whatever model is set here, with the predictors' own dropped.
+    lm = (dspy.settings.lm if keep_lms else None) or job.task_lm
+    candidate = Candidate.of(program, lm=lm, structure=structure or job.incumbent.structure)
     names = [part.predictor for part in candidate.parts]
     expected = [part.predictor for part in job.incumbent.parts]
     if names != expected and not structure:

@@ -40,8 +40,8 @@ class WeightsSettings:
 
     Attributes:
         lora: Settings of the LoRA adapter; None takes the trainer's, with `epochs_with_demos` or `epochs_bare`.
-        epochs_with_demos: Passes over the rows when they carry demonstrations. Few suffice: the demonstrations do part
-            of the work, and every pass sees new ones.
+        epochs_with_demos: Passes over the rows when they carry demonstrations. Fewer suffice than for bare rows: the
+            demonstrations do part of the work, and every pass sees new ones.
         epochs_bare: Passes over bare rows.
         n_demos: Demonstrations per row when the incumbent has none but a prompt step follows.
         n_variants: Renderings per example with different demonstrations; None is one per epoch.
@@ -51,7 +51,7 @@ class WeightsSettings:
     """
 
     lora: LoraSettings | None = None
-    epochs_with_demos: int = 6
+    epochs_with_demos: int = 12
     epochs_bare: int = 20
     n_demos: int = 9
     n_variants: int | None = None

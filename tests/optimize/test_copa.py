@@ -331,6 +331,7 @@ def test_state_of_another_program_is_refused(toy, two_steps):
         ({"epsilon": 2}, "epsilon"),
         ({"metric": "accuracy"}, "metric"),
         ({"seed": -1}, "seed"),
+        ({"optimizer_kwargs": {"mipro": {}}}, "mipro"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(toy, settings, message):

@@ -216,6 +216,16 @@ def test_better_together_runs_its_second_prompt_step_on_the_tuned_model(toy):
     assert result.charged_calls <= 500
 
 
+def test_better_together_cut_short_keeps_its_best_program_on_the_model_it_was_scored_with(toy):
+    lm = toy.lm(provider=toy.provider)
+    kwargs = {"better_together": {"strategy": "w -> p"}}
+    program = optimized(toy, "better_together", lm=lm, budget=90, optimizer_kwargs=kwargs)
+    result = program.copa_result
+    assert any("ended it" in note for note in result.notes)
+    assert result.score_after > result.score_before
+    assert "@" in program.lm.model
+
+
 def test_a_step_of_better_together_that_fails_is_not_swallowed(toy):
     with pytest.raises(CopaError):
         optimized(toy, "better_together", budget=500)
