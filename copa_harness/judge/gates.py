@@ -11,12 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.intervals import rows_to_settle
 from copa_harness.judge.messages import counted, interval_text, number, shortened
 from copa_harness.judge.regression import Reference, max_regression
-from copa_harness.results import EvaluationResult, GateResult, Verdict
+from copa_harness.judge.repeats import Repeats
+from copa_harness.judge.spending import judge_spending
+from copa_harness.judge.superiority import better_than
+from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
 _ROUNDING = 1e-9
 
@@ -32,6 +37,13 @@ class Gates:
         max_error_rate: largest share of examples without a score (provider or metric failures), 0..1.
         alpha: error rate of each statistical decision.
         undecided_fails: whether `undecided` and `not comparable` fail the test.
+        better_than: name of the strategy or baseline that has to be beaten.
+        max_tokens: most tokens the run may spend.
+        max_usd: most dollars the run may spend.
+        max_seconds: most seconds the run may take.
+        max_cost_per_answer: most dollars one answer of the final program may cost.
+        min_pass_all: least share of examples that pass every repeat, 0..1.
+        n_comparisons: paired gates in the suite; each is held to alpha / n_comparisons (see `multiple.py`).
     """
 
     min_score: float | None = None
@@ -40,6 +52,13 @@ class Gates:
     max_error_rate: float = 0.0
     alpha: float = 0.05
     undecided_fails: bool = False
+    better_than: str | None = None
+    max_tokens: float | None = None
+    max_usd: float | None = None
+    max_seconds: float | None = None
+    max_cost_per_answer: float | None = None
+    min_pass_all: float | None = None
+    n_comparisons: int = 1
 
     def __post_init__(self) -> None:
         ranges: tuple[tuple[str, float | None, float, str], ...] = (
@@ -48,7 +67,18 @@ class Gates:
             ("max_error_rate", self.max_error_rate, 1.0, "a share such as 0.02"),
             ("max_calls", self.max_calls, math.inf, "a number of calls such as 400"),
             ("alpha", self.alpha, 0.5, "an error rate such as 0.05"),
+            ("max_tokens", self.max_tokens, math.inf, "a number of tokens such as 50000"),
+            ("max_usd", self.max_usd, math.inf, "dollars such as 0.50"),
+            ("max_seconds", self.max_seconds, math.inf, "seconds such as 600"),
+            ("max_cost_per_answer", self.max_cost_per_answer, math.inf, "dollars such as 0.002"),
+            ("min_pass_all", self.min_pass_all, 1.0, "a share such as 0.9"),
         )
+        if self.better_than is not None and not (isinstance(self.better_than, str) and self.better_than.strip()):
+            raise ConfigurationError(
+                f"gate better_than={self.better_than!r}: expected the name of a strategy or baseline, such as 'none'"
+            )
+        if isinstance(self.n_comparisons, bool) or not isinstance(self.n_comparisons, int) or self.n_comparisons < 1:
+            raise ConfigurationError(f"gate n_comparisons={self.n_comparisons!r}: expected a count of at least 1")
         for name, value, most, example in ranges:
             if value is None and name not in {"max_error_rate", "alpha"}:
                 continue
@@ -75,6 +105,11 @@ def judge(
     baseline: Reference | None = None,
     fingerprints: Mapping[str, str] | None = None,
     n_expected: int | None = None,
+    usage: Usage | None = None,
+    rival: Reference | None = None,
+    groups: Mapping[str, str] | None = None,
+    repeats: Repeats | None = None,
+    pass_score: float = 1.0,
     bless: str = "run it once with --copa-bless and commit the file it writes",
     seed: int = 0,
 ) -> tuple[GateResult, ...]:
@@ -87,14 +122,20 @@ def judge(
         baseline: the accepted earlier run; None when there is none.
         fingerprints: of this run (see `Reference.fingerprints`); parts missing on either side are not compared.
         n_expected: examples in the split; fewer evaluated means the budget cut the evaluation short.
+        usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
+        rival: what `better_than` names; None when there is no such result.
+        groups: group by example id, where examples share one.
+        repeats: scores of every repeat by example id; needed by `min_pass_all`.
+        pass_score: least score that counts as passed by `min_pass_all`, 0..1.
         bless: how to accept this run as baseline, for the messages.
         seed: of the resampling methods.
 
     Returns:
-        One answer per active gate, in the order errors, score, regression, calls. Empty evaluations are errors.
+        One answer per active gate, in the order errors, score, regression, rival, repeats, spending. Empty
+        evaluations are errors.
 
     Raises:
-        ValueError: `max_calls` is set and `calls` is not given.
+        ValueError: `max_calls` is set without `calls`, or another spending gate without `usage`.
     """
     answers: list[GateResult] = []
     complete = evaluation is not None and (n_expected is None or evaluation.n >= n_expected)
@@ -105,23 +146,29 @@ def judge(
     if evaluation is not None and complete:
         if gates.min_score is not None:
             answers.append(_min_score(evaluation, gates.min_score))
+        shared: dict[str, Any] = {
+            "alpha": gates.alpha / gates.n_comparisons,
+            "fingerprints": fingerprints or {},
+            "seed": seed,
+            "groups": groups,
+            "note": _corrected(gates),
+        }
         if gates.max_regression is not None:
-            answers.append(
-                max_regression(
-                    evaluation,
-                    baseline,
-                    margin=gates.max_regression,
-                    alpha=gates.alpha,
-                    fingerprints=fingerprints or {},
-                    bless=bless,
-                    seed=seed,
-                )
-            )
-    if gates.max_calls is not None:
-        if calls is None:
-            raise ValueError("got max_calls without calls; expected the number of calls charged to the run")
-        answers.append(_max_calls(calls, gates.max_calls))
+            answers.append(max_regression(evaluation, baseline, margin=gates.max_regression, bless=bless, **shared))
+        if gates.better_than is not None:
+            answers.append(better_than(evaluation, rival, name=gates.better_than, **shared))
+        if gates.min_pass_all is not None:
+            single = {row.example_id: (row.score,) for row in evaluation.results}
+            answers.append(min_pass_all(flaky_report(repeats or single, pass_score=pass_score), gates.min_pass_all))
+    answers.extend(judge_spending(gates, calls=calls, usage=usage, evaluation=evaluation))
     return tuple(answers)
+
+
+def _corrected(gates: Gates) -> str:
+    if gates.n_comparisons == 1:
+        return ""
+    alpha = gates.alpha / gates.n_comparisons
+    return f"(Held to {alpha:.2g}: {gates.alpha:g} shared by {gates.n_comparisons} comparisons in this suite.)"
 
 
 _RANK = (Verdict.ERROR, Verdict.FAIL, Verdict.NOT_COMPARABLE, Verdict.UNDECIDED, Verdict.PASS)
@@ -204,18 +251,6 @@ def _min_score(evaluation: EvaluationResult, least: float) -> GateResult:
             f" Not noise: the interval ends below {least:g}. Next: look at the worst examples, give the optimizer "
             f"more budget, or lower the threshold; about {number(interval.low)} is what this program reaches reliably."
         )
-    return GateResult(gate, Verdict.FAIL, message, details)
-
-
-def _max_calls(calls: float, most: float) -> GateResult:
-    gate, details = f"max_calls={most:g}", {"calls": calls, "max_calls": most}
-    if calls <= most:
-        return GateResult(gate, Verdict.PASS, f"{calls:,g} calls of {most:,g} allowed.", details)
-    message = (
-        f"got {calls:,g} model calls, expected at most {most:,g} ({calls - most:,g} too many). Next: see the "
-        f"table of phases for where they went; use a smaller budget (calls={most:g}), a shorter strategy, or raise "
-        f"max_calls."
-    )
     return GateResult(gate, Verdict.FAIL, message, details)
 
 

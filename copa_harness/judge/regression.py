@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from copa_harness.judge.messages import counted, interval_text, number
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
-from copa_harness.judge.paired import Pairs, pair_up, paired_difference, scores_by_id
+from copa_harness.judge.paired import PairedDifference, Pairs, pair_up, paired_difference, scores_by_id
 from copa_harness.results import EvaluationResult, GateResult, Verdict
 
 COMPARED = ("data", "split", "metric")
@@ -52,6 +52,8 @@ def max_regression(
     fingerprints: Mapping[str, str],
     bless: str,
     seed: int = 0,
+    groups: Mapping[str, str] | None = None,
+    note: str = "",
 ) -> GateResult:
     """Hold an evaluation to "no drop of more than `margin` below the baseline".
 
@@ -63,6 +65,8 @@ def max_regression(
         fingerprints: of this run; parts missing on either side are not compared.
         bless: how to accept this run as baseline, a clause for the message.
         seed: of the resampling methods.
+        groups: group by example id, where examples share one.
+        note: a sentence to put after the message, such as the correction `alpha` already holds.
     """
     gate = f"max_regression={margin:g}"
     if baseline is None:
@@ -70,14 +74,13 @@ def max_regression(
         return GateResult(gate, Verdict.UNDECIDED, message, {"baseline": None})
     named = f"baseline {baseline.name}" + (f" ({baseline.origin})" if baseline.origin else "")
     pairs = pair_up(baseline.scores, scores_by_id(evaluation))
-    changed = [
-        part
-        for part in COMPARED
-        if part in fingerprints and part in baseline.fingerprints and fingerprints[part] != baseline.fingerprints[part]
-    ]
+    changed = changed_parts(baseline, fingerprints)
     if changed or not pairs.ids:
-        return _not_comparable(gate, named, changed, pairs, baseline, fingerprints, bless=bless, seed=seed)
-    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed)
+        next_step = f"if the change is intended, {bless}; otherwise restore what changed"
+        return not_comparable(
+            gate, named, changed, pairs, baseline, fingerprints, next_step=next_step, seed=seed, groups=groups
+        )
+    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed, groups=groups)
     unpaired = pairs.n_only_before + pairs.n_only_after
     missing = f" {counted(unpaired, 'example')} scored on one side only could not be compared." if unpaired else ""
     same = all(part in fingerprints and fingerprints[part] == baseline.fingerprints.get(part) for part in SYSTEM)
@@ -86,16 +89,26 @@ def max_regression(
             f"nothing changed since {named}: the same program and model, and the same score on all "
             f"{counted(answer.paired.n, 'example')}."
         )
-        return GateResult(gate, Verdict.PASS, message + missing, _numbers(answer, pairs))
+        return GateResult(gate, Verdict.PASS, message + missing, gate_numbers(answer, pairs))
     message = f"{_measured(answer, named)} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
-    return GateResult(gate, answer.verdict, message, _numbers(answer, pairs))
+    message += f" {note}" if note else ""
+    return GateResult(gate, answer.verdict, message, gate_numbers(answer, pairs))
+
+
+def changed_parts(baseline: Reference, fingerprints: Mapping[str, str]) -> list[str]:
+    """Which of data, split and metric differ between a run and a baseline; parts unknown on one side are skipped."""
+    return [
+        part
+        for part in COMPARED
+        if part in fingerprints and part in baseline.fingerprints and fingerprints[part] != baseline.fingerprints[part]
+    ]
 
 
 def _measured(answer: Noninferiority, named: str) -> str:
     paired = answer.paired
     return (
         f"got {number(paired.difference, signed=True)} against {named}, expected a drop of at most {answer.margin:g}; "
-        f"{counted(paired.n, 'paired example')}, {paired.n_better} better, {paired.n_worse} worse, "
+        f"{counted(paired.n, 'paired example')}{in_groups(paired)}, {paired.n_better} better, {paired.n_worse} worse, "
         f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
     )
 
@@ -134,7 +147,12 @@ def _meaning(answer: Noninferiority, *, alpha: float, bless: str) -> str:
     return f"{state} {needed} {seen}"
 
 
-def _not_comparable(
+def in_groups(paired: PairedDifference) -> str:
+    """` in 12 groups`, or "" where every example stands for itself."""
+    return f" in {counted(paired.n_groups, 'group')}" if paired.n_groups else ""
+
+
+def not_comparable(
     gate: str,
     named: str,
     changed: list[str],
@@ -142,9 +160,15 @@ def _not_comparable(
     baseline: Reference,
     fingerprints: Mapping[str, str],
     *,
-    bless: str,
+    next_step: str,
     seed: int,
+    groups: Mapping[str, str] | None = None,
 ) -> GateResult:
+    """The answer of a gate whose two sides differ in more than what is judged.
+
+    Where the metric is the same, the examples in common are compared all the same: an example's id is its content, so
+    each pair is sound. Only the population is another, so it is told and not judged.
+    """
     details: dict[str, Any] = {"changed": changed, "n_common": len(pairs.ids)}
     if changed:
         parts = ", ".join(
@@ -154,18 +178,23 @@ def _not_comparable(
         parts = "no example with a score is in both this run and the one compared with: the test split changed"
     message = f"{parts} since {named}, so the two cannot be compared."
     if pairs.ids and "metric" not in changed:
-        # Same metric, same example content: each pair is sound, only the population is another. Told, not judged.
-        common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed)
-        details["difference_in_common"] = common.difference
+        common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed, groups=groups)
+        details |= {
+            "difference_in_common": common.difference,
+            "low_in_common": common.interval.low,
+            "high_in_common": common.interval.high,
+        }
         message += (
             f" For orientation: on the {counted(common.n, 'example')} in common the difference is "
-            f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)})."
+            f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)}, "
+            f"{common.method} p = {common.p_value:.2g})."
         )
-    message += f" Next: if the change is intended, {bless}; otherwise restore what changed."
+    message += f" Next: {next_step}."
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
 
 
-def _numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
+def gate_numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
+    """The numbers behind a paired gate, for its details; examples that got worse come worst first."""
     paired = answer.paired
     drops = [
         (old - new, name) for name, old, new in zip(pairs.ids, pairs.before, pairs.after, strict=True) if new < old
@@ -182,6 +211,8 @@ def _numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
         "p_value": paired.p_value,
         "p_worse": answer.p_worse,
         "p_not_worse": answer.p_not_worse,
+        "p_any_drop": answer.p_any_drop,
+        "n_groups": paired.n_groups,
         "rows_to_decide": answer.rows_to_decide,
         "smallest_visible_drop": None if math.isinf(answer.smallest_visible_drop) else answer.smallest_visible_drop,
     }

@@ -1,0 +1,220 @@
+"""A whole run in sequential mode: which examples next, whether to stop, and what to say then.
+
+    watch = SequentialJudge(ids, gates, seed=0, baseline=accepted, fingerprints=fingerprints)
+    for block in watch.blocks(size=16):             # example ids to evaluate now, together
+        watch.add(scores of the block by example id)
+        if watch.decided:
+            break
+    answer = watch.finish(evaluation of the examples used)
+
+All gates on scores are watched at once; the run ends when each has its verdict or one has failed. Statistics are
+`sequential.py`'s. Knows nothing of models, files or pytest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from copa_harness.judge.early_answers import SequentialAnswer, stopped_early
+from copa_harness.judge.gates import Gates, judge
+from copa_harness.judge.messages import counted, number
+from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
+from copa_harness.judge.paired import pair_up, scores_by_id
+from copa_harness.judge.power import SequentialPower, sequential_power
+from copa_harness.judge.regression import Reference, changed_parts, max_regression
+from copa_harness.judge.sequential import RegressionMonitor, ThresholdMonitor, random_order
+from copa_harness.judge.spending import cost_per_answer
+from copa_harness.judge.superiority import better_than
+from copa_harness.results import EvaluationResult, GateResult, Verdict
+
+
+class SequentialJudge:
+    """Watches the gates on scores of one run while its examples are evaluated.
+
+    Args:
+        ids: ids of all examples of the split, each once.
+        gates: the rules; `min_score`, `max_regression`, `better_than` and `max_error_rate` are watched.
+        seed: of the random order.
+        baseline: what `max_regression` compares with.
+        rival: what `better_than` compares with.
+        fingerprints: of this run; a reference that is not comparable is not watched.
+        groups: group by example id, where examples share one.
+
+    Raises:
+        ValueError: for repeated ids.
+    """
+
+    def __init__(
+        self,
+        ids: tuple[str, ...],
+        gates: Gates,
+        *,
+        seed: int,
+        baseline: Reference | None = None,
+        rival: Reference | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        self.units = random_order(ids, seed=seed, groups=groups)
+        self.n_total, self.n_used = len(ids), 0
+        self._gates, self._seed, self._groups = gates, seed, groups
+        self._fingerprints = dict(fingerprints or {})
+        self._baseline, self._rival = baseline, rival
+        self._alpha = gates.alpha / gates.n_comparisons
+        self._next_unit = self._n_failed = 0
+        sizes = [len(unit) for unit in self.units]
+        self._threshold: ThresholdMonitor | None = None
+        if gates.min_score is not None and ids:
+            self._threshold = ThresholdMonitor(gates.min_score, sizes=sizes, alpha=gates.alpha)
+        self._paired: dict[str, tuple[RegressionMonitor, Mapping[str, float | None]]] = {}
+        for kind, reference, margin in (
+            ("regression", baseline, gates.max_regression),
+            ("rival", rival, None if gates.better_than is None else 0.0),
+        ):
+            comparable = reference is not None and not changed_parts(reference, self._fingerprints)
+            if margin is not None and reference is not None and comparable:
+                monitor = RegressionMonitor(margin, largest=max(sizes, default=1), alpha=self._alpha / 2)
+                self._paired[kind] = (monitor, reference.scores)
+
+    def blocks(self, *, size: int) -> Iterator[tuple[str, ...]]:
+        """Example ids to evaluate next, about `size` at a time and whole groups, until decided or none is left."""
+        while not self.decided and self._next_unit < len(self.units):
+            block: list[str] = []
+            position = self._next_unit
+            while position < len(self.units) and (not block or len(block) + len(self.units[position]) <= size):
+                block += self.units[position]
+                position += 1
+            yield tuple(block)
+
+    def add(self, scores: Mapping[str, float | None]) -> None:
+        """See the scores of the next block; None for an example that failed.
+
+        Raises:
+            ValueError: the examples are not the next ones of the order, or a group came in part.
+        """
+        waiting = dict(scores)
+        while waiting:
+            if self._next_unit >= len(self.units) or not waiting.keys() >= set(self.units[self._next_unit]):
+                raise ValueError(f"got scores of {sorted(waiting)[:3]}; expected those of the next block, all of them")
+            unit = self.units[self._next_unit]
+            self._next_unit += 1
+            values = [waiting.pop(example_id) for example_id in unit]
+            self.n_used += len(unit)
+            self._n_failed += sum(value is None for value in values)
+            # A block may hold more rows than the decision took; they are seen all the same, no verdict is taken back.
+            if self._threshold is not None:
+                self._threshold.add(values)
+            for monitor, before in self._paired.values():
+                pairs = [(before.get(example_id), value) for example_id, value in zip(unit, values, strict=True)]
+                monitor.add([new - old for old, new in pairs if old is not None and new is not None])
+
+    @property
+    def verdicts(self) -> tuple[Verdict | None, ...]:
+        """Of every watched gate so far."""
+        threshold = () if self._threshold is None else (self._threshold.verdict,)
+        return (*threshold, *(monitor.verdict for monitor, _ in self._paired.values()))
+
+    @property
+    def decided(self) -> bool:
+        """Whether more examples cannot change the outcome: all verdicts are in, one failed, or too many are lost."""
+        if self._n_failed > self._gates.max_error_rate * self.n_total + 1e-9:
+            return True
+        verdicts = self.verdicts
+        return bool(verdicts) and (Verdict.FAIL in verdicts or None not in verdicts)
+
+    def finish(self, evaluation: EvaluationResult) -> SequentialAnswer:
+        """The gates' answers.
+
+        Args:
+            evaluation: of exactly the examples whose scores were added.
+
+        Raises:
+            ValueError: the evaluation has another number of examples.
+        """
+        if evaluation.n != self.n_used:
+            raise ValueError(f"got an evaluation of {evaluation.n} examples; expected the {self.n_used} added")
+        answers = list(judge(evaluation, Gates(max_error_rate=self._gates.max_error_rate)))
+        if self._threshold is not None:
+            answers.append(self._min_score(self._threshold, evaluation))
+        if self._gates.max_regression is not None:
+            answers.append(self._compared("regression", evaluation))
+        if self._gates.better_than is not None:
+            answers.append(self._compared("rival", evaluation))
+        each = cost_per_answer(evaluation)
+        power, drop = self._power(evaluation)
+        saved = None if each is None else each * (self.n_total - self.n_used)
+        return SequentialAnswer(tuple(answers), self.n_used, self.n_total, saved, power, drop)
+
+    def _min_score(self, monitor: ThresholdMonitor, evaluation: EvaluationResult) -> GateResult:
+        if self.n_used == self.n_total:
+            return next(
+                answer
+                for answer in judge(evaluation, replace(_SCORE_ONLY, min_score=monitor.threshold))
+                if answer.gate.startswith("min_score")
+            )
+        gate = f"min_score={monitor.threshold:g}"
+        p_misses, p_reaches = monitor.p_values
+        so_far = f"{number(evaluation.score)} on the first {self.n_used:,} of {counted(self.n_total, 'example')}"
+        details = {"score": evaluation.score, "n": self.n_used, "n_total": self.n_total, "alpha": monitor.alpha}
+        details |= {"p_misses": p_misses, "p_reaches": p_reaches}
+        if monitor.verdict is None:
+            return GateResult(gate, Verdict.UNDECIDED, f"{so_far}; {_NOT_NEEDED}", details)
+        sure = (
+            "the rest cannot change it" if monitor.is_certain else f"wrong in at most {100 * monitor.alpha:g} % of runs"
+        )
+        if monitor.verdict is Verdict.PASS:
+            message = f"all {self.n_total:,} examples would reach {monitor.threshold:g} ({sure}): {so_far}."
+        else:
+            message = (
+                f"all {self.n_total:,} examples would fall short of {monitor.threshold:g} ({sure}): {so_far}. Next: "
+                f"look at the worst examples, give the optimizer more budget, or lower the threshold."
+            )
+        return GateResult(gate, monitor.verdict, message, details)
+
+    def _compared(self, kind: str, evaluation: EvaluationResult) -> GateResult:
+        """The answer of the test of what was evaluated, with the verdict the monitor reached while looking."""
+        note = f"(Half of alpha, {self._alpha / 2:.2g}, was spent on looking early.)"
+        shared: dict[str, Any] = {
+            "alpha": self._alpha / 2, "fingerprints": self._fingerprints, "seed": self._seed, "groups": self._groups,
+        }  # fmt: skip
+        if kind == "regression":
+            bless = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
+            margin = self._gates.max_regression or 0.0
+            answer = max_regression(evaluation, self._baseline, margin=margin, bless=bless, note=note, **shared)
+        else:
+            name = self._gates.better_than or ""
+            answer = better_than(evaluation, self._rival, name=name, note=note, **shared)
+        if kind not in self._paired:
+            return answer
+        monitor, _ = self._paired[kind]
+        if monitor.verdict is None:
+            if self.n_used == self.n_total:
+                return answer
+            return GateResult(answer.gate, Verdict.UNDECIDED, _NOT_NEEDED, dict(answer.details))
+        return stopped_early(answer, monitor, n_used=self.n_used, n_total=self.n_total, name=self._gates.better_than)
+
+    def _power(self, evaluation: EvaluationResult) -> tuple[SequentialPower | None, float | None]:
+        if "regression" not in self._paired:
+            return None, None
+        margin = self._gates.max_regression or 0.0
+        pairs = pair_up(self._paired["regression"][1], scores_by_id(evaluation))
+        if not pairs.ids:
+            return None, None
+        differences = np.asarray(pairs.after) - np.asarray(pairs.before)
+        variance, _ = row_variance(differences, binary=True)
+        drop = smallest_visible_drop(self.n_total, margin=margin, variance=variance, alpha=self._alpha)
+        if math.isinf(drop):
+            return None, None
+        power = sequential_power(
+            self.n_total, drop=drop, disagreement=max(drop, variance), margin=margin, alpha=self._alpha, seed=self._seed
+        )
+        return power, drop
+
+
+_SCORE_ONLY = Gates()
+_NOT_NEEDED = "left open, because another gate ended the run first. Next: mend that one and run again."
