@@ -1,9 +1,9 @@
-"""Answers on disk, and the claims that let only one process pay for an answer.
+"""Answers on disk, shared by threads and processes.
 
 An answer is stored as JSON with a checksum over key and text, in a diskcache folder whose disk class refuses every
 pickle row, so a planted file can at worst be a miss. A damaged row is a miss and one warning; a store that cannot
-be opened or read is moved aside, kept for inspection, and rebuilt, with one warning. Claims are file locks, which
-the system drops the moment their owner dies. Knows nothing of requests, budgets or engines.
+be opened or read is moved aside, kept for inspection, and rebuilt, with one warning. Knows nothing of requests,
+budgets or engines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from filelock import FileLock
 
 from copa_harness.errors import CacheError
 from copa_harness.lm.answers import decode_answer, encode_answer
+from copa_harness.lm.claims import Claims
 
-N_BUCKETS = 256
-"""Lock files among which the claims are spread; two keys in one bucket wait for each other across processes."""
+DEFAULT_SIZE_LIMIT = 8 * 2**30
+"""Bytes a store may take before the oldest answers are dropped."""
 
-_CLAIM_POLL_S = 0.02
+_CHECK_SIZE_EVERY = 200
 _SQLITE_TIMEOUT_S = 30.0
 _NOT_DAMAGE = ("locked", "readonly", "is full", "disk I/O")
 """Complaints of sqlite that rebuilding the database would not cure."""
@@ -76,17 +77,20 @@ class ResponseCache:
     Args:
         directory: Created if missing. Holds `answers/` (the store), `claims/` (lock files) and, after damage,
             `answers.damaged-*`. Foreign files in it are left alone.
+        size_limit: Bytes the store may take; beyond them the answers stored first are dropped, with one warning. None
+            for no limit.
 
     Raises:
         CacheError: The directory cannot be created or written, or the store cannot be opened even after rebuilding.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, size_limit: int | None = DEFAULT_SIZE_LIMIT) -> None:
         self.directory = Path(directory)
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self._unwritten: dict[str, bytes] = {}  # paid answers the disk would not take: kept for this process
-        self._buckets: dict[str, _Bucket] = {}
+        self._size_limit = size_limit
+        self._n_set = 0
         try:
             (self.directory / "claims").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,6 +98,7 @@ class ResponseCache:
                 f"cannot create the response cache in {self.directory}: {error}; "
                 "expected a folder that can be written, choose one with --copa-cache-dir"
             ) from error
+        self._claims = Claims(self.directory / "claims")
         self._store = self._open_or_rebuild()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ResponseCache:
@@ -124,6 +129,7 @@ class ResponseCache:
         row = encode_answer(key, value)
         try:
             self._healed(lambda store: store.set(key, row))
+            self._tell_when_full()
         except (sqlite3.Error, OSError, diskcache.Timeout) as error:
             self._unwritten[key] = row
             self._warn(
@@ -132,24 +138,30 @@ class ResponseCache:
                 "in memory only and will be paid for again next time",
             )
 
+    def _tell_when_full(self) -> None:
+        self._n_set += 1
+        if self._size_limit is None or self._n_set % _CHECK_SIZE_EVERY != 1:
+            return
+        if self._store.volume() < 0.95 * self._size_limit:  # dropping keeps it just below the limit
+            return
+        self._warn(
+            "size",
+            f"the response cache in {self.directory} has reached its limit of {self._size_limit:,} bytes; the answers "
+            "stored first are dropped and would be paid for again. `copa cache stats` shows what it holds",
+        )
+
     @contextmanager
     def claimed(self, key: str) -> Iterator[None]:
         """While the block runs, no other process pays for `key`; a killed owner's claim ends with it."""
-        name = key[:2]
-        with self._lock:
-            bucket = self._buckets.get(name)
-            if bucket is None:
-                bucket = self._buckets[name] = _Bucket(self.directory / "claims" / f"{name}.lock")
-        try:
-            bucket.acquire()
-        except OSError as error:
-            self._warn("claim", f"cannot lock {bucket.path} ({error}); other processes may pay for the same answers")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._claims.claimed(key))
+            except OSError as error:
+                self._warn(
+                    "claim",
+                    f"cannot lock {self._claims.path} ({error}); other processes may pay for the same answers",
+                )
             yield
-            return
-        try:
-            yield
-        finally:
-            bucket.release()
 
     def close(self) -> None:
         """Close the database connections of this thread; the cache may be used again afterwards."""
@@ -176,8 +188,9 @@ class ResponseCache:
             str(self.directory / "answers"),
             disk=_JSONDisk,
             timeout=_SQLITE_TIMEOUT_S,
-            eviction_policy="none",  # nothing paid for is ever thrown away behind the user's back
-            cull_limit=0,
+            eviction_policy="least-recently-stored",
+            size_limit=2**62 if self._size_limit is None else self._size_limit,
+            cull_limit=10,
             statistics=0,
         )
 
@@ -244,25 +257,3 @@ class ResponseCache:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, CacheWarning, stacklevel=4)
-
-
-class _Bucket:
-    """One lock file, held by the process as long as any of its threads needs it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._mutex = threading.Lock()
-        self._n_holders = 0
-        self._file = FileLock(path, thread_local=False)
-
-    def acquire(self) -> None:
-        with self._mutex:
-            if self._n_holders == 0:
-                self._file.acquire(poll_interval=_CLAIM_POLL_S)
-            self._n_holders += 1
-
-    def release(self) -> None:
-        with self._mutex:
-            self._n_holders -= 1
-            if self._n_holders == 0:
-                self._file.release()

@@ -205,7 +205,7 @@ def test_an_answer_the_disk_refuses_is_kept_in_memory_with_one_warning(directory
     assert not list(directory.glob("answers.damaged-*"))
 
 
-def test_a_claim_is_shared_by_the_threads_of_a_process_and_excludes_other_holders_of_the_file(directory):
+def test_a_claim_excludes_everybody_else_from_its_key_and_nobody_from_other_keys(directory):
     mine, other = ResponseCache(directory), ResponseCache(directory)  # another lock object, as another process has
     order = []
 
@@ -214,7 +214,7 @@ def test_a_claim_is_shared_by_the_threads_of_a_process_and_excludes_other_holder
             order.append("other")
 
     with mine.claimed(KEY):
-        with mine.claimed("ab" + "0" * 62):  # same bucket, same process: no wait
+        with mine.claimed("ab" + "0" * 62):  # another key: no wait
             thread = threading.Thread(target=wait)
             thread.start()
         thread.join(0.1)
@@ -226,10 +226,10 @@ def test_a_claim_is_shared_by_the_threads_of_a_process_and_excludes_other_holder
 def test_without_locks_calls_go_on_after_one_warning(directory, monkeypatch):
     cache = ResponseCache(directory)
 
-    def refuse(self, *args, **kwargs):
+    def refuse(*args, **kwargs):
         raise OSError("no locks available")
 
-    monkeypatch.setattr("copa_harness.lm.cache.FileLock.acquire", refuse)
+    monkeypatch.setattr("copa_harness.lm.claims.fcntl.lockf", refuse)
     with pytest.warns(CacheWarning, match=r"cannot lock .*no locks available"), cache.claimed(KEY):
         pass
     with warnings.catch_warnings(), cache.claimed(OTHER):
@@ -245,3 +245,27 @@ def test_reads_leave_no_trace_and_many_threads_may_use_one_cache(directory):
     for thread in threads:
         thread.join()
     assert results == [ANSWER] * 16
+
+
+def test_beyond_its_size_limit_the_oldest_answers_are_dropped_with_one_warning(directory):
+    cache = ResponseCache(directory, size_limit=1_000_000)
+
+    def fill():
+        for index in range(450):
+            cache.set(f"{index:064x}", {"text": "x" * 4000})
+
+    with pytest.warns(CacheWarning, match=r"reached its limit of 1,000,000 bytes.*copa cache stats") as caught:
+        fill()
+    assert len(caught) == 1
+    assert cache.get(f"{0:064x}") is None
+    assert cache.get(f"{449:064x}") == {"text": "x" * 4000}
+    assert len(cache) < 300
+
+
+def test_the_lock_file_is_closed_when_nobody_claims_anything(directory):
+    cache = ResponseCache(directory)
+    for _ in range(3):
+        with cache.claimed(KEY), cache.claimed(OTHER):
+            pass
+    assert cache._claims._file._threads == {}
+    assert cache._claims._file._pid == 0
