@@ -85,8 +85,8 @@ def stopped_early(
     found = f"{against} is shown" if failed else f"{against} is ruled out" if monitor.margin else "a gain is shown"
     so_far = number(details.get("difference"), signed=True)
     message = (
-        f"{found} after {n_used:,} of {counted(n_total, 'example')} (betting e-process, p = {p_value:.2g}, valid however "
-        f"often it looks). The difference so far is {so_far}; that it ended the run makes it look larger than it is."
+        f"{found} after {n_used:,} of {counted(n_total, 'example')} (betting e-process, p = {p_value:.2g}, valid "
+        f"however often it looks). The difference so far is {so_far}; having ended the run, it looks larger than it is."
     )
     if failed:
         message += (

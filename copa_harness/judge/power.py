@@ -150,7 +150,9 @@ def sequential_power(
     at_end = gained[:, -1] <= _most_gained(n_looks, alpha / 2)[moved]
     at_end_fixed = gained[:, -1] <= _most_gained(n_looks, alpha)[moved]
     if margin > 0:
-        statistic = score_statistic(gained[:, -1], lost[:, -1], n_looks, difference=-margin)
+        statistic = score_statistic(
+            gained[:, -1].astype(np.int64), lost[:, -1].astype(np.int64), n_looks, difference=-margin
+        )
         at_end &= statistic <= stats.norm.ppf(alpha / 2)
         at_end_fixed &= statistic <= stats.norm.ppf(alpha)
     return SequentialPower(float(at_end_fixed.mean()), float((stopped | at_end).mean()), float(rows.mean()))

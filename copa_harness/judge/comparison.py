@@ -1,0 +1,207 @@
+"""Several optimizers over one or several tasks: paired ranks and Holm-corrected differences to a reference.
+
+Symbols: T tasks, task t with n_t examples that all compared strategies have a score for, d_te the difference of
+strategy and reference on example e of task t.
+
+* difference = mean over tasks of the mean over examples, every task counting the same; its test exchanges the signs
+  of d_te / (T n_t) example by example (exact McNemar when there is one task and scores are right/wrong), its interval
+  is a bootstrap stratified by task. It is about these tasks, not about tasks at large.
+* p-values against the reference are Holm-corrected over the strategies.
+* rank: over the examples of one task, or over the mean scores of several tasks (1 is best, ties share); Friedman's
+  test (1937) asks whether the ranks differ at all. Demsar (2006), JMLR 7:1.
+
+Knows nothing of models, files or how a strategy works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copa_harness.judge.intervals import N_RESAMPLES, n_informative
+from copa_harness.judge.messages import counted, number
+from copa_harness.judge.multiple import holm_adjusted
+from copa_harness.judge.paired import paired_difference, permutation_p_value
+from copa_harness.results import Interval
+
+MIN_MOVED = 10
+"""Rows that have to differ from the commonest value, over all tasks, before they are resampled."""
+
+Scores = Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyRow:
+    """One strategy beside the reference.
+
+    Attributes:
+        strategy: its name.
+        score: mean over tasks of the mean score on the common examples, 0..1.
+        rank: mean rank, 1 is best.
+        difference: to the reference, -1..1; 0 for the reference itself.
+        interval: around the difference.
+        p_value: of "no difference", on its own; 1 for the reference.
+        adjusted: the same, Holm-corrected over the strategies.
+    """
+
+    strategy: str
+    score: float
+    rank: float
+    difference: float
+    interval: Interval
+    p_value: float
+    adjusted: float
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyComparison:
+    """Strategies over the same examples of the same tasks.
+
+    Attributes:
+        reference: what the others are compared with.
+        tasks: the tasks, in order of their names.
+        n: common examples over all tasks.
+        n_ranked: what was ranked: examples (one task) or tasks (several).
+        rows: the strategies, best rank first.
+        friedman_p: of "all strategies rank alike"; None with fewer than three strategies or two things ranked.
+    """
+
+    reference: str
+    tasks: tuple[str, ...]
+    n: int
+    n_ranked: int
+    rows: tuple[StrategyRow, ...]
+    friedman_p: float | None
+
+    def sentence(self, *, alpha: float = 0.05) -> str:
+        """Which strategies are shown to be better or worse than the reference, and what to do if none is."""
+        shown = [row for row in self.rows if row.strategy != self.reference and row.adjusted <= alpha]
+        over = f"{counted(self.n, 'example')} of {counted(len(self.tasks), 'task')}"
+        if not shown:
+            return (
+                f"No strategy is shown to differ from {self.reference} on {over} (Holm-corrected). Next: choose by "
+                f"cost, or add test examples."
+            )
+        parts = [
+            f"{row.strategy} {'better' if row.difference > 0 else 'worse'} by {number(abs(row.difference))} "
+            f"(adjusted p = {row.adjusted:.2g})"
+            for row in shown
+        ]
+        return f"Against {self.reference} on {over}: {', '.join(parts)}."
+
+
+def compare_strategies(
+    scores: Mapping[str, Mapping[str, Scores]], *, reference: str, level: float = 0.95, seed: int = 0
+) -> StrategyComparison:
+    """Compare strategies with a reference.
+
+    Args:
+        scores: strategy -> task -> example id -> score 0..1. Only tasks that every strategy has run count, and of
+            those the examples every strategy has a score for.
+        reference: one of the strategies.
+        level: two-sided confidence of each interval (not corrected).
+        seed: of the resampling methods.
+
+    Raises:
+        ValueError: the reference is missing, or the strategies have no example in common.
+    """
+    if reference not in scores:
+        raise ValueError(f"got {sorted(scores)} without the reference {reference!r}; expected it among the strategies")
+    tasks = sorted(set.intersection(*(set(by_task) for by_task in scores.values())))
+    table: dict[str, NDArray[np.float64]] = {}  # task -> strategies x common examples
+    names = list(scores)
+    common_ids: dict[str, list[str]] = {}
+    for task in tasks:
+        scored = [{key for key, score in scores[name][task].items() if score is not None} for name in names]
+        ids = sorted(set.intersection(*scored))
+        if ids:
+            common_ids[task] = ids
+            table[task] = np.asarray([[float(scores[name][task][key] or 0.0) for key in ids] for name in names])
+    if not table:
+        raise ValueError("got strategies without a common example; expected at least one task all of them have run")
+    anchor = names.index(reference)
+    ranks = _ranks(table)
+    others = [index for index in range(len(names)) if index != anchor]
+    compared = {index: _difference(table, common_ids, anchor, index, level=level, seed=seed) for index in others}
+    adjusted = dict(zip(others, holm_adjusted([compared[index][2] for index in others]), strict=True))
+    rows = []
+    for index, name in enumerate(names):
+        nothing = (0.0, Interval(0.0, 0.0, level, "none"), 1.0)
+        difference, interval, p_value = compared.get(index, nothing)
+        score = float(np.mean([cells[index].mean() for cells in table.values()]))
+        rank = float(ranks[:, index].mean())
+        rows.append(StrategyRow(name, score, rank, difference, interval, p_value, adjusted.get(index, 1.0)))
+    return StrategyComparison(
+        reference=reference,
+        tasks=tuple(table),
+        n=sum(cells.shape[1] for cells in table.values()),
+        n_ranked=ranks.shape[0],
+        rows=tuple(sorted(rows, key=lambda row: (row.rank, -row.score, row.strategy))),
+        friedman_p=_friedman(ranks),
+    )
+
+
+def _ranks(table: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Ranks (things ranked x strategies): examples of the only task, or tasks by their mean scores."""
+    from scipy import stats
+
+    if len(table) == 1:
+        (cells,) = table.values()
+        by_thing = cells.T
+    else:
+        by_thing = np.asarray([cells.mean(axis=1) for cells in table.values()])
+    ranks: NDArray[np.float64] = stats.rankdata(-np.round(by_thing, 10), axis=1)
+    return ranks
+
+
+def _friedman(ranks: NDArray[np.float64]) -> float | None:
+    if ranks.shape[0] < 2 or ranks.shape[1] < 3:
+        return None
+    if np.all(ranks == ranks[:, :1]):
+        return 1.0
+    from scipy import stats
+
+    return float(stats.friedmanchisquare(*ranks.T).pvalue)
+
+
+def _difference(
+    table: Mapping[str, NDArray[np.float64]],
+    ids: Mapping[str, Sequence[str]],
+    anchor: int,
+    index: int,
+    *,
+    level: float,
+    seed: int,
+) -> tuple[float, Interval, float]:
+    """Mean difference over tasks, its interval and its p-value."""
+    if len(table) == 1:
+        ((task, cells),) = table.items()
+        paired = paired_difference(cells[anchor].tolist(), cells[index].tolist(), ids=ids[task], level=level, seed=seed)
+        return paired.difference, paired.interval, paired.p_value
+    by_task = [cells[index] - cells[anchor] for cells in table.values()]
+    weighted = np.concatenate([values / (len(by_task) * values.size) for values in by_task])
+    # Scaled to the size of a difference: the test rounds to tell ties, and weights are small.
+    p_value = permutation_p_value(weighted * weighted.size, seed=seed)
+    return float(math.fsum(weighted)), _stratified_interval(by_task, level=level, seed=seed), p_value
+
+
+def _stratified_interval(by_task: Sequence[NDArray[np.float64]], *, level: float, seed: int) -> Interval:
+    """Bootstrap of the mean of task means, resampling examples within tasks; a bound where too few moved."""
+    from copa_harness.judge.paired import gained_and_lost, tango_bounds
+
+    everything = np.concatenate(by_task)
+    if n_informative(everything) < MIN_MOVED:
+        gained, lost = gained_and_lost(everything)
+        low, high = tango_bounds(gained, lost, everything.size, level=level)
+        return Interval(low, high, level, "tango-bound")
+    rng = np.random.default_rng(seed)
+    means = np.zeros(N_RESAMPLES)
+    for values in by_task:
+        drawn = rng.integers(0, values.size, (N_RESAMPLES, values.size))
+        means += values[drawn].mean(axis=1) / len(by_task)
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(low), float(high), level, "stratified bootstrap")
