@@ -1,8 +1,8 @@
 """``python -m copa_harness.pretrain``: make the embedded model from nothing, or measure it.
 
-    python -m copa_harness.pretrain train --folder runs/embedded
-    python -m copa_harness.pretrain evaluate --folder runs/embedded
-    python -m copa_harness.pretrain card --folder runs/embedded --into copa_harness/lm/embedded
+python -m copa_harness.pretrain train --folder runs/embedded
+python -m copa_harness.pretrain evaluate --folder runs/embedded
+python -m copa_harness.pretrain card --folder runs/embedded --into copa_harness/lm/embedded
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--workers", type=int, default=1)
     train.add_argument("--until", type=int, default=None, help="stop after this step without changing the schedule")
+    measure = verbs.add_parser("evaluate", help="measure a finished run on the three tasks (resumes cell by cell)")
+    measure.add_argument("--folder", type=pathlib.Path, required=True)
+    measure.add_argument("--sizes", type=int, nargs="+", default=[75, 30, 15], help="numbers of labelled rows")
+    measure.add_argument("--threads", type=int, default=2)
+    card = verbs.add_parser("card", help="write the model card and copy the files into the package")
+    card.add_argument("--folder", type=pathlib.Path, required=True)
+    card.add_argument("--into", type=pathlib.Path, required=True)
     options = parser.parse_args(arguments)
     if options.verb == "train":
         import json
@@ -33,6 +40,20 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
         recipe = Recipe.from_json(json.loads(options.recipe.read_text())) if options.recipe else SHIPPED
         PretrainingRun(recipe, options.folder, n_workers=options.workers).run(until=options.until)
+    elif options.verb == "evaluate":
+        import torch
+
+        from copa_harness.pretrain.evaluate import SETTINGS, evaluate
+        from copa_harness.pretrain.measure import load_model
+
+        torch.set_num_threads(options.threads)
+        model = load_model(options.folder / "export")
+        evaluate(model, options.folder / "cells", settings=SETTINGS, sizes=tuple(options.sizes))
+    else:
+        from copa_harness.pretrain.card import ship, write_card
+
+        text = write_card(options.folder, options.folder / "cells", options.folder / "development.md")
+        ship(options.folder, options.into, text)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ _FIELDS = ("stem_height", "stem_depth", "leaf_height", "leaf_depth")
 _LABELS = ("lumora", "versatile", "verdigris")
 
 
-def scaled(
-    features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def scaled(features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Columns mapped to 0.0 .. 9.9 by the training rows' minimum and maximum, one decimal."""
     low, high = features[train].min(0), features[train].max(0)
     share = np.clip((features - low) / np.maximum(high - low, 1e-9), 0, 1)
@@ -60,5 +58,7 @@ def development_tasks(seed: int) -> list[ClassificationTask]:
         split_task("blobs", blobs, blob_classes, seed=seed),
         split_task("classification", hard, hard_classes, seed=seed, labels=("amber", "slate", "umber")),
         split_task("moons", moons, moon_classes, seed=seed, fields=("north_gap", "east_gap")),
-        split_task("digits", components, digit_classes, seed=seed, fields=("stroke_one", "stroke_two", "loop_one", "loop_two")),
+        split_task(
+            "digits", components, digit_classes, seed=seed, fields=("stroke_one", "stroke_two", "loop_one", "loop_two")
+        ),
     ]

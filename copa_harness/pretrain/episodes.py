@@ -265,13 +265,20 @@ class _Episode:
         self._formats = rng.choices(FORMATS, mix.formats, k=1) * self.n_features
         if rng.random() < 0.25:
             self._formats = rng.choices(FORMATS, mix.formats, k=self.n_features)
-        width = np.where(numpy_rng.random(self.n_features) < 0.5, numpy_rng.uniform(0.7, 1, self.n_features), numpy_rng.uniform(0.2, 1, self.n_features))
+        width = np.where(
+            numpy_rng.random(self.n_features) < 0.5,
+            numpy_rng.uniform(0.7, 1, self.n_features),
+            numpy_rng.uniform(0.2, 1, self.n_features),
+        )
         width = np.maximum(width, [0.7 if fmt == "d" else 0.0 for fmt in self._formats])
         low = numpy_rng.random(self.n_features) * (1 - width)
         self.clauses: list[worlds.Clause] = []
         self.last = 0
         shares = self._draw(kind, n_classes, mix, numpy_rng, low, width)
-        self.printed = [[print_number(v, f) for v, f in zip(row, self._formats, strict=True)] for row in low + width * np.clip(shares, 0, 1)]
+        self.printed = [
+            [print_number(v, f) for v, f in zip(row, self._formats, strict=True)]
+            for row in low + width * np.clip(shares, 0, 1)
+        ]
         if self.clauses:
             self.classes = np.array([self._decide(row)[1] for row in self.printed])
         self.field_places: list[int] = []
@@ -315,7 +322,11 @@ class _Episode:
         label_list = ", ".join(listed[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + listed[-1]
         literal = tuple(listed) if rng.random() < mix.literal else None
         described = literal is None and rng.random() < 0.65
-        inputs = tuple(self.names) if several else (rng.choice(["features"] * 6 + ["record", "input", "text", "sample", "values", "data"]),)
+        inputs = (
+            tuple(self.names)
+            if several
+            else (rng.choice(["features"] * 6 + ["record", "input", "text", "sample", "values", "data"]),)
+        )
         shape = template.Shape(
             inputs=inputs, input_type=rng.choice(["str", "float"]) if several else "str", output=output,
             output_description=label_list if described else "", literal=literal, reasoning=rng.random() < mix.reasoning,
@@ -330,8 +341,10 @@ class _Episode:
                 f"Classify the {any_word(rng)}.", f"Decide which {any_word(rng)} it is.",
             ]
         )  # fmt: skip
-        if not described and literal is None or rng.random() < 0.15:
-            instruction += rng.choice([" Answer with one of: ", " Choose one of: ", " The answer is one of "]) + label_list + "."
+        if (not described and literal is None) or rng.random() < 0.15:
+            instruction += (
+                rng.choice([" Answer with one of: ", " Choose one of: ", " The answer is one of "]) + label_list + "."
+            )
         if kind == "rule":
             text, fields, thresholds, places = worlds.rule_text(
                 numpy_rng, self.clauses, self.names, self.labels, self.last, main_share=0.8
@@ -361,7 +374,7 @@ class _Episode:
         else:
             text += f"[[ ## {self.shape.inputs[0]} ## ]]\n"
             for j, (name, value) in enumerate(zip(self.names, printed, strict=True)):
-                text += ("" if j == 0 else " " if self._style == 0 else ", ")
+                text += "" if j == 0 else " " if self._style == 0 else ", "
                 name_start = len(text)
                 text += {2: f"{name}=", 3: f"{name} ", 4: f"{name}: "}.get(self._style, "")
                 values.append((name_start, name_start + (len(name) if self._style > 1 else 0), len(text)))
@@ -379,7 +392,12 @@ class _Episode:
         spans = [(start, label_at, 0.02, 0.02), (label_at, label_end, 1.0, 0.3), (label_end, len(text), 0.1, 0.02)]
         if self.shape.reasoning and supplied:
             thought = start + before.index("It looks like ") + len("It looks like ")
-            spans = [(start, thought, 0.02, 0.02), (thought, thought + len(label), 0.9, 0.3), (thought + len(label), label_at, 0.02, 0.02), *spans[1:]]
+            spans = [
+                (start, thought, 0.02, 0.02),
+                (thought, thought + len(label), 0.9, 0.3),
+                (thought + len(label), label_at, 0.02, 0.02),
+                *spans[1:],
+            ]
         return text, values, label_at, spans
 
     def printed_shares(self) -> npt.NDArray[np.float32]:
@@ -410,7 +428,10 @@ def _names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
     style = rng.random()
     if style < 0.35 and n > 1:
         n_first = 1 if rng.random() < 0.25 else 2
-        firsts, seconds = [any_word(rng) for _ in range(n_first)], [any_word(rng) for _ in range(n if n_first == 1 else (n + 1) // 2)]
+        firsts, seconds = (
+            [any_word(rng) for _ in range(n_first)],
+            [any_word(rng) for _ in range(n if n_first == 1 else (n + 1) // 2)],
+        )
         grid = list(dict.fromkeys(f"{a}{sep}{b}" for a in firsts for b in seconds))
         if len(grid) >= n:
             return grid[:n] if rng.random() < 0.6 else rng.sample(grid, n)

@@ -115,7 +115,9 @@ class MeasuredModel:
             common += 1
         cache = DynamicCache(config=self.model.config)
         if common:
-            self.model(input_ids=torch.tensor([prompts[0][:common]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(
+                input_ids=torch.tensor([prompts[0][:common]]), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             cache.batch_repeat_interleave(n)
         rest = [prompt[common:] for prompt in prompts]
         longest = max(len(part) for part in rest)
@@ -169,7 +171,11 @@ def with_lora(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

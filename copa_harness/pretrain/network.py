@@ -103,7 +103,7 @@ class TrainingNetwork(nn.Module):
         return self.embedding.index_add(0, self.number_ids, rows)
 
     def rotary_tables(self) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for every position, each (MAX_POSITIONS, h)."""
+        """Cos and signed sin for every position, each (MAX_POSITIONS, h)."""
         h = self.shape.width // self.shape.n_heads
         frequency = 1.0 / self.shape.rope_theta ** (torch.arange(0, h, 2).float() / h)
         angle = torch.arange(MAX_POSITIONS).float()[:, None] * frequency

@@ -28,7 +28,7 @@ def print_number(share: float, fmt: str) -> str:
 
 
 def token_share(text: str) -> float:
-    """u of a number token, by the format its text has."""
+    """U of a number token, by the format its text has."""
     value = float(text)
     if "." not in text:
         return value / 10.0 ** len(text)
@@ -75,5 +75,7 @@ def _kind(text: str) -> str:
 
 def number_strings_of(vocabulary: dict[str, int]) -> list[str]:
     """The number tokens of a vocabulary, in order of id."""
-    numbers = [token for token in vocabulary if token[0].isdigit() and token.isascii() and token.replace(".", "", 1).isdigit()]
+    numbers = [
+        token for token in vocabulary if token[0].isdigit() and token.isascii() and token.replace(".", "", 1).isdigit()
+    ]
     return sorted(numbers, key=lambda token: vocabulary[token])

@@ -22,7 +22,13 @@ from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
 # layer 3: answers look at like examples (heads 0, 1), values at their field's thresholds (heads 2, 3); layer 5: answers look at the
 # stated label of the clause that fires (heads 0, 1)
 TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
-_NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (slice(0, 2), slice(2, 4), slice(0, 2), slice(2, 4), slice(0, 2))
+_NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (
+    slice(0, 2),
+    slice(2, 4),
+    slice(0, 2),
+    slice(2, 4),
+    slice(0, 2),
+)
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
 
@@ -124,18 +130,35 @@ class Supervision(nn.Module):
 
         ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
         if ruled.any():
-            rule_probe, rule_pull, rule_parts = self._rules(inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer)
+            rule_probe, rule_pull, rule_parts = self._rules(
+                inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer
+            )
             probe, pull = probe + rule_probe, pull + rule_pull
             parts |= rule_parts
         return probe, pull, parts
 
     def _rules(
-        self, inputs: list[Tensor], queries: list[Tensor], keys: list[Tensor], batch: TensorBatch, ruled: Tensor,
+        self,
+        inputs: list[Tensor],
+        queries: list[Tensor],
+        keys: list[Tensor],
+        batch: TensorBatch,
+        ruled: Tensor,
         name_layer: int,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        field_at, threshold_at, label_at = batch.field_at[ruled], batch.threshold_at[ruled], batch.clause_label_at[ruled]
+        field_at, threshold_at, label_at = (
+            batch.field_at[ruled],
+            batch.threshold_at[ruled],
+            batch.clause_label_at[ruled],
+        )
         stated = field_at[..., 1] > 0
-        name = _span_pull(queries[name_layer][ruled, _NAME_HEADS], keys[name_layer][ruled, _NAME_HEADS], threshold_at, field_at, stated)
+        name = _span_pull(
+            queries[name_layer][ruled, _NAME_HEADS],
+            keys[name_layer][ruled, _NAME_HEADS],
+            threshold_at,
+            field_at,
+            stated,
+        )
         # a threshold can be looked at only from a later place: where the label comes first, the threshold looks at the label
         later, earlier = torch.maximum(label_at[:, :-1], threshold_at), torch.minimum(label_at[:, :-1], threshold_at)
         span = torch.stack([earlier, earlier + 1], -1)
@@ -157,7 +180,9 @@ class Supervision(nn.Module):
 
         log_attention = _log_attention(queries[5][ruled, _CHOOSE_HEADS], keys[5][ruled, _CHOOSE_HEADS], header)
         label_at = label_at.gather(1, batch.fired[ruled])
-        fired = -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
+        fired = (
+            -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
+        )
 
         at_values = self._normal(inputs[4][ruled][rows[:, :, None], value_at][value_ok])
         clause_logits = at_values @ self.clause_probe

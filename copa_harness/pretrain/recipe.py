@@ -25,6 +25,7 @@ class Stage:
     pull_weight: float
     mix: Mix
     name_layer: int = 1
+    rate: float = 1.0
     partner: Stage | None = None
 
     def at(self, step: int) -> Stage:
@@ -87,9 +88,10 @@ class Recipe:
 
     def rate_share(self, step: int, last_step: int) -> float:
         """Share of the full learning rate at a step, when the run ends at ``last_step``."""
+        stage = self.stages[self.stage_at(step)[0]]
         rise = min(1.0, (step + 1) / self.warmup_steps)
         fall = min(1.0, max(self.final_share, (last_step - step) / self.decay_steps))
-        return rise * fall
+        return rise * fall * stage.rate
 
     def ending_at(self, last_step: int) -> Recipe:
         """The same recipe with the last stage's steps set so that the run has ``last_step`` steps."""
@@ -109,28 +111,49 @@ class Recipe:
         return cls(**data, stages=stages)
 
 
-SHIPPED = Recipe(
-    seed=0, width=128, n_layers=6, n_heads=4, feed_forward=320, muon_rate=0.02, adam_rate=3e-3,
-    warmup_steps=50, decay_steps=2400,
-    stages=(
-        Stage("bare", 300, 40, 96, 1.0, 1.0, Mix(
-            kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
-            several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
-            plain_answer=1.0)),
-        Stage("short", 300, 24, 160, 1.0, 1.0, Mix(
-            kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
-            spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0)),
-        Stage("rules", 400, 30, 128, 1.0, 1.5, Mix(
-            kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
-            literal=0.0, reasoning=0.0, plain_answer=1.0)),
-        Stage("full", 200, 15, 264, 0.7, 0.7, Mix(
-            kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
-            literal=0.1)),
-        Stage("long", 3000, 9, 448, 0.4, 0.4, Mix(
-            kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5,
-            single_styles=(1.5, 0.7, 6, 1, 1), stretch=0.35),
-            name_layer=0, partner=Stage("read", 0, 18, 216, 0.7, 1.0, Mix(
-                kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
-                literal=0.12, reasoning=0.04, stretch=0.2), name_layer=0)),
-    ),
+_BARE = Mix(
+    kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
+    several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
+    plain_answer=1.0,
 )  # fmt: skip
+_SHORT = Mix(
+    kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
+    spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0,
+)  # fmt: skip
+_RULES = Mix(
+    kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
+    literal=0.0, reasoning=0.0, plain_answer=1.0,
+)  # fmt: skip
+_FULL = Mix(
+    kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
+    literal=0.1,
+)  # fmt: skip
+_LONG = Mix(
+    kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5, single_styles=(1.5, 0.7, 6, 1, 1),
+    stretch=0.35,
+)  # fmt: skip
+_READ = Mix(
+    kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
+    literal=0.12, reasoning=0.04, stretch=0.2,
+)  # fmt: skip
+_READING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0)
+
+SHIPPED = Recipe(
+    seed=0,
+    width=128,
+    n_layers=6,
+    n_heads=4,
+    feed_forward=320,
+    muon_rate=0.02,
+    adam_rate=3e-3,
+    warmup_steps=50,
+    decay_steps=2500,
+    stages=(
+        Stage("bare", 300, 40, 96, 1.0, 1.0, _BARE),
+        Stage("short", 300, 24, 160, 1.0, 1.0, _SHORT),
+        Stage("rules", 400, 30, 128, 1.0, 1.5, _RULES),
+        Stage("full", 200, 15, 264, 0.7, 0.7, _FULL),
+        Stage("long", 300, 9, 448, 0.4, 0.4, _LONG, name_layer=0, partner=_READING),
+        Stage("settle", 2800, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
+    ),
+)

@@ -92,7 +92,9 @@ class PretrainingRun:
         self.supervision = Supervision(recipe.width, generator=generator)
         self._muon = Muon(self.network.hidden_matrices(), weight_decay=recipe.muon_decay)
         others = [*self.network.other_parameters(), *self.supervision.parameters()]
-        self._adam = torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
+        self._adam = torch.optim.AdamW(
+            others, lr=recipe.adam_rate, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True
+        )
         self._cos, self._sin = self.network.rotary_tables()
         self.step, self.n_tokens, self.wall_s = 0, 0, 0.0
         self._commits = [_commit()]
@@ -236,7 +238,9 @@ class PretrainingRun:
         ids = self.tokenizer
         pad, end = int(ids.convert_tokens_to_ids("<|pad|>")), int(ids.convert_tokens_to_ids("<|end|>"))
         model = self.network.to_hf(pad_id=pad, end_id=end)
-        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, pad_token_id=pad, eos_token_id=end)
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=64, pad_token_id=pad, eos_token_id=end
+        )
         model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
 
@@ -263,5 +267,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     root = pathlib.Path(__file__).resolve().parent
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     return answer.stdout.strip() or "unknown"

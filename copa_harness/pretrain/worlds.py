@@ -62,7 +62,9 @@ def gaussian_world(
     return centres[classes] + scales[classes] * noise, classes
 
 
-def linear_world(rng: np.random.Generator, n_features: int, n_classes: int, *, n_examples: int) -> tuple[Shares, Classes]:
+def linear_world(
+    rng: np.random.Generator, n_features: int, n_classes: int, *, n_examples: int
+) -> tuple[Shares, Classes]:
     """Bands along one direction, the examples nearest to the borders left out."""
     direction = rng.standard_normal(n_features)
     shares = rng.random((n_examples * 3, n_features))
@@ -97,7 +99,9 @@ def rule_shape(rng: np.random.Generator, n_features: int, n_classes: int) -> lis
         operator = operators[int(rng.choice(3, p=[0.6, 0.2, 0.2]))]
         low, high = (0.3, 0.7) if n_clauses == 1 else (0.3, 0.6)
         threshold = float(rng.uniform(low, high))
-        clauses.append((features[i % n_features], operator, threshold if operator == "below" else 1 - threshold, classes[i]))
+        clauses.append(
+            (features[i % n_features], operator, threshold if operator == "below" else 1 - threshold, classes[i])
+        )
     return clauses
 
 
@@ -108,7 +112,9 @@ def rule_shares(
     shares = rng.random((n_examples, n_features))
     if rng.random() < 0.5:
         centres = rng.random((int(rng.integers(2, 6)), n_features))
-        shares = centres[rng.integers(0, len(centres), n_examples)] + 0.07 * rng.standard_normal((n_examples, n_features))
+        shares = centres[rng.integers(0, len(centres), n_examples)] + 0.07 * rng.standard_normal(
+            (n_examples, n_features)
+        )
     for feature in {clause[0] for clause in clauses}:
         borders = np.sort([0.0, 1.0] + [clause[2] for clause in clauses if clause[0] == feature])
         redrawn = rng.random(n_examples) < 0.7
@@ -119,7 +125,13 @@ def rule_shares(
 
 
 def rule_text(
-    rng: np.random.Generator, clauses: list[Clause], names: list[str], labels: list[str], last: int, *, main_share: float
+    rng: np.random.Generator,
+    clauses: list[Clause],
+    names: list[str],
+    labels: list[str],
+    last: int,
+    *,
+    main_share: float,
 ) -> tuple[str, list[int], list[int], list[int]]:
     """A rule in words.
 

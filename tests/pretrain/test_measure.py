@@ -70,7 +70,10 @@ def test_lora_lowers_the_loss_of_its_rows_and_leaves_the_base_alone(model, task)
     settings = LoraSettings(epochs=8, learning_rate=1e-2, batch_size=3, n_demos=1)
     tuned = with_lora(model, program, rows, settings, seed=0)
     assert all(torch.equal(value, model.model.state_dict()[name]) for name, value in before.items())
-    ids = model.prompt_ids(program, [], rows[0]) + model.tokenizer("[[ ## answer ## ]]\n", add_special_tokens=False).input_ids
+    ids = (
+        model.prompt_ids(program, [], rows[0])
+        + model.tokenizer("[[ ## answer ## ]]\n", add_special_tokens=False).input_ids
+    )
     with torch.no_grad():
         base, new = (m.model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]] for m in (model, tuned))
     assert new > base

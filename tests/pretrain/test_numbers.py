@@ -13,7 +13,9 @@ def test_a_printed_number_is_one_of_the_number_tokens(fmt, share):
     assert print_number(share, fmt) in set(number_strings())
 
 
-@pytest.mark.parametrize(("text", "share"), [("5.1", 0.51), ("47", 0.47), ("13.2", 0.132), ("0.12", 0.12), ("1.47", 0.147), ("7", 0.7)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("5.1", 0.51), ("47", 0.47), ("13.2", 0.132), ("0.12", 0.12), ("1.47", 0.147), ("7", 0.7)]
+)
 def test_the_share_of_a_token_follows_its_format(text, share):
     assert token_share(text) == pytest.approx(share)
 

@@ -51,6 +51,10 @@ def test_no_word_of_the_held_out_tasks_is_a_token(tokenizer):
 
 
 def test_chat_template_writes_roles_and_ends_assistant_turns(tokenizer):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>"
