@@ -21,6 +21,11 @@ _HOMES = {
     "baseline_path": "baselines",
     "load_baseline": "baselines",
     "save_baseline": "baselines",
+    "read_baseline": "baselines",
+    "list_baselines": "baselines",
+    "BaselineDiff": "baseline_diff",
+    "diff_baselines": "baseline_diff",
+    "baseline_text": "baseline_diff",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from copa_harness.documents import mask_secrets, to_jsonable, write_atomic
 from copa_harness.errors import ArtifactError
+from copa_harness.judge.paired import scores_by_id
 from copa_harness.results import SCHEMA, EvaluationResult, Interval, Outcome
 
 KIND = "copa_harness baseline"
@@ -40,6 +41,7 @@ class Baseline:
         versions: package versions.
         commit: the commit it was made at; may be empty.
         created: ISO date; may be empty.
+        repeats: scores of every repeat per example id, when the examples were answered several times.
     """
 
     task: str
@@ -54,6 +56,7 @@ class Baseline:
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str = ""
     created: str = ""
+    repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def origin(self) -> str:
@@ -71,8 +74,11 @@ class Baseline:
         versions: Mapping[str, str] | None = None,
         commit: str = "",
         created: str = "",
+        repeats: Mapping[str, Sequence[float | None]] | None = None,
     ) -> Baseline:
         """The baseline an evaluation would become.
+
+        An example that occurs twice in the split keeps both scores, the second under its id with `#2`.
 
         Raises:
             ArtifactError: some examples have no score, or none was evaluated: nothing to hold later runs to.
@@ -82,11 +88,7 @@ class Baseline:
                 f"not accepted as baseline of {task} ({name}): {evaluation.n_failed} of {evaluation.n} examples have "
                 f"no score; expected all. Next: mend the failures and bless again (answered examples are cached)."
             )
-        ids = [row.example_id for row in evaluation.results]
-        if len(set(ids)) != len(ids):
-            raise ArtifactError(
-                f"not accepted as baseline of {task} ({name}): {len(ids) - len(set(ids))} example ids occur twice."
-            )
+        scores = scores_by_id(evaluation)
         return cls(
             task=task,
             name=name,
@@ -94,12 +96,17 @@ class Baseline:
             lm=evaluation.lm,
             score=evaluation.score,
             interval=evaluation.interval,
-            scores={row.example_id: row.score for row in evaluation.results},
-            outcomes={row.example_id: row.outcome for row in evaluation.results if row.outcome != "ok"},
+            scores=scores,
+            outcomes={
+                example_id: row.outcome
+                for example_id, row in zip(scores, evaluation.results, strict=True)
+                if row.outcome != "ok"
+            },
             fingerprints=dict(fingerprints),
             versions=dict(versions or {}),
             commit=commit,
             created=created,
+            repeats={example_id: tuple(several) for example_id, several in (repeats or {}).items()},
         )
 
 
@@ -138,6 +145,7 @@ def save_baseline(directory: Path, baseline: Baseline) -> Path:
     rows = [
         json.dumps(
             {"id": example_id, "score": score}
+            | ({"repeats": list(baseline.repeats[example_id])} if example_id in baseline.repeats else {})
             | ({"outcome": baseline.outcomes[example_id]} if example_id in baseline.outcomes else {}),
             ensure_ascii=False,
             allow_nan=False,
@@ -157,21 +165,54 @@ def load_baseline(directory: Path, *, task: str, name: str) -> Baseline | None:
         ArtifactError: a file is there and cannot be used; a gate must not take that for "no baseline".
     """
     path = baseline_path(directory, task=task, name=name)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    loaded = read_baseline(path)
+    if (loaded.task, loaded.name) != (task, name):
+        raise ArtifactError(f"{path} is the baseline of {loaded.task} ({loaded.name}), not of {task} ({name}). {_MEND}")
+    return loaded
+
+
+def read_baseline(path: Path) -> Baseline:
+    """The baseline in a file.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of another schema.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"there is no baseline {path}. Next: run the suite with --copa-bless.") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"baseline {path} cannot be read ({error}). {_MEND}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND or document.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} is not a baseline of schema {SCHEMA}. {_MEND}")
     try:
-        loaded = _from_json(document)
+        return _from_json(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"baseline {path} is damaged ({type(error).__name__}: {error}). {_MEND}") from error
-    if (loaded.task, loaded.name) != (task, name):
-        raise ArtifactError(f"{path} is the baseline of {loaded.task} ({loaded.name}), not of {task} ({name}). {_MEND}")
-    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineEntry:
+    """A baseline file: what it holds, or why it cannot be read."""
+
+    path: Path
+    baseline: Baseline | None
+    problem: str = ""
+
+
+def list_baselines(directory: Path, *, task: str | None = None) -> tuple[BaselineEntry, ...]:
+    """Every baseline below a folder, sorted by path; a damaged one is listed with its problem, not hidden."""
+    entries = []
+    for path in sorted(Path(directory).glob("*/*.json")):
+        try:
+            entry = BaselineEntry(path, read_baseline(path))
+        except ArtifactError as error:
+            entry = BaselineEntry(path, None, str(error))
+        if task is None or entry.baseline is None or entry.baseline.task == task:
+            entries.append(entry)
+    return tuple(entries)
 
 
 _MEND = "Next: restore it (git checkout), or accept the present scores with --copa-bless."
@@ -180,11 +221,14 @@ _MEND = "Next: restore it (git checkout), or accept the present scores with --co
 def _from_json(document: Mapping[str, Any]) -> Baseline:
     scores: dict[str, float | None] = {}
     outcomes: dict[str, Outcome] = {}
+    repeats: dict[str, tuple[float | None, ...]] = {}
     for row in document["examples"]:
         score = row["score"]
         if row["id"] in scores or not (score is None or 0 <= float(score) <= 1):
             raise ValueError(f"example {row['id']!r} is repeated or has a score outside 0..1")
         scores[row["id"]] = None if score is None else float(score)
+        if "repeats" in row:
+            repeats[row["id"]] = tuple(None if several is None else float(several) for several in row["repeats"])
         if "outcome" in row:
             if row["outcome"] not in get_args(Outcome):
                 raise ValueError(f"example {row['id']!r} has the unknown outcome {row['outcome']!r}")
@@ -204,6 +248,7 @@ def _from_json(document: Mapping[str, Any]) -> Baseline:
         versions=dict(document["versions"]),
         commit=document["commit"],
         created=document["created"],
+        repeats=repeats,
     )
 
 
