@@ -51,6 +51,9 @@ class RunRecord:
         seed: of all random choices; None when not recorded.
         stopped: why the optimization ended.
         exhausted: whether the budget ended it.
+        repeats: scores of every repeat per example id, when the examples were answered several times.
+        sequential: what stopping early saved and cost (`SequentialAnswer.to_json`); empty when all rows were used.
+        attribution: what weights and prompts gained (`Attribution.to_json`); empty when not measured.
     """
 
     test: str
@@ -79,6 +82,9 @@ class RunRecord:
     seed: int | None = None
     stopped: str = ""
     exhausted: bool = False
+    repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    sequential: Mapping[str, Any] = field(default_factory=dict)
+    attribution: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -177,6 +183,9 @@ class RunRecord:
             "stopped": self.stopped,
             "exhausted": self.exhausted,
             "scores": self.scores,
+            "repeats": self.repeats,
+            "sequential": self.sequential,
+            "attribution": self.attribution,
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -237,6 +246,9 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         seed=document.get("seed"),
         stopped=document.get("stopped", ""),
         exhausted=document.get("exhausted", False),
+        repeats={key: tuple(scores) for key, scores in document.get("repeats", {}).items()},
+        sequential=dict(document.get("sequential", {})),
+        attribution=dict(document.get("attribution", {})),
     )
 
 

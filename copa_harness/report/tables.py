@@ -8,18 +8,15 @@ Knows run records only; knows nothing of files or pytest.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from typing import Literal
 
 from copa_harness.judge.messages import number
 from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of
 from copa_harness.report.records import RunRecord
-from copa_harness.results import Interval, PhaseRecord, Usage
+from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
+from copa_harness.report.tables_findings import attribution_table, flaky_table, ranking_table, sequential_table
+from copa_harness.results import PhaseRecord, Usage
 
-Style = Literal["terminal", "markdown"]
-
-_MAX_NAME_WIDTH = 20
 _CELLS: tuple[tuple[str, Kind], ...] = (
     ("baseline", "baseline"),
     ("weights only", "weights"),
@@ -45,7 +42,7 @@ def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     if not rows:
         return ""
     headers = ["task", "model", "n", *(name for name, _ in _CELLS), "improvement"]
-    table = _draw(rows, headers, style=style, n_text=2)
+    table = draw(rows, headers, style=style, n_text=2)
     notes = ["mean score on the test split [95 % interval]; improvement = COPA - baseline, paired by example"]
     strategies = list(dict.fromkeys(joint_strategies.values()))
     if len(strategies) == 1:
@@ -53,7 +50,7 @@ def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     elif strategies:
         each = ", ".join(f"{where}: {strategy}" for where, strategy in joint_strategies.items())
         notes.append(f"COPA = the joint strategy with the best validation score ({each})")
-    return _with_notes(table, notes, style=style)
+    return with_notes(table, notes, style=style)
 
 
 def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -77,7 +74,7 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     headers = [
         "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds", "score before -> after"
     ]  # fmt: skip
-    return _draw(rows, headers, style=style, n_text=3)
+    return draw(rows, headers, style=style, n_text=3)
 
 
 def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
@@ -123,7 +120,7 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         notes.append(f"equal budget: {budgets.pop()}")
     elif budgets:
         notes.append(f"budgets differ, so costs are not comparable: {', '.join(sorted(budgets))}")
-    return _with_notes(_draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
+    return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
 
 
 def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -135,7 +132,7 @@ def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
         if any(getattr(run, name) for name, _ in columns)
     ]
     headers = ["task", "strategy", "split", "n", *(header for _, header in columns)]
-    return _draw(rows, headers, style=style, n_text=3) if rows else ""
+    return draw(rows, headers, style=style, n_text=3) if rows else ""
 
 
 def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple[tuple[str, str], ...]:
@@ -151,46 +148,15 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
     ]
     drawn = (
         ("weights, prompts, and both", copa_table(runs, style=style)),
+        ("what weights and prompts gained", attribution_table(runs, style=style)),
         ("strategies compared", compare_table(crowded, style=style)),
+        ("strategies ranked", ranking_table(crowded, style=style)),
+        ("unstable examples", flaky_table(runs, style=style)),
+        ("saved by stopping early", sequential_table(runs, style=style)),
         ("what it cost", phase_table(runs, style=style)),
         ("answers without a usable result", failure_table(runs, style=style)),
     )
     return tuple((title, text) for title, text in drawn if text)
-
-
-def _draw(
-    rows: Sequence[Sequence[str]], headers: Sequence[str], *, style: Style, n_text: int, last_text: bool = False
-) -> str:
-    """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned."""
-    from tabulate import tabulate
-
-    n_right = len(headers) - n_text - last_text
-    alignment = ["left"] * n_text + ["right"] * n_right + ["left"] * last_text
-    if style == "markdown":
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
-    # The header goes in as a row: tabulate widens every column by two for a header of its own.
-    wrapped = [[_wrapped(cell) if column < n_text else cell for column, cell in enumerate(row)] for row in rows]
-    lines = tabulate(
-        [list(headers), *wrapped], tablefmt="presto", colalign=alignment, disable_numparse=True
-    ).splitlines()
-    rule = "".join("+" if character == "|" else "-" for character in lines[0])
-    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
-
-
-def _wrapped(text: str) -> str:
-    """A name on several lines if it is long, broken after a blank or an underscore."""
-    lines = [""]
-    for piece in re.findall(r"[^\s_]*[\s_]*", text):
-        if lines[-1] and len(lines[-1] + piece.rstrip()) > _MAX_NAME_WIDTH:
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
-    prefix, gap = ("  ", "\n") if style == "terminal" else ("", "\n\n")
-    return gap.join([table, *(prefix + note for note in notes)])
 
 
 def _n_scored(run: RunRecord) -> int:
@@ -202,7 +168,7 @@ def _mean(run: RunRecord | None, n: int) -> str:
     if run is None or run.score is None:
         return "-"
     own = "" if _n_scored(run) == n else f" n={_n_scored(run):,}"
-    return f"{number(run.score)}{_bounds(run.interval)}{own}"
+    return f"{number(run.score)}{bounds(run.interval)}{own}"
 
 
 def _difference(before: RunRecord, after: RunRecord) -> str:
@@ -215,19 +181,7 @@ def _difference(before: RunRecord, after: RunRecord) -> str:
     if paired is None:
         return f"{number(after.score - before.score, signed=True)} (unpaired)"
     partly = f" n={paired.n:,}" if paired.n < max(before.n, after.n) else ""
-    return f"{number(paired.difference, signed=True)}{_bounds(paired.interval, signed=True)}{partly}"
-
-
-def _bounds(interval: Interval | None, *, signed: bool = False) -> str:
-    if interval is None:
-        return ""
-    return f" [{_short(interval.low, signed=signed)}, {_short(interval.high, signed=signed)}]"
-
-
-def _short(value: float, *, signed: bool) -> str:
-    """`.85`, `1.00`, `+.05`: two decimals without the leading zero."""
-    text = f"{value:+.2f}" if signed else f"{value:.2f}"
-    return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
+    return f"{number(paired.difference, signed=True)}{bounds(paired.interval, signed=True)}{partly}"
 
 
 def _change(phase: PhaseRecord) -> str:

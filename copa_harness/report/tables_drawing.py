@@ -1,0 +1,62 @@
+"""How every table is drawn: alignment, wrapped names, notes below, intervals in brackets. Knows nothing of runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from copa_harness.results import Interval
+
+Style = Literal["terminal", "markdown"]
+
+_MAX_NAME_WIDTH = 20
+
+
+def draw(
+    rows: Sequence[Sequence[str]], headers: Sequence[str], *, style: Style, n_text: int, last_text: bool = False
+) -> str:
+    """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned."""
+    from tabulate import tabulate
+
+    n_right = len(headers) - n_text - last_text
+    alignment = ["left"] * n_text + ["right"] * n_right + ["left"] * last_text
+    if style == "markdown":
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
+    # The header goes in as a row: tabulate widens every column by two for a header of its own.
+    wrapped = [[_wrapped(cell) if column < n_text else cell for column, cell in enumerate(row)] for row in rows]
+    lines = tabulate(
+        [list(headers), *wrapped], tablefmt="presto", colalign=alignment, disable_numparse=True
+    ).splitlines()
+    rule = "".join("+" if character == "|" else "-" for character in lines[0])
+    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+
+
+def _wrapped(text: str) -> str:
+    """A name on several lines if it is long, broken after a blank or an underscore."""
+    lines = [""]
+    for piece in re.findall(r"[^\s_]*[\s_]*", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > _MAX_NAME_WIDTH:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
+    """A table with lines of explanation below it."""
+    prefix, gap = ("  ", "\n") if style == "terminal" else ("", "\n\n")
+    return gap.join([table, *(prefix + note for note in notes)])
+
+
+def bounds(interval: Interval | None, *, signed: bool = False) -> str:
+    """` [.85, .97]`, or "" for none."""
+    if interval is None:
+        return ""
+    return f" [{_short(interval.low, signed=signed)}, {_short(interval.high, signed=signed)}]"
+
+
+def _short(value: float, *, signed: bool) -> str:
+    """`.85`, `1.00`, `+.05`: two decimals without the leading zero."""
+    text = f"{value:+.2f}" if signed else f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
