@@ -1,4 +1,5 @@
-"""The model card of the shipped files, written from the run's own manifest, log and evaluation cells; no figure is typed by hand.
+"""The model card of the shipped files, written from the run's own manifest, log and evaluation cells; no figure is
+typed by hand.
 
 This module knows nothing of torch.
 """
@@ -14,8 +15,13 @@ from typing import Any
 from copa_harness.pretrain.evaluate import IRIS_RULE, read_cells, table
 
 SHIPPED_FILES = (
-    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 _HEAD = """---
 license: apache-2.0
@@ -25,25 +31,26 @@ tags: [dspy, in-context-learning, from-scratch]
 
 # The embedded model of copa-harness
 
-A very small Llama decoder ({parameters:,} parameters) with its own tokenizer ({vocabulary:,} tokens), trained from scratch by
-`python -m copa_harness.pretrain train` on synthetic in-context classification episodes, rendered byte for byte as `dspy.ChatAdapter`
-renders them. It exists so that prompts, demonstrations and LoRA weights all really move a score on any machine within seconds. It knows
-no language and no facts; it is no general language model.
+A very small Llama decoder ({parameters:,} parameters) with its own tokenizer ({vocabulary:,} tokens), trained from
+scratch by `python -m copa_harness.pretrain train` on synthetic in-context classification episodes, rendered byte
+for byte as `dspy.ChatAdapter` renders them. It exists so that prompts, demonstrations and LoRA weights all really
+move a score on any machine within seconds. It knows no language and no facts; it is no general language model.
 
 Load it with plain `AutoModelForCausalLM` / `AutoTokenizer`; pad on the left; it stops at `<|end|>`.
 """
 
 _HELD_OUT = """## What it never saw
 
-Every training token comes from a generator (`episodes.py`, `worlds.py`): random classes, rules, names and labels. No data set is read. All words of
-the names, fields and labels of Iris, Wine and Breast Cancer are banned from that generator (`words.py`, `BANNED_WORDS`) and a test decodes
-episodes to check it. The tokenizer's English comes from Python's own language reference with the banned words left out.
-Decisions during development (sizes, stages, prompt form, LoRA settings) were made on the episodes' own figures and on the held-out
-tasks of `devtasks.py` (blobs, `make_classification`, moons, principal components of digits). The three tasks of
-`suites/` were run for the table below only, after the model and the settings were fixed. The wording and shape of a
-stated rule (`If {field} is below {t} answer {label}, otherwise ...`) is that which the optimizer writes; it was chosen before training.
-An earlier prototype by the same project had looked at Iris (labels of several pieces failed there, which led to random-piece labels); this model
-was rebuilt without it.
+Every training token comes from a generator (`episodes.py`, `worlds.py`): random classes, rules, names and labels.
+No data set is read. All words of the names, fields and labels of Iris, Wine and Breast Cancer are banned from that
+generator (`words.py`, `BANNED_WORDS`) and a test decodes episodes to check it. The tokenizer's English comes from
+Python's own language reference with the banned words left out. Decisions during development (sizes, stages, prompt
+form, LoRA settings) were made on the episodes' own figures and on the held-out tasks of `devtasks.py` (blobs,
+`make_classification`, moons, principal components of digits). The three tasks of `suites/` were run for the table
+below only, after the model and the settings were fixed. The wording and shape of a stated rule (`If {field} is
+below {t} answer {label}, otherwise ...`) is that which the optimizer writes; it was chosen before training. An
+earlier prototype by the same project had looked at Iris (labels of several pieces failed there, which led to
+random-piece labels); this model was rebuilt without it.
 """
 
 
@@ -89,16 +96,18 @@ def _run_section(run: dict[str, Any], config: dict[str, Any], log: list[dict[str
         "## The run",
         "",
         f"- Network: Llama, {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
-        f"{config['num_attention_heads']} heads, feed-forward {config['intermediate_size']}, tied embeddings, rotary positions.",
+        f"{config['num_attention_heads']} heads, feed-forward {config['intermediate_size']}, tied embeddings, "
+        "rotary positions.",
         f"- {run['steps']:,} steps, {run['tokens']:,} tokens, {run['wall_s'] / 60:.0f} minutes on {run['machine']} "
         f"(shared with other work), torch {run['torch']}, Python {run['python']}.",
         f"- Seed {recipe['seed']}; commits of the code that ran: {', '.join(run['commits'])}.",
-        f"- Muon {recipe['muon_rate']} (weight decay {recipe['muon_decay']}) on the layers' matrices, AdamW {recipe['adam_rate']} on "
-        f"the rest; warm-up {recipe['warmup_steps']} steps, linear decay over the last {recipe['decay_steps']}.",
-        "- Supervision during training only: probes for feature values, attention heads pulled to a kernel over like examples, to "
-        "field names, to thresholds and to the label that a stated rule gives (`objectives.py`).",
-        "- The run was stopped at checkpoints and resumed with later stages of the recipe changed; no executed step was changed, so "
-        "the recipe below, from step 0, is what made the weights. Bits depend on the machine's arithmetic.",
+        f"- Muon {recipe['muon_rate']} (weight decay {recipe['muon_decay']}) on the layers' matrices, AdamW "
+        f"{recipe['adam_rate']} on the rest; warm-up {recipe['warmup_steps']} steps, linear decay over the last "
+        f"{recipe['decay_steps']}.",
+        "- Supervision during training only: probes for feature values, attention heads pulled to a kernel over like "
+        "examples, to field names, to thresholds and to the label that a stated rule gives (`objectives.py`).",
+        "- The run was stopped at checkpoints and resumed with later stages of the recipe changed; no executed step "
+        "was changed, so the recipe below, from step 0, is what made the weights. Bits depend on the machine.",
         "",
         "| stage | steps | rows x tokens |",
         "|---|--:|--:|",
@@ -110,8 +119,8 @@ def _run_section(run: dict[str, Any], config: dict[str, Any], log: list[dict[str
         lines.append(f"| {stage['name']} | {stage['steps']} | {shape} |")
     lines += [
         "",
-        "Accuracy of the first label token on fresh episodes while training (demonstration episodes by number of earlier turns; episodes with a "
-        "stated rule at the first turn):",
+        "Accuracy of the first label token on fresh episodes while training (demonstration episodes by number of "
+        "earlier turns; episodes with a stated rule at the first turn):",
         "",
         "| step | stage | loss | demos, 4-7 earlier | demos, 8 or more | stated rule, no demos |",
         "|--:|---|--:|--:|--:|--:|",
@@ -128,12 +137,13 @@ def _results_section(cells: list[dict[str, Any]]) -> str:
     settings = cells[0]["settings"]
     text = (
         "## Results on the three tasks\n\n"
-        "DSPy signatures through `dspy.ChatAdapter`, greedy; means (and range) over split seeds; 75 test rows; Iris in cm, Wine and Breast "
-        "Cancer as four columns chosen by ANOVA F and scaled to 0.0-9.9, both by the training rows. Demonstrations: best of "
-        f"{settings['n_sets']} sets of {settings['n_demos']} by validation (a third of the labelled rows). LoRA: r = 16 on all linear "
-        f"layers, learning rate {settings['learning_rate']}, batches of {settings['batch_size']}; short is {settings['short_epochs']} "
-        f"epochs, long {settings['long_epochs']}; both: trained on prompts with {settings['n_demos']} resampled demonstrations, "
-        f"short, and asked with the demonstrations. Prompt form: `{settings['form']}`. Intervals: 95 % bootstrap over tasks x seeds. "
-        f'The rule: "{IRIS_RULE}"\n\n'
+        "DSPy signatures through `dspy.ChatAdapter`, greedy; means (and range) over split seeds; up to 75 test rows; "
+        "Iris in cm, Wine and Breast Cancer as four columns chosen by ANOVA F and scaled to 0.0-9.9, both by the "
+        f"training rows. Demonstrations: best of {settings['n_sets']} sets of {settings['n_demos']} by validation (a "
+        "third of the labelled rows). LoRA: r = 16 on all linear layers, learning rate "
+        f"{settings['learning_rate']}, batches of {settings['batch_size']}; short is {settings['short_epochs']} "
+        f"epochs, long {settings['long_epochs']}; both: trained on prompts with {settings['n_demos']} resampled "
+        f"demonstrations, short, and asked with the demonstrations. Prompt form: `{settings['form']}`. Intervals: 95 % "
+        f'bootstrap over tasks x seeds. The rule: "{IRIS_RULE}"\n\n'
     )
     return text + table(cells)

@@ -1,8 +1,8 @@
 """Held-out development tasks: what choices are made on, so that the tasks in ``suites/`` stay unseen.
 
-Made by scikit-learn's generators and from its digits (a few principal components, three digits at a time); scaled by the training rows'
-minimum and maximum to 0.0 .. 9.9 and printed with one decimal, like any task of this project that has no natural one-digit scale. Names
-and labels are plain words. This module knows nothing of models.
+Made by scikit-learn's generators and from its digits (a few principal components, three digits at a time); scaled
+by the training rows' minimum and maximum to 0.0 .. 9.9 and printed with one decimal, like any task of this project
+that has no natural one-digit scale. Names and labels are plain words. This module knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def scaled(features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> n
     """Columns mapped to 0.0 .. 9.9 by the training rows' minimum and maximum, one decimal."""
     low, high = features[train].min(0), features[train].max(0)
     share = np.clip((features - low) / np.maximum(high - low, 1e-9), 0, 1)
-    return np.round(share * 9.9, 1)
+    return np.asarray(np.round(share * 9.9, 1), np.float64)
 
 
 def split_task(

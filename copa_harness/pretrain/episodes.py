@@ -1,15 +1,17 @@
 """Synthetic in-context classification episodes as token rows with everything the objectives supervise.
 
-An episode is one system message and as many user/assistant turns as fit into T tokens; every turn is a demonstration for
-the later ones and a query itself. Its text is that of ``template``; its task is one of ``worlds``; its names and labels come
-from ``words`` or are random vocabulary pieces. Symbols: B rows, T tokens, P recorded turns, S feature slots, C clauses. Position
-arrays index the T input tokens. This module knows nothing of networks.
+An episode is one system message and as many user/assistant turns as fit into T tokens; every turn is a
+demonstration for the later ones and a query itself. Its text is that of ``template``; its task is one of
+``worlds``; its names and labels come from ``words`` or are random vocabulary pieces. Symbols: B rows, T tokens, P
+recorded turns, S feature slots, C clauses. Position arrays index the T input tokens. This module knows nothing of
+networks.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,11 +109,12 @@ class Batch:
         slot_ok: (B, S) which slots exist.
         kernel: (B, P, P) Gaussian weights over earlier turns, rows sum to 1 or are all 0.
         value_at: (B, P, S) position of each value token, 0 where none.
-        name_at: (B, P, S, 2) first and last + 1 position of the field name before each value, equal where there is none.
+        name_at: (B, P, S, 2) first and last + 1 position of the field name before each value, equal if none.
         field_at: (B, C, 2) likewise for the field names in a stated rule's clauses.
         threshold_at: (B, C) positions of a stated rule's thresholds, 0 where none.
         clause_label_at: (B, C + 1) positions of the labels in the stated rule, the last clause's at index n_clauses.
-        same_field: (B, P, S, C + 1) where a value token should look: uniform over its field's clauses, or the last index (nowhere).
+        same_field: (B, P, S, C + 1) where a value token should look: uniform over its field's clauses, or the last
+            index (nowhere).
         first_true: (B, P, S) index of the first clause of the value's field that holds, C if none.
         fired: (B, P) index into ``clause_label_at`` of the label that the rule gives.
     """
@@ -229,7 +232,8 @@ class EpisodeMaker:
             ids=np.array(ids, np.int64), weights=weights[:t], positions=np.minimum(positions[:t], 2047), turn=turn[:t],
             kind=episode.kind, header=header, header_ok=header_ok, shares=episode.printed_shares(),
             slot_ok=np.arange(N_SLOTS) < episode.n_features, kernel=self._kernel(episode, header_ok), value_at=value_at,
-            name_at=name_at, field_at=row_field, threshold_at=row_threshold, clause_label_at=row_label, **episode.rule_targets(),
+            name_at=name_at, field_at=row_field, threshold_at=row_threshold, clause_label_at=row_label,
+            **episode.rule_targets(),
         )  # fmt: skip
 
     def _kernel(self, episode: _Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
@@ -244,7 +248,7 @@ class EpisodeMaker:
         nearest = distance.min(1, keepdims=True)
         nearest = np.where(np.isfinite(nearest), nearest, 0.0)
         raw = np.exp(-np.minimum((distance - nearest) / (2 * self._kernel_width**2), 60.0)) * earlier
-        return (raw / np.maximum(raw.sum(1, keepdims=True), 1e-9)).astype(np.float32)
+        return np.asarray(raw / np.maximum(raw.sum(1, keepdims=True), 1e-9), np.float32)
 
 
 class _Episode:
@@ -334,7 +338,8 @@ class _Episode:
         shown = "`" + "`, `".join(inputs) + "`"
         instruction = rng.choice(
             [
-                "Classify the record.", "Classify the record.", f"Predict the {output}.", "Assign each record to a group.",
+                "Classify the record.", "Classify the record.", f"Predict the {output}.",
+                "Assign each record to a group.",
                 f"Determine the {output} from the {rng.choice(['fields', 'values', 'features'])}.",
                 f"Given the fields {shown}, produce the fields `{output}`.",
                 f"Given the {' and '.join(self.names[:2])}, predict the {any_word(rng)} {output}.",
@@ -407,7 +412,7 @@ class _Episode:
         shares[:, : self.n_features] = np.array(self.printed, dtype=np.float64) / ranges
         return shares
 
-    def rule_targets(self) -> dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int64]]:
+    def rule_targets(self) -> dict[str, Any]:
         """Targets of the rule-reading heads; all "nowhere" when no rule is stated."""
         same = np.zeros((N_TURNS, N_SLOTS, N_CLAUSES + 1), np.float32)
         first = np.full((N_TURNS, N_SLOTS), N_CLAUSES, np.int64)
@@ -423,7 +428,7 @@ class _Episode:
 
 
 def _names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
-    """``n`` distinct field names: single words, two words, or a grid of two prefixes and suffixes (as real columns often are)."""
+    """``n`` distinct field names: one to three words, or a grid of prefixes and suffixes as real columns often are."""
     sep = "_" if joined else " "
     style = rng.random()
     if style < 0.35 and n > 1:

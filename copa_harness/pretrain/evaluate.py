@@ -1,8 +1,9 @@
-"""The final table: what demonstrations, LoRA, both and a stated rule do for the embedded model on the three real tasks.
+"""The final table: what demonstrations, LoRA, both and a stated rule do for the embedded model on the three real
+tasks.
 
-Every cell (task, split seed, number of labelled rows) is one JSON file, so a killed evaluation goes on where it was; the table and its
-intervals are computed from the files alone. Settings are fixed in ``SETTINGS``, chosen on ``devtasks`` before this was run. This
-module knows nothing of how the model was trained.
+Every cell (task, split seed, number of labelled rows) is one JSON file, so a killed evaluation goes on where it
+was; the table and its intervals are computed from the files alone. Settings are fixed in ``SETTINGS``, chosen on
+``devtasks`` before this was run. This module knows nothing of how the model was trained.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures a small local model on classification programs: zero-shot, with demonstrations, with LoRA, with both.
 
-A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is greedy. Everything that shares a
-token prefix shares its KV cache. Independent of the rest of the package on purpose: it judges the model before there is a harness. This
-module knows nothing of which tasks are measured.
+A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is
+greedy. Everything that shares a token prefix shares its KV cache. Independent of the rest of the package on
+purpose: it judges the model before there is a harness. This module knows nothing of which tasks are measured.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class MeasuredModel:
             cache.batch_repeat_interleave(n)
         rest = [prompt[common:] for prompt in prompts]
         longest = max(len(part) for part in rest)
-        pad, end = int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        pad, end = int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)
         tokens = torch.tensor([[pad] * (longest - len(part)) + part for part in rest])
         mask = torch.tensor([[1] * common + [0] * (longest - len(part)) + [1] * len(part) for part in rest])
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, common:]
@@ -185,7 +185,7 @@ def with_lora(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
     n_batches = -(-len(train) // settings.batch_size)
     total, step = settings.epochs * n_batches, 0
-    pad = int(model.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = int(model.tokenizer.pad_token_id)
     for _ in range(settings.epochs):
         order = rng.sample(range(len(train)), len(train))
         for start in range(0, len(order), settings.batch_size):
@@ -205,7 +205,7 @@ def with_lora(
                 group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 5) * (1 - step / total)
             logits = tuned(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

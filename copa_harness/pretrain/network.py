@@ -1,8 +1,9 @@
 """The training-time network: the maths of ``LlamaForCausalLM`` with fewer operations and with taps for supervision.
 
-Symbols: B rows, T tokens, L layers, d width, H heads, h = d / H, f feed-forward width, V vocabulary, N number tokens. The embedding
-table is E = E0 + scatter(features @ P): rows of number tokens are a learned function of the printed value plus a residual. ``to_hf``
-materialises everything into a plain ``LlamaForCausalLM``. This module knows nothing of episodes or losses.
+Symbols: B rows, T tokens, L layers, d width, H heads, h = d / H, f feed-forward width, V vocabulary, N number
+tokens. The embedding table is E = E0 + scatter(features @ P): rows of number tokens are a learned function of the
+printed value plus a residual. ``to_hf`` materialises everything into a plain ``LlamaForCausalLM``. This module
+knows nothing of episodes or losses.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class TrainingNetwork(nn.Module):
         Args:
             table: E from ``table()``.
             tokens: (B, T).
-            cos: (B, T, 1, h) rotary cosines at the tokens' positions; ``sin`` likewise, signed.
+            cos: (B, T, 1, h) rotary cosines at the tokens' positions.
+            sin: (B, T, 1, h) rotary sines, the first half negated.
         """
         b, t = tokens.shape
         d, n_heads = self.shape.width, self.shape.n_heads

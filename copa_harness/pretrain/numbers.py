@@ -1,8 +1,8 @@
 """Printed numbers: formats, and the fixed features from which the number tokens' embeddings are made.
 
-Symbols: v a printed value, u in [0, 1) its value as a share of its format's range (5.1 -> .51, 47 -> .47, 13.2 -> .132).
-The embedding row of a number token during pretraining is ``features(v) @ P + r`` with learned P, r, so that what is learned at
-one number holds for its neighbours. This module knows nothing of episodes.
+Symbols: v a printed value, u in [0, 1) its value as a share of its format's range (5.1 -> .51, 47 -> .47, 13.2 ->
+.132). The embedding row of a number token during pretraining is ``features(v) @ P + r`` with learned P, r, so that
+what is learned at one number holds for its neighbours. This module knows nothing of episodes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The losses of pretraining: the next token, and supervision of what the layers in between should know and look at.
 
-Small decoders stay for millions of tokens at "copies one of the labels seen". What ends that is telling the middle layers what to
-do, during training only: probes regress an example's own feature values where the answer is decided, and attention heads are pulled (cross-entropy
-over positions) to a Gaussian kernel over earlier examples (Nadaraya-Watson regression), and, when the instruction states a
-rule, to the thresholds of the value's field and to the label of the clause that fires. Symbols as in ``episodes``. This module
-knows nothing of optimization.
+Small decoders stay for millions of tokens at "copies one of the labels seen". What ends that is telling the middle
+layers what to do, during training only: probes regress an example's own feature values where the answer is decided,
+and attention heads are pulled (cross-entropy over positions) to a Gaussian kernel over earlier examples
+(Nadaraya-Watson regression), and, when the instruction states a rule, to the thresholds of the value's field and to
+the label of the clause that fires. Symbols as in ``episodes``. This module knows nothing of optimization.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
 
-# layer 1 or 0: values and thresholds look at the field name before them (heads 0, 1), layer 2: stated labels at their clause's threshold (heads 2, 3)
-# layer 3: answers look at like examples (heads 0, 1), values at their field's thresholds (heads 2, 3); layer 5: answers look at the
-# stated label of the clause that fires (heads 0, 1)
+# layer 1 or 0: numbers look at the field name before them (heads 0, 1)
+# layer 2: a stated label looks at its clause's threshold (heads 2, 3)
+# layer 3: an answer looks at like examples (heads 0, 1), a value at its field's thresholds (heads 2, 3)
+# layer 5: an answer looks at the stated label of the clause that fires (heads 0, 1)
 TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
 _NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (
     slice(0, 2),
@@ -85,8 +86,8 @@ class Supervision(nn.Module):
         Args:
             taps: For each of ``TAPPED_LAYERS`` its input, queries and keys.
             batch: The rows.
-            name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later, where the
-                name's tokens are still plain embeddings; then only the first turns are supervised, which is enough.
+            name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later,
+                where the name's tokens are still plain embeddings; then only the first turns are supervised.
         """
         inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
         rows = torch.arange(len(batch.ids))[:, None]
@@ -159,7 +160,7 @@ class Supervision(nn.Module):
             field_at,
             stated,
         )
-        # a threshold can be looked at only from a later place: where the label comes first, the threshold looks at the label
+        # only what comes earlier can be looked at: where the label comes first, the threshold looks at the label
         later, earlier = torch.maximum(label_at[:, :-1], threshold_at), torch.minimum(label_at[:, :-1], threshold_at)
         span = torch.stack([earlier, earlier + 1], -1)
         own = _span_pull(queries[2][ruled, _OWN_HEADS], keys[2][ruled, _OWN_HEADS], later, span, stated)
@@ -191,7 +192,8 @@ class Supervision(nn.Module):
         fired_logits = at_headers @ self.fired_probe
         fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
         parts = {
-            "clause_name": name.item(), "own_clause": own.item(), "same_field": same.item(), "first_true": first.item(), "fired": fired.item(),
+            "clause_name": name.item(), "own_clause": own.item(), "same_field": same.item(),
+            "first_true": first.item(), "fired": fired.item(),
             "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
             "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
         }  # fmt: skip
@@ -202,7 +204,7 @@ class Supervision(nn.Module):
 
 
 def _span_pull(queries: Tensor, keys: Tensor, place: Tensor, span: Tensor, valid: Tensor) -> Tensor:
-    """Mean excess cross-entropy of attention from ``place`` (B, ...) to the uniform weights over ``span`` (B, ..., 2)."""
+    """Mean excess cross-entropy of attention from ``place`` (B, ...) to uniform weights over ``span`` (B, ..., 2)."""
     log_attention = _log_attention(queries, keys, place.flatten(1))
     low, high = span.flatten(1, -2).unbind(-1)
     position = torch.arange(keys.shape[2])

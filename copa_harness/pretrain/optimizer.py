@@ -1,7 +1,8 @@
-"""Muon for the matrices inside the layers: momentum, then the nearest orthogonal matrix by five Newton-Schulz steps.
+"""Muon for the matrices inside the layers: momentum, then the nearest orthogonal matrix by five Newton-Schulz
+steps.
 
-Source: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024. Matrices of one size are orthogonalised together, which is what
-makes it cheap on a CPU. This module knows nothing of the network.
+Source: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024. Matrices of one size are orthogonalised
+together, which is what makes it cheap on a CPU. This module knows nothing of the network.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
 
-The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which it really ended)
-beside its log, and the model card prints that one. This module knows nothing of torch.
+The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which
+it really ended) beside its log, and the model card prints that one. This module knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Stage:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Stage:
         """Inverse of ``dataclasses.asdict``."""
-        mix = {key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()}
+        mix: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()
+        }
         partner = cls.from_json(data["partner"]) if data["partner"] else None
         return cls(**{**data, "mix": Mix(**mix), "partner": partner})
 
@@ -49,8 +51,8 @@ class Recipe:
         width, n_layers, n_heads, feed_forward: Sizes of the network.
         muon_rate: Learning rate of the matrices inside the layers.
         adam_rate: Learning rate of everything else.
-        muon_decay: Decoupled weight decay of those matrices, per unit of learning rate; without it the first layer's output
-            drowns the rest of the residual stream.
+        muon_decay: Decoupled weight decay of those matrices, per unit of learning rate; without it the first layer's
+            output drowns the rest of the residual stream.
         warmup_steps: Linear rise of both.
         decay_steps: Linear fall of both to ``final_share`` over the last steps.
         mixed_precision: bfloat16 matrix products.
@@ -154,6 +156,7 @@ SHIPPED = Recipe(
         Stage("rules", 400, 30, 128, 1.0, 1.5, _RULES),
         Stage("full", 200, 15, 264, 0.7, 0.7, _FULL),
         Stage("long", 300, 9, 448, 0.4, 0.4, _LONG, name_layer=0, partner=_READING),
-        Stage("settle", 2800, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
+        Stage("settle", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
+        Stage("fine", 2100, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
     ),
 )

@@ -1,9 +1,10 @@
 """Builds the embedded model's tokenizer: a small byte-level BPE, one token per number and per ChatAdapter phrase.
 
-Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47") is one token, so
-that a value is one embedding row and comparing two values is one attention score. Every fixed phrase of
-``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a label is the same
-tokens wherever it stands. Longer numbers ("1065") fall into pieces. This module knows nothing of episodes or networks.
+Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47")
+is one token, so that a value is one embedding row and comparing two values is one attention score. Every fixed
+phrase of ``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a
+label is the same tokens wherever it stands. Longer numbers ("1065") fall into pieces. This module knows nothing of
+episodes or networks.
 """
 
 from __future__ import annotations
@@ -84,88 +85,13 @@ PHRASES: Final = (
     ", otherwise answer ",
 )
 
-_CORPUS_PHRASES = [
-    "Given",
-    "the",
-    "fields",
-    "produce",
-    "the",
-    "fields",
-    "answer",
-    "label",
-    "category",
-    "predict",
-    "classify",
-    "the",
-    "from",
-    "its",
-    "measurements",
-    "one",
-    "of",
-    "choose",
-    "which",
-    "if",
-    "is",
-    "below",
-    "above",
-    "less",
-    "than",
-    "more",
-    "than",
-    "under",
-    "over",
-    "otherwise",
-    "else",
-    "answer",
-    "with",
-    "the",
-    "first",
-    "rule",
-    "when",
-    "at",
-    "least",
-    "greater",
-    "smaller",
-    "or",
-    "and",
-    "Classify",
-    "Determine",
-    "Assign",
-    "each",
-    "record",
-    "to",
-    "a",
-    "group",
-    "Reply",
-    "Question",
-    "context",
-    "text",
-    "review",
-    "message",
-    "reasoning",
-    "think",
-    "step",
-    "by",
-    "step",
-    "because",
-    "features",
-    "Choose",
-    "Answer",
-    "Predict",
-    "values",
-    "input",
-    "output",
-    "result",
-    "closest",
-    "to",
-    "looks",
-    "like",
-    "that",
-    "follows",
-    "into",
-    "following",
-    "categories",
-]
+_CORPUS_PHRASES = """
+Given the fields produce the fields answer label category predict classify the from its measurements one of choose
+which if is below above less than more than under over otherwise else answer with the first rule when at least greater
+smaller or and Classify Determine Assign each record to a group Reply Question context text review message reasoning
+think step by step because features Choose Answer Predict values input output result closest to looks like that
+follows into following categories
+""".split()  # noqa: SIM905
 
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"

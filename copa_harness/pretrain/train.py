@@ -1,9 +1,9 @@
 """The pretraining run: one seeded, resumable recipe from nothing to exported Hugging Face files.
 
-Batch s is a pure function of (seed, s), so a run killed at any step and started again goes on from its last checkpoint and gives, in
-the same arithmetic, the same weights. Checkpoints are safetensors + JSON; the log is one JSON object per line. Writing a file ``end_at`` with a step
-number into the run's folder moves the end (and with it the decay) there; the executed recipe records it. This module
-knows nothing of the tasks in ``suites/``.
+Batch s is a pure function of (seed, s), so a run killed at any step and started again goes on from its last
+checkpoint and gives, in the same arithmetic, the same weights. Checkpoints are safetensors + JSON; the log is one
+JSON object per line. Writing a file ``end_at`` with a step number into the run's folder moves the end (and with it
+the decay) there; the executed recipe records it. This module knows nothing of the tasks in ``suites/``.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class PretrainingRun:
         loss = token_loss(logits, targets, weights)
         probe, pull, parts = self.supervision(taps, batch, name_layer=stage.name_layer)
         total = loss + stage.probe_weight * probe + stage.pull_weight * pull
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         torch.nn.utils.clip_grad_norm_([*self.network.parameters(), *self.supervision.parameters()], 1.0)
         for group in self._adam.param_groups:
             group["lr"] = self.recipe.adam_rate * share
@@ -173,8 +173,9 @@ class PretrainingRun:
 
     def _log(self, window: _Window, bar: tqdm[Any]) -> None:
         record = {
-            "step": self.step, "stage": self.recipe.stages[self.recipe.stage_at(self.step - 1)[0]].name, "tokens": self.n_tokens,
-            "wall_s": round(self.wall_s, 1), "rate_share": round(self.recipe.rate_share(self.step, self._last_step()), 4),
+            "step": self.step, "stage": self.recipe.stages[self.recipe.stage_at(self.step - 1)[0]].name,
+            "tokens": self.n_tokens, "wall_s": round(self.wall_s, 1),
+            "rate_share": round(self.recipe.rate_share(self.step, self._last_step()), 4),
             **window.means(),
         }  # fmt: skip
         with (self._folder / "log.jsonl").open("a") as stream:
@@ -231,7 +232,7 @@ class PretrainingRun:
 
     def _n_parameters(self) -> int:
         inside = sum(parameter.numel() for parameter in self.network.parameters())
-        return inside - self.network.number_projection.numel()
+        return int(inside - self.network.number_projection.numel())
 
     def export(self, folder: pathlib.Path) -> None:
         """Writes the model as plain Hugging Face files."""

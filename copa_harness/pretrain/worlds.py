@@ -1,8 +1,9 @@
 """The synthetic tasks behind the episodes: how feature values and labels come about, and rules put into words.
 
-A world draws N examples: ``shares`` (N, F), each value as a share 0..1 of its column's range, and ``classes`` (N,). Kinds: ``gauss``
-(Gaussian classes, sometimes correlated or with noise columns), ``linear`` (bands along one direction), ``axis`` (an
-unspoken threshold rule), ``rule`` (a threshold rule which the instruction states). This module knows nothing of templates or tokens.
+A world draws N examples: ``shares`` (N, F), each value as a share 0..1 of its column's range, and ``classes`` (N,).
+Kinds: ``gauss`` (Gaussian classes, sometimes correlated or with noise columns), ``linear`` (bands along one
+direction), ``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states). This
+module knows nothing of templates or tokens.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def linear_world(
 
 
 def rule_shape(rng: np.random.Generator, n_features: int, n_classes: int) -> list[tuple[int, str, float, int]]:
-    """A random rule of ``n_classes - 1`` clauses as (feature, operator, threshold share, class), else the last class."""
+    """A random rule of ``n_classes - 1`` clauses as (feature, operator, threshold share, class)."""
     classes = [int(c) for c in rng.permutation(n_classes)]
     n_clauses = n_classes - 1
     one_feature = n_features == 1 or rng.random() < 0.35
@@ -108,7 +109,7 @@ def rule_shape(rng: np.random.Generator, n_features: int, n_classes: int) -> lis
 def rule_shares(
     rng: np.random.Generator, clauses: list[tuple[int, str, float, int]], n_features: int, *, n_examples: int
 ) -> Shares:
-    """Values for a rule: uniform or clustered, with every clause's threshold column visited on both sides about equally."""
+    """Values for a rule: uniform or clustered, both sides of every threshold visited about equally."""
     shares = rng.random((n_examples, n_features))
     if rng.random() < 0.5:
         centres = rng.random((int(rng.integers(2, 6)), n_features))
@@ -136,8 +137,8 @@ def rule_text(
     """A rule in words.
 
     Returns:
-        The sentence, and character positions in it: of each clause's field name, of each clause's threshold, and of each label
-        (one per clause, then the last one).
+        The sentence, and character positions in it: of each clause's field name, of each clause's threshold, and of
+        each label (one per clause, then the last one).
     """
     style = 0 if rng.random() < main_share else int(rng.integers(1, 5))
     words = {"below": "below", "at least": "at least", "above": "above"}

@@ -1,7 +1,7 @@
 """The embedded model's files: a very small Llama with its tokenizer, made by ``python -m copa_harness.pretrain``.
 
-Loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``. This module only says where the files are; it imports neither torch nor
-transformers.
+Loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``. This module only says where the files are; it imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
