@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-from diskcache.core import MODE_PICKLE
 from filelock import FileLock
 
 from copa_harness.errors import CacheError
 from copa_harness.lm.answers import decode_answer, encode_answer
+from copa_harness.lm.cache_store import JSONDisk, RefusedRowError, SharedStore
 from copa_harness.lm.claims import Claims
 
 DEFAULT_SIZE_LIMIT = 8 * 2**30
@@ -43,34 +43,6 @@ class CacheWarning(UserWarning):
     """The response cache is damaged or cannot be written; answers stay right, some are paid for again."""
 
 
-class RefusedRowError(Exception):
-    """A row in the store is a pickle; it was not read."""
-
-
-class _JSONDisk(diskcache.Disk):
-    """Stores bytes only, and never unpickles: neither keys nor values."""
-
-    def put(self, key: Any) -> Any:
-        if type(key) is not str:
-            raise TypeError(f"got a key of type {type(key).__qualname__}, expected str")
-        return key, True
-
-    def get(self, key: Any, raw: Any) -> Any:
-        if not raw:
-            raise RefusedRowError("the key of a row is a pickle")
-        return super().get(key, raw)
-
-    def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
-        if type(value) is not bytes:
-            raise TypeError(f"got a value of type {type(value).__qualname__}, expected bytes")
-        return super().store(value, read, key=key)
-
-    def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
-        if mode == MODE_PICKLE:
-            raise RefusedRowError("the value of a row is a pickle")
-        return super().fetch(mode, filename, value, read)
-
-
 class ResponseCache:
     """Answers on disk, shared by threads and processes.
 
@@ -86,7 +58,7 @@ class ResponseCache:
 
     def __init__(self, directory: Path, *, size_limit: int | None = DEFAULT_SIZE_LIMIT) -> None:
         self.directory = Path(directory)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of the one connection, and of rebuilding
         self._warned: set[str] = set()
         self._unwritten: dict[str, bytes] = {}  # paid answers the disk would not take: kept for this process
         self._size_limit = size_limit
@@ -128,8 +100,8 @@ class ResponseCache:
         """Store an answer. If the disk refuses, the answer is kept in memory and a warning says so once."""
         row = encode_answer(key, value)
         try:
-            self._healed(lambda store: store.set(key, row))
-            self._tell_when_full()
+            self._healed(lambda store: store.add(key, row))
+            self._stay_below_limit()
         except (sqlite3.Error, OSError, diskcache.Timeout) as error:
             self._unwritten[key] = row
             self._warn(
@@ -138,12 +110,14 @@ class ResponseCache:
                 "in memory only and will be paid for again next time",
             )
 
-    def _tell_when_full(self) -> None:
+    def _stay_below_limit(self) -> None:
         self._n_set += 1
         if self._size_limit is None or self._n_set % _CHECK_SIZE_EVERY != 1:
             return
-        if self._store.volume() < 0.95 * self._size_limit:  # dropping keeps it just below the limit
-            return
+        with self._lock:
+            if self._store.volume() < self._size_limit:
+                return
+            self._store.cull()
         self._warn(
             "size",
             f"the response cache in {self.directory} has reached its limit of {self._size_limit:,} bytes; the answers "
@@ -164,37 +138,41 @@ class ResponseCache:
             yield
 
     def close(self) -> None:
-        """Close the database connections of this thread; the cache may be used again afterwards."""
-        self._store.close()
+        """Close the database; the cache may be used again afterwards."""
+        with self._lock:
+            self._store.close()
+        self._claims.close()
 
     def __len__(self) -> int:
-        return len(self._store)
+        with self._lock:
+            return len(self._store)
 
     # -- damage
 
-    def _healed(self, action: Callable[[diskcache.Cache], Any]) -> Any:
+    def _healed(self, action: Callable[[SharedStore], Any]) -> Any:
         """`action` on the store; once more on a rebuilt store if the database turns out to be damaged."""
-        store = self._store
-        try:
-            return action(store)
-        except sqlite3.DatabaseError as error:
-            if any(sign in str(error) for sign in _NOT_DAMAGE):
-                raise
-            self._rebuild(store, error)
-            return action(self._store)
+        with self._lock:
+            store = self._store
+            try:
+                return action(store)
+            except sqlite3.DatabaseError as error:
+                if any(sign in str(error) for sign in _NOT_DAMAGE):
+                    raise
+                self._rebuild(store, error)
+                return action(self._store)
 
-    def _open(self) -> diskcache.Cache:
-        return diskcache.Cache(
+    def _open(self) -> SharedStore:
+        return SharedStore(
             str(self.directory / "answers"),
-            disk=_JSONDisk,
+            disk=JSONDisk,
             timeout=_SQLITE_TIMEOUT_S,
             eviction_policy="least-recently-stored",
             size_limit=2**62 if self._size_limit is None else self._size_limit,
-            cull_limit=10,
+            cull_limit=0,  # not while an answer is stored: see _stay_below_limit
             statistics=0,
         )
 
-    def _open_or_rebuild(self) -> diskcache.Cache:
+    def _open_or_rebuild(self) -> SharedStore:
         # Many processes creating one sqlite file at once run into "database is locked": one at a time.
         try:
             with FileLock(self.directory / "claims" / "open.lock"):
@@ -211,10 +189,8 @@ class ResponseCache:
                 "expected a folder that can be read and written, choose another with --copa-cache-dir"
             ) from error
 
-    def _rebuild(self, damaged: diskcache.Cache, error: Exception) -> None:
+    def _rebuild(self, damaged: SharedStore, error: Exception) -> None:
         with self._lock:
-            if self._store is not damaged:
-                return  # another thread has done it
             damaged.close()
             with FileLock(self.directory / "claims" / "open.lock"):
                 try:
@@ -249,7 +225,8 @@ class ResponseCache:
         )
         self._unwritten.pop(key, None)
         try:
-            self._store.delete(key)
+            with self._lock:
+                self._store.delete(key)
         except (RefusedRowError, sqlite3.Error, OSError, diskcache.Timeout):
             return  # it stays refused; overwriting it later is enough
 

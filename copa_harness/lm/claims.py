@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+
+from copa_harness.lm.forks import generation
 
 try:
     import fcntl
@@ -37,6 +40,11 @@ class Claims:
     def __init__(self, directory: Path) -> None:
         self.path = Path(directory) / "keys.lock"
         self._file = _shared_file(self.path)
+        weakref.finalize(self, self._file.close)
+
+    def close(self) -> None:
+        """Close the file unless somebody holds a claim; it may be used again."""
+        self._file.close()
 
     @contextmanager
     def claimed(self, key: str) -> Iterator[None]:
@@ -61,7 +69,7 @@ class _LockFile:
         self._mutex = threading.Lock()
         self._threads: dict[int, tuple[threading.Lock, int]] = {}  # byte -> (lock among threads, threads interested)
         self._descriptor = -1
-        self._pid = 0
+        self._owner = -1
 
     @contextmanager
     def locked(self, byte: int) -> Iterator[None]:
@@ -78,10 +86,10 @@ class _LockFile:
 
     def _enter(self, byte: int) -> tuple[int, threading.Lock]:
         with self._mutex:
-            if self._pid != os.getpid():  # also after a fork: the parent's locks are not the child's
+            if self._descriptor < 0 or self._owner != generation():  # a fork does not inherit its parent's locks
                 self._threads.clear()
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._pid = os.getpid()
+                self._owner = generation()
             lock, n_interested = self._threads.get(byte, (threading.Lock(), 0))
             self._threads[byte] = (lock, n_interested + 1)
             return self._descriptor, lock
@@ -93,9 +101,13 @@ class _LockFile:
                 self._threads[byte] = (lock, n_interested - 1)
                 return
             del self._threads[byte]
-            if not self._threads:  # nobody holds anything: the file need not stay open
+
+    def close(self) -> None:
+        """Close the file unless somebody holds a claim; the next claim opens it again."""
+        with self._mutex:
+            if not self._threads and self._descriptor >= 0:
                 os.close(self._descriptor)
-                self._pid = 0
+                self._descriptor = -1
 
     def _acquire(self, descriptor: int, byte: int) -> None:
         # Asking again instead of sleeping in the kernel: it takes two processes that wait for each other's different

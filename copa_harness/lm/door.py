@@ -22,13 +22,16 @@ from copa_harness.errors import ProviderError, RateLimitError
 from copa_harness.lm.accounts import Cost
 from copa_harness.lm.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.engines import Engine, PricedEngine, seed_of, time_left_s
-from copa_harness.lm.estimates import LimitedEngine, Limits, actual_cost, lost_cost, worst_case
+from copa_harness.lm.engines import Engine, complete_priced, seed_of, time_left_s
+from copa_harness.lm.estimates import actual_cost, limits_of, lost_cost, worst_case
 from copa_harness.lm.failures import Refused, engine_failure
-from copa_harness.lm.patience import IMPATIENT, Patience, PatientEngine
+from copa_harness.lm.patience import Patience, patience_of
 from copa_harness.lm.request_key import recorded_bill, replayed_response, request_key, response_record
 from copa_harness.lm.scope import Scope, current_scope
 from copa_harness.results import Usage
+
+RECENT_ANSWERS = 4096
+"""Answers a door keeps decoded in memory."""
 
 
 class Door:
@@ -42,6 +45,7 @@ class Door:
         self.cache = cache
         self._store: AnswerStore = MemoryCache() if cache is None else cache
         self._flights = _Flights()
+        self._recent = _Recent()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Door:
         return self
@@ -81,16 +85,19 @@ class Door:
         return found
 
     def _replay(self, call: _Call) -> Response | None:
-        record = self._store.get(call.key)
-        if record is None:
-            return None
-        response = replayed_response(record)
+        response = self._recent.get(call.key)
+        if response is None:
+            record = self._store.get(call.key)
+            if record is None:
+                return None
+            response = replayed_response(record)
+            self._recent.put(call.key, response)
         reservation = call.scope.reserve(call.key)
         try:
             if reservation.first:
                 bounds = call.scope.bounds
                 if bounds.tokens or bounds.usd:
-                    cost = _recorded_cost(record, call.worst_case())
+                    cost = _recorded_cost(self._store.get(call.key), call.worst_case())
                     call.scope.hold(cost, replayed=True).settle(cost)
         except BaseException:
             call.scope.refund(reservation, failed=False)
@@ -99,7 +106,7 @@ class Door:
         return response
 
     def _buy(self, call: _Call) -> Response:
-        patience = call.engine.patience if isinstance(call.engine, PatientEngine) else IMPATIENT
+        patience = patience_of(call.engine)
         n_failed, n_slowed, waited_s = 0, 0, 0.0
         for _ in itertools.count():
             try:
@@ -138,7 +145,7 @@ class _Call:
         bounds = self.scope.bounds
         if not (bounds.tokens or bounds.usd):
             return Cost(calls=1)
-        limits = self.engine.limits(self.model) if isinstance(self.engine, LimitedEngine) else Limits()
+        limits = limits_of(self.engine, self.model)
         return worst_case(self.request, limits, budget=bounds.budget, tokens=bounds.tokens, usd=bounds.usd)
 
     def attempt(self, patience: Patience) -> tuple[Response, float | None]:
@@ -186,14 +193,14 @@ class _Call:
     def _ask(self) -> tuple[Response, float | None]:
         token = time_left_s.set(self.scope.remaining_s)
         try:
-            if isinstance(self.engine, PricedEngine):
-                return self.engine.complete_priced(self.request, seed=self.seed)
-            return self.engine.complete(self.request, seed=self.seed), 0.0
+            return complete_priced(self.engine, self.request, seed=self.seed)
         finally:
             time_left_s.reset(token)
 
 
-def _recorded_cost(record: dict[str, object], worst: Cost) -> Cost:
+def _recorded_cost(record: dict[str, object] | None, worst: Cost) -> Cost:
+    if record is None:  # lost from the disk since it was read
+        return worst - Cost(calls=1)
     response, usd = recorded_bill(record)
     cost, _ = actual_cost(response, usd, worst=worst)
     return cost - Cost(calls=1)
@@ -209,6 +216,25 @@ def _refusal(response: Response, *, model: str) -> Refused | None:
         "so the refusal is kept and not paid for twice",
         model=model,
     )
+
+
+class _Recent:
+    """The answers this process read or bought last, already checked and decoded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._responses: dict[str, Response] = {}
+
+    def get(self, key: str) -> Response | None:
+        """The answer, with empty usage, or None."""
+        return self._responses.get(key)
+
+    def put(self, key: str, response: Response) -> None:
+        """Remember an answer, and forget the one remembered longest."""
+        with self._lock:
+            self._responses[key] = response
+            if len(self._responses) > RECENT_ANSWERS:
+                del self._responses[next(iter(self._responses))]
 
 
 class _Flights:

@@ -53,6 +53,15 @@ class PricedEngine(Protocol):
         ...
 
 
+def complete_priced(engine: Engine, request: Request, *, seed: int) -> tuple[Response, float | None]:
+    """The engine's answer and its price; an engine that names no prices is free."""
+    priced = getattr(engine, "complete_priced", None)  # isinstance with a protocol costs more than the rest of a hit
+    if priced is None:
+        return engine.complete(request, seed=seed), 0.0
+    answer: tuple[Response, float | None] = priced(request, seed=seed)
+    return answer
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a model's API can do beyond plain text; DSPy's prompt adapters ask."""

@@ -60,6 +60,15 @@ class LimitedEngine(Protocol):
         ...
 
 
+def limits_of(engine: object, model: str) -> Limits:
+    """What is known of a model's costs: as its engine says, else nothing but that it is free."""
+    found = getattr(engine, "limits", None)
+    if found is None:
+        return Limits()
+    limits: Limits = found(model)
+    return limits
+
+
 def prompt_tokens_from_above(request: Request) -> int:
     """A number of tokens the prompt cannot exceed.
 

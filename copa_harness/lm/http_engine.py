@@ -18,7 +18,6 @@ import dspy
 
 # Private, and pinned by dspy >=3.4,<3.5.
 from dspy.clients.backend_selection import select_backend
-from dspy.clients.costs import estimate_cost
 from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, UnsupportedFeatureError, Usage
 
@@ -26,6 +25,7 @@ from copa_harness.lm.endpoint import EndpointEngine
 from copa_harness.lm.estimates import Limits
 from copa_harness.lm.failures import Malformed, engine_failure
 from copa_harness.lm.pooled import DEFAULT_TIMEOUT_S, PooledTransport
+from copa_harness.lm.prices import PriceList
 
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 """What DSPy's reader raises on JSON that has not the shape of an answer."""
@@ -35,7 +35,7 @@ _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError, Over
 class _Route:
     engine: LM15Engine
     transport: PooledTransport
-    provider: str
+    prices: PriceList
 
 
 class HttpEngine(EndpointEngine):
@@ -73,10 +73,7 @@ class HttpEngine(EndpointEngine):
             raise failure from None  # the chain would print the secret
         if self.limits(request.model).input_usd is None:
             return response, None
-        usd, _ = estimate_cost(
-            response, provider=route.provider, requested_model=request.model.partition("/")[2], request=request
-        )
-        return response, usd
+        return response, route.prices.price(response, request, model=request.model.partition("/")[2])
 
     def _completed(self, route: _Route, request: Request) -> Response:
         try:
@@ -117,7 +114,7 @@ class HttpEngine(EndpointEngine):
             base_urls={provider: url} if url else None,
             transport=transport,
         )
-        return _Route(LM15Engine(config, model_type=lm.model_type), transport, provider)
+        return _Route(LM15Engine(config, model_type=lm.model_type), transport, PriceList(provider))
 
 
 def _reread(route: _Route, request: Request, body: bytes, error: Exception) -> Response:

@@ -47,6 +47,8 @@ class _Seam:
     def __init__(self, engine: Engine, door: Door) -> None:
         self.engine = engine
         self.door = door
+        # Asked for several times per call, and such a check looks at every method of the protocol.
+        self.capable = engine if isinstance(engine, CapableEngine) else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Seam:
         return self
@@ -147,6 +149,11 @@ class MeteredLM(dspy.LM):
         return seam.engine
 
     @property
+    def _capable(self) -> CapableEngine | None:
+        seam: _Seam = self._engine_spec
+        return seam.capable
+
+    @property
     def door(self) -> Door:
         """The cache and meter this LM's calls go through."""
         seam: _Seam = self._engine_spec
@@ -219,26 +226,26 @@ class MeteredLM(dspy.LM):
     @property
     def supports_function_calling(self) -> bool:
         """Whether the model takes tools natively."""
-        engine = self.engine
-        return engine.capabilities(self.model).function_calling if isinstance(engine, CapableEngine) else False
+        capable = self._capable
+        return False if capable is None else capable.capabilities(self.model).function_calling
 
     @property
     def supports_reasoning(self) -> bool:
         """Whether the model has native reasoning."""
-        engine = self.engine
-        return engine.capabilities(self.model).reasoning if isinstance(engine, CapableEngine) else False
+        capable = self._capable
+        return False if capable is None else capable.capabilities(self.model).reasoning
 
     @property
     def supports_response_schema(self) -> bool:
         """Whether the model takes a response schema."""
-        engine = self.engine
-        return engine.capabilities(self.model).response_schema if isinstance(engine, CapableEngine) else False
+        capable = self._capable
+        return False if capable is None else capable.capabilities(self.model).response_schema
 
     @property
     def supported_params(self) -> set[str]:
         """Names of the OpenAI-style parameters the model takes."""
-        engine = self.engine
-        return set(engine.capabilities(self.model).params) if isinstance(engine, CapableEngine) else set()
+        capable = self._capable
+        return set() if capable is None else set(capable.capabilities(self.model).params)
 
     # -- saving
 

@@ -152,3 +152,9 @@ class PatientEngine(Protocol):
     def patience(self) -> Patience:
         """How to treat it."""
         ...
+
+
+def patience_of(engine: object) -> Patience:
+    """How to treat an engine: as it says, else with one try."""
+    found: Patience = getattr(engine, "patience", IMPATIENT)
+    return found

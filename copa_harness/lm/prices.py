@@ -14,7 +14,8 @@ import dspy
 
 # Private, and pinned by dspy >=3.4,<3.5: the only list of prices at hand.
 from dspy.clients import capabilities, model_metadata
-from dspy.lm15 import LM15Error
+from dspy.clients.costs import estimate_cost
+from dspy.lm15 import LM15Error, Request, Response
 
 from copa_harness.lm.estimates import Limits
 
@@ -44,6 +45,50 @@ def limits_of(lm: dspy.LM) -> Limits:
         input_usd=_highest(info, _INPUT, "input_cost_per_token"),
         output_usd=_highest(info, _OUTPUT, "output_cost_per_token"),
     )
+
+
+class PriceList:
+    """Prices of answers, with the list looked into once per model: DSPy searches the whole of it for every answer.
+
+    Args:
+        provider: The provider's name, as DSPy resolved it.
+    """
+
+    def __init__(self, provider: str) -> None:
+        self._provider = provider
+        self._rates: dict[tuple[str, str], tuple[float, float] | None] = {}
+
+    def price(self, response: Response, request: Request, *, model: str) -> float | None:
+        """Dollars of one answer; None when nobody knows.
+
+        Args:
+            response: The answer with its usage.
+            request: What was asked.
+            model: The name asked for, without the provider; the answer names the one that answered.
+        """
+        key = (response.model, model)
+        if key not in self._rates:
+            self._rates[key] = self._flat_rates(*key)
+        rates, usage = self._rates[key], response.usage
+        special = (
+            usage.cache_read_tokens or usage.cache_write_tokens or usage.reasoning_tokens or usage.input_audio_tokens
+            or usage.output_audio_tokens or request.tools or request.config.service_tier
+        )  # fmt: skip
+        served = (response.provider_data or {}).get("service_tier")
+        if rates is None or special or served not in (None, "default", "auto", "standard"):
+            usd, _ = estimate_cost(response, provider=self._provider, requested_model=model, request=request)
+            return None if usd is None else float(usd)
+        if usage.input_tokens is None or usage.output_tokens is None:
+            return None
+        return float(usage.input_tokens * rates[0] + usage.output_tokens * rates[1])
+
+    def _flat_rates(self, served: str, asked: str) -> tuple[float, float] | None:
+        """Dollars per token in and out of a model whose prices do not depend on the length of the prompt."""
+        info = model_metadata.model_info(self._provider, served) or model_metadata.model_info(self._provider, asked)
+        rates = info.get("input_cost_per_token"), info.get("output_cost_per_token")
+        if any("_above_" in name for name in info) or not all(isinstance(rate, (int, float)) for rate in rates):
+            return None
+        return float(rates[0]), float(rates[1])
 
 
 def _highest(info: Mapping[str, Any], names: re.Pattern[str], needed: str) -> float | None:

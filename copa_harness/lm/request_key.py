@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from typing import Any
 
 # The one place that touches DSPy's vendored serializer (pinned by dspy >=3.4,<3.5).
 from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
-from dspy.lm15 import Request, Response, Usage
+from dspy.lm15 import Request, Response
 
 KEY_VERSION = 1
 """Raised when the meaning of a key changes; older entries are then never found again."""
@@ -37,8 +36,7 @@ def request_key(request: Request, *, rollout_id: object, candidate: int, fingerp
         64 hexadecimal digits. Equal arguments give equal keys; any difference gives another key.
     """
     material = [KEY_VERSION, request_to_dict(request), rollout_id, candidate, fingerprint]
-    text = json.dumps(material, separators=(",", ":"), allow_nan=False, default=_plain)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(_ENCODER.encode(material).encode("utf-8")).hexdigest()
 
 
 def response_record(response: Response, *, usd: float | None = None) -> dict[str, Any]:
@@ -57,7 +55,8 @@ def replayed_response(record: dict[str, Any]) -> Response:
         TypeError: A field has the wrong type.
         ValueError: A field has an impossible value.
     """
-    return replace(response_from_dict({k: v for k, v in record.items() if k != _PRICE}), usage=Usage())
+    response: Response = response_from_dict({k: v for k, v in record.items() if k not in (_PRICE, "usage")})
+    return response
 
 
 def recorded_bill(record: dict[str, Any]) -> tuple[Response, float | None]:
@@ -71,3 +70,6 @@ def _plain(value: object) -> object:
     if isinstance(value, (tuple, set, frozenset)):
         return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
     raise TypeError(f"got a {type(value).__qualname__} inside a model request; only JSON values can be cached")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_plain)

@@ -108,6 +108,10 @@ class StubServer:
 
     def asked(self, connection, path, headers, body):
         self.n_requests += 1
+        if path == "/count":  # for benchmarks; counts itself
+            data = json.dumps({"n_requests": self.n_requests}).encode()
+            connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(data) + data)
+            return
         if self.n_requests > MOST_REQUESTS:
             connection.cut()
             return
@@ -166,8 +170,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--latency", type=float, default=0.05)
     parser.add_argument("--lifetime", type=float, default=120.0)
+    parser.add_argument("--model", default="m")
     arguments = parser.parse_args()
-    reply = Reply(latency_s=arguments.latency, body=Reply().encoded())
+    reply = Reply(latency_s=arguments.latency, body=Reply(body={**completion(), "model": arguments.model}).encoded())
     stub = StubServer(default=reply, lifetime_s=arguments.lifetime, keep=False)
     with stub:
         print(stub.port, flush=True)

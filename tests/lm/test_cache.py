@@ -197,7 +197,7 @@ def test_an_answer_the_disk_refuses_is_kept_in_memory_with_one_warning(directory
     def refuse(*args, **kwargs):
         raise sqlite3.OperationalError(complaint)
 
-    monkeypatch.setattr(cache._store, "set", refuse)
+    monkeypatch.setattr(cache._store, "add", refuse)
     with pytest.warns(CacheWarning, match=f"cannot be written .{complaint}"):
         cache.set(KEY, ANSWER)
     cache.set(OTHER, ANSWER)  # a second warning would be an error here
@@ -262,10 +262,22 @@ def test_beyond_its_size_limit_the_oldest_answers_are_dropped_with_one_warning(d
     assert len(cache) < 300
 
 
-def test_the_lock_file_is_closed_when_nobody_claims_anything(directory):
-    cache = ResponseCache(directory)
-    for _ in range(3):
-        with cache.claimed(KEY), cache.claimed(OTHER):
-            pass
+def test_the_lock_file_is_closed_with_the_cache_unless_somebody_holds_a_claim(directory):
+    cache, other = ResponseCache(directory), ResponseCache(directory)
+    with cache.claimed(KEY):
+        other.close()
+        assert cache._claims._file._descriptor >= 0
+    cache.close()
+    assert cache._claims._file._descriptor == -1
+    with cache.claimed(KEY):
+        pass
     assert cache._claims._file._threads == {}
-    assert cache._claims._file._pid == 0
+
+
+def test_an_answer_stored_again_replaces_the_old_one(directory):
+    cache = ResponseCache(directory)
+    for answer in ({"text": "x" * 50_000}, {"text": "small"}, {"text": "y" * 50_000}, {"text": "last"}):
+        cache.set(KEY, answer)
+        assert cache.get(KEY) == answer
+    assert len(cache) == 1
+    assert not list(directory.rglob("*.val"))

@@ -1,0 +1,99 @@
+"""diskcache as the door needs it: bytes only, never a pickle, and one connection for all threads of a process.
+
+A connection per thread, as diskcache has it, costs milliseconds for each of a hundred threads and makes them wait for
+one another inside SQLite. Here they share one; whoever uses it holds a lock around every operation. Knows nothing of
+answers or keys.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from typing import Any
+
+import diskcache
+from diskcache.core import DBNAME, MODE_PICKLE, MODE_RAW
+
+from copa_harness.lm.forks import generation
+
+
+class RefusedRowError(Exception):
+    """A row in the store is a pickle; it was not read."""
+
+
+class JSONDisk(diskcache.Disk):
+    """Stores bytes only, and never unpickles: neither keys nor values."""
+
+    def put(self, key: Any) -> Any:
+        """The key as a column: text as it is."""
+        if type(key) is not str:
+            raise TypeError(f"got a key of type {type(key).__qualname__}, expected str")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> Any:
+        """The key of a row."""
+        if not raw:
+            raise RefusedRowError("the key of a row is a pickle")
+        return super().get(key, raw)
+
+    def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
+        """The value as columns: bytes as they are."""
+        if type(value) is not bytes:
+            raise TypeError(f"got a value of type {type(value).__qualname__}, expected bytes")
+        return super().store(value, read, key=key)
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
+        """The value of a row."""
+        if mode == MODE_PICKLE:
+            raise RefusedRowError("the value of a row is a pickle")
+        return super().fetch(mode, filename, value, read)
+
+
+class SharedStore(diskcache.Cache):
+    """A `diskcache.Cache` whose connection is shared by the threads of the process. The caller locks."""
+
+    _shared: sqlite3.Connection | None = None
+    _owner = -1
+
+    def add(self, key: str, row: bytes) -> None:
+        """Store a row; the usual one, small and new, with a single statement instead of diskcache's nine."""
+        if len(row) < self.disk_min_file_size:
+            now_s = time.time()
+            try:
+                self._sql(
+                    "INSERT INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode,"
+                    " filename, value) VALUES (?, 1, ?, NULL, ?, 0, NULL, 0, ?, NULL, ?)",
+                    (key, now_s, now_s, MODE_RAW, sqlite3.Binary(row)),
+                )
+                return
+            except sqlite3.IntegrityError:
+                pass  # there is a row already: to be replaced with all that belongs to it
+        self.set(key, row)
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._shared is None or self._owner != generation():  # a forked child must not use its parent's connection
+            self._shared, self._owner = None, generation()
+            connection = sqlite3.connect(
+                os.path.join(self._directory, DBNAME),
+                timeout=self._timeout,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            self._shared = connection
+            # As diskcache does: some pragmas hold for a connection only. The table may not exist yet.
+            try:
+                settings = connection.execute("SELECT key, value FROM Settings").fetchall()
+            except sqlite3.OperationalError:
+                settings = []
+            for key, value in settings:
+                if key.startswith("sqlite_"):
+                    self.reset(key, value, update=False)
+        return self._shared
+
+    def close(self) -> None:
+        """Close the connection; the next use opens it again."""
+        connection, self._shared = self._shared, None
+        if connection is not None and self._owner == generation():
+            connection.close()

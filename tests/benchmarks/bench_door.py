@@ -1,0 +1,321 @@
+"""What the door to models costs, and what it gains: beside DSPy's own cache, client and Evaluate. Prints ratios.
+
+    python tests/benchmarks/bench_door.py            # a minute or two
+    python tests/benchmarks/bench_door.py --quick
+
+(a) microseconds per lookup of a known and of an unknown answer: the door, dspy.cache, bare diskcache;
+(b) calls per second of a whole program (dspy.Predict) against a stub server in a process of its own, at two latencies
+    and three concurrencies: copa's evaluation and door, `dspy.Evaluate` alone, and a bare aiohttp client;
+(c) a fully cached evaluation beside DSPy's own overhead per module call (an engine that answers at once, no cache);
+(d) duplicates and overshoot: calls the server saw, against distinct requests and against a ceiling.
+
+Nothing is collected by pytest. Absolute figures depend on the machine; the ratios are taken side by side on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SCRATCH = tempfile.TemporaryDirectory(prefix="bench_door_")
+os.environ["DSPY_CACHEDIR"] = f"{SCRATCH.name}/dspy"
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import aiohttp  # noqa: E402
+import diskcache  # noqa: E402
+import dspy  # noqa: E402
+from dspy.lm15 import Message, Request, Response, TextPart, Usage  # noqa: E402
+
+from copa_harness.errors import BudgetExhausted  # noqa: E402
+from copa_harness.evaluate import evaluate  # noqa: E402
+from copa_harness.lm.build import build_lm  # noqa: E402
+from copa_harness.lm.cache import ResponseCache  # noqa: E402
+from copa_harness.lm.door import Door  # noqa: E402
+from copa_harness.lm.ledger import whole_run  # noqa: E402
+from copa_harness.lm.scope import open_scope  # noqa: E402
+from copa_harness.lm.scripted import ScriptedLM  # noqa: E402
+from copa_harness.results import Budget  # noqa: E402
+
+ANSWER = "[[ ## answer ## ]]\n7\n\n[[ ## completed ## ]]"
+STUB = Path(__file__).parents[1] / "lm" / "stub_server.py"
+
+
+class Instant:
+    """An engine that answers at once."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def complete(self, request):
+        message, usage = Message.assistant(TextPart(ANSWER)), Usage(input_tokens=1)
+        return Response(id=None, model=request.model, message=message, finish_reason="stop", usage=usage)
+
+
+class Server:
+    """The stub server in a process of its own, with the calls it saw."""
+
+    def __init__(self, latency_s, model="gpt-4o-mini"):
+        command = [sys.executable, str(STUB), "--latency", str(latency_s), "--lifetime", "300", "--model", model]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def n_seen(self):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/count") as reply:
+            return json.loads(reply.read())["n_requests"]
+
+
+def fresh_door(name):
+    return Door(cache=ResponseCache(Path(tempfile.mkdtemp(dir=SCRATCH.name)) / name))
+
+
+def program_for(lm):
+    program = dspy.Predict("question -> answer")
+    program.set_lm(lm)
+    return program
+
+
+def examples_of(n, mark=""):
+    return [dspy.Example(question=f"{mark}{index} + 4", answer="7").with_inputs("question") for index in range(n)]
+
+
+def metric(example, prediction, trace=None):
+    return prediction.answer == example.answer
+
+
+def best_us(action, n, repeats=3):
+    """Microseconds per call, the best of a few rounds."""
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for index in range(n):
+            action(index)
+        best = min(best, (time.perf_counter() - began) / n)
+    return best * 1e6
+
+
+def lookups(n):
+    request = Request(model="m", messages=(Message.user("hello " * 60),), system="be brief " * 60)
+    lm = ScriptedLM(ANSWER, model="m", door=fresh_door("a"))
+
+    def door(rollout):
+        return lm.door.call(lm.engine, request, model="m", rollout_id=rollout, candidate=0)
+
+    bare = diskcache.Cache(f"{SCRATCH.name}/bare")
+    text = json.dumps({"answer": ANSWER})
+    rounds = iter(range(10**9))
+    rows = [("door", best_us(lambda i: door(None), n), best_us(lambda i: door(next(rounds)), n))]
+
+    plain = dspy.LM("openai/gpt-4o-mini", cache=True)
+    from dspy.clients.call_result import CallResult
+    from dspy.clients.execution import _cached, _store, prepare
+
+    def dspys(rollout, put):
+        call = prepare(plain, None, [{"role": "user", "content": "hello " * 60}], {"rollout_id": rollout})
+        found = _cached(plain, call, False)
+        if put and found is None:
+            _store(plain, call, result, False)
+
+    result = CallResult.native(Instant().complete(request), model_type="chat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dspys(-1, True)
+        rows.append(
+            ("dspy.cache", best_us(lambda i: dspys(-1, False), n), best_us(lambda i: dspys(next(rounds), True), n))
+        )
+    bare["k"] = text
+
+    def bare_miss(index):
+        key = f"k{next(rounds)}"
+        if bare.get(key) is None:
+            bare[key] = text
+
+    rows.append(("diskcache", best_us(lambda i: bare.get("k"), n), best_us(bare_miss, n)))
+    print("\n(a) one lookup, microseconds (a miss includes storing the answer)")
+    for name, hit, miss in rows:
+        print(f"    {name:12s} hit {hit:7.0f}   miss {miss:7.0f}")
+    print(f"    door / dspy.cache: hit {rows[0][1] / rows[1][1]:.2f}, miss {rows[0][2] / rows[1][2]:.2f}", flush=True)
+
+
+def bare_client(url, n, concurrency):
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello " * 100}]}).encode()
+
+    async def run():
+        gate = asyncio.Semaphore(concurrency)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+
+            async def one():
+                async with gate, session.post(
+                    f"{url}/chat/completions", data=body, headers={"Content-Type": "application/json"}
+                ) as reply:
+                    await reply.read()
+
+            await asyncio.gather(*(one() for _ in range(n)))
+
+    began = time.perf_counter()
+    asyncio.run(run())
+    return n / (time.perf_counter() - began)
+
+
+def dspy_alone(url, model, n, concurrency, *, cache):
+    lm = dspy.LM(model, api_base=url, api_key="k", cache=cache, temperature=0.0, max_tokens=50)
+    program = program_for(lm)
+    evaluator = dspy.Evaluate(
+        devset=examples_of(n, f"{time.time()} "), metric=metric, num_threads=concurrency, display_progress=False
+    )
+    with dspy.context(disable_history=True):
+        warm_up(program, concurrency)
+        began, began_cpu = time.perf_counter(), time.process_time()
+        score = evaluator(program).score
+        rate, cpu = n / (time.perf_counter() - began), (time.process_time() - began_cpu) / n
+    assert score == 100.0
+    return rate, cpu
+
+
+def warm_up(program, n):
+    """Connections, price list and imports are not what is measured; a program has them after its first calls."""
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(lambda index: program(question=f"warm {time.time()} {index}"), range(2 * n)))
+
+
+def ours(url, model, n, concurrency):
+    lm = build_lm(
+        model, door=fresh_door("b"), cache_dir=Path(SCRATCH.name), api_base=url, api_key="k", temperature=0.0,
+        max_tokens=50,
+    )  # fmt: skip
+    program = program_for(lm)
+    warm_up(program, concurrency)
+    began, began_cpu = time.perf_counter(), time.process_time()
+    result = evaluate(
+        program, examples_of(n, f"{time.time()} "), metric=metric, split="bench", threads=concurrency
+    )
+    rate, cpu = n / (time.perf_counter() - began), (time.process_time() - began_cpu) / n
+    assert result.score == 1.0, result
+    return rate, cpu
+
+
+def throughput(models, latencies, sizes, *, pause):
+    print("\n(b) a whole program against the stub: calls/s, and CPU milliseconds per call of this process")
+    print("    model                latency  conc |   copa           dspy.Evaluate   (its cache on) | aiohttp | ratio")
+    for model in models:
+        for latency_s in latencies:
+            with Server(latency_s, model.partition("/")[2]) as server:
+                for concurrency, n in sizes:
+                    bare_client(server.url, concurrency, concurrency)
+                    bare = bare_client(server.url, n, concurrency)
+                    before = server.n_seen()
+                    copa, copa_cpu = ours(server.url, model, n, concurrency)
+                    seen = server.n_seen() - before - 1 - 2 * concurrency
+                    theirs, theirs_cpu = dspy_alone(server.url, model, n, concurrency, cache=False)
+                    cached, _ = dspy_alone(server.url, model, n, concurrency, cache=True)
+                    print(
+                        f"    {model:20s} {latency_s * 1e3:4.0f} ms  {concurrency:4d} | "
+                        f"{copa:6.0f} ({copa_cpu * 1e3:.2f} ms) {theirs:6.0f} ({theirs_cpu * 1e3:.2f} ms)  {cached:6.0f}        | {bare:6.0f}  | "
+                        f"{copa / theirs:.2f}x dspy, {copa / bare:.2f}x aiohttp; {seen - n} duplicates",
+                        flush=True,
+                    )
+                    time.sleep(pause)
+
+
+def fully_cached(n):
+    examples = examples_of(n)
+    lm = ScriptedLM(ANSWER, door=fresh_door("c"), temperature=0.0)
+    program = program_for(lm)
+    evaluate(program, examples, metric=metric, split="bench", threads=1)
+    plain = program_for(dspy.LM("fake/model", engine=Instant(), cache=False, temperature=0.0))
+    evaluator = dspy.Evaluate(devset=examples, metric=metric, num_threads=1, display_progress=False)
+    mine, theirs, module_ours, module_theirs = [], [], [], []
+    with dspy.context(disable_history=True):
+        for _ in range(5):
+            began = time.process_time()
+            evaluate(program, examples, metric=metric, split="bench", threads=1)
+            mine.append(time.process_time() - began)
+            began = time.process_time()
+            evaluator(plain)
+            theirs.append(time.process_time() - began)
+            began = time.process_time()
+            for example in examples:
+                program(question=example.question)
+            module_ours.append(time.process_time() - began)
+            began = time.process_time()
+            for example in examples:
+                plain(question=example.question)
+            module_theirs.append(time.process_time() - began)
+    per_call = [min(times) / n * 1e6 for times in (mine, theirs, module_ours, module_theirs)]
+    print("\n(c) fully cached, one thread, CPU microseconds per example (best of 5)")
+    print(f"    copa evaluate {per_call[0]:.0f}, dspy.Evaluate with an instant engine {per_call[1]:.0f}")
+    print(f"    module call: replayed {per_call[2]:.0f}, instant engine {per_call[3]:.0f}")
+    ratios = per_call[0] / per_call[1], per_call[2] / per_call[3]
+    print(f"    copa / dspy: evaluation {ratios[0]:.2f}, module {ratios[1]:.2f}", flush=True)
+
+
+def exactness(n):
+    with Server(0.01) as server:
+        lm = build_lm(
+            "openai/gpt-4o-mini", door=fresh_door("d"), cache_dir=Path(SCRATCH.name), api_base=server.url, api_key="k",
+            temperature=0.0, max_tokens=50,
+        )  # fmt: skip
+        ceiling = n // 2
+        with (
+            whole_run(Budget(calls=ceiling, tokens=10**6), directory=Path(SCRATCH.name), run_id="bench"),
+            open_scope("bench") as scope,
+            ThreadPoolExecutor(64) as pool,
+        ):
+
+            def ask(index):
+                with dspy.context(copa_scope=scope):
+                    try:
+                        return bool(lm(f"question {index % n}"))
+                    except BudgetExhausted:
+                        return False
+
+            answered = sum(pool.map(ask, range(3 * n)))
+        seen = server.n_seen() - 1
+    print(f"\n(d) {3 * n} requests for {n} distinct answers by 64 threads under a ceiling of {ceiling} calls:")
+    duplicates = seen - scope.usage().paid_calls
+    print(f"    the server saw {seen}; overshoot {max(0, seen - ceiling)}; duplicates {duplicates}")
+    print(f"    {answered} answered, {scope.usage().cached_calls} of them replayed", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one latency, one model, smaller rounds")
+    parser.add_argument("--only", choices="abcd", help="one part")
+    options = parser.parse_args()
+    quick = options.quick
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; dspy {dspy.__version__}")
+    if options.only in (None, "a"):
+        lookups(300 if quick else 1000)
+    if options.only in (None, "b"):
+        sizes = [(64, 1000)] if quick else [(8, 240), (64, 1500), (256, 2000)]
+        models = ["openai/gpt-4o-mini"] if quick else ["openai/gpt-4o-mini", "hosted_vllm/m"]
+        throughput(models, [0.05] if quick else [0.05, 0.1], sizes, pause=0.0 if quick else 0.5)
+    if options.only in (None, "c"):
+        fully_cached(150 if quick else 400)
+    if options.only in (None, "d"):
+        exactness(150 if quick else 400)
+    SCRATCH.cleanup()
+
+
+if __name__ == "__main__":
+    main()
