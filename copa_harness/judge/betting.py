@@ -24,7 +24,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-FRACTIONS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+FRACTIONS = (0.1, 0.3, 0.6, 0.95)
 """Shares of the wealth that are bet; the spread covers drops from barely visible to nearly every row that moves."""
 
 _SLACK = 1e-9

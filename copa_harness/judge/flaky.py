@@ -98,7 +98,7 @@ def flaky_report(repeats: Repeats, *, pass_score: float = 1.0) -> FlakyReport:
     k = counts.pop() if counts else 0
     passed = {key: sum(score >= pass_score for score in scores) for key, scores in complete.items()}
     flaky = [FlakyExample(key, count, k, complete[key]) for key, count in passed.items() if 0 < count < k]
-    flaky.sort(key=lambda row: (abs(row.pass_rate - 0.5), row.example_id))
+    flaky.sort(key=lambda row: (abs(2 * row.n_passed - row.k), row.example_id))
     n_pass_all = sum(count == k for count in passed.values())
     spread = repeated_mean(complete)
     return FlakyReport(

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from copa_harness.judge.comparison import compare_strategies
+from copa_harness.judge.multiple import holm_adjusted
+from copa_harness.judge.paired import paired_difference
+
+
+def scores(seed, share, n=60):
+    rng = np.random.default_rng(seed)
+    return {f"e{i:03}": float(v) for i, v in enumerate(rng.random(n) < share)}
+
+
+def one_task():
+    return {name: {"iris": scores(i, s)} for i, (name, s) in enumerate([("none", 0.4), ("p", 0.5), ("joint", 0.9)])}
+
+
+def row(comparison, name):
+    (found,) = [entry for entry in comparison.rows if entry.strategy == name]
+    return found
+
+
+def test_differences_on_one_task_are_the_paired_ones_corrected_by_holm():
+    table = one_task()
+    found = compare_strategies(table, reference="none")
+    before = list(table["none"]["iris"].values())
+    plain = [
+        paired_difference(before, list(table[name]["iris"].values()), ids=list(table[name]["iris"]))
+        for name in ("p", "joint")
+    ]
+    assert row(found, "joint").difference == plain[1].difference
+    adjusted = holm_adjusted([p.p_value for p in plain])
+    assert (row(found, "p").adjusted, row(found, "joint").adjusted) == adjusted
+
+
+def test_ranks_over_one_task_are_those_of_its_examples():
+    table = one_task()
+    matrix = np.array([list(table[name]["iris"].values()) for name in table])
+    expected = stats.rankdata(-matrix.T, axis=1).mean(axis=0)
+    found = compare_strategies(table, reference="none")
+    assert [row(found, name).rank for name in table] == pytest.approx(list(expected))
+    assert found.friedman_p == pytest.approx(stats.friedmanchisquare(*matrix).pvalue)
+    assert found.rows[0].strategy == "joint"
+
+
+def two_tasks():
+    return {
+        "none": {"iris": scores(1, 0.3), "wine": scores(2, 0.4, n=20)},
+        "joint": {"iris": scores(3, 0.8), "wine": scores(4, 0.9, n=20)},
+    }
+
+
+def test_every_task_counts_the_same_whatever_its_size():
+    table = two_tasks()
+    found = row(compare_strategies(table, reference="none"), "joint")
+    gaps = [
+        np.mean(list(table["joint"][t].values())) - np.mean(list(table["none"][t].values())) for t in ("iris", "wine")
+    ]
+    assert found.difference == pytest.approx(np.mean(gaps))
+    assert found.interval.low < found.difference < found.interval.high
+    assert found.rank == 1.0
+
+
+def test_equal_strategies_are_not_told_apart():
+    same = {"iris": scores(1, 0.5), "wine": scores(2, 0.5)}
+    found = compare_strategies({"a": same, "b": same, "c": same}, reference="a")
+    assert {entry.rank for entry in found.rows} == {2.0}
+    assert [entry.adjusted for entry in found.rows] == [1.0, 1.0, 1.0]
+    assert found.friedman_p == 1.0
+    assert "No strategy is shown to differ" in found.sentence()
+
+
+def test_a_shown_difference_is_told_with_its_p_value():
+    assert "joint better by" in compare_strategies(two_tasks(), reference="none").sentence()
+
+
+def test_only_common_tasks_and_examples_count():
+    table = two_tasks()
+    table["joint"]["extra"] = scores(9, 1.0)
+    table["joint"]["wine"] = {**table["joint"]["wine"], "e000": None}
+    found = compare_strategies(table, reference="none")
+    assert (found.tasks, found.n) == (("iris", "wine"), 79)
+
+
+def test_an_unchanged_strategy_over_several_tasks_is_called_different_in_at_most_five_percent():
+    alarms, runs = 0, 60
+    for seed in range(runs):
+        table = {
+            name: {task: scores(1000 * seed + 10 * i + j, 0.5, n=30) for j, task in enumerate("ab")}
+            for i, name in enumerate(("none", "x", "y"))
+        }
+        found = compare_strategies(table, reference="none", seed=seed)
+        alarms += any(entry.adjusted <= 0.05 for entry in found.rows)
+    assert alarms <= 7
+
+
+def test_a_reference_that_was_not_run_is_refused():
+    with pytest.raises(ValueError, match="without the reference 'gepa'"):
+        compare_strategies(one_task(), reference="gepa")
+
+
+def test_strategies_without_a_common_example_are_refused():
+    with pytest.raises(ValueError, match="without a common example"):
+        compare_strategies({"a": {"iris": {"x": 1.0}}, "b": {"iris": {"y": 1.0}}}, reference="a")

@@ -1,0 +1,78 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from copa_harness.judge.gates import Gates, judge
+from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.multiple import holm_over_suite
+from copa_harness.results import EvaluationResult, ExampleResult, Verdict
+
+
+@dataclass(frozen=True)
+class Rival:
+    scores: dict
+    fingerprints: dict = field(default_factory=dict)
+    name: str = "iris (none)"
+    origin: str = ""
+
+
+def against(before, after, *, gates=None, **more):
+    rows = tuple(ExampleResult(f"e{i:03}", float(s)) for i, s in enumerate(after))
+    evaluation = EvaluationResult("test", "lm", rows, mean_interval([float(s) for s in after]))
+    rival = None if before is None else Rival({f"e{i:03}": float(s) for i, s in enumerate(before)})
+    answers = judge(evaluation, gates or Gates(better_than="none"), rival=rival, **more)
+    (found,) = [answer for answer in answers if answer.gate.startswith("better_than")]
+    return found
+
+
+def test_a_shown_gain_passes():
+    answer = against([0] * 20 + [1] * 30, [1] * 15 + [0] * 5 + [1] * 30)
+    assert answer.verdict is Verdict.PASS
+    assert "15 better, 0 worse" in answer.message
+    assert answer.details["p_better"] < 0.05
+
+
+def test_a_gain_that_may_be_chance_is_undecided_with_the_rows_it_would_take():
+    answer = against([0] * 3 + [1] * 47, [1] * 50)
+    assert answer.verdict is Verdict.UNDECIDED
+    assert "would decide it" in answer.message
+    assert "smallest gain" in answer.message
+
+
+def test_no_gain_advises_the_rival():
+    answer = against([1] * 50, [1] * 50)
+    assert answer.verdict is Verdict.UNDECIDED
+    assert "use none, which is no worse" in answer.message
+
+
+def test_a_shown_loss_fails():
+    answer = against([1] * 50, [0] * 12 + [1] * 38)
+    assert answer.verdict is Verdict.FAIL
+    assert "not by chance" in answer.message
+
+
+def test_a_rival_that_was_never_run_is_undecided_and_says_how_to_get_one():
+    answer = against(None, [1, 0])
+    assert answer.verdict is Verdict.UNDECIDED
+    assert "Next: run that strategy" in answer.message
+
+
+def test_a_rival_of_another_metric_is_not_comparable():
+    rows = (ExampleResult("a", 1.0),)
+    evaluation = EvaluationResult("test", "lm", rows, mean_interval([1]))
+    rival = Rival({"a": 0.0}, {"metric": "a" * 64})
+    answers = judge(evaluation, Gates(better_than="p"), rival=rival, fingerprints={"metric": "b" * 64})
+    assert answers[-1].verdict is Verdict.NOT_COMPARABLE
+    assert "run p again" in answers[-1].message
+
+
+@pytest.mark.parametrize(("n_comparisons", "verdict"), [(1, Verdict.PASS), (20, Verdict.UNDECIDED)])
+def test_many_comparisons_share_the_error_rate(n_comparisons, verdict):
+    gates = Gates(better_than="none", n_comparisons=n_comparisons)
+    answer = against([0] * 6 + [1] * 44, [1] * 50, gates=gates)
+    assert answer.verdict is verdict
+    assert ("shared by 20 comparisons" in answer.message) == (n_comparisons == 20)
+
+
+def test_a_rival_gate_is_no_regression_gate_of_the_suite():
+    assert holm_over_suite([("t", against([1] * 50, [0] * 12 + [1] * 38))]) == ()
