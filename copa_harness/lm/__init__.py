@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from copa_harness.lm.cache import ResponseCache as ResponseCache
     from copa_harness.lm.door import Door as Door
     from copa_harness.lm.engines import Engine as Engine
+    from copa_harness.lm.ledger import whole_run as whole_run
     from copa_harness.lm.metered import MeteredLM as MeteredLM
+    from copa_harness.lm.repeats import repeated as repeated
     from copa_harness.lm.scope import Scope as Scope
+    from copa_harness.lm.scope import booked_as as booked_as
     from copa_harness.lm.scope import current_scope as current_scope
     from copa_harness.lm.scope import open_scope as open_scope
     from copa_harness.lm.scripted import ScriptedLM as ScriptedLM
@@ -28,7 +31,10 @@ _HOME = {
     "Door": "door",
     "Engine": "engines",
     "MeteredLM": "metered",
+    "whole_run": "ledger",
+    "repeated": "repeats",
     "Scope": "scope",
+    "booked_as": "scope",
     "current_scope": "scope",
     "open_scope": "scope",
     "ScriptedLM": "scripted",

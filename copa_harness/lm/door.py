@@ -68,10 +68,9 @@ class Door:
             ConfigurationError: A ceiling on tokens or dollars is set and the call's worst case cannot be known.
             ProviderError: The engine gave no answer (also a DSPy `LMError`, so DSPy handles it as one).
         """
-        key = request_key(
-            request, rollout_id=rollout_id, candidate=candidate, fingerprint=engine.fingerprint(model)
-        )
-        call = _Call(engine, request, model, key, seed_of(rollout_id, candidate), current_scope())
+        fingerprint = engine.fingerprint(model)
+        key = request_key(request, rollout_id=rollout_id, candidate=candidate, fingerprint=fingerprint)
+        call = _Call(engine, request, model, fingerprint, key, seed_of(rollout_id, candidate), current_scope())
         found = self._replay(call)
         if found is None:
             with self._flights.alone(key), self._store.claimed(key):
@@ -122,7 +121,9 @@ class Door:
                     raise
             time.sleep(pause_s)
             waited_s += pause_s
-        self._store.set(call.key, response_record(response, usd=usd))
+        if call.engine.fingerprint(call.model) == call.fingerprint:
+            self._store.set(call.key, response_record(response, usd=usd))
+        # else: the model was exchanged while it answered, and nobody can say which one did
         return response
 
 
@@ -130,11 +131,10 @@ class _Call:
     """One call that is not known yet, and the scope that pays for it."""
 
     def __init__(
-        self, engine: Engine, request: Request, model: str, key: str, seed: int, scope: Scope
+        self, engine: Engine, request: Request, model: str, fingerprint: str, key: str, seed: int, scope: Scope
     ) -> None:
-        self.engine, self.request, self.model, self.key, self.seed, self.scope = (
-            engine, request, model, key, seed, scope,
-        )  # fmt: skip
+        self.engine, self.request, self.model, self.fingerprint = engine, request, model, fingerprint
+        self.key, self.seed, self.scope = key, seed, scope
 
     def worst_case(self) -> Cost:
         """The most it can cost, as far as the ceilings in force ask.

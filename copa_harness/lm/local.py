@@ -69,6 +69,7 @@ class TransformersEngine:
         self._lora_directories: dict[str, Path] = {}
         self._chat: ChatFormat | None = None
         self._generator: BatchGenerator | None = None
+        self._loaded = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersEngine:
         """Itself: DSPy deep-copies programs with their models, and weights and counters must stay shared."""
@@ -125,7 +126,9 @@ class TransformersEngine:
             if self._generator is None:
                 from copa_harness.lm.local_generate import load_generator
 
-                self._generator = load_generator(self.directory, device=self._device, dtype=self.dtype)
+                self._generator = load_generator(
+                    self.directory, device=self._device, dtype=self.dtype, fingerprint=self._base_fingerprint()
+                )
             return self._generator
 
     @property
@@ -174,6 +177,7 @@ class TransformersEngine:
 
         from copa_harness.lm.local_generate import Prompt
 
+        self._follow_files()
         lora = self._lora(request.model)
         if request.config.logprobs is not None or request.config.probabilities is not None:
             raise ProviderError(
@@ -223,6 +227,14 @@ class TransformersEngine:
             seed=abs(seed),
         )
 
+    def _follow_files(self) -> None:
+        """Forget what was loaded from files that have changed since: the fingerprint names the files as they are."""
+        now = self._base_fingerprint()
+        with self._lock:
+            if self._loaded and self._loaded != now:
+                self._chat = self._generator = None
+            self._loaded = now
+
     def _base_fingerprint(self) -> str:
         return base_fingerprint(self.directory, dtype=self.dtype, chat_template=self._chat_template)
 
@@ -245,7 +257,12 @@ class TransformersEngine:
                     "add_lora()"
                 )
             self._lora_directories[model] = directory
-        return self._checked(directory)
+        files = self._checked(directory)
+        if not files.fingerprint.startswith(digits):  # trained again at the same place: that one has another name
+            with self._lock:
+                self._lora_directories.pop(model, None)
+            return self._lora(model)
+        return files
 
     def _checked(self, directory: Path) -> LoraFiles:
         files = read_lora(directory)

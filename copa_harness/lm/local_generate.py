@@ -60,17 +60,22 @@ class Answer:
 
 Job = BatchJob[Prompt, Answer]
 
-_generators: dict[tuple[Path, str, str], BatchGenerator] = {}
+_generators: dict[tuple[Path, str, str], tuple[str, BatchGenerator]] = {}
 _generators_lock = threading.Lock()
 
 
-def load_generator(directory: Path, *, device: str | None, dtype: str) -> BatchGenerator:
-    """The process's one generator for this folder, device and dtype; the first call loads the weights."""
+def load_generator(directory: Path, *, device: str | None, dtype: str, fingerprint: str) -> BatchGenerator:
+    """The process's one generator for this folder, device and dtype; the first call loads the weights.
+
+    Other weights at the same place have another fingerprint and are loaded anew; nobody is given the old ones.
+    """
     with _generators_lock:
         key = (directory, device or "auto", dtype)
-        if key not in _generators:
-            _generators[key] = BatchGenerator(LocalModel(directory, device=device, dtype=dtype))
-        return _generators[key]
+        loaded, generator = _generators.get(key, ("", None))
+        if generator is None or loaded != fingerprint:
+            generator = BatchGenerator(LocalModel(directory, device=device, dtype=dtype))
+            _generators[key] = (fingerprint, generator)
+        return generator
 
 
 class BatchGenerator:

@@ -25,6 +25,7 @@ from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.failures import passed_through_dspy
 from copa_harness.lm.patience import PatientEngine, RetryPolicy
+from copa_harness.lm.repeats import current_repeat
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
@@ -185,6 +186,8 @@ class MeteredLM(dspy.LM):
     def _noted(self, kwargs: dict[str, Any]) -> Iterator[None]:
         kwargs["cache"] = False  # whatever was set on the way: DSPy's own cache knows nothing of weights
         rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
+        if (repeat := current_repeat()) != 0:
+            rollout_id = {"repeat": repeat, "rollout": rollout_id}
         token = _call.set(_Call(rollout_id))
         try:
             yield

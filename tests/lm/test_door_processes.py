@@ -95,7 +95,8 @@ def test_the_claim_of_a_killed_process_lapses_at_once(start, tmp_path):
     time.sleep(0.3)
     assert paid(tmp_path) == ["0"]  # the heir waits for the owner
     owner.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
     result = json.loads(heir.stdout.readline())
+    assert time.monotonic() - killed < 1  # the owner would have kept it for a minute
     assert result["right"]
     assert result["paid"] == 1
-    assert result["seconds"] < 5  # the owner would have kept it for a minute
