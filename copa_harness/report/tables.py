@@ -56,23 +56,25 @@ def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
 def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What every phase of every run spent and did to the score, with a total per run and over all."""
     rows, spent = [], Usage()
+    priced = any(run.usage.usd or run.usage.unpriced_calls for run in runs)
     for run in runs:
-        lines = [_phase_cells(phase.phase, phase.usage, _change(phase)) for phase in run.phases]
+        lines = [_phase_cells(phase.phase, phase.usage, _change(phase), priced=priced) for phase in run.phases]
         outside = _outside(run)
         if outside is not None:
-            lines.append(_phase_cells("other" if lines else "all", outside, ""))
+            lines.append(_phase_cells("other" if lines else "all", outside, "", priced=priced))
         if len(lines) > 1:
             validation = PhaseRecord("", Usage(), run.validation_before, run.validation_after)
-            lines.append(_phase_cells("total", run.usage, _change(validation)))
+            lines.append(_phase_cells("total", run.usage, _change(validation), priced=priced))
         for index, line in enumerate(lines):
             rows.append([run.task if index == 0 else "", run.strategy if index == 0 else "", *line])
         spent += run.usage
     if not rows:
         return ""
     if len(runs) > 1:
-        rows.append(["all runs", "", *_phase_cells("", spent, "")])
+        rows.append(["all runs", "", *_phase_cells("", spent, "", priced=priced)])
     headers = [
-        "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds", "score before -> after"
+        "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds",
+        *(["USD"] if priced else []), "score before -> after",
     ]  # fmt: skip
     return draw(rows, headers, style=style, n_text=3)
 
@@ -185,16 +187,21 @@ def _difference(before: RunRecord, after: RunRecord) -> str:
 
 
 def _change(phase: PhaseRecord) -> str:
+    """`0.600 -> 0.800 +0.200`: what the phase did to the validation score, and its gain."""
     if phase.score_before is None and phase.score_after is None:
         return "-"
-    if phase.score_before is None:
+    if phase.score_before is None or phase.score_after is None:
         return number(phase.score_after)
-    return f"{number(phase.score_before)} -> {number(phase.score_after)}"
+    gain = number(phase.score_after - phase.score_before, signed=True)
+    return f"{number(phase.score_before)} -> {number(phase.score_after)} {gain}"
 
 
-def _phase_cells(name: str, usage: Usage, change: str) -> list[str]:
+def _phase_cells(name: str, usage: Usage, change: str, *, priced: bool) -> list[str]:
     calls = f"{usage.paid_calls:,}", f"{usage.cached_calls:,}"
-    return [name, *calls, f"{usage.tokens:,}", f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", change]
+    dollars = [f"{usage.usd:,.4f}" + ("+?" if usage.unpriced_calls else "")] if priced else []
+    return [
+        name, *calls, f"{usage.tokens:,}", f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", *dollars, change
+    ]  # fmt: skip
 
 
 def _cost(usage: Usage) -> list[str]:
@@ -212,6 +219,7 @@ def _outside(run: RunRecord) -> Usage | None:
         input_tokens=run.usage.input_tokens - total.input_tokens,
         output_tokens=run.usage.output_tokens - total.output_tokens,
         train_steps=run.usage.train_steps - total.train_steps,
+        usd=max(0.0, run.usage.usd - total.usd),
         wall_s=max(0.0, run.usage.wall_s - total.wall_s),
     )
     counted = (rest.paid_calls, rest.cached_calls, rest.tokens, rest.train_steps)

@@ -23,25 +23,25 @@ MAX_FLAKY_SHOWN = 10
 """Unstable examples shown per run; latest.json has all repeats."""
 
 _CELL_NAMES = {
-    "base_plain": "base weights, plain prompts",
-    "base_optimized": "base weights, optimized prompts",
-    "tuned_plain": "tuned weights, plain prompts",
-    "tuned_optimized": "tuned weights, optimized prompts",
+    "base_plain": "base, plain prompts",
+    "base_optimized": "base, optimized",
+    "tuned_plain": "tuned, plain prompts",
+    "tuned_optimized": "tuned, optimized",
 }
 _EFFECT_NAMES = {
     "prompts": "prompts alone",
     "weights": "weights alone",
     "both": "both together",
-    "prompts_on_tuned": "prompts, once weights are tuned",
-    "weights_on_optimized": "weights, once prompts are optimized",
-    "interaction": "beyond the sum of the two alone",
+    "prompts_on_tuned": "prompts on tuned",
+    "weights_on_optimized": "weights on optimized",
+    "interaction": "beyond their sum",
 }
 
 
 def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """The 2 x 2 of weights and prompts of every run that measured it, with gains and their interaction."""
     rows: list[list[str]] = []
-    notes = ["mean score, then gain, on the test split [95 % interval]; gains are paired by example"]
+    notes = ["base or tuned weights with plain or optimized prompts: mean score, then gains, paired by example"]
     for run in runs:
         if not run.attribution:
             continue

@@ -116,7 +116,7 @@ mcnemar = functools.lru_cache(maxsize=None)(functools.partial(mcnemar_p_value, a
 
 def mcnemar_p_values(differences):
     gained, lost = (differences > 0).sum(axis=-1), (differences < 0).sum(axis=-1)
-    return np.array([mcnemar(int(g), int(l)) for g, l in zip(gained.ravel(), lost.ravel(), strict=False)]).reshape(
+    return np.array([mcnemar(int(g), int(lo)) for g, lo in zip(gained.ravel(), lost.ravel(), strict=False)]).reshape(
         gained.shape
     )
 
@@ -145,7 +145,7 @@ def peeked_mcnemar(differences, every=10):
     alarms = np.zeros(differences.shape[0], dtype=bool)
     for look in looks:
         alarms |= np.array(
-            [mcnemar(int(g), int(l)) <= ALPHA for g, l in zip(gained[:, look], lost[:, look], strict=False)]
+            [mcnemar(int(g), int(lo)) <= ALPHA for g, lo in zip(gained[:, look], lost[:, look], strict=False)]
         )
     return alarms.mean()
 
@@ -272,9 +272,9 @@ def at_the_margin(plan, rng):
                 for run in range(plan.margins):
                     if kind == "right/wrong":
                         d = binary_differences(rng, 1, n, 0.2, margin)[0]
-                        g, l = int((d > 0).sum()), int((d < 0).sum())
-                        p_pass = exact(g, l, n, difference=-margin, alternative="greater")
-                        p_fail = max(exact(g, l, n, difference=-margin, alternative="less"), mcnemar(g, l))
+                        g, lo = int((d > 0).sum()), int((d < 0).sum())
+                        p_pass = exact(g, lo, n, difference=-margin, alternative="greater")
+                        p_fail = max(exact(g, lo, n, difference=-margin, alternative="less"), mcnemar(g, lo))
                     elif kind == "clustered":
                         d = clustered_differences(rng, 1, n, 0.2, margin)[0]
                         p_pass, p_fail = (
@@ -307,7 +307,9 @@ def thresholds(plan, rng):
         for _ in range(plan.thresholds):
             scores = (rng.random(300) < accuracy).astype(float)
             monitor = ThresholdMonitor(0.8, sizes=[1] * 300, alpha=ALPHA)
-            for position, score in enumerate(scores, start=1):
+            position = 0
+            for score in scores:
+                position += 1
                 monitor.add([score])
                 if monitor.verdict is not None:
                     break

@@ -107,11 +107,11 @@ def test_the_phase_table_has_a_row_per_phase_and_a_total_per_run():
     table = phase_table([record])
     assert cells(table, "instructions") == {
         "task": "", "strategy": "", "phase": "instructions", "paid calls": "390", "cached": "9", "tokens": "9,880",
-        "train steps": "0", "seconds": "8.5", "score before -> after": "0.700 -> 0.900",
+        "train steps": "0", "seconds": "8.5", "score before -> after": "0.700 -> 0.900 +0.200",
     }  # fmt: skip
     total = cells(table, "total")
     assert (total["paid calls"], total["tokens"], total["train steps"]) == ("400", "10,000", "48")
-    assert total["score before -> after"] == "0.300 -> 0.900"
+    assert total["score before -> after"] == "0.300 -> 0.900 +0.600"
 
 
 def test_what_was_spent_outside_the_phases_is_not_hidden():
@@ -179,3 +179,10 @@ def test_markdown_tables_are_githubs_and_escape_pipes():
 
 def test_no_runs_no_tables():
     assert all_tables([]) == ()
+
+
+def test_dollars_have_a_column_where_any_were_spent():
+    phases = (PhaseRecord("weights", Usage(paid_calls=3, usd=0.25, unpriced_calls=1)),)
+    paid = run("w", 50, usage=Usage(paid_calls=3, usd=0.25, unpriced_calls=1), phases=phases)
+    assert cells(phase_table([paid]), "weights")["USD"] == "0.2500+?"
+    assert "USD" not in phase_table([run("w", 50)])
