@@ -21,15 +21,11 @@ from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
 # layer 1 or 0: numbers look at the field name before them (heads 0, 1)
 # layer 2: a stated label looks at its clause's threshold (heads 2, 3)
 # layer 3: an answer looks at like examples (heads 0, 1), a value at its field's thresholds (heads 2, 3)
+# layer 4: an answer looks at the value that makes a clause fire (heads 0, 1)
 # layer 5: an answer looks at the stated label of the clause that fires (heads 0, 1)
 TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
-_NAME_HEADS, _OWN_HEADS, _MATCH_HEADS, _READ_HEADS, _CHOOSE_HEADS = (
-    slice(0, 2),
-    slice(2, 4),
-    slice(0, 2),
-    slice(2, 4),
-    slice(0, 2),
-)
+_NAME_HEADS, _MATCH_HEADS, _DECIDE_HEADS, _CHOOSE_HEADS = (slice(0, 2),) * 4
+_OWN_HEADS, _READ_HEADS = (slice(2, 4),) * 2
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
 
@@ -79,7 +75,7 @@ class Supervision(nn.Module):
         self.fired_probe = probe(N_CLAUSES + 1)
 
     def forward(
-        self, taps: list[Tensor], batch: TensorBatch, *, name_layer: int
+        self, taps: list[Tensor], batch: TensorBatch, *, name_layer: int, decide: bool
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Probe loss, pull loss, and their parts for the log.
 
@@ -88,6 +84,7 @@ class Supervision(nn.Module):
             batch: The rows.
             name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later,
                 where the name's tokens are still plain embeddings; then only the first turns are supervised.
+            decide: Whether answers are pulled to the value that makes a stated clause fire.
         """
         inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
         rows = torch.arange(len(batch.ids))[:, None]
@@ -132,7 +129,7 @@ class Supervision(nn.Module):
         ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
         if ruled.any():
             rule_probe, rule_pull, rule_parts = self._rules(
-                inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer
+                inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer, decide
             )
             probe, pull = probe + rule_probe, pull + rule_pull
             parts |= rule_parts
@@ -146,6 +143,7 @@ class Supervision(nn.Module):
         batch: TensorBatch,
         ruled: Tensor,
         name_layer: int,
+        decide: bool,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         field_at, threshold_at, label_at = (
             batch.field_at[ruled],
@@ -185,6 +183,19 @@ class Supervision(nn.Module):
             -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
         )
 
+        extra = {}
+        pulls = name + own + same + first + fired
+        if decide:
+            slot_of_clause = F.pad(batch.same_field[ruled][:, 0, :, :-1].argmax(1), (0, 1))
+            deciding = value_at.gather(2, slot_of_clause.gather(1, batch.fired[ruled])[..., None])[..., 0]
+            n_clauses = stated.sum(1, keepdim=True)
+            deciding = torch.where(batch.fired[ruled] < n_clauses, deciding, 0)
+            log_attention = _log_attention(queries[4][ruled, _DECIDE_HEADS], keys[4][ruled, _DECIDE_HEADS], header)
+            chosen = log_attention.gather(3, deciding[:, None, :, None].expand(-1, 2, -1, -1))[..., 0]
+            decided = -chosen.mean(1)[header_ok].mean()
+            pulls = pulls + decided
+            extra["decided"] = decided.item()
+
         at_values = self._normal(inputs[4][ruled][rows[:, :, None], value_at][value_ok])
         clause_logits = at_values @ self.clause_probe
         clause = F.cross_entropy(clause_logits, first_true[value_ok])
@@ -197,7 +208,7 @@ class Supervision(nn.Module):
             "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
             "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
         }  # fmt: skip
-        return 0.5 * clause + 0.5 * fired_class, name + own + same + first + fired, parts
+        return 0.5 * clause + 0.5 * fired_class, pulls, parts | extra
 
     def _normal(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self._width,))

@@ -25,6 +25,7 @@ class Stage:
     pull_weight: float
     mix: Mix
     name_layer: int = 1
+    decide: bool = False
     rate: float = 1.0
     partner: Stage | None = None
 
@@ -139,6 +140,7 @@ _READ = Mix(
     literal=0.12, reasoning=0.04, stretch=0.2,
 )  # fmt: skip
 _READING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0)
+_DECIDING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0, decide=True)
 
 SHIPPED = Recipe(
     seed=0,
@@ -157,6 +159,7 @@ SHIPPED = Recipe(
         Stage("full", 200, 15, 264, 0.7, 0.7, _FULL),
         Stage("long", 300, 9, 448, 0.4, 0.4, _LONG, name_layer=0, partner=_READING),
         Stage("settle", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
-        Stage("fine", 2100, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
+        Stage("fine", 900, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
+        Stage("decide", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, decide=True, rate=0.3, partner=_DECIDING),
     ),
 )

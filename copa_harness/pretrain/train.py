@@ -136,7 +136,7 @@ class PretrainingRun:
             hidden, taps = forward(table, batch.ids[:, :-1].contiguous(), cos, sin)
             logits = hidden.reshape(-1, self.recipe.width)[picked] @ table.T
         loss = token_loss(logits, targets, weights)
-        probe, pull, parts = self.supervision(taps, batch, name_layer=stage.name_layer)
+        probe, pull, parts = self.supervision(taps, batch, name_layer=stage.name_layer, decide=stage.decide)
         total = loss + stage.probe_weight * probe + stage.pull_weight * pull
         total.backward()
         torch.nn.utils.clip_grad_norm_([*self.network.parameters(), *self.supervision.parameters()], 1.0)
@@ -218,8 +218,19 @@ class PretrainingRun:
         self._adam.load_state_dict({**self._adam.state_dict(), "state": dict(adam)})
         self.step, self.n_tokens = int(progress["step"]), int(progress["n_tokens"])
         self.wall_s = float(progress["wall_s"])
+        self._forget_lines_after(self.step)
         before = json.loads((self._folder / "run.json").read_text())["commits"]
         self._commits = [*before, *(commit for commit in self._commits if commit not in before)]
+
+    def _forget_lines_after(self, step: int) -> None:
+        """Drops log lines of steps that were done after the checkpoint and will be done again."""
+        path = self._folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
 
     def manifest(self) -> dict[str, Any]:
         """What has been executed, for the model card."""
