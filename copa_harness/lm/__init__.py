@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from copa_harness.lm.engines import Engine as Engine
     from copa_harness.lm.ledger import whole_run as whole_run
     from copa_harness.lm.metered import MeteredLM as MeteredLM
+    from copa_harness.lm.planning import planning as planning
     from copa_harness.lm.repeats import repeated as repeated
     from copa_harness.lm.scope import Scope as Scope
     from copa_harness.lm.scope import booked_as as booked_as
@@ -32,6 +33,7 @@ _HOME = {
     "Engine": "engines",
     "MeteredLM": "metered",
     "whole_run": "ledger",
+    "planning": "planning",
     "repeated": "repeats",
     "Scope": "scope",
     "booked_as": "scope",

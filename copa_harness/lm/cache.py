@@ -30,6 +30,7 @@ DEFAULT_SIZE_LIMIT = 8 * 2**30
 """Bytes a store may take before the oldest answers are dropped."""
 
 _CHECK_SIZE_EVERY = 200
+_DROPPED_AT_ONCE = 50
 _SQLITE_TIMEOUT_S = 30.0
 _NOT_DAMAGE = ("locked", "readonly", "is full", "disk I/O")
 """Complaints of sqlite that rebuilding the database would not cure."""
@@ -117,7 +118,8 @@ class ResponseCache:
         with self._lock:
             if self._store.volume() < self._size_limit:
                 return
-            self._store.cull()
+            while self._store.volume() > 0.9 * self._size_limit and self._store.drop(most=_DROPPED_AT_ONCE):
+                pass
         self._warn(
             "size",
             f"the response cache in {self.directory} has reached its limit of {self._size_limit:,} bytes; the answers "
@@ -166,7 +168,7 @@ class ResponseCache:
             str(self.directory / "answers"),
             disk=JSONDisk,
             timeout=_SQLITE_TIMEOUT_S,
-            eviction_policy="least-recently-stored",
+            eviction_policy="none",
             size_limit=2**62 if self._size_limit is None else self._size_limit,
             cull_limit=0,  # not while an answer is stored: see _stay_below_limit
             statistics=0,

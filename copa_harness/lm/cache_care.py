@@ -82,9 +82,14 @@ def prune_cache(directory: Path, *, older_than_s: float | None = None, max_bytes
     n_dropped = 0
     try:
         if older_than_s is not None:
-            n_dropped += _drop(cache, "WHERE store_time < ?", (time.time() - older_than_s,), everything=True)
-        while max_bytes is not None and len(cache) and cache._store.volume() > max_bytes:
-            n_dropped += _drop(cache, "", (), everything=False)
+            limit_s = time.time() - older_than_s
+            while n_now := cache._store.drop("WHERE store_time < ?", (limit_s,), most=_CHUNK):
+                n_dropped += n_now
+        while max_bytes is not None and cache._store.volume() > max_bytes:
+            n_now = cache._store.drop(most=50)
+            if n_now == 0:
+                break
+            n_dropped += n_now
         cache._store._sql("PRAGMA wal_checkpoint(TRUNCATE)")  # what was dropped really leaves the disk
     except (sqlite3.Error, OSError) as error:
         raise CacheError(f"cannot change the response cache in {cache.directory}: {error}") from error
@@ -118,22 +123,6 @@ def _opened(directory: Path) -> ResponseCache:
             f"'{RESPONSES_FOLDER}'); name it with --cache-dir"
         )
     return ResponseCache(place, size_limit=None)
-
-
-def _drop(cache: ResponseCache, where: str, arguments: tuple[float, ...], *, everything: bool) -> int:
-    n_dropped = 0
-    query = f"SELECT rowid, filename FROM Cache {where} ORDER BY store_time, rowid LIMIT {_CHUNK if everything else 50}"
-    while True:
-        with cache._store._transact(retry=True) as (sql, cleanup):
-            rows = sql(query, arguments).fetchall()
-            for row, filename in rows:
-                sql("DELETE FROM Cache WHERE rowid = ?", (row,))
-                # A planted row may name any file; only the store's own are removed.
-                if filename and not Path(filename).is_absolute() and ".." not in Path(filename).parts:
-                    cleanup(filename)
-        n_dropped += len(rows)
-        if not (rows and everything):
-            return n_dropped
 
 
 def _damaged(directory: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dspy.lm15 import RefusalPart, Request, Response
 
 from copa_harness.documents import mask_text
-from copa_harness.errors import ProviderError, RateLimitError
+from copa_harness.errors import ConfigurationError, ProviderError, RateLimitError
 from copa_harness.lm.accounts import Cost
 from copa_harness.lm.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache import ResponseCache
@@ -26,6 +26,7 @@ from copa_harness.lm.engines import Engine, complete_priced, seed_of, time_left_
 from copa_harness.lm.estimates import actual_cost, limits_of, lost_cost, worst_case
 from copa_harness.lm.failures import Refused, engine_failure
 from copa_harness.lm.patience import Patience, patience_of
+from copa_harness.lm.planning import NotCachedError, current_plan
 from copa_harness.lm.request_key import recorded_bill, replayed_response, request_key, response_record
 from copa_harness.lm.scope import Scope, current_scope
 from copa_harness.results import Usage
@@ -66,12 +67,18 @@ class Door:
         Raises:
             BudgetExhausted: A budget is spent: the current scope's, that of a scope around it, or the whole run's.
             ConfigurationError: A ceiling on tokens or dollars is set and the call's worst case cannot be known.
+            NotCachedError: Only a plan is being made (see `planning`).
             ProviderError: The engine gave no answer (also a DSPy `LMError`, so DSPy handles it as one).
         """
         fingerprint = engine.fingerprint(model)
         key = request_key(request, rollout_id=rollout_id, candidate=candidate, fingerprint=fingerprint)
         call = _Call(engine, request, model, fingerprint, key, seed_of(rollout_id, candidate), current_scope())
         found = self._replay(call)
+        if (plan := current_plan()) is not None:
+            if found is None:
+                plan.add_missing(key, call.bound())
+                raise NotCachedError("not paid: only a plan is being made, and the answer is not stored", model=model)
+            plan.add_known(key)
         if found is None:
             with self._flights.alone(key), self._store.claimed(key):
                 found = self._replay(call)
@@ -147,6 +154,14 @@ class _Call:
             return Cost(calls=1)
         limits = limits_of(self.engine, self.model)
         return worst_case(self.request, limits, budget=bounds.budget, tokens=bounds.tokens, usd=bounds.usd)
+
+    def bound(self) -> Cost | None:
+        """The most it can cost, None when nobody can know."""
+        limits = limits_of(self.engine, self.model)
+        try:
+            return worst_case(self.request, limits, budget="plan", tokens=True, usd=True)
+        except ConfigurationError:
+            return None
 
     def attempt(self, patience: Patience) -> tuple[Response, float | None]:
         """One try: the answer and its price in dollars, None when nobody knows it.

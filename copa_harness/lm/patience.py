@@ -104,7 +104,7 @@ class Pace:
                     self._grow()
                 elif isinstance(outcome, RateLimitError):
                     self._shrink(outcome, started_s)
-                self._changed.notify_all()
+                self._changed.notify(max(1, int(self._limit) - self._n_under_way))
 
     def _grow(self) -> None:
         if self._slow_start:

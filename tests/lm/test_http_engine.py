@@ -151,9 +151,10 @@ def test_a_slow_drip_does_not_keep_a_call_alive(make, stub, stubs):
 def test_the_seconds_of_a_budget_end_a_call_that_hangs(make, stub, stubs):
     stub.replies = [stubs.Reply(hang=True)]
     began = time.monotonic()
-    with open_scope("t", budget=Budget(seconds=0.3)), pytest.raises(ProviderTimeoutError):
-        make(num_retries=3)("hi")
-    assert time.monotonic() - began < 2
+    lm = make(num_retries=3)
+    with open_scope("t", budget=Budget(seconds=1.5)), pytest.raises(ProviderTimeoutError):
+        lm("hi")
+    assert time.monotonic() - began < 10
 
 
 def test_nobody_listening_is_an_unbilled_connection_failure(make, tmp_path):

@@ -1,0 +1,100 @@
+"""A plan before paying: the program runs against the cache alone, and what is missing is counted instead of bought.
+
+    with planning() as plan:
+        evaluate(program, examples, ...)
+    print(plan.summary())
+
+Every call whose answer is not stored is counted with the most it can cost, and refused with `NotCachedError`. What a
+program or an optimizer would ask *because of* the missing answers cannot be known, so a plan is a lower bound for the
+calls of an optimization and exact for an evaluation with one call per example. Knows nothing of engines or budgets.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from copa_harness.lm.accounts import Cost
+from copa_harness.lm.failures import EngineError
+from copa_harness.results import Usage
+
+SETTING = "copa_plan"
+"""Name under which the plan stands in DSPy's settings, which DSPy carries into its worker threads."""
+
+
+class NotCachedError(EngineError):
+    """Only a plan is being made: the answer is not stored, and nothing is paid for it now."""
+
+    kind = "not cached"
+
+
+class Plan:
+    """What a run would ask and pay. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._missing: dict[str, Cost] = {}
+        self._known: set[str] = set()
+        self._n_unbounded = 0
+
+    def add_known(self, key: str) -> None:
+        """Count a distinct call whose answer is stored."""
+        with self._lock:
+            self._known.add(key)
+
+    def add_missing(self, key: str, worst: Cost | None) -> None:
+        """Count a distinct call that would be paid, with the most it can cost, None when nobody knows."""
+        with self._lock:
+            if key not in self._missing:
+                self._missing[key] = Cost(calls=1) if worst is None else worst
+                self._n_unbounded += worst is None
+
+    @property
+    def n_cached(self) -> int:
+        """Distinct calls whose answers are stored."""
+        with self._lock:
+            return len(self._known)
+
+    @property
+    def usage(self) -> Usage:
+        """What would be paid at most: calls, tokens, dollars; `estimated_calls` are those nobody can bound."""
+        with self._lock:
+            total = sum(self._missing.values(), Cost())
+            return Usage(
+                paid_calls=total.calls,
+                cached_calls=len(self._known),
+                input_tokens=total.input_tokens,
+                output_tokens=total.output_tokens,
+                usd=total.usd,
+                estimated_calls=self._n_unbounded,
+            )
+
+    def summary(self) -> str:
+        """One line for a person."""
+        usage = self.usage
+        text = (
+            f"{usage.paid_calls:,} calls to pay, {usage.cached_calls:,} cached; at most {usage.input_tokens:,} input "
+            f"and {usage.output_tokens:,} output tokens, ${usage.usd:,.4f}"
+        )
+        if usage.estimated_calls:
+            text += f", beside {usage.estimated_calls:,} calls without max_tokens or without a known price"
+        return text
+
+
+@contextmanager
+def planning() -> Iterator[Plan]:
+    """Pay for nothing inside the block, in whatever thread DSPy runs it, and count what would have been paid."""
+    import dspy
+
+    plan = Plan()
+    with dspy.context(**{SETTING: plan}):
+        yield plan
+
+
+def current_plan() -> Plan | None:
+    """The plan being made here and now."""
+    import dspy
+
+    found = dspy.settings.get(SETTING)
+    return found if isinstance(found, Plan) else None
