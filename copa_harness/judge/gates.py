@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.clustered import group_labels
 from copa_harness.judge.flaky import flaky_report, min_pass_all
-from copa_harness.judge.intervals import rows_to_settle
+from copa_harness.judge.intervals import mean_interval, rows_to_settle
 from copa_harness.judge.messages import counted, interval_text, number, shortened
 from copa_harness.judge.regression import Reference, max_regression
 from copa_harness.judge.repeats import Repeats
@@ -145,7 +146,7 @@ def judge(
         answers.append(_error_rate(evaluation, gates.max_error_rate))
     if evaluation is not None and complete:
         if gates.min_score is not None:
-            answers.append(_min_score(evaluation, gates.min_score))
+            answers.append(_min_score(evaluation, gates.min_score, groups=groups, seed=seed))
         shared: dict[str, Any] = {
             "alpha": gates.alpha / gates.n_comparisons,
             "fingerprints": fingerprints or {},
@@ -225,12 +226,17 @@ def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
     return GateResult(gate, Verdict.ERROR, message, details)
 
 
-def _min_score(evaluation: EvaluationResult, least: float) -> GateResult:
+def _min_score(
+    evaluation: EvaluationResult, least: float, *, groups: Mapping[str, str] | None, seed: int
+) -> GateResult:
     gate = f"min_score={least:g}"
     n = evaluation.n - evaluation.n_failed
     if not n:
         return GateResult(gate, Verdict.UNDECIDED, "no example has a score, so there is nothing to compare.", {"n": 0})
     score, interval = evaluation.score, evaluation.interval
+    labels = group_labels([row.example_id for row in evaluation.results if row.score is not None], groups)
+    if labels is not None:
+        interval = mean_interval(evaluation.scores, groups=labels, seed=seed)
     details = {"score": score, "n": n, "low": interval.low, "high": interval.high, "level": interval.level}
     measured = f"on {counted(n, evaluation.split + ' example')} ({interval_text(interval)})"
     if score >= least - _ROUNDING:

@@ -59,7 +59,7 @@ def better_than(
     answer = noninferiority(pairs, margin=0.0, alpha=alpha, seed=seed, groups=groups)
     paired = answer.paired
     measured = (
-        f"got {number(paired.difference, signed=True)} against {named}, expected more; "
+        f"got {number(paired.difference, signed=True)} against {named}, expected a gain; "
         f"{counted(paired.n, 'paired example')}{in_groups(paired)}, {paired.n_better} better, {paired.n_worse} worse, "
         f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
     )

@@ -137,3 +137,16 @@ def test_few_groups_leave_open_what_as_many_examples_would_decide():
     pairs = Pairs(ids, (1.0,) * 60, (0.0,) * 15 + (1.0,) * 45)
     assert noninferiority(pairs, margin=0.02).verdict is Verdict.FAIL
     assert noninferiority(pairs, margin=0.02, groups=clusters(60, 15)).verdict is Verdict.UNDECIDED
+
+
+def test_a_threshold_gate_shows_the_interval_of_the_groups():
+    from copa_harness.judge.gates import Gates, judge
+    from copa_harness.results import EvaluationResult, ExampleResult
+
+    scores = [1.0] * 40 + [0.0] * 20
+    rows = tuple(ExampleResult(key, score) for key, score in zip(names(60), scores, strict=True))
+    evaluation = EvaluationResult("test", "lm", rows, mean_interval(scores))
+    alone, grouped_gate = (
+        judge(evaluation, Gates(min_score=0.5), groups=groups)[1].details for groups in (None, clusters(60, 10))
+    )
+    assert grouped_gate["low"] < alone["low"] - 0.1
