@@ -59,7 +59,7 @@ class ResponseCache:
 
     def __init__(self, directory: Path, *, size_limit: int | None = DEFAULT_SIZE_LIMIT) -> None:
         self.directory = Path(directory)
-        self._lock = threading.RLock()  # of the one connection, and of rebuilding
+        self._lock = threading.RLock()
         self._warned: set[str] = set()
         self._unwritten: dict[str, bytes] = {}  # paid answers the disk would not take: kept for this process
         self._size_limit = size_limit
@@ -82,7 +82,7 @@ class ResponseCache:
         row: object = self._unwritten.get(key)
         if row is None:
             try:
-                row = self._healed(lambda store: store.get(key))
+                row = self._healed(lambda store: store.row(key))
             except RefusedRowError as error:
                 self._drop(key, error)
                 return None
@@ -115,7 +115,7 @@ class ResponseCache:
         self._n_set += 1
         if self._size_limit is None or self._n_set % _CHECK_SIZE_EVERY != 1:
             return
-        with self._lock:
+        with self._store.lock:
             if self._store.volume() < self._size_limit:
                 return
             while self._store.volume() > 0.9 * self._size_limit and self._store.drop(most=_DROPPED_AT_ONCE):
@@ -141,27 +141,26 @@ class ResponseCache:
 
     def close(self) -> None:
         """Close the database; the cache may be used again afterwards."""
-        with self._lock:
+        with self._store.lock:
             self._store.close()
         self._claims.close()
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._store.lock:
             return len(self._store)
 
     # -- damage
 
     def _healed(self, action: Callable[[SharedStore], Any]) -> Any:
         """`action` on the store; once more on a rebuilt store if the database turns out to be damaged."""
-        with self._lock:
-            store = self._store
-            try:
-                return action(store)
-            except sqlite3.DatabaseError as error:
-                if any(sign in str(error) for sign in _NOT_DAMAGE):
-                    raise
-                self._rebuild(store, error)
-                return action(self._store)
+        store = self._store
+        try:
+            return action(store)
+        except sqlite3.DatabaseError as error:
+            if any(sign in str(error) for sign in _NOT_DAMAGE):
+                raise
+            self._rebuild(store, error)
+            return action(self._store)
 
     def _open(self) -> SharedStore:
         return SharedStore(
@@ -193,6 +192,8 @@ class ResponseCache:
 
     def _rebuild(self, damaged: SharedStore, error: Exception) -> None:
         with self._lock:
+            if self._store is not damaged:
+                return  # another thread has done it
             damaged.close()
             with FileLock(self.directory / "claims" / "open.lock"):
                 try:
@@ -227,7 +228,7 @@ class ResponseCache:
         )
         self._unwritten.pop(key, None)
         try:
-            with self._lock:
+            with self._store.lock:
                 self._store.delete(key)
         except (RefusedRowError, sqlite3.Error, OSError, diskcache.Timeout):
             return  # it stays refused; overwriting it later is enough

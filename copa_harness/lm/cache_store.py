@@ -1,7 +1,7 @@
-"""diskcache as the door needs it: bytes only, never a pickle, and one connection for all threads of a process.
+"""diskcache as the door needs it: bytes only, never a pickle, and a few connections for all threads of a process.
 
 A connection per thread, as diskcache has it, costs milliseconds for each of a hundred threads and makes them wait for
-one another inside SQLite. Here they share one; whoever uses it holds a lock around every operation. Knows nothing of
+one another inside SQLite. Here a thread has a bare one for reading, and all share those that write. Knows nothing of
 answers or keys.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +53,47 @@ class JSONDisk(diskcache.Disk):
         return super().fetch(mode, filename, value, read)
 
 
+class _Connection(sqlite3.Connection):
+    """A connection that can be referred to weakly."""
+
+
 class SharedStore(diskcache.Cache):
-    """A `diskcache.Cache` whose connection is shared by the threads of the process. The caller locks."""
+    """A `diskcache.Cache` whose connections are shared by the threads of the process.
+
+    `row` and `add` may be called by any thread at any time; around everything else the caller holds `lock`.
+    """
 
     _shared: sqlite3.Connection | None = None
     _owner = -1
+    _quicker: sqlite3.Connection | None = None
+    _quick_owner = -1
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.lock = threading.RLock()
+        self._reading = threading.local()
+        self._readers: weakref.WeakSet[_Connection] = weakref.WeakSet()  # a thread's dies with the thread
+        self._n_closed = 0
+        super().__init__(*arguments, **settings)
+
+    def row(self, key: str) -> Any:
+        """The value stored under `key` now, or None. Takes no lock for the usual row, one that is no file."""
+        found = self._reader().execute(
+            "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
+        ).fetchall()
+        if not found:
+            return None
+        mode, filename, value = found[0]
+        if mode == MODE_RAW and filename is None:
+            return value
+        with self.lock:
+            return self.get(key)
 
     def add(self, key: str, row: bytes) -> None:
-        """Store a row; the usual one, small and new, with a single statement instead of diskcache's nine."""
+        """Store a row; the usual one, small and new, with one statement and no lock instead of diskcache's nine."""
         if len(row) < self.disk_min_file_size:
             now_s = time.time()
             try:
-                self._sql(
+                self._quick().execute(
                     "INSERT INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode,"
                     " filename, value) VALUES (?, 1, ?, NULL, ?, 0, NULL, 0, ?, NULL, ?)",
                     (key, now_s, now_s, MODE_RAW, sqlite3.Binary(row)),
@@ -70,18 +101,48 @@ class SharedStore(diskcache.Cache):
                 return
             except sqlite3.IntegrityError:
                 pass  # there is a row already: to be replaced with all that belongs to it
-        self.set(key, row)
+        with self.lock:
+            self.set(key, row)
+
+    def _quick(self) -> sqlite3.Connection:
+        """A connection for single insertions of any thread at once.
+
+        SQLite itself makes threads that share a connection take turns, for microseconds. A lock of Python's around it
+        would be held while its owner waits for the interpreter, milliseconds when many threads compute.
+        """
+        if self._quicker is None or self._quick_owner != generation():
+            with self.lock:
+                if self._quicker is None or self._quick_owner != generation():
+                    self._quicker, self._quick_owner = self._connected(), generation()
+        return self._quicker
+
+    def _reader(self) -> sqlite3.Connection:
+        """This thread's connection for reading: on a shared one, the reads of others would keep an old state alive."""
+        found = getattr(self._reading, "connection", None)
+        if found is None or self._reading.owner != (generation(), self._n_closed):
+            found = self._reading.connection = self._connected()
+            self._reading.owner = (generation(), self._n_closed)
+            self._readers.add(found)
+        return found
+
+    def _connected(self) -> _Connection:
+        connection = sqlite3.connect(
+            os.path.join(self._directory, DBNAME),
+            timeout=self._timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=_Connection,
+        )
+        # Checkpoints wait for the disk; 32 MB between them instead of 4 are as safe and an eighth as many.
+        connection.execute("PRAGMA wal_autocheckpoint = 8000")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
 
     @property
     def _con(self) -> sqlite3.Connection:
         if self._shared is None or self._owner != generation():  # a forked child must not use its parent's connection
             self._shared, self._owner = None, generation()
-            connection = sqlite3.connect(
-                os.path.join(self._directory, DBNAME),
-                timeout=self._timeout,
-                isolation_level=None,
-                check_same_thread=False,
-            )
+            connection = self._connected()
             self._shared = connection
             # As diskcache does: some pragmas hold for a connection only. The table may not exist yet.
             try:
@@ -91,8 +152,6 @@ class SharedStore(diskcache.Cache):
             for key, value in settings:
                 if key.startswith("sqlite_"):
                     self.reset(key, value, update=False)
-            # Checkpoints wait for the disk; 32 MB between them instead of 4 are as safe and an eighth as many.
-            connection.execute("PRAGMA wal_autocheckpoint = 8000")
         return self._shared
 
     def drop(self, where: str = "", arguments: tuple[float, ...] = (), *, most: int) -> int:
@@ -114,6 +173,11 @@ class SharedStore(diskcache.Cache):
 
     def close(self) -> None:
         """Close the connection; the next use opens it again."""
-        connection, self._shared = self._shared, None
-        if connection is not None and self._owner == generation():
-            connection.close()
+        for connection, owner in ((self._shared, self._owner), (self._quicker, self._quick_owner)):
+            if connection is not None and owner == generation():
+                connection.close()
+        self._shared = self._quicker = None
+        self._n_closed += 1
+        if self._owner == generation():
+            for reader in list(self._readers):
+                reader.close()
