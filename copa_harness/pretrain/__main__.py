@@ -25,6 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--folder", type=pathlib.Path, required=True)
     measure.add_argument("--sizes", type=int, nargs="+", default=[75, 30, 15], help="numbers of labelled rows")
     measure.add_argument("--threads", type=int, default=2)
+    measure.add_argument(
+        "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"), help="every N-th cell from I on"
+    )
+    develop = verbs.add_parser("develop", help="measure a finished run on the held-out development tasks")
+    develop.add_argument("--folder", type=pathlib.Path, required=True)
+    develop.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     card = verbs.add_parser("card", help="write the model card and copy the files into the package")
     card.add_argument("--folder", type=pathlib.Path, required=True)
     card.add_argument("--into", type=pathlib.Path, required=True)
@@ -48,7 +54,15 @@ def main(arguments: list[str] | None = None) -> None:
 
         torch.set_num_threads(options.threads)
         model = load_model(options.folder / "export")
-        evaluate(model, options.folder / "cells", settings=SETTINGS, sizes=tuple(options.sizes))
+        evaluate(
+            model, options.folder / "cells", settings=SETTINGS, sizes=tuple(options.sizes), part=tuple(options.part)
+        )
+    elif options.verb == "develop":
+        from copa_harness.pretrain.development import development_table
+        from copa_harness.pretrain.measure import load_model
+
+        text = development_table(load_model(options.folder / "export"), seeds=tuple(options.seeds))
+        (options.folder / "development.md").write_text(text)
     else:
         from copa_harness.pretrain.card import ship, write_card
 

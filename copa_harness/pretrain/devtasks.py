@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from copa_harness.pretrain.measure import ClassificationTask
 
 _FIELDS = ("stem_height", "stem_depth", "leaf_height", "leaf_depth")
-_LABELS = ("lumora", "versatile", "verdigris")
+_LABELS = ("lumora", "saltern", "verdigris")
 
 
 def scaled(features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

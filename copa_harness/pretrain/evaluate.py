@@ -54,10 +54,25 @@ class Settings:
 SETTINGS = Settings()
 
 
-def evaluate(model: MeasuredModel, folder: pathlib.Path, *, settings: Settings, sizes: tuple[int, ...] = SIZES) -> None:
-    """Fills ``folder`` with one JSON file per missing cell."""
+def evaluate(
+    model: MeasuredModel,
+    folder: pathlib.Path,
+    *,
+    settings: Settings,
+    sizes: tuple[int, ...] = SIZES,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Fills ``folder`` with one JSON file per missing cell.
+
+    Args:
+        model: What is measured.
+        folder: Where the cells are.
+        settings: Fixed beforehand.
+        sizes: Numbers of labelled rows.
+        part: (i, n) does every n-th cell from the i-th on, so that n processes can share the work.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [(size, seed, task) for size in sizes for seed in SEEDS for task in TASKS]
+    cells = [(size, seed, task) for size in sizes for seed in SEEDS for task in TASKS][part[0] :: part[1]]
     for size, seed, name in tqdm(cells, unit="cell"):
         path = folder / f"{name}-seed{seed}-rows{size}.json"
         if path.exists():
@@ -71,11 +86,11 @@ def evaluate(model: MeasuredModel, folder: pathlib.Path, *, settings: Settings, 
 def _cell(model: MeasuredModel, name: str, *, seed: int, n_labelled: int, settings: Settings) -> dict[str, Any]:
     from copa_harness import tasks
 
-    task = getattr(tasks, name)(seed, form=settings.form)
+    n_validation = n_labelled // 3
+    task = getattr(tasks, name)(seed, form=settings.form, n_train=n_labelled - n_validation, n_val=n_validation)
     program = task.program.signature
-    labelled = [*task.trainset[: n_labelled * 2 // 3], *task.valset[: n_labelled // 3]]
-    train = [_record(row) for row in labelled]
-    pool, validation = train[: n_labelled * 2 // 3], train[n_labelled * 2 // 3 :]
+    pool, validation = ([_record(row) for row in rows] for rows in (task.trainset, task.valset))
+    train = pool + validation
     test = [_record(row) for row in task.testset]
     results: dict[str, Any] = {}
 

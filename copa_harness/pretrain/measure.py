@@ -181,6 +181,7 @@ def with_lora(
         warnings.simplefilter("ignore")
         tuned = get_peft_model(copy.deepcopy(model.model), config)
     tuned.train()
+    decoder, head = tuned.get_base_model().model, tuned.get_base_model().lm_head
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
     n_batches = -(-len(train) // settings.batch_size)
@@ -196,15 +197,16 @@ def with_lora(
                 text = f"[[ ## answer ## ]]\n{train[i]['answer']}\n\n[[ ## completed ## ]]\n<|end|>"
                 answers.append(model.tokenizer(text, add_special_tokens=False).input_ids)
                 rows.append(model.prompt_ids(program, demos, train[i]) + answers[-1])
-            width, kept = max(map(len, rows)), max(map(len, answers)) + 1
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            targets = torch.tensor([[-100] * (kept - 1 - len(answer)) + answer for answer in answers])
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            # padded on the right and without a mask: causal attention never sees the padding, and stays fast
+            width = max(map(len, rows))
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+            spans = [(len(row) - len(answer), len(row)) for row, answer in zip(rows, answers, strict=True)]
+            row_index = torch.tensor([i for i, (low, high) in enumerate(spans) for _ in range(low, high)])
+            places = torch.tensor([place for low, high in spans for place in range(low, high)])
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 5) * (1 - step / total)
-            logits = tuned(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[row_index, places - 1]
+            loss = torch.nn.functional.cross_entropy(head(hidden), ids[row_index, places])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
