@@ -120,3 +120,16 @@ def test_skewed_sparse_differences_pass_at_the_margin_in_at_most_five_percent(n)
         values = np.where(draws < 0.1, -0.8, np.where(draws < 0.4, 0.1, 0.0))
         passed += bounded_mean_p_value(values, mean=-0.05, alternative="greater", low=-1, high=1, seed=seed) <= 0.05
     assert passed / runs <= 0.05 + 2.4 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_the_exact_test_meets_the_asymptotic_one_where_it_hands_over():
+    from copa_harness.judge.exact import MANY_PAIRS
+
+    n = MANY_PAIRS
+    exact = exact_share_p_value(400, 520, n, difference=-0.015, alternative="less")
+    asymptotic = exact_share_p_value(400, 520, n + 1, difference=-0.015, alternative="less")
+    assert exact == pytest.approx(asymptotic, rel=0.1)
+
+
+def test_a_clear_answer_is_clear_enough_for_a_hundred_gates_at_once():
+    assert exact_share_p_value(0, 60, 300, difference=-0.02, alternative="less") < 0.05 / 100
