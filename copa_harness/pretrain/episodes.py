@@ -23,6 +23,7 @@ from copa_harness.pretrain.tokenizer import ASSISTANT, END, SYSTEM, USER
 from copa_harness.pretrain.words import BANNED_WORDS, PLAIN_WORDS, any_word
 
 N_TURNS, N_SLOTS, N_CLAUSES = 24, 5, 3
+_LONG_ROW, _LONG_TURNS = 1000, 96
 _Value = tuple[int, int, int]
 """Characters: start and end of a field name, start of its value."""
 _Span = tuple[int, int, float, float]
@@ -50,6 +51,7 @@ class Mix:
         reasoning: Share of episodes with a reasoning field.
         stretch: Share of rows whose positions skip ahead between turns, so that long prompts are not new.
         plain_answer: Share of episodes whose output field is called ``answer``.
+        same_start: Share of episodes whose labels all begin with the same vocabulary piece.
     """
 
     kinds: tuple[float, ...]
@@ -66,6 +68,7 @@ class Mix:
     reasoning: float = 0.03
     stretch: float = 0.0
     plain_answer: float = 0.85
+    same_start: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,8 @@ class EpisodeMaker:
 
     def row(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator) -> Row:
         """One episode."""
-        episode = _Episode(mix, rng, numpy_rng, self._pieces)
+        n_turns = N_TURNS if self._n_tokens < _LONG_ROW else _LONG_TURNS
+        episode = _Episode(mix, rng, numpy_rng, self._pieces, n_turns=n_turns)
         return self._encode(episode, mix, rng)
 
     def _encode(self, episode: _Episode, mix: Mix, rng: random.Random) -> Row:
@@ -254,8 +258,10 @@ class EpisodeMaker:
 class _Episode:
     """One drawn episode: its world, its words and the texts of its turns."""
 
-    def __init__(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator, pieces: list[str]) -> None:
-        self._rng = rng
+    def __init__(
+        self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator, pieces: list[str], *, n_turns: int
+    ) -> None:
+        self._rng, self._n_turns = rng, n_turns
         self.n_features = rng.choices(range(1, 6), mix.n_features)[0]
         n_classes = rng.choices((2, 3, 4), mix.n_classes)[0]
         self.kind = rng.choices(range(len(KINDS)), mix.kinds)[0]
@@ -265,7 +271,11 @@ class _Episode:
         if kind == "rule" and self._style < 2:
             self._style = 2
         self.names = _names(rng, self.n_features, joined=several or rng.random() < 0.6)
-        self.labels = _labels(rng, n_classes, pieces if rng.random() < mix.piece_labels else None)
+        self.same_start = mix.same_start > 0 and rng.random() < mix.same_start
+        if self.same_start:
+            self.labels = _labels_of_one_start(rng, n_classes, pieces)
+        else:
+            self.labels = _labels(rng, n_classes, pieces if rng.random() < mix.piece_labels else None)
         self._formats = rng.choices(FORMATS, mix.formats, k=1) * self.n_features
         if rng.random() < 0.25:
             self._formats = rng.choices(FORMATS, mix.formats, k=self.n_features)
@@ -295,7 +305,7 @@ class _Episode:
     def _draw(
         self, kind: str, n_classes: int, mix: Mix, rng: np.random.Generator, low: worlds.Shares, width: worlds.Shares
     ) -> worlds.Shares:
-        n = N_TURNS
+        n = self._n_turns
         if kind == "gauss":
             spread = float(rng.uniform(*mix.spreads))
             shares, self.classes = worlds.gaussian_world(rng, self.n_features, n_classes, spread=spread, n_examples=n)
@@ -394,12 +404,13 @@ class _Episode:
         label_at = start + len(before)
         label_end = label_at + len(label)
         text += before + label + after + END
-        spans = [(start, label_at, 0.02, 0.02), (label_at, label_end, 1.0, 0.3), (label_end, len(text), 0.1, 0.02)]
+        later = 1.0 if self.same_start else 0.3
+        spans = [(start, label_at, 0.02, 0.02), (label_at, label_end, 1.0, later), (label_end, len(text), 0.1, 0.02)]
         if self.shape.reasoning and supplied:
             thought = start + before.index("It looks like ") + len("It looks like ")
             spans = [
                 (start, thought, 0.02, 0.02),
-                (thought, thought + len(label), 0.9, 0.3),
+                (thought, thought + len(label), 0.9, later),
                 (thought + len(label), label_at, 0.02, 0.02),
                 *spans[1:],
             ]
@@ -409,7 +420,7 @@ class _Episode:
         """(P, S) printed values as shares of their format's range."""
         shares = np.zeros((N_TURNS, N_SLOTS), np.float32)
         ranges = np.array([FORMAT_RANGE[fmt] for fmt in self._formats])
-        shares[:, : self.n_features] = np.array(self.printed, dtype=np.float64) / ranges
+        shares[:, : self.n_features] = np.array(self.printed[:N_TURNS], dtype=np.float64) / ranges
         return shares
 
     def rule_targets(self) -> dict[str, Any]:
@@ -420,10 +431,10 @@ class _Episode:
         for slot in range(self.n_features):
             own = [i for i, clause in enumerate(self.clauses) if clause.feature == slot]
             same[:, slot, own if own else N_CLAUSES] = 1.0 / max(len(own), 1)
-            for turn, printed in enumerate(self.printed):
+            for turn, printed in enumerate(self.printed[:N_TURNS]):
                 first[turn, slot] = next((i for i in own if self.clauses[i].holds(printed[slot])), N_CLAUSES)
         if self.clauses:
-            fired = np.array([self._decide(printed)[0] for printed in self.printed], np.int64)
+            fired = np.array([self._decide(printed)[0] for printed in self.printed[:N_TURNS]], np.int64)
         return {"same_field": same, "first_true": first, "fired": fired}
 
 
@@ -447,6 +458,17 @@ def _names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
         if name not in names:
             names.append(name)
     return names
+
+
+def _labels_of_one_start(rng: random.Random, n: int, pieces: list[str]) -> list[str]:
+    """``n`` distinct labels that begin with the same one or two pieces."""
+    start = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 1, 1, 2])))
+    labels: list[str] = []
+    while len(labels) < n:
+        label = start + "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3])))
+        if label not in labels and label not in BANNED_WORDS:
+            labels.append(label)
+    return labels
 
 
 def _labels(rng: random.Random, n: int, pieces: list[str] | None) -> list[str]:

@@ -15,7 +15,17 @@ from copa_harness.pretrain.episodes import Mix
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Some steps at one row length and one mix; a ``partner`` takes every second of them with its own rows and mix."""
+    """Some steps at one row length and one mix.
+
+    Attributes:
+        steps, rows, tokens: How many batches of which shape.
+        probe_weight, pull_weight: Of the supervision's two losses.
+        mix: What the episodes are made of.
+        name_layer, decide: See ``Supervision.forward``.
+        polish: A stage after the run's decay, with a linear decay of its own.
+        rate: Share of the run's learning rates.
+        partner: Takes every second step with its own rows and mix.
+    """
 
     name: str
     steps: int
@@ -26,6 +36,7 @@ class Stage:
     mix: Mix
     name_layer: int = 1
     decide: bool = False
+    polish: bool = False
     rate: float = 1.0
     partner: Stage | None = None
 
@@ -92,6 +103,9 @@ class Recipe:
     def rate_share(self, step: int, last_step: int) -> float:
         """Share of the full learning rate at a step, when the run ends at ``last_step``."""
         stage = self.stages[self.stage_at(step)[0]]
+        if stage.polish:
+            return stage.rate * max(self.final_share, (last_step - step) / stage.steps)
+        last_step = min(last_step, sum(stage.steps for stage in self.stages if not stage.polish))
         rise = min(1.0, (step + 1) / self.warmup_steps)
         fall = min(1.0, max(self.final_share, (last_step - step) / self.decay_steps))
         return rise * fall * stage.rate
@@ -141,6 +155,9 @@ _READ = Mix(
 )  # fmt: skip
 _READING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0)
 _DECIDING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0, decide=True)
+_POLISH = dataclasses.replace(_LONG, reasoning=0.1, same_start=0.25, stretch=0.0)
+_SPEAK = dataclasses.replace(_READ, kinds=(0.6, 0, 0, 1), reasoning=0.3, same_start=0.3)
+_SPEAKING = Stage("speak", 0, 18, 216, 0.7, 1.0, _SPEAK, name_layer=0, decide=True)
 
 SHIPPED = Recipe(
     seed=0,
@@ -161,5 +178,19 @@ SHIPPED = Recipe(
         Stage("settle", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
         Stage("fine", 900, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
         Stage("decide", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, decide=True, rate=0.3, partner=_DECIDING),
+        Stage(
+            "polish",
+            360,
+            3,
+            1400,
+            0.4,
+            0.4,
+            _POLISH,
+            name_layer=0,
+            decide=True,
+            polish=True,
+            rate=0.06,
+            partner=_SPEAKING,
+        ),
     ),
 )
