@@ -40,7 +40,8 @@ class WeightsSettings:
 
     Attributes:
         lora: Settings of the LoRA adapter; None takes the trainer's, with `epochs_with_demos` or `epochs_bare`.
-        epochs_with_demos: Passes over the rows when they carry demonstrations. Fewer suffice than for bare rows: the
+        epochs_with_demos: Passes over the rows when they carry demonstrations, whose answers are learned from too (see
+            `LoraSettings.learn_from_demos`). Fewer suffice than for bare rows: a row teaches ten answers, the
             demonstrations do part of the work, and every pass sees new ones.
         epochs_bare: Passes over bare rows.
         n_demos: Demonstrations per row when the incumbent has none but a prompt step follows.
@@ -51,8 +52,8 @@ class WeightsSettings:
     """
 
     lora: LoraSettings | None = None
-    epochs_with_demos: int = 12
-    epochs_bare: int = 20
+    epochs_with_demos: int = 4
+    epochs_bare: int = 12
     n_demos: int = 9
     n_variants: int | None = None
     bare_share: float = 0.2
@@ -248,7 +249,9 @@ def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) ->
     from copa_harness.tune.settings import LoraSettings
     from copa_harness.tune.trainer import LoraTrainer
 
-    lora = job.settings.lora or LoraSettings(epochs=job.n_epochs, seed=job.seed)
+    lora = job.settings.lora or LoraSettings(
+        epochs=job.n_epochs, seed=job.seed, learn_from_demos=made.n_demos > 0
+    )
     kept, held_out = list(rows), []
     n_held_out = round(job.settings.held_out_share * len(rows))
     if n_held_out:
