@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS, Batch
+from copa_harness.pretrain.batches import Batch
+from copa_harness.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS
 
 # layer 1 or 0: numbers look at the field name before them (heads 0, 1)
 # layer 2: a stated label looks at its clause's threshold (heads 2, 3)

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from copa_harness.pretrain.episodes import KINDS, Batch, EpisodeMaker
+from copa_harness.pretrain.batches import Batch, EpisodeMaker
+from copa_harness.pretrain.episodes import KINDS
 from copa_harness.pretrain.network import NetworkShape, TrainingNetwork
 from copa_harness.pretrain.numbers import number_features, number_strings_of
 from copa_harness.pretrain.objectives import TAPPED_LAYERS, Supervision, TensorBatch, to_tensors, token_loss

@@ -63,3 +63,56 @@ def invented_word(rng: random.Random) -> str:
 def any_word(rng: random.Random) -> str:
     """A plain English word (45 %) or an invented one."""
     return rng.choice(PLAIN_WORDS) if rng.random() < 0.45 else invented_word(rng)
+
+
+def field_names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
+    """``n`` distinct field names: one to three words, or a grid of prefixes and suffixes as real columns often are."""
+    sep = "_" if joined else " "
+    style = rng.random()
+    if style < 0.35 and n > 1:
+        n_first = 1 if rng.random() < 0.25 else 2
+        firsts, seconds = (
+            [any_word(rng) for _ in range(n_first)],
+            [any_word(rng) for _ in range(n if n_first == 1 else (n + 1) // 2)],
+        )
+        grid = list(dict.fromkeys(f"{a}{sep}{b}" for a in firsts for b in seconds))
+        if len(grid) >= n:
+            return grid[:n] if rng.random() < 0.6 else rng.sample(grid, n)
+    names: list[str] = []
+    while len(names) < n:
+        words = rng.choice([1, 1, 2, 2, 3]) if style < 0.8 else 1
+        name = sep.join(any_word(rng) for _ in range(words))
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def labels_of_one_start(rng: random.Random, n: int, pieces: list[str]) -> list[str]:
+    """``n`` distinct labels that begin with the same one or two pieces."""
+    start = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 1, 1, 2])))
+    labels: list[str] = []
+    while len(labels) < n:
+        label = start + "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3])))
+        if label not in labels and label not in BANNED_WORDS:
+            labels.append(label)
+    return labels
+
+
+def label_words(rng: random.Random, n: int, pieces: list[str] | None) -> list[str]:
+    """``n`` distinct label words; from random vocabulary pieces when given, some sharing their first letters."""
+    labels: list[str] = []
+    plain = rng.random() < 0.5
+    while len(labels) < n:
+        if pieces is None:
+            label = rng.choice(PLAIN_WORDS) if plain else any_word(rng)
+        else:
+            label = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3, 4])))
+            if labels and rng.random() < 0.15:
+                label = labels[0][: rng.randint(1, 3)] + label
+        if label not in labels and label not in BANNED_WORDS and label not in ("answer",):
+            labels.append(label)
+    if rng.random() < 0.1:
+        labels = [label.capitalize() for label in labels]
+    if rng.random() < 0.03:
+        labels = [f"class_{i}" for i in range(n)] if rng.random() < 0.5 else list("ABCDEFGH"[:n])
+    return labels

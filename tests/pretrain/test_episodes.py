@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from copa_harness.pretrain.episodes import KINDS, Batch, EpisodeMaker, Mix
+from copa_harness.pretrain.batches import Batch, EpisodeMaker
+from copa_harness.pretrain.episodes import KINDS, Mix
 from copa_harness.pretrain.words import BANNED_WORDS
 
 MIX = Mix(kinds=(1, 0.3, 0.3, 2), n_features=(1, 1, 1, 2, 1), reasoning=0.1, stretch=0.5)
