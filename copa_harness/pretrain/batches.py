@@ -1,7 +1,7 @@
 """Episodes as token rows with everything the objectives supervise.
 
 A row holds one episode: the system message and as many turns as fit into T tokens. Symbols: B rows, T tokens, P
-recorded turns, S feature slots, C clauses. Position arrays index the T input tokens. This module knows nothing of networks.
+recorded turns, S feature slots, C clauses. Position arrays index the T input tokens. Knows nothing of networks.
 """
 
 from __future__ import annotations

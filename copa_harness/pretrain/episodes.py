@@ -1,8 +1,8 @@
 """One synthetic in-context classification episode: its world, its words and the texts of its turns.
 
 An episode is one system message and turns that are each a demonstration for the later ones and a query itself. Its
-text is that of ``template``; its task is one of ``worlds``; its names and labels come from ``words`` or are random vocabulary
-pieces. Symbols: P recorded turns, S feature slots, C clauses. This module knows nothing of tokens and networks.
+text is that of ``template``; its task is one of ``worlds``; its names and labels come from ``words`` or are random
+vocabulary pieces. Symbols: P recorded turns, S feature slots, C clauses. Knows nothing of tokens and networks.
 """
 
 from __future__ import annotations
