@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
+from copa_harness.results import PhaseRecord
 from copa_harness.session.finals import final_entry, notes_of
 from copa_harness.session.gating import ON_SCORES, canonical, guarded
 from copa_harness.session.guarding import leakage_of
@@ -180,8 +181,17 @@ class CopaSession:
         if self._memory.plain(task, base) is None and strategy != "none":
             # First of all: a broken metric or model shows here, before anything is spent on searching.
             self.evaluate(task, lm=base, marker=marker, test=test)
-        with self._told_if_cut_short(task, strategy=strategy, base=base, split="test", settings=settings, test=test):
+        with self._told_if_cut_short(
+            task, strategy=strategy, base=base, split="test", settings=settings, test=test
+        ) as spent:
             optimized = self._optimized(task, base, prompt_lm, marker)
+            if optimized.cut_short:
+                spent += optimized.phases()
+                optimized.told = True
+                raise BudgetExhausted(
+                    f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
+                    f"{settings.budget.calls:,.0f} calls of its own"
+                )
             entry = final_entry(
                 task, optimized, base=base, gates=gates, settings=settings, memory=self._memory, test=test
             )
@@ -198,10 +208,15 @@ class CopaSession:
     @contextmanager
     def _told_if_cut_short(
         self, task: Task, *, strategy: str, base: MeteredLM, split: str, settings: Settings, test: str
-    ) -> Iterator[None]:
-        """Records what the session's ceilings end in the block, and lets it end."""
+    ) -> Iterator[list[PhaseRecord]]:
+        """Records what the session's ceilings end in the block, and lets it end.
+
+        Yields:
+            Phases of the block that were paid for.
+        """
+        spent: list[PhaseRecord] = []
         try:
-            yield
+            yield spent
         except BudgetExhausted as error:
             record = cut_short_record(
                 str(error),
@@ -212,6 +227,7 @@ class CopaSession:
                 split=split,
                 n_expected=len(split_of(task, split)),
                 settings=settings,
+                phases=tuple(spent),
             )
             self.entries.append(Entry(record, cut_short=True))
             raise

@@ -70,10 +70,9 @@ def groups_of(task: Task, split: str = "test") -> dict[str, str] | None:
     from copa_harness.evaluate.examples import example_id, example_ids
 
     examples = split_of(task, split)
-    given = getattr(task, "group", None)
     names = example_ids(examples)
-    if given is not None:
-        return {name: str(_group(example, given)) for name, example in zip(names, examples, strict=True)}
+    if task.group is not None and split == "test":
+        return {name: str(_group(example, task.group)) for name, example in zip(names, examples, strict=True)}
     contents = [example_id(example) for example in examples]
     repeated = {content for content, count in Counter(contents).items() if count > 1}
     if not repeated:

@@ -42,6 +42,7 @@ class Optimized:
         from_disk: It was found finished, not made by this process.
         told: What it spent stands in a record already; further records of it spend nothing, so that the sums of a
             report are what was really spent.
+        cut_short: The ceilings of the whole session ended the search; what it found is no result.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Optimized:
     artifact: Path
     from_disk: bool
     told: bool = False
+    cut_short: bool = False
 
     def phases(self) -> tuple[PhaseRecord, ...]:
         """The phases with what they spent here and now: nothing, when they were found finished."""
@@ -144,12 +146,15 @@ class Optimizations:
         )
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
-        if _cut_short(result, settings):
+        cut_short = _cut_short(result, settings)
+        if cut_short:
             # Another session may have more to spend: this one's is kept apart and never taken for the finished one.
             key = hash_json([key, "cut short", result.to_json()])
         elif result.state is not None:
             self._stages.put(key, {"task": task.name, "result": result.to_json()})
-        return self._finished(key, task, program, lm, result, from_disk=False)
+        finished = self._finished(key, task, program, lm, result, from_disk=False)
+        finished.cut_short = cut_short
+        return finished
 
     def _finished(
         self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult, *, from_disk: bool

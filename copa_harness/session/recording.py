@@ -113,7 +113,16 @@ def record_of(
 
 
 def cut_short_record(
-    reason: str, *, test: str, task: str, strategy: str, model: str, split: str, n_expected: int, settings: Settings
+    reason: str,
+    *,
+    test: str,
+    task: str,
+    strategy: str,
+    model: str,
+    split: str,
+    n_expected: int,
+    settings: Settings,
+    phases: tuple[PhaseRecord, ...] = (),
 ) -> RunRecord:
     """The record of an evaluation that the session's ceilings ended: no score, and nothing passed or failed.
 
@@ -126,6 +135,7 @@ def cut_short_record(
         split: The split.
         n_expected: Its examples.
         settings: In force for this run.
+        phases: What was paid for all the same.
     """
     from copa_harness.report.records import RunRecord
 
@@ -144,6 +154,8 @@ def cut_short_record(
         lm=model,
         split=split,
         gates=(gate,),
+        usage=sum((phase.usage for phase in phases), Usage()),
+        phases=phases,
         budget=settings.budget,
         seed=settings.seed,
         stopped="budget",
