@@ -7,8 +7,8 @@ is first asked for. It translates a test's marker and settings into calls of `Co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 
@@ -73,6 +73,14 @@ def _arguments(request: pytest.FixtureRequest) -> MarkerArguments:
     return cast("pytest.Item", request.node).stash.get(MARKER_ARGUMENTS, MarkerArguments())
 
 
+def _only_planned(
+    request: pytest.FixtureRequest, session: CopaSession, task: Task, marker: MarkerArguments, **models: Any
+) -> NoReturn:
+    """Note what the test would pay, and skip it."""
+    session.plan(task, marker=marker, test=cast("pytest.Item", request.node).nodeid, **models)
+    pytest.skip("plan only: no call was made (--copa-plan)")
+
+
 @pytest.fixture
 def copa_base_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM:
     """The base model (`--copa-lm`, or the marker's). Override it to test with a model of your own making."""
@@ -90,7 +98,10 @@ def copa_finetuned_lm(
     request: pytest.FixtureRequest, copa_session: CopaSession, copa_task: Task, copa_base_lm: MeteredLM
 ) -> MeteredLM:
     """The base model after fine-tuning on the task: what the strategy `w` comes up with."""
-    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=_arguments(request))
+    marker = _arguments(request)
+    if copa_session.settings.plan:
+        _only_planned(request, copa_session, copa_task, replace(marker, strategy="w"), lm=copa_base_lm)
+    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=marker)
 
 
 @pytest.fixture
@@ -104,6 +115,9 @@ def copa_evaluate(
     item = cast("pytest.Item", request.node)
 
     def evaluate(program: Any = None, *, lm: MeteredLM | None = None, split: str = "test") -> ScoredEvaluation:
+        if copa_session.settings.plan:
+            plain = replace(_arguments(request), strategy="none")
+            _only_planned(request, copa_session, copa_task, plain, lm=copa_base_lm if lm is None else lm)
         evaluation = copa_session.evaluate(
             copa_task,
             program=program,
@@ -128,8 +142,9 @@ def copa_run(
 ) -> CopaRun:
     """The task's program after the optimization the marker asks for, scored once on the test split."""
     item = cast("pytest.Item", request.node)
-    run = copa_session.run(
-        copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=_arguments(request), test=item.nodeid
-    )
+    marker = _arguments(request)
+    if copa_session.settings.plan:
+        _only_planned(request, copa_session, copa_task, marker, lm=copa_base_lm, prompt_lm=copa_prompt_lm)
+    run = copa_session.run(copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=marker, test=item.nodeid)
     item.stash.setdefault(RUNS, []).append(run)
     return run

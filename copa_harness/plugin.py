@@ -243,7 +243,7 @@ def _rows(config: pytest.Config) -> list[dict[str, Any]]:
     state = config.stash.get(STATE, None)
     if state is None or state.session is None:
         return []
-    return [{**row, "order": state.order.get(row["record"]["test"], -1)} for row in state.session.rows()]
+    return [{**row, "order": state.order.get(row["test"], -1)} for row in state.session.rows()]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -252,3 +252,29 @@ def test_calls_hidden_in_a_metric_are_told_apart_and_counted(folder):
         ("test metric", 18),
     ]
     assert run["usage"]["paid_calls"] == 36
+
+
+def test_a_plan_makes_no_call_and_prices_what_is_missing(folder):
+    folder.makepyfile(test_suite=SUITE)
+    plan = ("--copa-plan", "--copa-budget=calls=100")
+    result = folder.runpytest_inprocess(*STRICT, *plan)
+    result.assert_outcomes(passed=1, skipped=2)
+    assert n_paid(folder) == 0
+    assert not (folder.path / "reports").exists()
+    result.stdout.fnmatch_lines(
+        [
+            "copa: *plan only: no call is made*",
+            "what a run would pay:",
+            "task*step*calls to pay*cached*tokens*dollars*",
+            "shout*program as written, test split*|*18 |*0 |*|*0.0000",
+            "*search p (at most, by its budget)*|*100 |*0 |*",
+            "*p, test split*|*18 |*0 |*",
+            "all *|*136 |*0 |*",
+            "runs: plan only, nothing was run",
+        ]
+    )
+    folder.runpytest_inprocess(*STRICT, "--copa-budget=calls=100").assert_outcomes(passed=3)
+    n_before = n_paid(folder)
+    again = folder.runpytest_inprocess(*STRICT, *plan)
+    again.stdout.fnmatch_lines(["*search p (finished earlier)*", "all *|*0 |*|*0 |*0.0000"])
+    assert n_paid(folder) == n_before

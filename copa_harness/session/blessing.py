@@ -8,6 +8,7 @@ they were. Knows nothing of pytest.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,8 +58,11 @@ def candidate(
 
 
 def to_row(baseline: Baseline | None) -> dict[str, Any] | None:
-    """A candidate as plain JSON types."""
-    return None if baseline is None else asdict(baseline)
+    """A candidate as plain JSON types (a `Score` is no plain float: processes could not hand it on)."""
+    if baseline is None:
+        return None
+    document: dict[str, Any] = json.loads(json.dumps(asdict(baseline)))
+    return document
 
 
 def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tuple[list[Path], list[str]]:

@@ -21,7 +21,8 @@ from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
 from copa_harness.session.measuring import measure, split_of
 from copa_harness.session.memory import Memory
 from copa_harness.session.models import Models
-from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of
+from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
+from copa_harness.session.planning import plan_run
 from copa_harness.session.recording import Entry, cut_short_record, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings
@@ -55,6 +56,7 @@ class CopaSession:
         self.entries: list[Entry] = []
         self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
         self._memory = Memory()
+        self._plans: list[dict[str, Any]] = []
         self._open = ExitStack()
         self._open.callback(self.models.close)
         if settings.total_budget is not None:
@@ -199,9 +201,40 @@ class CopaSession:
         assert entry.run is not None
         return entry.run
 
+    def plan(
+        self,
+        task: Task,
+        *,
+        lm: MeteredLM | None = None,
+        prompt_lm: MeteredLM | None = None,
+        marker: MarkerArguments | None = None,
+        test: str = "",
+    ) -> None:
+        """Notes what `run` would pay, from the cache alone: no call is made.
+
+        Args:
+            task: The task.
+            lm: Base model; default the one settings and marker name.
+            prompt_lm: Model that proposes instructions.
+            marker: Strategy and budget.
+            test: Id of the test that asks.
+        """
+        marker = marker or MarkerArguments()
+        settings = self.settings.merged(marker)
+        base = self._metered(lm, marker)
+        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        finished = None
+        if strategy != "none":
+            finished = self._optimizations.finished(
+                _checked(task), lm=base, prompt_lm=prompt_lm, settings=settings, marker=marker
+            )
+        key = f"{task_fingerprint(_checked(task))} {base.fingerprint}"
+        lines = plan_run(task, finished, base, strategy=strategy, settings=settings, key=key)
+        self._plans += [line.row(test) for line in lines]
+
     def rows(self) -> list[dict[str, Any]]:
-        """The entries as plain JSON types (see `ending`)."""
-        return [entry.row() for entry in self.entries]
+        """Entries and plans as plain JSON types (see `ending`)."""
+        return [*(entry.row() for entry in self.entries), *self._plans]
 
     # -- steps
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import CopaError
 from copa_harness.results import Verdict
 from copa_harness.session.blessing import write_baselines
+from copa_harness.session.planning import plan_text
 from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
         settings: Where to write, and what to say about seed and budget.
         n_refused: Tests that ended because the session's ceilings refused a call.
     """
+    plans = [row["plan"] for row in rows if "plan" in row]
+    if plans:
+        table = ("what a run would pay", plan_text(plans))
+        return Report((table,), "", "plan only, nothing was run", (), (), "")
     from copa_harness.report.files import write_reports
     from copa_harness.report.records import RunRecord
     from copa_harness.report.surroundings import environment

@@ -109,6 +109,7 @@ def measure(
         BudgetExhausted: The ceilings of the whole session refuse a call.
     """
     from copa_harness.judge.repeats import merge_repeats, repeats_of
+    from copa_harness.lm.repeats import repeated
     from copa_harness.lm.scope import open_scope
 
     examples = split_of(task, split)
@@ -119,10 +120,11 @@ def measure(
         if watch is not None:
             result = _watched(watch, program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
         elif settings.repeat > 1:
-            results = [
-                _once(again, examples, task=task, split=split, lm=own, phase=phase, settings=settings)
-                for again, own in _repeats(program, lm, settings.repeat)
-            ]
+            results = []
+            for number in range(settings.repeat):
+                with repeated(number if _varies(program, lm) else 0):
+                    again = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
+                results.append(again)
             result, repeats = merge_repeats(results, seed=settings.seed, groups=groups), repeats_of(results)
         else:
             result = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
@@ -222,29 +224,15 @@ def _clustered(result: EvaluationResult, groups: Mapping[str, str] | None, *, se
     return replace(result, interval=mean_interval(scores, seed=seed, groups=labels))
 
 
-def _repeats(program: dspy.Module, lm: MeteredLM, k: int) -> list[tuple[dspy.Module, MeteredLM]]:
-    """The program and its model k times, each with answers of its own; the first is the ordinary run."""
-    found = [(program, lm)]
-    for number in range(1, k):
-        copy = program.deepcopy()
-        for predictor in copy.predictors():
-            if predictor.lm is not None:
-                predictor.lm = _another_draw(predictor.lm, number)
-        found.append((copy, _another_draw(lm, number)))
-    return found
+def _varies(program: dspy.Module, lm: MeteredLM) -> bool:
+    """Whether a model of the program may answer differently when it is asked again.
 
-
-def _another_draw(lm: MeteredLM, number: int) -> MeteredLM:
-    """The same model, asked for its `number`th independent answer to everything.
-
-    A local model at temperature 0 has one answer only and is not asked again; an endpoint may answer differently
-    even then.
+    A local model at temperature 0 has one answer only and is not asked again; an endpoint may have several even then.
     """
     from copa_harness.lm.engines import CapableEngine
 
-    is_remote = isinstance(getattr(lm, "engine", None), CapableEngine)
-    if not is_remote and not lm.kwargs.get("temperature"):
-        return lm
-    copied = lm.copy(rollout_id=number)
-    copied._warned_zero_temp_rollout = True  # DSPy warns that its own cache would ignore the rollout; ours does not
-    return copied
+    models = [lm, *(predictor.lm for predictor in program.predictors() if predictor.lm is not None)]
+    return any(
+        model.kwargs.get("temperature") != 0 or isinstance(getattr(model, "engine", None), CapableEngine)
+        for model in models
+    )

@@ -109,6 +109,13 @@ class Optimizations:
                 self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
         return self._made[key]
 
+    def finished(
+        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
+    ) -> Optimized | None:
+        """The same if it was made before, by whatever session; None otherwise. Never makes it."""
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        return self._made.get(key) or self._found(key, task, lm)
+
     def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
         from copa_harness.optimize.outcome import OptimizationResult, apply_state
 

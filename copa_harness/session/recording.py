@@ -50,6 +50,7 @@ class Entry:
             record = replace(record, gates=run.gates, verdict=run.verdict)
         failed = run is not None and is_failure(run.verdict, undecided_fails=run.undecided_fails)
         return {
+            "test": record.test,
             "record": record.to_json(),
             "unchecked": failed and run is not None and not run.checked,
             "baseline": to_row(self.baseline),
