@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 not done (the reason is on standard error), 2 not understood.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows is pytest's: argparse would take a leading option for one of its own.
+    n_own = 2 if given[:2] == ["baseline", "bless"] else len(given)
+    options = parser.parse_args(given[:n_own])
+    options.pytest_arguments = given[n_own:]
     if not hasattr(options, "run"):
         parser.print_help(sys.stderr)
         return 2
@@ -114,7 +118,6 @@ def _add_baseline_commands(rooms: argparse._SubParsersAction[argparse.ArgumentPa
         "bless", help="run a suite and accept its results: pytest --copa-bless with your arguments", add_help=False
     )
     bless.set_defaults(run=_baseline_bless)
-    bless.add_argument("pytest_arguments", nargs=argparse.REMAINDER)
 
 
 def _stats(options: argparse.Namespace) -> tuple[str, int]:

@@ -79,8 +79,9 @@ def test_bless_runs_pytest_with_the_arguments_given(folder, monkeypatch, capsys)
         returncode = 0
 
     monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command) or Done())
-    assert main(["baseline", "bless", "suites/", "-k", "iris"]) == 0
-    assert asked == [[sys.executable, "-m", "pytest", "--copa-bless", "suites/", "-k", "iris"]]
+    for arguments in (["suites/", "-k", "iris"], ["-k", "iris", "suites/"]):
+        assert main(["baseline", "bless", *arguments]) == 0
+        assert asked[-1] == [sys.executable, "-m", "pytest", "--copa-bless", *arguments]
     Done.returncode = 1
     assert main(["baseline", "bless"]) == 1
     assert "pytest ended with status 1" in capsys.readouterr().err
