@@ -51,7 +51,7 @@ def test_failed_attempts_of_all_processes_are_summed_by_kind(settings):
     many, few = {"timeout": [2, "first"]}, {"timeout": [1, "later"], "refusal": [1, ""]}
     rows = [row("a", failures=many), row("b", failures=few)]
     (note,) = finish(rows, settings=settings).notes
-    assert "timeout 3, refusal 1" in note
+    assert "refusal 1, timeout 3" in note
 
 
 def test_tests_that_were_refused_outside_any_evaluation_count_as_cut_short(settings):

@@ -137,7 +137,7 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         for kind, (count, traceback) in row.get("failures", {}).items():
             known = found.setdefault(kind, {"count": 0, "first": traceback})
             known["count"] += count
-    return found
+    return dict(sorted(found.items()))
 
 
 def _spent(settings: Settings) -> list[str]:
