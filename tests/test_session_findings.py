@@ -127,3 +127,42 @@ def test_examples_of_one_group_count_together(session, group):
     alone = session.evaluate(a_task(), lm=scripted(session, partly))
     assert evaluation.score == alone.score
     assert evaluation.interval.high - evaluation.interval.low > 1.3 * (alone.interval.high - alone.interval.low)
+
+
+def test_near_repeats_of_training_examples_are_told_and_not_refused(session):
+    def sentences(last):
+        return [
+            dspy.Example(question=f"the quick brown fox jumps over the lazy dog near {word}", answer=word).with_inputs(
+                "question"
+            )
+            for word in last
+        ]
+
+    program = dspy.Predict("question -> answer")
+    task = Task("near", program, shouted, sentences(["rivers"]), sentences(["lakes"]), sentences(["seas"]))
+    run = session.run(task, lm=scripted(session, lambda messages: {"answer": "seas"}), marker=MarkerArguments("none"))
+    assert run.verdict.value == "pass"
+    (note,) = session.entries[-1].notes
+    assert "1 of 1 example nearly repeat something seen (not refused)" in note
+
+
+def test_ceilings_of_the_session_end_an_attribution_but_not_the_run(tmp_path):
+    from copa_harness.optimize.budgets import parse_budget
+
+    settings = Settings(root=tmp_path, cache_dir=tmp_path / "cache", report_dir=tmp_path / "reports")
+    with CopaSession(settings) as session:
+        lm = scripted(session)
+        session.run(a_task(), lm=lm, marker=MarkerArguments(strategy="p -> w"))
+        n_paid = lm.calls
+    bounded = Settings(
+        root=tmp_path,
+        cache_dir=tmp_path / "other",
+        report_dir=tmp_path / "reports",
+        total_budget=parse_budget(f"calls={n_paid - 20}"),
+        threads=1,
+    )
+    with CopaSession(bounded) as session:
+        run = session.run(a_task(), lm=scripted(session), marker=MarkerArguments(strategy="p -> w"))
+    assert run.score == 1.0
+    assert run.attribution is None
+    assert any("was not measured" in note for note in session.entries[-1].notes)
