@@ -5,21 +5,33 @@ Loads the standard library only until a command asks for more, and never torch o
     copa cache stats
     copa cache prune --older-than 30d --max-size 500MB
     copa cache clear --yes
+    copa baseline list
+    copa baseline show iris/p
+    copa baseline diff iris/none iris/p
+    copa baseline bless suites/ -k iris
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from copa_harness.errors import ConfigurationError, CopaError
+from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
+
+if TYPE_CHECKING:
+    from copa_harness.store.baselines import Baseline
 
 DEFAULT_CACHE_DIR = Path(".copa_cache")
 """Where the pytest plugin keeps its cache unless told otherwise, seen from the project's root."""
+
+DEFAULT_BASELINE_DIR = Path("baselines")
+"""Where the pytest plugin keeps baselines unless told otherwise, seen from the project's root."""
 
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TIMES_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -35,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 not done (the reason is on standard error), 2 not understood.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows is pytest's: argparse would take a leading option for one of its own.
+    n_own = 2 if given[:2] == ["baseline", "bless"] else len(given)
+    options = parser.parse_args(given[:n_own])
+    options.pytest_arguments = given[n_own:]
     if not hasattr(options, "run"):
         parser.print_help(sys.stderr)
         return 2
@@ -47,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CopaError as error:
         print(f"copa: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    print(message, file=sys.stdout if status == 0 else sys.stderr)
+    if message:
+        print(message, file=sys.stdout if status == 0 else sys.stderr)
     return int(status)
 
 
@@ -73,7 +90,34 @@ def _parser() -> argparse.ArgumentParser:
             default=DEFAULT_CACHE_DIR,
             help="the cache directory of the runs (default: %(default)s here)",
         )
+    _add_baseline_commands(rooms)
     return parser
+
+
+def _add_baseline_commands(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    baseline = rooms.add_parser("baseline", help="the accepted results that later runs are compared with")
+    baseline.set_defaults(run=lambda options: (baseline.format_help(), 2))
+    commands = baseline.add_subparsers(title="commands", metavar="")
+    listed = commands.add_parser("list", help="every baseline, with its score")
+    listed.set_defaults(run=_baseline_list)
+    shown = commands.add_parser("show", help="one baseline: score, fingerprints, versions")
+    shown.set_defaults(run=_baseline_show)
+    shown.add_argument("baseline", help="a file, or <task>/<name> as `copa baseline list` shows it")
+    diff = commands.add_parser("diff", help="what changed from one baseline to another, example by example")
+    diff.set_defaults(run=_baseline_diff)
+    diff.add_argument("before", help="a file, or <task>/<name>")
+    diff.add_argument("after", help="a file, or <task>/<name>")
+    for command in (listed, shown, diff):
+        command.add_argument(
+            "--baseline-dir",
+            type=Path,
+            default=DEFAULT_BASELINE_DIR,
+            help="the folder of the baselines (default: %(default)s here)",
+        )
+    bless = commands.add_parser(
+        "bless", help="run a suite and accept its results: pytest --copa-bless with your arguments", add_help=False
+    )
+    bless.set_defaults(run=_baseline_bless)
 
 
 def _stats(options: argparse.Namespace) -> tuple[str, int]:
@@ -111,6 +155,63 @@ def _clear(options: argparse.Namespace) -> tuple[str, int]:
             return "copa: nothing was dropped", 1
     n_dropped, n_freed = clear_cache(options.cache_dir)
     return f"dropped {n_dropped:,} answers, freed {_size_text(n_freed)}", 0
+
+
+def _baseline_list(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.store.baselines import list_baselines
+
+    entries = list_baselines(options.baseline_dir)
+    if not entries:
+        return f"no baselines in {options.baseline_dir}; accept results with pytest --copa-bless", 0
+    lines = []
+    for entry in entries:
+        found = entry.baseline
+        if found is None:
+            lines.append(f"{entry.path}: {entry.problem}")
+        else:
+            name = f"{found.task}/{found.name}"
+            measured = f"{found.score:.3f} on {len(found.scores):,} {found.split} examples"
+            lines.append(f"{name:<32} {measured}  {found.origin}")
+    return "\n".join(lines), int(any(entry.baseline is None for entry in entries))
+
+
+def _baseline_show(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.store.baseline_diff import baseline_text
+
+    return baseline_text(_baseline(options.baseline, options.baseline_dir)), 0
+
+
+def _baseline_diff(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.store.baseline_diff import diff_baselines
+
+    before, after = (_baseline(name, options.baseline_dir) for name in (options.before, options.after))
+    return diff_baselines(before, after).text(), 0
+
+
+def _baseline_bless(options: argparse.Namespace) -> tuple[str, int]:
+    command = [sys.executable, "-m", "pytest", "--copa-bless", *options.pytest_arguments]
+    status = subprocess.run(command, check=False).returncode
+    return ("", 0) if status == 0 else (f"copa: pytest ended with status {status}; see above for what was accepted", 1)
+
+
+def _baseline(name: str, directory: Path) -> Baseline:
+    """The baseline in a file, or of the name `<task>/<name>`."""
+    from copa_harness.store.baselines import list_baselines, read_baseline
+
+    if Path(name).is_file():
+        return read_baseline(Path(name))
+    known = {}
+    for entry in list_baselines(directory):
+        if entry.baseline is not None:
+            known[f"{entry.baseline.task}/{entry.baseline.name}"] = entry.baseline
+        elif entry.path == directory / f"{name}.json":
+            raise ArtifactError(entry.problem)
+    if name not in known:
+        listed = ", ".join(known) or "none"
+        raise ConfigurationError(
+            f"got the baseline {name!r}, expected a file or one of those in {directory}: {listed}"
+        )
+    return known[name]
 
 
 def _seconds(text: str) -> float:

@@ -6,25 +6,21 @@ is first asked for. It translates a test's marker and settings into calls of `Co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
+
+from copa_harness.options import settings_of
 
 if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.session.copa_session import CopaSession
     from copa_harness.session.ending import Report
     from copa_harness.session.runs import CopaRun, ScoredEvaluation
-    from copa_harness.session.settings import MarkerArguments, Setting, Settings
+    from copa_harness.session.settings import MarkerArguments, Settings
     from copa_harness.tasks.task import Task
-
-OPTION_NAMES = ("budget", "lm", "prompt_lm", "seed", "threads", "cache_dir", "report_dir", "api_base")
-"""Settings with a value, each with a command-line option, an environment variable and an ini option."""
-
 
 @dataclass(slots=True)
 class State:
@@ -41,38 +37,18 @@ MARKER_ARGUMENTS: pytest.StashKey[MarkerArguments] = pytest.StashKey()
 REFUSED = pytest.StashKey[str]()
 RUNS = pytest.StashKey[list[Any]]()
 REPORT: pytest.StashKey[Report] = pytest.StashKey()
-
-
-def given_settings(config: pytest.Config) -> dict[str, Setting]:
-    """Option values by name, from the strongest source that has one."""
-    from copa_harness.session.settings import Setting
-
-    given = {}
-    for name in OPTION_NAMES:
-        variable = f"COPA_{name.upper()}"
-        if (value := config.getoption(f"copa_{name}")) is not None:
-            given[name] = Setting(_from_here(config, name, value), f"--copa-{name.replace('_', '-')}")
-        elif value := os.environ.get(variable):
-            given[name] = Setting(_from_here(config, name, value), f"environment variable {variable}")
-        elif (value := config.getini(f"copa_{name}")) not in (None, ""):
-            given[name] = Setting(str(value), f"ini option copa_{name}")
-    return given
-
-
-def _from_here(config: pytest.Config, name: str, value: str) -> str:
-    """A directory typed in a shell is relative to where it was typed (one in an ini file to the rootdir)."""
-    return str(Path(config.invocation_params.dir, value)) if name.endswith("_dir") else value
+N_REFUSED = pytest.StashKey[int]()
+"""Tests that ended because the session's ceilings refused a call."""
 
 
 @pytest.fixture(scope="session")
 def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
     """The session that runs and remembers everything: cache, engines, finished stages, records."""
     from copa_harness.session.copa_session import CopaSession
-    from copa_harness.session.settings import Settings
 
     state = pytestconfig.stash.get(STATE, None)
     if state is None:  # reached by getfixturevalue() from a test that names no copa fixture
-        state = State(Settings.from_given(given_settings(pytestconfig), root=pytestconfig.rootpath))
+        state = State(settings_of(pytestconfig))
         pytestconfig.stash[STATE] = state
     with CopaSession(state.settings) as session:
         state.session = session
@@ -97,6 +73,14 @@ def _arguments(request: pytest.FixtureRequest) -> MarkerArguments:
     return cast("pytest.Item", request.node).stash.get(MARKER_ARGUMENTS, MarkerArguments())
 
 
+def _only_planned(
+    request: pytest.FixtureRequest, session: CopaSession, task: Task, marker: MarkerArguments, **models: Any
+) -> NoReturn:
+    """Note what the test would pay, and skip it."""
+    session.plan(task, marker=marker, test=cast("pytest.Item", request.node).nodeid, **models)
+    pytest.skip("plan only: no call was made (--copa-plan)")
+
+
 @pytest.fixture
 def copa_base_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM:
     """The base model (`--copa-lm`, or the marker's). Override it to test with a model of your own making."""
@@ -114,7 +98,10 @@ def copa_finetuned_lm(
     request: pytest.FixtureRequest, copa_session: CopaSession, copa_task: Task, copa_base_lm: MeteredLM
 ) -> MeteredLM:
     """The base model after fine-tuning on the task: what the strategy `w` comes up with."""
-    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=_arguments(request))
+    marker = _arguments(request)
+    if copa_session.settings.plan:
+        _only_planned(request, copa_session, copa_task, replace(marker, strategy="w"), lm=copa_base_lm)
+    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=marker)
 
 
 @pytest.fixture
@@ -128,6 +115,9 @@ def copa_evaluate(
     item = cast("pytest.Item", request.node)
 
     def evaluate(program: Any = None, *, lm: MeteredLM | None = None, split: str = "test") -> ScoredEvaluation:
+        if copa_session.settings.plan:
+            plain = replace(_arguments(request), strategy="none")
+            _only_planned(request, copa_session, copa_task, plain, lm=copa_base_lm if lm is None else lm)
         evaluation = copa_session.evaluate(
             copa_task,
             program=program,
@@ -152,8 +142,9 @@ def copa_run(
 ) -> CopaRun:
     """The task's program after the optimization the marker asks for, scored once on the test split."""
     item = cast("pytest.Item", request.node)
-    run = copa_session.run(
-        copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=_arguments(request), test=item.nodeid
-    )
+    marker = _arguments(request)
+    if copa_session.settings.plan:
+        _only_planned(request, copa_session, copa_task, marker, lm=copa_base_lm, prompt_lm=copa_prompt_lm)
+    run = copa_session.run(copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=marker, test=item.nodeid)
     item.stash.setdefault(RUNS, []).append(run)
     return run

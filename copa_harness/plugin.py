@@ -7,7 +7,7 @@ marker or asks for a `copa_*` fixture).
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from copa_harness.fixtures import (
     MARKER_ARGUMENTS,
+    N_REFUSED,
     REFUSED,
     REPORT,
     RUNS,
@@ -28,11 +29,11 @@ from copa_harness.fixtures import (
     copa_run,
     copa_session,
     copa_task,
-    given_settings,
 )
+from copa_harness.options import MARKER, RUN_ID, add_options, is_disabled, run_id, settings_of
 
 if TYPE_CHECKING:
-    from copa_harness.session.settings import MarkerArguments
+    from copa_harness.session.settings import MarkerArguments, Settings
 
 __all__ = [
     "copa_base_lm",
@@ -44,56 +45,17 @@ __all__ = [
     "copa_task",
 ]
 
-OPTIONS: dict[str, tuple[str, str]] = {
-    "budget": ("LEVEL", "ceiling of each optimization run: light (400 calls), medium (1,600), heavy (6,400) or calls=N "
-               "[default: light]"),
-    "lm": ("MODEL", "base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name> "
-           "[default: embedded]"),
-    "prompt-lm": ("MODEL", "model that proposes instructions [default: none]"),
-    "seed": ("N", "seed of every random choice [default: 0]"),
-    "threads": ("N", "examples in flight at once [default: 32]"),
-    "cache-dir": ("DIR", "answers, finished stages, LoRA adapters and artifacts [default: .copa_cache in the rootdir]"),
-    "report-dir": ("DIR", "latest.json, latest.md and numbered copies [default: reports in the rootdir]"),
-    "api-base": ("URL", "endpoint of the model, when it has one [default: DSPy's]"),
-}  # fmt: skip
-"""Name, metavar and help of every option with a value; each has an ini and an environment twin."""
-
-MARKER = (
-    "copa(strategy='p -> w -> p', budget=None, min_score=None, max_regression=None, max_calls=None, "
-    "max_error_rate=None, lm=None, prompt_lm=None, seed=None, threads=None, max_cycles=None, epsilon=None, "
-    "optimizer_kwargs=None, undecided_fails=False): optimize the task's program before the test and gate the result."
-)
-
-
 # Options and marker
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Registers `--copa-*`, with ini twins `copa_*`."""
-    group = parser.getgroup("copa", "copa: improve and gate DSPy programs (command line > COPA_* > ini > marker)")
-    for name, (metavar, text) in OPTIONS.items():
-        group.addoption(f"--copa-{name}", metavar=metavar, default=None, help=text)
-        parser.addini(f"copa_{name.replace('-', '_')}", help=f"like --copa-{name}", default=None)
-    group.addoption("--copa-disable", action="store_true", default=None, help="skip every copa test [default: off]")
-    parser.addini("copa_disable", help="like --copa-disable", type="bool", default=False)
-    group.addoption(
-        "--copa-bless",
-        action="store_true",
-        default=False,
-        help="accept the results as new baselines [default: off; command line only]",
-    )
+    add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marker, so that `--strict-markers` knows it."""
     config.addinivalue_line("markers", MARKER)
-
-
-def _is_disabled(config: pytest.Config) -> bool:
-    if config.getoption("copa_disable"):
-        return True
-    variable = os.environ.get("COPA_DISABLE", "").strip().lower()
-    return variable not in ("0", "false", "no", "off") if variable else bool(config.getini("copa_disable"))
 
 
 # Collection
@@ -117,18 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     copa_items = [item for item in items if _is_copa(item)]
     if not copa_items:
         return
-    if _is_disabled(config):
+    if is_disabled(config):
         for item in copa_items:
             item.add_marker(pytest.mark.skip(reason="copa tests are disabled (--copa-disable)"))
         return
     from copa_harness.errors import ConfigurationError
-    from copa_harness.session.settings import Settings
 
     refused: dict[str, str] = {}
     try:
-        settings = Settings.from_given(
-            given_settings(config), root=config.rootpath, bless=bool(config.getoption("copa_bless"))
-        )
+        settings = settings_of(config)
         config.stash[STATE] = State(settings, order={item.nodeid: n for n, item in enumerate(items)})
     except ConfigurationError as error:
         refused = {item.nodeid: str(error) for item in copa_items}
@@ -138,6 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.stash[MARKER_ARGUMENTS] = _marker_arguments(item)
             except ConfigurationError as error:
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
+        config.stash[STATE].settings = replace(settings, n_comparisons=_n_comparisons(settings, copa_items))
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.
         for item in copa_items:
@@ -166,6 +126,19 @@ def _marker_arguments(item: pytest.Item) -> MarkerArguments:
             "marked copa, but the test takes no copa fixture, so nothing would run; add copa_run to its arguments."
         )
     return MarkerArguments.from_marker((), keywords)
+
+
+def _n_comparisons(settings: Settings, items: list[pytest.Item]) -> int:
+    """Tests that compare their run with another, example by example: they share one error rate."""
+    from copa_harness.session.marker import COMPARING
+
+    count = 0
+    for item in items:
+        marker = item.stash.get(MARKER_ARGUMENTS, None)
+        if marker is not None and {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
+            gates = settings.gates_of(marker)
+            count += any(gates.get(name) is not None for name in COMPARING)
+    return max(1, count)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
@@ -219,6 +192,14 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Shows errors of this package as one paragraph, and what was measured beside a failed test."""
     report = yield
+    if call.excinfo is not None and _is_copa(item) and _is_refusal(call.excinfo.value):
+        # Neither passed nor failed: there was not enough to spend to find out.
+        path, line, _ = item.reportinfo()
+        report.outcome = "skipped"
+        report.longrepr = (str(path), (line or 0) + 1, f"undecided: budget exhausted: {call.excinfo.value}")
+        report.copa_refused = True
+        item.config.stash[N_REFUSED] = item.config.stash.get(N_REFUSED, 0) + 1
+        return report
     if call.excinfo is not None and _is_copa(item) and item.config.getoption("tbstyle", "auto") in ("auto", "short"):
         from copa_harness.errors import CopaError
 
@@ -230,6 +211,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         descriptions = [run.describe() for run in item.stash.get(RUNS, [])]
         report.sections.extend(("copa", text) for text in dict.fromkeys(descriptions) if text not in said)
     return report
+
+
+def _is_refusal(error: BaseException) -> bool:
+    from copa_harness.errors import BudgetExhausted
+
+    return isinstance(error, BudgetExhausted)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+    """A test that ended for want of budget is an outcome of its own."""
+    return ("budget exhausted", "B", "BUDGET EXHAUSTED") if getattr(report, "copa_refused", False) else None
 
 
 def _last_line_of_the_user(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
@@ -250,29 +243,35 @@ def _rows(config: pytest.Config) -> list[dict[str, Any]]:
     state = config.stash.get(STATE, None)
     if state is None or state.session is None:
         return []
-    return [{**row, "order": state.order.get(row["record"]["test"], -1)} for row in state.session.rows()]
+    return [{**row, "order": state.order.get(row["test"], -1)} for row in state.session.rows()]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """xdist: takes over the records of a worker that has finished."""
-    rows = getattr(node, "workeroutput", {}).get("copa_records", [])
-    node.config.stash.setdefault(WORKER_RECORDS, []).extend(rows)
+    output, stash = getattr(node, "workeroutput", {}), node.config.stash
+    stash.setdefault(WORKER_RECORDS, []).extend(output.get("copa_records", []))
+    stash[N_REFUSED] = stash.get(N_REFUSED, 0) + output.get("copa_refused", 0)
+    if "copa_run_id" in output:
+        stash[RUN_ID] = output["copa_run_id"]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Writes the report files, in the one process that has all records; a worker hands its records on."""
+    """Writes report files and baselines, in the one process that has all records; a worker hands its records on."""
     config = session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput["copa_records"] = _rows(config)
+        config.workeroutput["copa_refused"] = config.stash.get(N_REFUSED, 0)
+        config.workeroutput["copa_run_id"] = run_id(config)
         return
     rows = [*config.stash.get(WORKER_RECORDS, []), *_rows(config)]
     if rows:
         from copa_harness.session.ending import finish
-        from copa_harness.session.settings import Settings
 
-        settings = Settings.from_given(given_settings(config), root=config.rootpath)
-        config.stash[REPORT] = finish(rows, settings=settings)
+        report = finish(rows, settings=settings_of(config), n_refused=config.stash.get(N_REFUSED, 0))
+        config.stash[REPORT] = report
+        if report.exit_status and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = report.exit_status
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -290,6 +289,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("gates that did not pass:", bold=True)
         terminalreporter.write_line(report.gates)
         terminalreporter.write_line("")
+    for note in report.notes:
+        terminalreporter.write_line(note)
     for remark in report.remarks:
         terminalreporter.write_line(remark, red=True)
     where = f"; report: {report.written}" if report.written else ""

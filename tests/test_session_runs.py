@@ -71,7 +71,7 @@ def scripted(session, provider=None):
 
 
 def records(session):
-    return [record for record, _ in session.entries]
+    return [entry.record for entry in session.entries]
 
 
 def test_the_test_split_is_asked_by_final_evaluations_only(session, task):

@@ -87,3 +87,41 @@ def test_the_description_says_the_ceiling_and_whether_markers_may_change_it():
         "cache .copa_cache"
     )
     assert "heavy = 6,400 calls per run, lm" in settings(budget="heavy").describe()
+
+
+def test_every_gate_has_a_marker_argument_and_an_ini_default():
+    from dataclasses import fields
+
+    from copa_harness.judge.gates import Gates
+    from copa_harness.options import GATE_NAMES
+    from copa_harness.session.marker import GATES
+
+    assert set(GATES) == set(Gates.names()) - {"alpha", "n_comparisons"}
+    assert GATE_NAMES == GATES
+    assert set(GATES) <= {entry.name for entry in fields(MarkerArguments)}
+
+
+def test_a_marker_overrules_the_defaults_of_gates():
+    given = {"min_score": Setting("0.5", "ini option copa_min_score"), "max_calls": Setting("30", "ini")}
+    plain = Settings.from_given({}, root=ROOT, gates=given)
+    assert plain.gates_of(marker(min_score=0.9, max_usd=2)) == {"min_score": 0.9, "max_calls": 30, "max_usd": 2}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"better_than": ""}, "better_than=''; expected the name of a strategy or baseline"),
+        ({"max_usd": float("inf")}, "max_usd=inf; expected a number, 0 or more"),
+        ({"max_tokens": "1e6"}, "max_tokens='1e6'; expected a number, 0 or more"),
+        ({"min_pass_all": 90}, "min_pass_all=90; expected a number from 0 to 1"),
+    ],
+)
+def test_a_wrong_gate_is_refused_by_name(keywords, message):
+    with pytest.raises(ConfigurationError, match=message):
+        marker(**keywords)
+
+
+def test_the_description_says_ceilings_of_run_and_session_and_the_modes():
+    text = settings(budget="calls=500,usd=2", total_budget="calls=9000", sequential="true").describe()
+    assert "budget calls=500,usd=2 = 500 calls, $2 per run, 9,000 calls for the whole session, lm embedded" in text
+    assert "seed 0, stopping early, cache" in text

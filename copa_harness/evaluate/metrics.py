@@ -1,19 +1,24 @@
 """Calling a user's metric: any of DSPy's signatures in, one number in 0..1 out, or a clear `MetricError`.
 
-Knows nothing of models or threads. DSPy metrics take (example, prediction), (example, prediction, trace), or for GEPA
-(gold, pred, trace, pred_name, pred_trace), and return a bool, a number or a `dspy.Prediction(score=...)`.
+What a metric asks a model is booked as `Phase.METRIC`, and the first traceback of a metric that raises is kept in the
+scope. Knows nothing of models or threads. DSPy metrics take (example, prediction), (example, prediction, trace), or
+for GEPA (gold, pred, trace, pred_name, pred_trace), and return a bool, a number or a `dspy.Prediction(score=...)`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import dspy
 
+from copa_harness.documents import mask_text
 from copa_harness.errors import ConfigurationError, MetricError
+from copa_harness.lm.scope import booked_as, current_scope
+from copa_harness.results import Phase
 
 Metric = Callable[..., Any]
 """A DSPy metric."""
@@ -71,8 +76,10 @@ def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace
     """
     arguments = (example, prediction, trace, None, None)[: metric_arity(metric)]
     try:
-        returned = metric(*arguments)
+        with booked_as(Phase.METRIC):
+            returned = metric(*arguments)
     except Exception as error:
+        current_scope().note_failure("metric exception", mask_text(traceback.format_exc()))
         raise MetricError(f"the metric {metric_name(metric)!r} raised {type(error).__name__}: {error}") from error
     return score_of(returned, name=metric_name(metric))
 

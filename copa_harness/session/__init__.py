@@ -11,7 +11,7 @@ from typing import Any
 _HOMES = {
     "CopaRun": "runs",
     "CopaSession": "copa_session",
-    "MarkerArguments": "settings",
+    "MarkerArguments": "marker",
     "Score": "runs",
     "ScoredEvaluation": "runs",
     "Setting": "settings",

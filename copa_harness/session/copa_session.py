@@ -6,28 +6,32 @@ runs, and its calls replay from the cache. The test split is given to final eval
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import ConfigurationError
-from copa_harness.judge.gates import is_failure, overall
-from copa_harness.results import Phase, PhaseRecord, Usage
-from copa_harness.session.gating import judged
+from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
+from copa_harness.results import PhaseRecord
+from copa_harness.session.finals import final_entry, notes_of
+from copa_harness.session.gating import ON_SCORES, canonical, guarded
+from copa_harness.session.guarding import leakage_of
+from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
+from copa_harness.session.measuring import measure, split_of
+from copa_harness.session.memory import Memory
 from copa_harness.session.models import Models
-from copa_harness.session.optimizations import Optimizations, Optimized, task_fingerprint
+from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
+from copa_harness.session.planning import plan_run
+from copa_harness.session.recording import Entry, cut_short_record, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
-from copa_harness.session.settings import MarkerArguments, Settings
+from copa_harness.session.settings import Settings
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
     import dspy
 
     from copa_harness.lm.metered import MeteredLM
-    from copa_harness.report.records import RunRecord
-
-SPLITS = {"train": "trainset", "val": "valset", "test": "testset"}
-"""Names an evaluation may be asked for, and where a task keeps them."""
 
 
 class CopaSession:
@@ -38,19 +42,31 @@ class CopaSession:
 
     Attributes:
         settings: As given.
-        entries: One record per evaluation in the order they were made, each with the run it belongs to, if any.
+        entries: One per evaluation in the order they were made, each with the run it belongs to, if any.
 
     Raises:
         ConfigurationError: The cache directory cannot be used.
+        CacheError: There is a ceiling for the whole session, and its ledger cannot be written.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.models = Models(settings)
         self._optimizations = Optimizations(settings.cache_dir)
-        self.entries: list[tuple[RunRecord, CopaRun | None]] = []
+        self.entries: list[Entry] = []
         self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
-        self._baselines: dict[tuple[str, str], ScoredEvaluation] = {}
+        self._memory = Memory()
+        self._plans: list[dict[str, Any]] = []
+        self._open = ExitStack()
+        self._open.callback(self.models.close)
+        if settings.total_budget is not None:
+            from copa_harness.lm.ledger import whole_run
+
+            with ExitStack() as undo:
+                undo.callback(self._open.close)
+                ledger = whole_run(settings.total_budget, directory=settings.cache_dir, run_id=settings.run_id)
+                self._open.enter_context(ledger)
+                undo.pop_all()
 
     def __enter__(self) -> CopaSession:
         return self
@@ -61,8 +77,8 @@ class CopaSession:
         self.close()
 
     def close(self) -> None:
-        """Closes the response cache; records stay readable."""
-        self.models.close()
+        """Closes the response cache and the ledger; records stay readable."""
+        self._open.close()
 
     # -- models
 
@@ -124,15 +140,17 @@ class CopaSession:
         """
         marker = marker or MarkerArguments()
         lm = self._metered(lm, marker)
+        settings = self.settings.merged(marker)
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
-        evaluation = self._evaluation(
-            _checked(task), program or task.program, lm, split=split, strategy=strategy, marker=marker
-        )
+        task = _checked(task)
+        with self._told_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
+            measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
         if strategy == "none" and split == "test":
-            self._baselines[_baseline_key(task, lm)] = evaluation
-        self._record(evaluation, test=test, base=base, marker=marker, optimized=optimized)
-        return evaluation
+            self._memory.remember(task, lm, measured.evaluation, fingerprints_of(task, task.program, lm))
+        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized)
+        self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured)))
+        return measured.evaluation
 
     def run(
         self,
@@ -151,126 +169,101 @@ class CopaSession:
             prompt_lm: Model that proposes instructions.
             marker: Strategy, budget and gates.
             test: Id of the test that asks, for the record.
+
+        Raises:
+            TaskError: The test split was seen in training or validation, and there are gates on its score.
+            BudgetExhausted: The ceilings of the whole session cut the evaluation short; that is recorded.
+        """
+        marker = marker or MarkerArguments()
+        settings = self.settings.merged(marker)
+        gates = settings.gates_of(marker)
+        base = self._metered(lm, marker)
+        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        _refuse_what_was_seen(_checked(task), gates)
+        if self._memory.plain(task, base) is None and strategy != "none":
+            # First of all: a broken metric or model shows here, before anything is spent on searching.
+            self.evaluate(task, lm=base, marker=marker, test=test)
+        with self._told_if_cut_short(
+            task, strategy=strategy, base=base, split="test", settings=settings, test=test
+        ) as spent:
+            optimized = self._optimized(task, base, prompt_lm, marker)
+            if optimized.cut_short:
+                spent += optimized.phases()
+                optimized.told = True
+                raise BudgetExhausted(
+                    f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
+                    f"{settings.budget.calls:,.0f} calls of its own"
+                )
+            entry = final_entry(
+                task, optimized, base=base, gates=gates, settings=settings, memory=self._memory, test=test
+            )
+        self.entries.append(entry)
+        assert entry.run is not None
+        return entry.run
+
+    def plan(
+        self,
+        task: Task,
+        *,
+        lm: MeteredLM | None = None,
+        prompt_lm: MeteredLM | None = None,
+        marker: MarkerArguments | None = None,
+        test: str = "",
+    ) -> None:
+        """Notes what `run` would pay, from the cache alone: no call is made.
+
+        Args:
+            task: The task.
+            lm: Base model; default the one settings and marker name.
+            prompt_lm: Model that proposes instructions.
+            marker: Strategy and budget.
+            test: Id of the test that asks.
         """
         marker = marker or MarkerArguments()
         settings = self.settings.merged(marker)
         base = self._metered(lm, marker)
-        key = _baseline_key(_checked(task), base)
-        if key not in self._baselines and marker.strategy != "none":
-            # First of all: a broken metric or model shows here, before anything is spent on searching.
-            self.evaluate(task, lm=base, marker=marker, test=test)
-        optimized = self._optimized(task, base, prompt_lm, marker)
-        result = optimized.result
-        evaluation = self._evaluation(
-            task, optimized.program, optimized.lm, split="test", strategy=result.strategy, marker=marker
-        )
-        if result.strategy == "none":
-            self._baselines[key] = evaluation
-        baseline = self._baselines[key]
-        phases = optimized.phases()
-        gates = judged(task, evaluation, optimized, base=base, marker=marker, settings=settings)
-        run = CopaRun(
-            task=task.name,
-            strategy=result.strategy,
-            evaluation=evaluation,
-            baseline=baseline,
-            usage=sum((phase.usage for phase in phases), Usage()),
-            budget=settings.budget,
-            phases=(*phases, _evaluation_phase(evaluation)),
-            gates=gates,
-            verdict=overall(gates),
-            program=optimized.program,
-            lm=optimized.lm,
-            artifact=optimized.artifact,
-            exhausted=result.exhausted,
-            stopped=result.stopped,
-            from_disk=optimized.from_disk,
-            undecided_fails=bool(marker.undecided_fails),
-        )
-        self._record(evaluation, test=test, base=base, marker=marker, optimized=optimized, run=run)
-        return run
+        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        finished = None
+        if strategy != "none":
+            finished = self._optimizations.finished(
+                _checked(task), lm=base, prompt_lm=prompt_lm, settings=settings, marker=marker
+            )
+        key = f"{task_fingerprint(_checked(task))} {base.fingerprint}"
+        lines = plan_run(task, finished, base, strategy=strategy, settings=settings, key=key)
+        self._plans += [line.row(test) for line in lines]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The records as JSON, each with whether its gates failed without the test asking for them."""
-        return [
-            {
-                "record": record.to_json(),
-                "unchecked": run is not None
-                and not run.checked
-                and is_failure(run.verdict, undecided_fails=run.undecided_fails),
-            }
-            for record, run in self.entries
-        ]
+        """Entries and plans as plain JSON types (see `ending`)."""
+        return [*(entry.row() for entry in self.entries), *self._plans]
 
     # -- steps
 
-    def _evaluation(
-        self,
-        task: Task,
-        program: dspy.Module,
-        lm: MeteredLM,
-        *,
-        split: str,
-        strategy: str,
-        marker: MarkerArguments,
-    ) -> ScoredEvaluation:
-        """Runs the program over a split; nothing bounds it but the split."""
-        from copa_harness.evaluate.runner import evaluate
-        from copa_harness.lm.scope import open_scope
+    @contextmanager
+    def _told_if_cut_short(
+        self, task: Task, *, strategy: str, base: MeteredLM, split: str, settings: Settings, test: str
+    ) -> Iterator[list[PhaseRecord]]:
+        """Records what the session's ceilings end in the block, and lets it end.
 
-        if split not in SPLITS:
-            raise ConfigurationError(f"split: got {split!r}, expected one of {', '.join(map(repr, SPLITS))}.")
-        phase = Phase.BASELINE if strategy == "none" else Phase.EVALUATE
-        with open_scope(f"{task.name}, {strategy}: {phase.value}"):
-            result = evaluate(
-                program,
-                getattr(task, SPLITS[split]),
-                metric=task.metric,
+        Yields:
+            Phases of the block that were paid for.
+        """
+        spent: list[PhaseRecord] = []
+        try:
+            yield spent
+        except BudgetExhausted as error:
+            record = cut_short_record(
+                str(error),
+                test=test,
+                task=task.name,
+                strategy=strategy,
+                model=base.model,
                 split=split,
-                lm=lm,
-                phase=phase,
-                threads=self.settings.merged(marker).threads,
+                n_expected=len(split_of(task, split)),
+                settings=settings,
+                phases=tuple(spent),
             )
-        return ScoredEvaluation.of(result, task=task.name, strategy=strategy)
-
-    def _record(
-        self,
-        evaluation: ScoredEvaluation,
-        *,
-        test: str,
-        base: MeteredLM,
-        marker: MarkerArguments,
-        optimized: Optimized | None = None,
-        run: CopaRun | None = None,
-    ) -> None:
-        """Notes an evaluation for the report, with the optimization that led to it."""
-        from copa_harness.report.records import RunRecord
-
-        phases = (*(optimized.phases() if optimized else ()), _evaluation_phase(evaluation))
-        settings = self.settings.merged(marker)
-        more: dict[str, Any] = {"phases": phases, "seed": settings.seed}
-        if optimized is not None:
-            optimized.told = True
-            more |= {
-                "artifact": str(optimized.artifact.absolute()),
-                "budget": settings.budget,
-                "validation_before": optimized.result.score_before,
-                "validation_after": optimized.result.score_after,
-                "stopped": optimized.result.stopped,
-                "exhausted": optimized.result.exhausted,
-            }
-        record = RunRecord.from_evaluation(
-            evaluation,
-            test=test,
-            task=evaluation.task,
-            strategy=evaluation.strategy,
-            lm=base.model,
-            split=evaluation.split,
-            gates=run.gates if run is not None else (),
-            usage=sum((phase.usage for phase in phases), Usage()),
-            **more,
-        )
-        self.entries.append((record, run))
+            self.entries.append(Entry(record, cut_short=True))
+            raise
 
 
 def _checked(task: object) -> Task:
@@ -281,9 +274,12 @@ def _checked(task: object) -> Task:
     return task
 
 
-def _baseline_key(task: Task, lm: MeteredLM) -> tuple[str, str]:
-    return (task_fingerprint(task), lm.fingerprint)
+def _refuse_what_was_seen(task: Task, gates: Mapping[str, Any]) -> None:
+    """Before anything is spent: gates on scores are no use once test examples were trained or chosen on.
 
-
-def _evaluation_phase(evaluation: ScoredEvaluation) -> PhaseRecord:
-    return PhaseRecord(f"{evaluation.split} evaluation", evaluation.usage, score_after=float(evaluation.score))
+    Raises:
+        TaskError: Test examples were seen, and there are such gates.
+    """
+    if any(gates.get(name) is not None for name in ON_SCORES):
+        for answer in guarded(leakage_of(task)):
+            raise TaskError(f"task {task.name!r}: {answer.message}")

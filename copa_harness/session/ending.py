@@ -1,17 +1,30 @@
-"""The end of a session: records of all processes become report files, tables and remarks.
+"""The end of a session: rows of all processes become report files, baselines, tables, remarks and an exit status.
 
-Rows are what processes hand one another: `{"order": position of the test, "record": RunRecord as JSON, "unchecked":
-its gates failed and the test never asked}`. Knows nothing of pytest.
+Rows are what processes hand one another: what `recording.Entry.row` makes, with `"order"`, the position of the test.
+Knows nothing of pytest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CopaError
+from copa_harness.results import Verdict
+from copa_harness.session.blessing import write_baselines
+from copa_harness.session.planning import plan_text
 from copa_harness.session.settings import Settings
+
+if TYPE_CHECKING:
+    from copa_harness.report.records import RunRecord
+
+FAILED = 1
+"""Exit status when the suite as a whole fails though no test did (Holm's correction)."""
+
+BUDGET_EXHAUSTED = 6
+"""Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +35,33 @@ class Report:
         tables: (title, text) of every table that has something to say.
         gates: Gates that did not pass, under their runs; empty when all passed.
         verdicts: How many runs passed, failed, are undecided.
+        notes: What is good to know.
         remarks: What a person should know and could overlook.
         written: Path of the report file for people, relative to the root if it lies below; empty when not written.
+        exit_status: What the session must end with when its tests alone would make it a success; 0 for success.
     """
 
     tables: tuple[tuple[str, str], ...]
     gates: str
     verdicts: str
+    notes: tuple[str, ...]
     remarks: tuple[str, ...]
     written: str
+    exit_status: int = 0
 
 
-def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings) -> Report:
-    """Writes the report files and draws the tables.
+def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: int = 0) -> Report:
+    """Writes the report files and, if the session is blessed, the baselines; draws the tables.
 
     Args:
         rows: From every process of the session, in any order.
         settings: Where to write, and what to say about seed and budget.
+        n_refused: Tests that ended because the session's ceilings refused a call.
     """
+    plans = [row["plan"] for row in rows if "plan" in row]
+    if plans:
+        table = ("what a run would pay", plan_text(plans))
+        return Report((table,), "", "plan only, nothing was run", (), (), "")
     from copa_harness.report.files import write_reports
     from copa_harness.report.records import RunRecord
     from copa_harness.report.surroundings import environment
@@ -48,16 +70,98 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings) -> Report:
 
     ordered = sorted(rows, key=lambda row: row["order"])
     records = [RunRecord.from_json(row["record"]) for row in ordered]
+    notes = list(dict.fromkeys(note for row in ordered for note in row.get("notes", ())))
     remarks = [
         f"{row['record']['test']}: a gate failed, but the test passed it by; call copa_run.check() in it"
         for row in ordered
         if row["unchecked"]
     ]
-    surroundings = environment(root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm)
+    failures = _failures(ordered)
+    if failures:
+        counts = ", ".join(f"{kind} {found['count']:,}" for kind, found in failures.items())
+        notes.append(
+            f"attempts at calls that failed, those a retry mended included: {counts}; the first traceback of each "
+            f"kind is in latest.json"
+        )
+    suite, suite_fails = _over_suite(records)
+    if suite:
+        (remarks if suite_fails else notes).append(suite)
+    if settings.bless:
+        written_baselines, problems = write_baselines(ordered, directory=settings.baseline_dir)
+        notes += [f"accepted as baseline: {_shown(path, settings.root)}" for path in written_baselines]
+        remarks += problems
+    if settings.total_budget is not None:
+        notes += _spent(settings)
+    n_cut = max(sum(bool(row.get("cut_short")) for row in ordered), n_refused)
+    if n_cut:
+        remarks.append(
+            f"budget exhausted: {n_cut} evaluations or tests were cut short by the ceilings of the session and have no "
+            f"score; raise --copa-total-budget and run again, what was answered is cached and free"
+        )
+    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
+    surroundings = environment(
+        root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more
+    )
     written = ""
     try:
-        path = write_reports(settings.report_dir, records, environment=surroundings).latest_markdown
-        written = str(path.relative_to(settings.root) if path.is_relative_to(settings.root) else path)
+        written = _shown(
+            write_reports(settings.report_dir, records, environment=surroundings).latest_markdown, settings.root
+        )
     except CopaError as error:
         remarks.append(str(error))
-    return Report(all_tables(records), gates_to_read(records), verdict_counts(records), tuple(remarks), written)
+    return Report(
+        tables=all_tables(records),
+        gates=gates_to_read(records),
+        verdicts=verdict_counts(records),
+        notes=tuple(notes),
+        remarks=tuple(remarks),
+        written=written,
+        exit_status=FAILED if suite_fails else BUDGET_EXHAUSTED if n_cut else 0,
+    )
+
+
+def _over_suite(records: Sequence[RunRecord]) -> tuple[str, bool]:
+    """What Holm's correction says of all regression gates together, and whether it fails what no test failed."""
+    from copa_harness.judge.multiple import holm_over_suite, suite_text
+
+    gates = [(f"{record.test} ({record.task}, {record.strategy})", gate) for record in records for gate in record.gates]
+    comparisons = holm_over_suite(gates)
+    found_later = any(row.corrected is Verdict.FAIL and row.verdict is not Verdict.FAIL for row in comparisons)
+    return suite_text(comparisons), found_later
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Failed attempts of all rows by kind: how many, and the first traceback."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for kind, (count, traceback) in row.get("failures", {}).items():
+            known = found.setdefault(kind, {"count": 0, "first": traceback})
+            known["count"] += count
+    return dict(sorted(found.items()))
+
+
+def _spent(settings: Settings) -> list[str]:
+    """What all processes of the session paid, beside its ceilings."""
+    from copa_harness.lm.accounts import amount_of
+    from copa_harness.lm.ledger import RUNS_FOLDER, RunLedger
+
+    budget = settings.total_budget
+    if budget is None or not (settings.cache_dir / RUNS_FOLDER / f"{settings.run_id}.sqlite").exists():
+        return []
+    try:
+        ledger = RunLedger(settings.cache_dir, settings.run_id, budget=budget)
+        spent = ledger.spent
+        ledger.close()
+    except CopaError as error:
+        return [f"what the session spent cannot be told: {error}"]
+    parts = []
+    for name, ceiling in budget.ceilings.items():
+        if name == "usd":
+            parts.append(f"${spent.usd:,.6g} of ${ceiling:,g}")
+        elif name != "seconds":
+            parts.append(f"{amount_of(spent, name):,} of {ceiling:,.10g} {name.replace('_', ' ')}")
+    return [f"the whole session paid {', '.join(parts)}"] if parts else []
+
+
+def _shown(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)

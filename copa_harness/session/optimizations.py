@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.results import PhaseRecord, Usage
-from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
+from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
+from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
     import dspy
@@ -41,6 +42,7 @@ class Optimized:
         from_disk: It was found finished, not made by this process.
         told: What it spent stands in a record already; further records of it spend nothing, so that the sums of a
             report are what was really spent.
+        cut_short: The ceilings of the whole session ended the search; what it found is no result.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Optimized:
     artifact: Path
     from_disk: bool
     told: bool = False
+    cut_short: bool = False
 
     def phases(self) -> tuple[PhaseRecord, ...]:
         """The phases with what they spent here and now: nothing, when they were found finished."""
@@ -106,6 +109,13 @@ class Optimizations:
                 self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
         return self._made[key]
 
+    def finished(
+        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
+    ) -> Optimized | None:
+        """The same if it was made before, by whatever session; None otherwise. Never makes it."""
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        return self._made.get(key) or self._found(key, task, lm)
+
     def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
         from copa_harness.optimize.outcome import OptimizationResult, apply_state
 
@@ -128,6 +138,7 @@ class Optimizations:
         marker: MarkerArguments,
     ) -> Optimized:
         from copa_harness.optimize.copa import COPA
+        from copa_harness.store.stages import hash_json
 
         optimizer = COPA(
             metric=task.metric,
@@ -142,9 +153,15 @@ class Optimizations:
         )
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
-        if result.state is not None:
+        cut_short = _cut_short(result, settings)
+        if cut_short:
+            # Another session may have more to spend: this one's is kept apart and never taken for the finished one.
+            key = hash_json([key, "cut short", result.to_json()])
+        elif result.state is not None:
             self._stages.put(key, {"task": task.name, "result": result.to_json()})
-        return self._finished(key, task, program, lm, result, from_disk=False)
+        finished = self._finished(key, task, program, lm, result, from_disk=False)
+        finished.cut_short = cut_short
+        return finished
 
     def _finished(
         self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult, *, from_disk: bool
@@ -208,6 +225,19 @@ def task_fingerprint(task: Task) -> str:
     )
 
 
+def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str, str]:
+    """What must agree before test scores are compared (data, split, metric), and what was judged (program, lm)."""
+    from copa_harness.store.stages import hash_examples, hash_source
+
+    return {
+        "data": hash_examples(task.testset),
+        "split": "test",
+        "metric": hash_source(task.metric),
+        "program": program_fingerprint(program),
+        "lm": lm.fingerprint,
+    }
+
+
 def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments) -> str:
     from copa_harness.optimize.strategy import parse_strategy
     from copa_harness.report.surroundings import versions
@@ -219,13 +249,18 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "lm": [lm.model, lm.fingerprint, lm.kwargs],
             "prompt_lm": None if prompt_lm is None else [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
             "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
-            "budget_calls": str(settings.budget.calls),
+            "budget": settings.budget.ceilings,
             "seed": settings.seed,
             "search": _search_settings(marker),
             "versions": versions(PACKAGES),
             "source": _own_source(),
         }
     )
+
+
+def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
+    """Whether the ceilings of the whole session, not the run's own, ended a search."""
+    return settings.total_budget is not None and result.exhausted and result.charged_calls < settings.budget.calls
 
 
 def _search_settings(marker: MarkerArguments) -> dict[str, Any]:

@@ -6,17 +6,20 @@ plugin asks it for its meaning when such an assertion fails.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from copa_harness.judge.gates import is_failure
+from copa_harness.judge.gates import is_failure, overall
 from copa_harness.judge.messages import format_failure, number, score_line
 from copa_harness.results import Budget, EvaluationResult, ExampleResult, GateResult, PhaseRecord, Usage, Verdict
 
 if TYPE_CHECKING:
     import dspy
 
+    from copa_harness.judge.attribution import Attribution
+    from copa_harness.judge.early_answers import SequentialAnswer
     from copa_harness.lm.metered import MeteredLM
 
 
@@ -95,6 +98,10 @@ class CopaRun:
         from_disk: The optimization was found finished on disk and not run again.
         undecided_fails: Whether `check()` fails on gates that are undecided or not comparable.
         checked: Whether the test called `check()`.
+        repeats: Scores of every repeat by example id; empty unless examples were answered several times.
+        sequential: What stopping early saved and cost; None when all examples were evaluated.
+        attribution: What weights and prompts gained, alone and together; None unless the strategy searched both.
+        judge_again: Answers gates that `check()` is given.
     """
 
     task: str
@@ -114,6 +121,10 @@ class CopaRun:
     from_disk: bool = False
     undecided_fails: bool = False
     checked: bool = False
+    repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    sequential: SequentialAnswer | None = None
+    attribution: Attribution | None = None
+    judge_again: Callable[[Mapping[str, Any]], tuple[GateResult, ...]] | None = None
 
     @property
     def score(self) -> Score:
@@ -147,17 +158,25 @@ class CopaRun:
         """The `k` worst test examples."""
         return self.evaluation.worst(k)
 
-    def check(self) -> None:
+    def check(self, **gates: Any) -> None:
         """Hold the run to its gates.
 
         An undecided gate does not fail unless the marker says so: too few examples are not a regression. It
         stands in the summary.
 
+        Args:
+            **gates: Gates beside the marker's, or instead of them where both name one: `min_score=0.8`.
+
         Raises:
             AssertionError: A gate failed; the message says which, by how much, and shows the worst examples.
+            ConfigurationError: No such gate, or no such value.
         """
         __tracebackhide__ = True
         self.checked = True
+        if gates and self.judge_again is not None:
+            self.gates = self.judge_again(gates)
+            self.verdict = overall(self.gates)
+            self.undecided_fails = gates.get("undecided_fails", self.undecided_fails)
         if is_failure(self.verdict, undecided_fails=self.undecided_fails):
             raise AssertionError(self.describe())
 
@@ -172,6 +191,10 @@ class CopaRun:
         ]
         if self.exhausted:
             hints.append("the budget ended the search; this is the best program found until then")
+        if self.sequential is not None:
+            hints.append(self.sequential.text())
+        if self.attribution is not None:
+            hints.append(self.attribution.sentence())
         if self.artifact is not None:
             hints.append(f"artifact: {self.artifact}")
         return format_failure(self.evaluation, self.gates, title=self.evaluation.title, hints=hints)

@@ -1,23 +1,25 @@
-"""Settings of a session and arguments of the `copa` marker: checked, typed, and merged by one rule.
+"""Settings of a session: checked, typed, and merged with the marker's arguments by one rule.
 
 Precedence: command line > environment > ini file > marker > default. So a suite's marker says what is meant, and
-whoever runs the suite can overrule it. Knows nothing of pytest, models or files; imports nothing heavy.
+whoever runs the suite can overrule it. Gates alone are the other way round: what an ini file says of them is a default
+that a marker overrules. Knows nothing of pytest, models or files; imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.budgets import parse_budget
-from copa_harness.optimize.strategy import parse_strategy
 from copa_harness.results import Budget
+from copa_harness.session.marker import DEFAULT_STRATEGY, GATES, MarkerArguments, parse_gate
 
-DEFAULT_STRATEGY = "p -> w -> p"
+__all__ = ["DEFAULT_LM", "DEFAULT_STRATEGY", "MarkerArguments", "Setting", "Settings"]
+
 DEFAULT_LM = "embedded"
 
 
@@ -37,44 +39,88 @@ class Settings:
         root: Directory that relative paths in reports are relative to (pytest's rootdir).
         cache_dir: Responses, finished stages, LoRA adapters and artifacts.
         report_dir: `latest.json`, `latest.md` and numbered copies.
+        baseline_dir: Accepted results, `<task>/<strategy>.json`.
         budget: Ceiling of each optimization run.
+        total_budget: Ceiling on what all runs of all processes of the session pay together; None for none.
         lm: The base model: `embedded`, `hf:<path or id>`, or a name DSPy knows.
         prompt_lm: Model that proposes instructions; None proposes without one.
         seed: Seed of every random choice.
         threads: Examples in flight at once.
+        repeat: How often every test example is answered.
         api_base: URL of the endpoint, for models that have one.
         bless: Accept the results as the new baselines.
+        sequential: Stop an evaluation as soon as its gates are decided.
+        plan: Look into the cache only, make no call, and say what a run would pay.
+        gates: Gates that hold where a marker does not say otherwise, by name.
+        n_comparisons: Gates of the session that compare example by example; they share one error rate.
+        run_id: The same in every process of the session, another in every session.
         forced: Names given on the command line, in the environment or in the ini file; a marker cannot change them.
     """
 
     root: Path
     cache_dir: Path
     report_dir: Path
+    baseline_dir: Path = Path("baselines")
     budget: Budget = field(default_factory=lambda: parse_budget("light"))
+    total_budget: Budget | None = None
     lm: str = DEFAULT_LM
     prompt_lm: str | None = None
     seed: int = 0
     threads: int = 32
+    repeat: int = 1
     api_base: str | None = None
     bless: bool = False
+    sequential: bool = False
+    plan: bool = False
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    n_comparisons: int = 1
+    run_id: str = "run"
     forced: frozenset[str] = frozenset()
 
     @classmethod
-    def from_given(cls, given: Mapping[str, Setting], *, root: Path, bless: bool = False) -> Settings:
+    def from_given(
+        cls,
+        given: Mapping[str, Setting],
+        *,
+        root: Path,
+        bless: bool = False,
+        plan: bool = False,
+        gates: Mapping[str, Setting] | None = None,
+        run_id: str = "run",
+    ) -> Settings:
         """Settings from what was written somewhere, by option name (`"budget"`, `"cache_dir"`, ...).
 
+        Args:
+            given: Options with a value.
+            root: See `Settings`.
+            bless: See `Settings`.
+            plan: See `Settings`.
+            gates: Defaults of gates by name.
+            run_id: See `Settings`.
+
         Raises:
-            ConfigurationError: A value cannot be used; the message names its source.
+            ConfigurationError: A value cannot be used, or two do not go together; the message names the source.
         """
-        values: dict[str, Any] = {"cache_dir": root / ".copa_cache", "report_dir": root / "reports"}
+        values: dict[str, Any] = {
+            "cache_dir": root / ".copa_cache", "report_dir": root / "reports", "baseline_dir": root / "baselines",
+        }  # fmt: skip
         for name, setting in given.items():
-            try:
-                values[name] = _PARSERS[name](setting.value)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{setting.source}: {error}") from None
-        for name in ("cache_dir", "report_dir"):
+            values[name] = _from_source(setting, _PARSERS[name])
+        for name in ("cache_dir", "report_dir", "baseline_dir"):
             values[name] = (root / values[name]).absolute()
-        return cls(root=root, bless=bless, forced=frozenset(given), **values)
+        defaults = {
+            name: _from_source(setting, partial(parse_gate, name))
+            for name, setting in (gates or {}).items()
+        }
+        settings = cls(
+            root=root, bless=bless, plan=plan, gates=defaults, run_id=run_id, forced=frozenset(given), **values
+        )
+        if settings.sequential and (bless or settings.repeat > 1):
+            other = "--copa-bless needs the scores of all examples" if bless else "--copa-repeat evaluates all of them"
+            raise ConfigurationError(
+                f"--copa-sequential stops before all examples are evaluated, and {other}; expected one of the two."
+            )
+        return settings
 
     def merged(self, marker: MarkerArguments) -> Settings:
         """These settings with what the marker says and nobody overruled."""
@@ -87,130 +133,45 @@ class Settings:
             changes["budget"] = parse_budget(marker.budget)
         return replace(self, **changes) if changes else self
 
+    def gates_of(self, marker: MarkerArguments) -> dict[str, Any]:
+        """The gates that hold for a run, by name: the marker's, and the defaults for what it does not say."""
+        said = {name: getattr(marker, name) for name in GATES if getattr(marker, name) is not None}
+        return {**self.gates, **said}
+
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""
-        calls = f"{self.budget.calls:,.0f}" if self.budget.calls != float("inf") else "unlimited"
         overruled = "" if "budget" in self.forced else " (unless a marker says otherwise)"
         cache = self.cache_dir.relative_to(self.root) if self.cache_dir.is_relative_to(self.root) else self.cache_dir
+        total = "" if self.total_budget is None else f", {_ceilings(self.total_budget)} for the whole session"
+        modes = "".join(
+            f", {text}"
+            for text, is_on in (
+                ("plan only: no call is made", self.plan),
+                ("stopping early", self.sequential),
+                (f"{self.repeat} repeats", self.repeat > 1),
+            )
+            if is_on
+        )
         return (
-            f"copa: budget {self.budget.name} = {calls} calls per run{overruled}, lm {self.lm}, seed {self.seed}, "
-            f"cache {cache}"
+            f"copa: budget {self.budget.name} = {_ceilings(self.budget)} per run{overruled}{total}, lm {self.lm}, "
+            f"seed {self.seed}{modes}, cache {cache}"
         )
 
 
-@dataclass(frozen=True, slots=True)
-class MarkerArguments:
-    """What `@pytest.mark.copa(...)` may say; None leaves it to the settings.
-
-    Attributes:
-        strategy: How weights and prompts are searched, for instance `"p -> w -> p"`.
-        budget: `"light"`, `"medium"`, `"heavy"`, `"calls=500"` or a number of calls.
-        min_score: Gate: the mean test score must reach this, 0..1.
-        max_regression: Gate: the largest drop below the baseline that is acceptable, 0..1.
-        max_calls: Gate: model calls the run may have paid for.
-        max_error_rate: Gate: share of test examples that may lack a score, 0..1.
-        lm: Base model.
-        prompt_lm: Model that proposes instructions.
-        seed: Seed of every random choice.
-        threads: Examples in flight at once.
-        max_cycles: Rounds of an alternating strategy at most.
-        epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
-        optimizer_kwargs: Arguments of DSPy optimizers by name: `{"miprov2": {"num_trials": 5}}`.
-        undecided_fails: Whether gates that are undecided or not comparable fail the test.
-    """
-
-    strategy: str | None = None
-    budget: str | int | None = None
-    min_score: float | None = None
-    max_regression: float | None = None
-    max_calls: int | None = None
-    max_error_rate: float | None = None
-    lm: str | None = None
-    prompt_lm: str | None = None
-    seed: int | None = None
-    threads: int | None = None
-    max_cycles: int | None = None
-    epsilon: float | None = None
-    optimizer_kwargs: Mapping[str, Any] | None = None
-    undecided_fails: bool | None = None
-
-    @classmethod
-    def from_marker(cls, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> MarkerArguments:
-        """Checked arguments of a marker.
-
-        Raises:
-            ConfigurationError: An unknown or ill-typed argument, by name, with the nearest known one.
-        """
-        if arguments:
-            raise ConfigurationError(
-                f"copa marker: got the positional argument {arguments[0]!r}; expected keywords, "
-                f"for instance copa(strategy={arguments[0]!r})."
-            )
-        known = [entry.name for entry in fields(cls)]
-        for name, value in keywords.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                meant = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigurationError(
-                    f"copa marker: unknown argument {name!r}.{meant} Known arguments: {', '.join(known)}."
-                )
-            accepts, expected = _CHECKS[name]
-            if value is not None and not accepts(value):
-                raise ConfigurationError(f"copa marker: {name}={value!r}; expected {expected}.")
-        marker = cls(**keywords)
-        try:
-            if marker.strategy is not None:
-                parse_strategy(marker.strategy)
-            if marker.budget is not None:
-                parse_budget(marker.budget)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"copa marker: {error}") from None
-        return marker
+def _ceilings(budget: Budget) -> str:
+    """`400 calls, $2, 600 seconds`, or `unlimited calls`."""
+    parts = [
+        f"${amount:,g}" if name == "usd" else f"{amount:,.10g} {name.replace('_', ' ')}"
+        for name, amount in budget.ceilings.items()
+    ]
+    return ", ".join(parts) or "unlimited calls"
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
-_SHARE = (_is_share, "a number from 0 to 1")
-_COUNT = (_is_count, "a whole number, 0 or more")
-_POSITIVE = (_is_positive, "a whole number, 1 or more")
-_MODEL = (_is_text, "a model, for instance 'embedded', 'hf:<path>' or 'openai/<name>'")
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "strategy": (_is_text, "a strategy, for instance 'p -> w -> p'"),
-    "budget": (
-        lambda value: _is_text(value) or _is_positive(value),
-        "'light', 'medium', 'heavy', 'calls=500' or a number",
-    ),
-    "min_score": _SHARE,
-    "max_regression": _SHARE,
-    "max_calls": _COUNT,
-    "max_error_rate": _SHARE,
-    "lm": _MODEL,
-    "prompt_lm": _MODEL,
-    "seed": _COUNT,
-    "threads": _POSITIVE,
-    "max_cycles": _POSITIVE,
-    "epsilon": _SHARE,
-    "optimizer_kwargs": (
-        lambda value: isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values()),
-        "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",
-    ),
-    "undecided_fails": (lambda value: isinstance(value, bool), "True or False"),
-}
+def _from_source(setting: Setting, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(setting.value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{setting.source}: {error}") from None
 
 
 def _text(value: str) -> str:
@@ -232,13 +193,24 @@ def _whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _switch(value: str) -> bool:
+    text = value.strip().lower()
+    if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ConfigurationError(f"got {value!r}, expected true or false.")
+    return text in ("1", "true", "yes", "on")
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "budget": parse_budget,
+    "total_budget": parse_budget,
     "lm": _text,
     "prompt_lm": _text,
     "seed": _whole(0),
     "threads": _whole(1),
+    "repeat": _whole(1),
+    "sequential": _switch,
     "cache_dir": _text,
     "report_dir": _text,
+    "baseline_dir": _text,
     "api_base": _text,
 }

@@ -34,6 +34,8 @@ class Task:
         testset: Labelled examples that only the final evaluation sees.
         finetune_data: Chat rows (`{"messages": [...]}`) to fine-tune on instead of rows made from `trainset`.
         description: One sentence for the report.
+        group: Test examples that belong together (one speaker, one document) and are no independent evidence: the
+            field that names the group, or a function of the example. Intervals and gates then count groups.
 
     Raises:
         TaskError: A split is empty, an example names no inputs, lacks a field the program needs, or carries the
@@ -48,6 +50,7 @@ class Task:
     testset: Sequence[dspy.Example]
     finetune_data: Sequence[dict[str, Any]] | None = None
     description: str = ""
+    group: str | Callable[[dspy.Example], Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -57,6 +60,7 @@ class Task:
         self._check_metric()
         self._check_program()
         self._check_overlap()
+        self._check_group()
         if self.finetune_data is not None:
             object.__setattr__(self, "finetune_data", self._checked_finetune_data(self.finetune_data))
 
@@ -134,6 +138,20 @@ class Task:
                         f"task {self.name!r}: {split}[{position}] has the same inputs as {other}[{other_position}]: "
                         f"{content[:160]}. A score on seen rows says nothing; keep equal rows in one split."
                     )
+
+    def _check_group(self) -> None:
+        if self.group is None or callable(self.group):
+            return
+        if not isinstance(self.group, str):
+            raise TaskError(
+                f"task {self.name!r}: group is {self.group!r}; expected the name of a field or a function of examples."
+            )
+        for position, example in enumerate(self.testset):
+            if self.group not in example:
+                raise TaskError(
+                    f"task {self.name!r}: testset[{position}] has no field {self.group!r} to group by. "
+                    f"Its fields: {', '.join(example.keys())}."
+                )
 
     def _checked_finetune_data(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
         for position, row in enumerate(rows):

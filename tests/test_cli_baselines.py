@@ -1,0 +1,91 @@
+"""`copa baseline`: lists, shows and compares accepted results, and says what is wrong in one line."""
+
+import json
+import sys
+
+import pytest
+
+from copa_harness.cli import main
+from copa_harness.results import Interval
+from copa_harness.store.baselines import Baseline, save_baseline
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, wrong in (("none", "abc"), ("p", "a")):
+        scores = {letter: float(letter not in wrong) for letter in "abcdef"}
+        baseline = Baseline(
+            task="iris",
+            name=name,
+            split="test",
+            lm="embedded",
+            score=sum(scores.values()) / 6,
+            interval=Interval(0.1, 0.9),
+            scores=scores,
+            fingerprints={"data": "d1", "split": "test", "metric": "m1", "program": name},
+            versions={"dspy": "3.4.1"},
+            commit="c0ffee0000",
+            created="2026-01-02",
+        )
+        save_baseline(tmp_path / "baselines", baseline)
+    return tmp_path
+
+
+def test_list_names_every_baseline_with_its_score(folder, capsys):
+    assert main(["baseline", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["iris/none", "0.500"], ["iris/p", "0.833"]]
+    assert "commit c0ffee0000" in lines[0]
+
+
+def test_list_of_nothing_says_how_to_accept_results(tmp_path, capsys):
+    assert main(["baseline", "list", "--baseline-dir", str(tmp_path / "nowhere")]) == 0
+    assert "--copa-bless" in capsys.readouterr().out
+
+
+def test_a_damaged_baseline_is_listed_with_its_problem(folder, capsys):
+    (folder / "baselines" / "iris" / "p.json").write_text("{")
+    assert main(["baseline", "list"]) == 1
+    assert "p.json cannot be read" in capsys.readouterr().err
+
+
+def test_show_takes_a_name_or_a_file(folder, capsys):
+    assert main(["baseline", "show", "iris/p"]) == 0
+    named = capsys.readouterr().out
+    assert "score   0.833 on 6 test examples" in named
+    assert main(["baseline", "show", "baselines/iris/p.json"]) == 0
+    assert capsys.readouterr().out == named
+
+
+def test_diff_says_which_examples_moved(folder, capsys):
+    assert main(["baseline", "diff", "iris/none", "iris/p"]) == 0
+    text = capsys.readouterr().out
+    assert "score   0.500 -> 0.833" in text
+    assert "better  b  0.000 -> 1.000" in text
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(folder, capsys):
+    assert main(["baseline", "show", "iris/w"]) == 2
+    assert capsys.readouterr().err == (
+        "copa: got the baseline 'iris/w', expected a file or one of those in baselines: iris/none, iris/p\n"
+    )
+
+
+def test_bless_runs_pytest_with_the_arguments_given(folder, monkeypatch, capsys):
+    asked = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command) or Done())
+    for arguments in (["suites/", "-k", "iris"], ["-k", "iris", "suites/"]):
+        assert main(["baseline", "bless", *arguments]) == 0
+        assert asked[-1] == [sys.executable, "-m", "pytest", "--copa-bless", *arguments]
+    Done.returncode = 1
+    assert main(["baseline", "bless"]) == 1
+    assert "pytest ended with status 1" in capsys.readouterr().err
+
+
+def test_baselines_can_be_read_by_other_programs(folder):
+    assert len(json.loads((folder / "baselines" / "iris" / "p.json").read_text())["examples"]) == 6
