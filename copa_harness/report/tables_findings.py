@@ -42,9 +42,12 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
     """The 2 x 2 of weights and prompts of every run that measured it, with gains and their interaction."""
     rows: list[list[str]] = []
     notes = ["base or tuned weights with plain or optimized prompts: mean score, then gains, paired by example"]
+    told: list[tuple[str, str, str, Mapping[str, Any]]] = []
     for run in runs:
-        if not run.attribution:
+        told_as = (run.task, run.model, run.strategy, run.attribution)
+        if not run.attribution or told_as in told:  # two tests may share one optimization
             continue
+        told.append(told_as)
         cells, effects = run.attribution["cells"], run.attribution["effects"]
         lines = [(_CELL_NAMES[name], *_cell(cells[name], signed=False), "") for name in CELLS]
         lines += [

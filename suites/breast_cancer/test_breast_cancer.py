@@ -4,7 +4,7 @@ import pytest
 
 from copa_harness.tasks import breast_cancer
 
-BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.70, 0.70, 0.80
+BASE, WEIGHTS, PROMPTS, JOINT = 0.40, 0.80, 0.80, 0.80
 
 
 @pytest.fixture(scope="module")

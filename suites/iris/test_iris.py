@@ -4,7 +4,7 @@ import pytest
 
 from copa_harness.tasks import iris
 
-BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.60, 0.60, 0.85
+BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.85, 0.65, 0.85
 
 
 @pytest.fixture(scope="module")

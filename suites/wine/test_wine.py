@@ -4,7 +4,7 @@ import pytest
 
 from copa_harness.tasks import wine
 
-BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.60, 0.50, 0.80
+BASE, WEIGHTS, PROMPTS, JOINT = 0.15, 0.85, 0.80, 0.85
 
 
 @pytest.fixture(scope="module")
