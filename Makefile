@@ -40,8 +40,8 @@ types: $(VENV)/.installed
 	@$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	@echo "==> pytest tests/ $(ARGS)"
-	@$(BIN)/python -m pytest tests/ -q $(ARGS)
+	@echo "==> pytest tests/ -n 2 $(ARGS)"
+	@$(BIN)/python -m pytest tests/ -q -n 2 $(ARGS)
 
 clean:
 	rm -rf $(VENV) .copa_cache .pytest_cache .mypy_cache .ruff_cache
