@@ -119,7 +119,7 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     ]  # fmt: skip
     notes = ["mean score on the test split [95 % interval]; differences paired by example"]
     if len(budgets) == 1:
-        notes.append(f"equal budget: {budgets.pop()}")
+        notes.append(f"equal budget: {budgets.pop()} to optimize; evaluations on the test split come on top")
     elif budgets:
         notes.append(f"budgets differ, so costs are not comparable: {', '.join(sorted(budgets))}")
     return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)

@@ -69,7 +69,8 @@ def test_moving_the_end_moves_the_decay_and_is_recorded(tmp_path):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    recipe = dataclasses.replace(MICRO, warmup_steps=10, decay_steps=20, final_share=0.05)
+    stages = (dataclasses.replace(MICRO.stages[0], steps=100),)
+    recipe = dataclasses.replace(MICRO, stages=stages, warmup_steps=10, decay_steps=20, final_share=0.05)
     shares = [recipe.rate_share(step, 100) for step in (0, 9, 50, 79, 90, 99)]
     assert shares == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 0.05])
 
