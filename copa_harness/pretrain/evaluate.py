@@ -177,6 +177,38 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def targets(cells: list[dict[str, Any]]) -> str:
+    """The targets set beforehand, at the largest number of labelled rows: met, or missed by how much."""
+    size = max(cell["n_labelled"] for cell in cells)
+    of_size = [cell for cell in cells if cell["n_labelled"] == size]
+
+    def mean(what: str, task: str | None = None) -> float:
+        chosen = [cell for cell in of_size if task in (None, cell["task"]) and what in cell["results"]]
+        return float(np.mean([cell["results"][what]["accuracy"] for cell in chosen]))
+
+    def lead(other: str) -> tuple[float, float]:
+        pairs = [cell["results"]["both_short"]["accuracy"] - cell["results"][other]["accuracy"] for cell in of_size]
+        return float(np.mean(pairs)), paired_interval(pairs)[0]
+
+    parsed = 1 - max(cell["results"]["zero_shot"]["unparsed"] for cell in of_size)
+    rows = [
+        ("zero-shot answers parse, worst cell", parsed, 0.95),
+        ("Iris, demonstrations", mean("demos", "iris"), 0.85),
+        ("Iris, LoRA short", mean("lora_short", "iris"), 0.80),
+        ("Iris, LoRA long", mean("lora_long", "iris"), 0.94),
+        ("Iris, both short", mean("both_short", "iris"), 0.95),
+        ("Iris, the rule in the instruction", mean("rule", "iris"), 0.80),
+        ("both short minus demonstrations, lower end of the interval", lead("demos")[1], 0.0),
+        ("both short minus LoRA short, lower end of the interval", lead("lora_short")[1], 0.0),
+        ("both short minus LoRA long, mean", lead("lora_long")[0], 0.0),
+    ]
+    lines = ["| target | found | wanted | |", "|---|--:|--:|---|"]
+    for title, found, wanted in rows:
+        verdict = "met" if found >= wanted else f"missed by {wanted - found:.3f}"
+        lines.append(f"| {title} | {found:.3f} | >= {wanted:.2f} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
 def _shown(values: list[float]) -> str:
     """Mean and range over seeds."""
     return f"{np.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})"

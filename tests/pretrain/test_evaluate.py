@@ -7,7 +7,7 @@ import pytest
 from copa_harness.pretrain.card import write_card
 from copa_harness.pretrain.development import median_rule
 from copa_harness.pretrain.devtasks import development_tasks
-from copa_harness.pretrain.evaluate import paired_interval, read_cells, table
+from copa_harness.pretrain.evaluate import paired_interval, read_cells, table, targets
 
 
 def cell(task: str, seed: int, *, both: float = 0.9, rule: bool = False) -> dict:
@@ -35,6 +35,13 @@ def test_the_table_shows_means_pairs_and_the_rule(cells):
     assert "| iris | 2 | 0.300 (0.30-0.30) |" in text
     assert "both, short minus LoRA, short: +0.220" in text
     assert "Iris with the rule in the instruction, zero-shot: 0.750" in text
+
+
+def test_a_target_is_met_or_missed_by_a_figure(cells):
+    text = targets(cells)
+    assert "| Iris, the rule in the instruction | 0.750 | >= 0.80 | missed by 0.050 |" in text
+    assert "| Iris, LoRA long | 0.850 | >= 0.94 | missed by 0.090 |" in text
+    assert "| zero-shot answers parse, worst cell | 1.000 | >= 0.95 | met |" in text
 
 
 def test_an_interval_holds_the_mean_and_shrinks_to_it_without_spread():
