@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from copa_harness.tune.adapter import LoraAdapter as LoraAdapter
     from copa_harness.tune.provider import LoraProvider as LoraProvider
     from copa_harness.tune.provider import attach_provider as attach_provider
     from copa_harness.tune.provider import finetune as finetune
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from copa_harness.tune.settings import LoraSettings as LoraSettings
     from copa_harness.tune.traces import TraceRows as TraceRows
     from copa_harness.tune.traces import rows_from_traces as rows_from_traces
-    from copa_harness.tune.trainer import LoraAdapter as LoraAdapter
     from copa_harness.tune.trainer import LoraTrainer as LoraTrainer
 
 _HOME = {
@@ -31,7 +31,7 @@ _HOME = {
     "LoraSettings": "settings",
     "TraceRows": "traces",
     "rows_from_traces": "traces",
-    "LoraAdapter": "trainer",
+    "LoraAdapter": "adapter",
     "LoraTrainer": "trainer",
 }
 

@@ -2,20 +2,16 @@
 
     loss = sum over answer tokens t of -log p(token_t | all tokens before it) / number of answer tokens in the batch
 
-Rows are padded on the left, so that all answers end at the same column, and only columns that predict an answer token
-get logits.
-Repeats bit for bit on a CPU with the same number of threads: initial weights and row order come from generators of
-their own. Knows nothing of files, recipes, DSPy or budgets.
+Repeats bit for bit on a CPU with the same number of threads: initial weights, row order and the base model's own
+dropout come from generators seeded here. `Training.state()` after any epoch holds all that the epochs after it depend
+on, so a training taken up again ends with the very weights of one never interrupted. Knows nothing of files, recipes,
+DSPy or budgets.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,35 +19,30 @@ import numpy as np
 
 from copa_harness.errors import TrainingError
 from copa_harness.lm.local_model import quiet_peft
+from copa_harness.tune.batches import batches_of, loss_sum, mean_loss
 from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.progress import Progress
 from copa_harness.tune.settings import LoraSettings
-
-logger = logging.getLogger(__name__)
-
-LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingOutcome:
-    """What a training did.
+class TrainingState:
+    """A training between two epochs.
 
     Attributes:
-        n_steps: optimizer steps taken.
-        losses: mean training loss of each epoch, in nats per answer token.
-        held_out_losses: the same on the held-out rows after each epoch; empty without such rows.
-        best_epoch: the epoch whose weights were kept, counted from 1.
+        tensors: weights and optimizer moments, by name.
+        record: JSON types: steps, losses, the state of the generator of row orders.
     """
 
-    n_steps: int
-    losses: tuple[float, ...]
-    held_out_losses: tuple[float, ...]
-    best_epoch: int
+    tensors: Mapping[str, Any]
+    record: Mapping[str, Any]
 
 
 def add_lora(model: Any, settings: LoraSettings) -> Any:
     """Wrap `model` (changed in place) with fresh LoRA weights: A uniform as in peft, B zero; returns the peft model."""
     import peft
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     target = settings.target_modules
     config = peft.LoraConfig(
@@ -60,6 +51,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         lora_dropout=0.0,
         target_modules=target if isinstance(target, str) else list(target),
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps weights transposed
     )
     with torch.random.fork_rng(), quiet_peft():
         try:
@@ -75,177 +67,197 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     return wrapped
 
 
-def train(
-    model: Any,
-    rows: Sequence[EncodedRow],
-    *,
-    held_out: Sequence[EncodedRow],
-    settings: LoraSettings,
-    pad_id: int,
-    on_step: Callable[[], None] = lambda: None,
-) -> TrainingOutcome:
-    """Train a peft model in place; at the end it holds the weights of the best epoch (the last without `held_out`).
+def rows_by_epoch(rows: Sequence[EncodedRow], *, n_epochs: int) -> list[list[EncodedRow]]:
+    """The rows of every epoch: those of the variant whose turn it is."""
+    n_variants = max(row.variant for row in rows) + 1
+    return [[row for row in rows if row.variant == epoch % n_variants] for epoch in range(n_epochs)]
+
+
+def count_steps(rows: Sequence[EncodedRow], settings: LoraSettings) -> int:
+    """Optimizer steps of a training that no early stop cuts short."""
+    epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
+    return sum(math.ceil(len(epoch) / settings.batch_size) for epoch in epochs)
+
+
+class Training:
+    """One training, an epoch at a time.
 
     Args:
-        model: from `add_lora`.
+        model: from `add_lora`; trained in place, and always holds the weights of the last epoch.
         rows: at least one.
         held_out: for early stopping, may be empty.
         settings: rates, sizes, epochs, seed.
         pad_id: token id to pad with.
-        on_step: called after every optimizer step.
 
-    Raises:
-        TrainingError: the loss is not a number any more, or has grown instead of fallen.
+    Attributes:
+        n_steps: optimizer steps so far.
+        n_total: optimizer steps if no early stop comes.
+        losses: mean training loss of each epoch so far, in nats per answer token.
+        held_out_losses: the same on the held-out rows after each epoch; empty without such rows.
+        steps_by_epoch: `n_steps` after each epoch.
     """
-    import torch
 
-    rng = np.random.default_rng(settings.seed)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    n_variants = max(row.variant for row in rows) + 1
-    epochs = [[row for row in rows if row.variant == e % n_variants] for e in range(settings.epochs)]
-    n_total = sum(math.ceil(len(epoch) / settings.batch_size) for epoch in epochs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.warmup_steps, n_total))
-    n_steps, losses, held_out_losses = 0, [], []
-    best: tuple[float, int, list[Any]] | None = None
-    with _Progress(n_total) as progress:
-        for epoch, epoch_rows in enumerate(epochs, start=1):
-            model.train()
-            loss_sum = n_tokens = 0.0
-            for batch in _batches(epoch_rows, settings.batch_size, rng):
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[EncodedRow],
+        *,
+        held_out: Sequence[EncodedRow],
+        settings: LoraSettings,
+        pad_id: int,
+    ) -> None:
+        import torch
+
+        self.model, self.settings = model, settings
+        self.n_steps, self.n_total = 0, count_steps(rows, settings)
+        self.losses: list[float] = []
+        self.held_out_losses: list[float] = []
+        self.steps_by_epoch: list[int] = []
+        self._first_loss = math.nan
+        self._epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
+        self._held_out, self._pad_id = held_out, pad_id
+        self._rng = np.random.default_rng(settings.seed)
+        self._trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._trainable.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs done."""
+        return len(self.losses)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, of the lowest held-out loss; the last one without held-out rows."""
+        if not self.held_out_losses:
+            return self.n_epochs
+        return 1 + self.held_out_losses.index(min(self.held_out_losses))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or held-out loss has not fallen for too long."""
+        waited = self.n_epochs - self.best_epoch
+        return self.n_epochs >= self.settings.epochs or waited >= self.settings.early_stop_patience
+
+    def run_epoch(self, progress: Progress, *, on_step: Callable[[], None] = lambda: None) -> None:
+        """Train one epoch and measure the held-out rows; `on_step` is called after every optimizer step.
+
+        Raises:
+            TrainingError: the loss is not a number any more, or has grown instead of fallen.
+        """
+        import torch
+
+        epoch = self.n_epochs + 1
+        self.model.train()
+        total = n_tokens = 0.0
+        with torch.random.fork_rng():
+            # A base model may have dropout of its own; an epoch's must not depend on those before it in this process.
+            torch.manual_seed(int(np.random.default_rng([self.settings.seed, epoch]).integers(2**62)))
+            for batch in batches_of(self._epochs[epoch - 1], self.settings.batch_size, self._rng):
                 n_answer = sum(len(row.targets) for row in batch)
-                size = settings.micro_batch_size or len(batch)
-                batch_loss = 0.0
-                for start in range(0, len(batch), size):
-                    loss = _loss_sum(model, batch[start : start + size], pad_id=pad_id) / n_answer
-                    loss.backward()
-                    batch_loss += loss.item()
-                norm = torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)
-                if not math.isfinite(batch_loss) or not math.isfinite(float(norm)):
-                    raise TrainingError(
-                        f"the loss is {batch_loss} (gradient norm {float(norm)}) at step {n_steps + 1} of {n_total}; "
-                        f"remedy: a learning rate below {settings.learning_rate:g}"
-                    )
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                n_steps += 1
-                loss_sum, n_tokens = loss_sum + batch_loss * n_answer, n_tokens + n_answer
+                loss = self._step(batch, n_answer)
+                total, n_tokens = total + loss * n_answer, n_tokens + n_answer
                 on_step()
-                progress.step(epoch, batch_loss)
-            losses.append(loss_sum / n_tokens)
-            if held_out:
-                held_out_losses.append(mean_loss(model, held_out, batch_size=settings.batch_size, pad_id=pad_id))
-                if best is None or held_out_losses[-1] < best[0]:
-                    best = held_out_losses[-1], epoch, [parameter.detach().clone() for parameter in trainable]
-                elif epoch - best[1] >= settings.early_stop_patience:
-                    break
-    if losses[-1] > 2 * losses[0] + 0.1:
-        raise TrainingError(
-            f"training diverged: mean loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last; "
-            f"remedy: a learning rate below {settings.learning_rate:g}, or more warmup_steps"
+                progress.step(epoch, loss)
+        self.losses.append(total / n_tokens)
+        self.steps_by_epoch.append(self.n_steps)
+        self._check_divergence()
+        if self._held_out:
+            self.held_out_losses.append(
+                mean_loss(self.model, self._held_out, batch_size=self.settings.batch_size, pad_id=self._pad_id)
+            )
+        self.model.eval()
+
+    def _step(self, batch: Sequence[EncodedRow], n_answer: int) -> float:
+        """One optimizer step; the batch's loss."""
+        import torch
+
+        rate = self.settings.learning_rate * relative_rate(self.n_steps, self.settings.warmup_steps, self.n_total)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        size = self.settings.micro_batch_size or len(batch)
+        batch_loss = 0.0
+        for start in range(0, len(batch), size):
+            loss = loss_sum(self.model, batch[start : start + size], pad_id=self._pad_id) / n_answer
+            loss.backward()
+            batch_loss += loss.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), self.settings.max_grad_norm))
+        if not math.isfinite(batch_loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is {batch_loss} (gradient norm {norm}) at step {self.n_steps + 1} of {self.n_total}; "
+                f"{self._remedy()}"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.n_steps += 1
+        if math.isnan(self._first_loss):
+            self._first_loss = batch_loss
+        return batch_loss
+
+    def _check_divergence(self) -> None:
+        """The first batch's loss is the untrained model's; the first epoch's mean is held against it."""
+        before, limit = (
+            (f"{self._first_loss:.3f} in the first batch", 2 * self._first_loss + 1)
+            if self.n_epochs == 1
+            else (f"{self.losses[0]:.3f} in the first epoch", 2 * self.losses[0] + 0.1)
         )
-    if best is not None:
+        if self.losses[-1] > limit:
+            raise TrainingError(
+                f"training diverged: mean loss {before}, {self.losses[-1]:.3f} in epoch {self.n_epochs}; "
+                f"{self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        rate = self.settings.learning_rate
+        return f"remedy: a learning rate below {rate:g}, say learning_rate={rate / 3:.1g}, or more warmup_steps"
+
+    def state(self) -> TrainingState:
+        """Everything the epochs to come depend on. The tensors are the live ones: write them before training on."""
+        tensors: dict[str, Any] = {}
+        for name, parameter in self._trainable.items():
+            tensors[f"weights/{name}"] = parameter.detach()
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        record = {
+            "n_steps": self.n_steps,
+            "first_loss": self._first_loss,
+            "losses": list(self.losses),
+            "held_out_losses": list(self.held_out_losses),
+            "steps_by_epoch": list(self.steps_by_epoch),
+            "rng": self._rng.bit_generator.state,
+        }
+        return TrainingState(tensors, record)
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on where `state` was taken; model, rows and settings must be those it was taken with.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: it was taken with others; nothing can be said of the model then.
+        """
+        import torch
+
+        moments = {key.split("/", 1)[0] for key in state.tensors} - {"weights"}
         with torch.no_grad():
-            for parameter, kept in zip(trainable, best[2], strict=True):
-                parameter.copy_(kept)
-    model.eval()
-    return TrainingOutcome(n_steps, tuple(losses), tuple(held_out_losses), best[1] if best else len(losses))
+            for name, parameter in self._trainable.items():
+                parameter.copy_(state.tensors[f"weights/{name}"])
+                own = {key: state.tensors[f"{key}/{name}"] for key in moments}
+                # AdamW counts its steps in a CPU scalar, whatever device the weights are on.
+                self._optimizer.state[parameter] = {
+                    key: value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+                    for key, value in own.items()
+                }
+        self._rng.bit_generator.state = state.record["rng"]
+        self.n_steps = int(state.record["n_steps"])
+        self._first_loss = float(state.record["first_loss"])
+        self.losses = [float(loss) for loss in state.record["losses"]]
+        self.held_out_losses = [float(loss) for loss in state.record["held_out_losses"]]
+        self.steps_by_epoch = [int(n) for n in state.record["steps_by_epoch"]]
 
 
-def mean_loss(model: Any, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss per answer token, in nats, without training."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        total = sum(
-            float(_loss_sum(model, rows[start : start + batch_size], pad_id=pad_id))
-            for start in range(0, len(rows), batch_size)
-        )
-    return total / sum(len(row.targets) for row in rows)
-
-
-def _loss_sum(model: Any, batch: Sequence[EncodedRow], *, pad_id: int) -> Any:
-    """Summed cross-entropy of the batch's target tokens (a scalar tensor)."""
-    import torch
-
-    width = max(len(row.ids) for row in batch)
-    ids = torch.full((len(batch), width), pad_id)
-    mask = torch.zeros_like(ids)
-    wanted = torch.full_like(ids, -100)
-    for i, row in enumerate(batch):
-        start = width - len(row.ids)
-        ids[i, start:] = torch.tensor(row.ids)
-        mask[i, start:] = 1
-        at = torch.tensor(row.targets) + start
-        wanted[i, at - 1] = ids[i, at]  # a token is predicted by the column before it
-    columns = (wanted != -100).any(0).nonzero()[:, 0].to(model.device)
-    wanted = wanted.to(model.device)[:, columns]
-    only = {"logits_to_keep": columns} if _takes_logits_to_keep(model) else {}
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=positions.to(model.device),
-        use_cache=False,
-        **only,
-    ).logits.float()
-    if not only:
-        logits = logits[:, columns]
-    return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def _takes_logits_to_keep(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
-
-
-def _batches(rows: Sequence[EncodedRow], batch_size: int, rng: np.random.Generator) -> Iterator[list[EncodedRow]]:
-    """Rows of similar length together, in random order.
-
-    Lengths are compared in steps of a quarter only: exact sorting would put rows with the same answer (hence the
-    same length) into one batch.
-    """
-    order = sorted(rng.permutation(len(rows)).tolist(), key=lambda i: int(math.log(len(rows[i].ids)) / math.log(1.25)))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for j in rng.permutation(len(batches)).tolist():
-        yield [rows[i] for i in batches[j]]
-
-
-def _rate(step: int, n_warmup: int, n_total: int) -> float:
+def relative_rate(step: int, n_warmup: int, n_total: int) -> float:
     """Learning rate of step `step` (from 0) relative to the peak: linear up, then linear down to zero."""
     n_warmup = min(n_warmup, n_total // 2)
     if step < n_warmup:
         return (step + 1) / (n_warmup + 1)
     return max(0.0, (n_total - step) / max(1, n_total - n_warmup))
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a logging line now and then."""
-
-    def __init__(self, n_total: int) -> None:
-        self._n_total, self._n = n_total, 0
-        self._bar: Any = None
-        self._logged_s = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._n_total, desc="LoRA", unit="step", leave=False)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def step(self, epoch: int, loss: float) -> None:
-        self._n += 1
-        if self._bar is not None:
-            self._bar.update()
-            self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}")
-        elif time.monotonic() - self._logged_s > LOG_EVERY_S:
-            self._logged_s = time.monotonic()
-            logger.info("LoRA step %d of %d, epoch %d, loss %.3f", self._n, self._n_total, epoch, loss)

@@ -1,67 +1,66 @@
 """`LoraTrainer`: from rows to a LoRA adapter on disk, never the same training twice.
 
-An adapter's directory is named by its recipe, the hash of base fingerprint, rows and settings; it is written under
-another name and renamed, so one that exists is finished, and a finished one is only read (without importing torch).
-Knows nothing of DSPy programs, metrics or how rows came about.
+An adapter's directory is named by its recipe, the hash of base fingerprint, rows and settings; it appears when the
+training is finished, and a finished one is only read (without importing torch). A training that was killed goes on at
+its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken. Knows nothing of
+DSPy programs, metrics or how rows came about.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import TrainingError
 from copa_harness.lm.local_files import hash_mapping
-from copa_harness.lm.local_lora import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, model_name, read_lora, write_manifest
+from copa_harness.lm.local_lora import read_lora
 from copa_harness.lm.scope import current_scope
+from copa_harness.tune.adapter import LoraAdapter, adapter_of
+from copa_harness.tune.charges import Charge
+from copa_harness.tune.checkpoints import Unfinished, is_finished, recipe_lock, remove_leftovers
 from copa_harness.tune.encoding import EncodedRow, encode_row
+from copa_harness.tune.progress import Progress, duration
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
     from copa_harness.lm.local import TransformersEngine
+    from copa_harness.tune.loop import Training
+
+__all__ = ["LoraAdapter", "LoraTrainer"]
 
 logger = logging.getLogger(__name__)
 
-RECIPE_SCHEMA = 1
+RECIPE_SCHEMA = 2
 """Raise when equal rows and settings come to give other weights."""
 
 _one_at_a_time = threading.Lock()
 """Two trainings at once on one machine take longer than one after the other."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoraAdapter:
-    """A trained LoRA adapter.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    """One training to be done."""
 
-    Attributes:
-        model: the name requests are sent to, `<base>@<fingerprint>`.
-        directory: weights, configuration and manifest.
-        fingerprint: of base, weights and configuration.
-        recipe: hash of what it was made of; the directory's name.
-        train_steps: optimizer steps it took, whenever that was.
-        trained_now: False when it was there already.
-        final_loss: held-out loss of the kept epoch, or the last training loss without held-out rows.
-        n_over_long: rows left out because they were too long.
-    """
-
-    model: str
-    directory: Path
-    fingerprint: str
     recipe: str
-    train_steps: int
-    trained_now: bool
-    final_loss: float
-    n_over_long: int = 0
+    rows: Sequence[TrainingRow]
+    held_out: Sequence[TrainingRow]
+    settings: LoraSettings
+    served_with: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Its rows as tokens, and how many were too long."""
+
+    rows: Sequence[EncodedRow]
+    held_out: Sequence[EncodedRow]
+    n_over_long: int
 
 
 class LoraTrainer:
@@ -87,7 +86,8 @@ class LoraTrainer:
     ) -> LoraAdapter:
         """Train an adapter, or read the one this recipe gave before.
 
-        Optimizer steps taken now are added to the current scope.
+        The steps of the whole training are charged to the current scope's ceilings, once per scope, also when some or
+        all of them were taken earlier; those taken now are what its usage shows.
 
         Args:
             rows: at least one.
@@ -97,11 +97,11 @@ class LoraTrainer:
                 kept in the manifest.
 
         Raises:
+            BudgetExhausted: the steps do not fit under a ceiling (nothing was trained), or the seconds are over (what
+                was trained up to the last epoch is kept, to go on from).
             TrainingError: no rows, only over-long rows, a chat template that cannot be trained on, diverging loss.
             ArtifactError: the finished adapter is damaged.
         """
-        from filelock import FileLock
-
         settings = settings or LoraSettings()
         if not rows:
             raise TrainingError(
@@ -109,14 +109,12 @@ class LoraTrainer:
                 "metric; remedy: gold rows, finetune_data=, or a better starting program"
             )
         recipe = self.recipe(rows, settings=settings, held_out=held_out, served_with=served_with)
-        target = self.directory / recipe
-        if not (target / MANIFEST_FILE).exists():
-            (self.directory / ".locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.directory / ".locks" / f"{recipe}.lock"):
-                if not (target / MANIFEST_FILE).exists():
-                    self._train_into(target, rows, settings=settings, held_out=held_out, served_with=served_with)
-                    return self._adapter(target, trained_now=True)
-        return self._adapter(target, trained_now=False)
+        if not is_finished(self.directory, recipe):
+            with recipe_lock(self.directory, recipe):
+                if not is_finished(self.directory, recipe):
+                    steps_now = self._train(_Job(recipe, rows, held_out, settings, served_with))
+                    return self._adapter(recipe, steps_now=steps_now)
+        return self._adapter(recipe)
 
     def recipe(
         self, rows: Sequence[TrainingRow], *, settings: LoraSettings, held_out: Sequence[TrainingRow], served_with: str
@@ -133,79 +131,120 @@ class LoraTrainer:
             }
         )[:32]
 
-    def _adapter(self, directory: Path, *, trained_now: bool) -> LoraAdapter:
-        files = read_lora(directory)
-        self.engine.add_lora(directory)
-        return LoraAdapter(
-            model=model_name(self.engine.name, files.fingerprint),
-            directory=directory,
-            fingerprint=files.fingerprint,
-            recipe=directory.name,
-            train_steps=int(files.details["train_steps"]),
-            trained_now=trained_now,
-            final_loss=float(files.details["final_loss"]),
-            n_over_long=int(files.details["n_over_long"]),
+    def _adapter(self, recipe: str, *, steps_now: int | None = None) -> LoraAdapter:
+        """The finished adapter, known to the engine; `steps_now` is None when it was there already."""
+        files = read_lora(self.directory / recipe)
+        if steps_now is None:
+            planned, taken = int(files.details["planned_steps"]), int(files.details["train_steps"])
+            Charge(current_scope(), recipe, planned=planned, taken_before=planned).settle(taken)
+        adapter = adapter_of(
+            files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0
         )
+        self.engine.add_lora(adapter.directory)
+        if self.directory.absolute() != self.engine.lora_dir.absolute():  # there it looks by itself, when asked
+            for checkpoint in adapter.checkpoints:
+                self.engine.add_lora(checkpoint.directory)
+        return adapter
 
-    def _train_into(
-        self,
-        target: Path,
-        rows: Sequence[TrainingRow],
-        *,
-        settings: LoraSettings,
-        held_out: Sequence[TrainingRow],
-        served_with: str,
-    ) -> None:
+    def _train(self, job: _Job) -> int:
+        """Train and publish; the optimizer steps taken now. The recipe's lock is held."""
         from copa_harness.lm.local_model import share_weights
         from copa_harness.tune import loop
 
         base = self.engine.generator.model
-        longest = min(settings.max_length or base.context_length, base.context_length)
-        encoded, n_over_long = self._encode(rows, longest=longest, learn_from_demos=settings.learn_from_demos)
-        encoded_held_out, n_held_out_over_long = self._encode(held_out, longest=longest)
-        if not encoded:
-            raise TrainingError(
-                f"all {len(rows)} rows are longer than {longest} tokens; remedy: fewer demonstrations in the rows, "
-                f"or a larger max_length (the context of {self.engine.name} is {base.context_length})"
+        encoded = self._encoded(job, context_length=base.context_length)
+        remove_leftovers(self.directory, own=job.recipe)
+        unfinished = Unfinished(
+            self.directory, job.recipe, base_fingerprint=self.engine.fingerprint(self.engine.name)
+        )
+        state = unfinished.load_state()
+        before = 0 if state is None else int(state.record["n_steps"])
+        planned = loop.count_steps(encoded.rows, job.settings)
+        charge = Charge(current_scope(), job.recipe, planned=planned, taken_before=before)
+        training, began_s = None, time.monotonic()
+        try:
+            with _one_at_a_time:
+                model = loop.add_lora(share_weights(base.model), job.settings)
+                training = loop.Training(
+                    model, encoded.rows, held_out=encoded.held_out, settings=job.settings, pad_id=base.pad_id
+                )
+                if state is not None:
+                    training.restore(state)
+                    logger.info("LoRA training %s goes on after epoch %d", job.recipe, training.n_epochs)
+                self._run(training, unfinished, job, encoded, charge)
+            unfinished.publish(
+                n_epochs=training.n_epochs,
+                kept=training.best_epoch,
+                details={
+                    **self._details(job, encoded, training, epoch=training.best_epoch),
+                    "kind": "lora",
+                    "planned_steps": planned,
+                    "train_steps": training.n_steps,
+                    "best_epoch": training.best_epoch,
+                    "wall_s": round(time.monotonic() - began_s, 3),
+                },
             )
-        if n_over_long or n_held_out_over_long:
+        except TrainingError:
+            unfinished.discard()  # it would fail again in the same way
+            raise
+        finally:
+            taken = before if training is None else training.n_steps
+            charge.settle(taken)
+            current_scope().add_train_steps(taken - before, time.monotonic() - began_s)
+        return training.n_steps - before
+
+    def _run(self, training: Training, unfinished: Unfinished, job: _Job, encoded: _Encoded, charge: Charge) -> None:
+        """The epochs that are left, each with its checkpoint, then its state."""
+        began_s, before = time.monotonic(), training.n_steps
+        with Progress(training.n_total, n_done=training.n_steps) as progress:
+            while not training.finished:
+                training.run_epoch(progress, on_step=charge.check_seconds)
+                epoch = training.n_epochs
+                details = {
+                    **self._details(job, encoded, training, epoch=epoch),
+                    "kind": "lora checkpoint",
+                    "parent": job.recipe,
+                    "train_steps": training.n_steps,
+                }
+                unfinished.write_epoch(epoch, training.model, details=details)
+                unfinished.save_state(training.state())
+        logger.info(
+            "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
+            training.n_steps - before, duration(time.monotonic() - began_s), training.n_epochs, training.best_epoch,
+        )  # fmt: skip
+
+    def _details(self, job: _Job, encoded: _Encoded, training: Training, *, epoch: int) -> Mapping[str, Any]:
+        """What the manifests of a checkpoint and of the finished adapter have in common."""
+        return {
+            "base": self.engine.name,
+            "recipe": job.recipe,
+            "epoch": epoch,
+            "settings": dataclasses.asdict(job.settings),
+            "served_with": job.served_with,
+            "n_rows": len(encoded.rows),
+            "n_held_out": len(encoded.held_out),
+            "n_over_long": encoded.n_over_long,
+            "losses": list(training.losses),
+            "held_out_losses": list(training.held_out_losses),
+            "loss": training.losses[epoch - 1],
+            "held_out_loss": training.held_out_losses[epoch - 1] if training.held_out_losses else None,
+        }
+
+    def _encoded(self, job: _Job, *, context_length: int) -> _Encoded:
+        longest = min(job.settings.max_length or context_length, context_length)
+        rows, n_long = self._encode(job.rows, longest=longest, learn_from_demos=job.settings.learn_from_demos)
+        held_out, n_long_held_out = self._encode(job.held_out, longest=longest)
+        if not rows:
+            raise TrainingError(
+                f"all {len(job.rows)} rows are longer than {longest} tokens; remedy: fewer demonstrations in the rows, "
+                f"or a larger max_length (the context of {self.engine.name} is {context_length})"
+            )
+        if n_long or n_long_held_out:
             logger.warning(
                 "%d of %d training rows and %d of %d held-out rows are longer than %d tokens and are left out",
-                n_over_long, len(rows), n_held_out_over_long, len(held_out), longest,
+                n_long, len(job.rows), n_long_held_out, len(job.held_out), longest,
             )  # fmt: skip
-        scope, n_steps, began_s = current_scope(), 0, time.monotonic()
-
-        def count() -> None:
-            nonlocal n_steps
-            n_steps += 1
-
-        with _one_at_a_time:
-            try:
-                model = loop.add_lora(share_weights(base.model), settings)
-                outcome = loop.train(
-                    model, encoded, held_out=encoded_held_out, settings=settings, pad_id=base.pad_id, on_step=count
-                )
-            finally:
-                scope.add_train_steps(n_steps, time.monotonic() - began_s)
-        details = {
-            "kind": "lora",
-            "base": self.engine.name,
-            "recipe": target.name,
-            "settings": dataclasses.asdict(settings),
-            "served_with": served_with,
-            "n_rows": len(encoded),
-            "n_held_out": len(encoded_held_out),
-            "n_over_long": n_over_long + n_held_out_over_long,
-            "train_steps": outcome.n_steps,
-            "losses": list(outcome.losses),
-            "held_out_losses": list(outcome.held_out_losses),
-            "best_epoch": outcome.best_epoch,
-            "final_loss": outcome.held_out_losses[outcome.best_epoch - 1]
-            if outcome.held_out_losses
-            else outcome.losses[-1],
-            "wall_s": round(time.monotonic() - began_s, 3),
-        }
-        self._write(target, model, details)
+        return _Encoded(rows, held_out, n_long + n_long_held_out)
 
     def _encode(
         self, rows: Sequence[TrainingRow], *, longest: int, learn_from_demos: bool = False
@@ -217,34 +256,6 @@ class LoraTrainer:
         ]
         kept = [row for row in encoded if len(row.ids) <= longest]
         return kept, len(encoded) - len(kept)
-
-    def _write(self, target: Path, model: Any, details: Mapping[str, Any]) -> None:
-        """Weights, configuration and manifest under a temporary name, then renamed. The recipe's lock is held."""
-        import peft
-        from safetensors.torch import save_file
-
-        for left_over in self.directory.glob(f".{target.name}.*"):  # of a killed training
-            shutil.rmtree(left_over)
-        temporary = self.directory / f".{target.name}.{os.getpid()}"
-        temporary.mkdir(parents=True)
-        try:
-            weights = {
-                name: tensor.contiguous().cpu() for name, tensor in peft.get_peft_model_state_dict(model).items()
-            }
-            save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-            config = model.peft_config["default"].to_dict()
-            config.update(base_model_name_or_path=None, inference_mode=True)
-            # peft keeps module names in a set; their order must not change the adapter's fingerprint.
-            config["target_modules"] = sorted(config["target_modules"])
-            text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-            write_manifest(temporary, base_fingerprint=self.engine.fingerprint(self.engine.name), details=details)
-            if target.exists():  # without a manifest: not ours to keep, and in the way of the rename
-                shutil.rmtree(target)
-            temporary.replace(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def _plain(row: TrainingRow) -> list[Any]:

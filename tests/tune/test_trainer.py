@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import dspy
@@ -24,9 +20,10 @@ from copa_harness.lm.local_lora import WEIGHTS_FILE
 from copa_harness.lm.local_model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import open_scope
-from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, loop, render_rows
+from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, render_rows
+from copa_harness.tune.batches import batches_of
 from copa_harness.tune.encoding import EncodedRow, encode_row
-from copa_harness.tune.loop import _batches, _rate
+from copa_harness.tune.loop import relative_rate
 
 QUICK = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1)
 
@@ -189,7 +186,7 @@ def test_no_rows_only_long_rows_and_a_diverging_loss_are_errors(trainer):
         trainer.train(ROWS, settings=LoraSettings(max_length=3), served_with="none")
     with pytest.raises(TrainingError, match="remedy: a learning rate"):
         trainer.train(ROWS, settings=LoraSettings(learning_rate=1e6, epochs=6, batch_size=2), served_with="none")
-    assert not [path for path in trainer.directory.iterdir() if path.name != ".locks"]
+    assert not [path for path in trainer.directory.glob("*/*") if path.parent.name != ".locks"]
 
 
 def test_over_long_rows_are_left_out_and_counted(trainer, caplog):
@@ -270,34 +267,16 @@ def test_batches_hold_every_row_once_and_rows_of_like_length_together():
     import numpy as np
 
     rows = [EncodedRow(tuple(range(n)), 1) for n in [10] * 8 + [200] * 8]
-    batches = list(_batches(rows, 4, np.random.default_rng(0)))
+    batches = list(batches_of(rows, 4, np.random.default_rng(0)))
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
     assert all(len({len(row.ids) for row in batch}) == 1 for batch in batches)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rates = [_rate(step, 5, 30) for step in range(31)]
+    rates = [relative_rate(step, 5, 30) for step in range(31)]
     assert rates[0] == pytest.approx(1 / 6)
     assert max(rates) == rates[5] == 1.0
     assert rates[-1] == 0.0
-
-
-def _train_for_ever(folder, directory):
-    loop._loss_sum = lambda *args, **kwargs: time.sleep(600)
-    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=directory)
-    LoraTrainer(engine, directory=directory).train(ROWS, settings=QUICK, served_with="none")
-
-
-def test_a_killed_training_leaves_nothing_and_holds_up_nobody(tiny_folder, trainer):
-    killed = multiprocessing.get_context("spawn").Process(target=_train_for_ever, args=(tiny_folder, trainer.directory))
-    killed.start()
-    deadline = time.monotonic() + 60
-    while not list((trainer.directory / ".locks").glob("*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.join()
-    assert not list(trainer.directory.glob("*/manifest.json"))
-    assert trainer.train(ROWS, settings=QUICK, served_with="none").trained_now
 
 
 def test_a_recipe_asked_for_by_many_at_once_is_trained_once(engine):

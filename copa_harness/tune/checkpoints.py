@@ -1,0 +1,207 @@
+"""A training's files: a LoRA folder after every epoch, the state to go on from, and their way to where they are served.
+
+While it lasts everything lies in `<directory>/.unfinished/<recipe>/`: `epoch-01/`, `epoch-02/`, ... (complete LoRA
+folders) and one `state.safetensors` (weights, optimizer moments, a JSON record in the header; no pickle), which each
+epoch replaces. At the end the epochs move to `<directory>/<recipe>-01/`, ..., last the kept one, to
+`<directory>/<recipe>/`: who sees that folder sees all of them. Everything is written under another name and renamed.
+Whoever writes holds the recipe's lock, so what lies half-written under a free lock belongs to nobody. Knows nothing of
+rows, losses or budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from copa_harness.documents import canonical_json, write_atomic
+from copa_harness.lm.local_lora import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraFiles, read_lora, write_manifest
+from copa_harness.tune.loop import TrainingState
+
+logger = logging.getLogger(__name__)
+
+STATE_SCHEMA = 1
+STATE_FILE = "state.safetensors"
+UNFINISHED = ".unfinished"
+LOCKS = ".locks"
+PARTIAL = ".partial"
+ABANDONED_AFTER_S = 14 * 24 * 3600.0
+"""An interrupted training nobody took up for so long is thrown away."""
+
+
+def recipe_lock(directory: Path, recipe: str, *, timeout: float = -1) -> FileLock:
+    """The lock that whoever trains a recipe holds, in any process."""
+    (directory / LOCKS).mkdir(parents=True, exist_ok=True)
+    return FileLock(directory / LOCKS / f"{recipe}.lock", timeout=timeout)
+
+
+def epoch_folder(directory: Path, recipe: str, epoch: int) -> Path:
+    """Where the checkpoint of an epoch that was not kept lies in the end."""
+    return directory / f"{recipe}-{epoch:02d}"
+
+
+def remove_leftovers(directory: Path, *, own: str) -> None:
+    """Delete what killed trainings left half-written, and interrupted ones nobody took up for two weeks.
+
+    Args:
+        directory: of the LoRA adapters.
+        own: the recipe whose lock the caller holds.
+    """
+    for folder in (directory / UNFINISHED).glob("*"):
+        if folder.name == own:
+            _remove_partial(folder)
+            continue
+        try:
+            with recipe_lock(directory, folder.name, timeout=0):
+                _remove_partial(folder)
+                state = folder / STATE_FILE
+                if not state.exists() or time.time() - state.stat().st_mtime > ABANDONED_AFTER_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue  # being trained at this moment, or cleaned by somebody else
+
+
+def _remove_partial(folder: Path) -> None:
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Unfinished:
+    """The folder of one training in progress. Whoever makes one holds the recipe's lock.
+
+    Args:
+        directory: of the LoRA adapters.
+        recipe: the training's content address.
+        base_fingerprint: of the model the adapters are for.
+    """
+
+    def __init__(self, directory: Path, recipe: str, *, base_fingerprint: str) -> None:
+        self._directory, self._recipe, self._base = directory, recipe, base_fingerprint
+        self._folder = directory / UNFINISHED / recipe
+
+    def save_state(self, state: TrainingState) -> None:
+        """Replace the state to go on from."""
+        import torch
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        record = {
+            "schema": STATE_SCHEMA,
+            "recipe": self._recipe,
+            "torch": torch.__version__,
+            "sha256": _hash_tensors(tensors),
+            "training": state.record,
+        }
+        write_atomic(self._folder / STATE_FILE, save(tensors, metadata={"record": canonical_json(record)}))
+
+    def load_state(self) -> TrainingState | None:
+        """What `save_state` wrote last; None when there is nothing, or nothing that can be used (with a warning)."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        path = self._folder / STATE_FILE
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["record"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            if record["sha256"] != _hash_tensors(tensors):
+                raise ValueError("its checksum does not match")
+            if (record["schema"], record["recipe"], record["torch"]) != (STATE_SCHEMA, self._recipe, torch.__version__):
+                raise ValueError("it was written by another version of this package or of torch")
+            return TrainingState(tensors, record["training"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the interrupted training at %s cannot be taken up (%s); it begins anew", path, error)
+            self.discard()
+            return None
+
+    def write_epoch(self, epoch: int, model: Any, *, details: Mapping[str, Any]) -> None:
+        """Write the LoRA weights `model` holds now as the checkpoint of `epoch`."""
+        import peft
+        from safetensors.torch import save
+
+        partial = self._folder / f"epoch-{epoch:02d}{PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {name: tensor.contiguous().cpu() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+        write_atomic(partial / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        config = model.peft_config["default"].to_dict()
+        config.update(base_model_name_or_path=None, inference_mode=True)
+        # peft keeps module names in a set; their order must not change the adapter's fingerprint.
+        config["target_modules"] = sorted(config["target_modules"])
+        write_atomic(partial / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+        write_manifest(partial, base_fingerprint=self._base, details=details)
+        _replace_folder(partial, self._folder / f"epoch-{epoch:02d}")
+
+    def publish(self, *, n_epochs: int, kept: int, details: Mapping[str, Any]) -> None:
+        """Move all checkpoints to where they are served, the kept one last and with `details` in its manifest.
+
+        Can be begun again at any point after a kill.
+        """
+        files = [self._checkpoint(epoch) for epoch in range(1, n_epochs + 1)]
+        target = self._directory / self._recipe
+        listed = [
+            {
+                "epoch": epoch,
+                "fingerprint": each.fingerprint,
+                "directory": (target if epoch == kept else epoch_folder(self._directory, self._recipe, epoch)).name,
+                **{name: each.details[name] for name in ("loss", "held_out_loss", "train_steps")},
+            }
+            for epoch, each in enumerate(files, start=1)
+        ]
+        for epoch, each in enumerate(files, start=1):
+            if epoch != kept and each.directory.parent == self._folder:
+                _replace_folder(each.directory, epoch_folder(self._directory, self._recipe, epoch))
+        last = self._folder / f"epoch-{kept:02d}"
+        write_manifest(last, base_fingerprint=self._base, details={**details, "checkpoints": listed})
+        _replace_folder(last, target)
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _checkpoint(self, epoch: int) -> LoraFiles:
+        own = self._folder / f"epoch-{epoch:02d}"
+        return read_lora(own if own.exists() else epoch_folder(self._directory, self._recipe, epoch))
+
+
+def checkpoint_folders(details: Mapping[str, Any], directory: Path) -> Sequence[Path]:
+    """The folders of all checkpoints that the manifest of a finished training names."""
+    return [directory / str(each["directory"]) for each in details["checkpoints"]]
+
+
+def is_finished(directory: Path, recipe: str) -> bool:
+    """Whether a recipe's adapter and all its checkpoints are there."""
+    try:
+        details = json.loads((directory / recipe / MANIFEST_FILE).read_text(encoding="utf-8"))
+        folders = checkpoint_folders(details, directory)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # there and damaged: reading it says so and how to mend it
+    return all((folder / MANIFEST_FILE).exists() for folder in folders)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if target.exists():  # of an earlier training of the same recipe, or without a manifest: in the way
+        shutil.rmtree(target)
+    source.rename(target)
+
+
+def _hash_tensors(tensors: Mapping[str, Any]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

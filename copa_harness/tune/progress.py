@@ -1,0 +1,67 @@
+"""How far a training is: a bar on a terminal, elsewhere a log line now and then, with the time still to go.
+
+Log lines are plain text without control characters, since they end up in files. Knows nothing of models or rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 10.0
+
+
+class Progress:
+    """Reports optimizer steps.
+
+    Args:
+        n_total: steps of the whole training.
+        n_done: steps done before (of a training taken up again).
+    """
+
+    def __init__(self, n_total: int, *, n_done: int = 0) -> None:
+        self._n_total, self._n_before, self._n = n_total, n_done, n_done
+        self._bar: Any = None
+        self._began_s = self._logged_s = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._n_total, initial=self._n, desc="LoRA", unit="step", leave=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, epoch: int, loss: float) -> None:
+        """One optimizer step is done; `loss` is its batch's, in nats per answer token."""
+        self._n += 1
+        now_s = time.monotonic()
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}")
+        elif now_s - self._logged_s > LOG_EVERY_S:
+            self._logged_s = now_s
+            logger.info(
+                "LoRA step %d of %d, epoch %d, loss %.3f, %s to go",
+                self._n, self._n_total, epoch, loss, duration(self._remaining_s(now_s)),
+            )  # fmt: skip
+
+    def _remaining_s(self, now_s: float) -> float:
+        return (now_s - self._began_s) / (self._n - self._n_before) * (self._n_total - self._n)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
