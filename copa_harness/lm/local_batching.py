@@ -80,10 +80,14 @@ class Batcher(Generic[Payload, Answer]):
             self._condition.notify_all()
         return job
 
-    def wait(self, job: Job[Payload, Answer]) -> Answer:
-        """The answer of a queued job; a caller that is interrupted abandons the job."""
+    def wait(self, job: Job[Payload, Answer], *, timeout_s: float | None = None) -> Answer:
+        """The answer of a queued job; a caller that is interrupted, or waits too long, abandons the job.
+
+        Raises:
+            TimeoutError: No answer after `timeout_s` seconds.
+        """
         try:
-            return job.future.result()
+            return job.future.result(timeout_s)
         except BaseException:
             job.cancelled = True
             raise

@@ -1,4 +1,4 @@
-"""How each row of a batch picks its tokens and when it stops: two hooks for the library's `generate`.
+"""How each row of a batch picks its tokens and when it stops, in our loop and in the library's `generate`.
 
 Every row has rules and random numbers of its own, so requests with different temperatures, limits and stop
 strings share a batch and none can tell who else was in it. A step whose choice hangs on less than rounding
@@ -31,6 +31,7 @@ class DecodingRules:
         top_p, top_k: sampling limits, 1.0 and 0 for none.
         stop: strings that end the answer and are cut from it.
         seed: of this request's random numbers.
+        n_logprobs: alternatives to report beside every token's log-probability; None reports none at all.
     """
 
     max_tokens: int
@@ -39,22 +40,29 @@ class DecodingRules:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    n_logprobs: int | None = None
+
+
+TokenScores = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability before temperature and limits, and the best (token, log-probability) at that step."""
 
 
 class RowState:
-    """What one row has generated so far."""
+    """What one row has generated so far; `near_tie` once one of its tokens hung on rounding."""
 
-    __slots__ = ("ids", "reason", "rules", "text")
+    __slots__ = ("ids", "logprobs", "near_tie", "reason", "rules", "text")
 
     def __init__(self, rules: DecodingRules) -> None:
         self.rules = rules
         self.ids: list[int] = []
+        self.logprobs: list[TokenScores] = []
+        self.near_tie = False
         self.reason: Literal["stop", "length", "cancelled"] | None = None
         self.text: str | None = None
 
 
 class RowChooser:
-    """A logits processor that leaves greedy rows as they are and puts a sampled row's choice on top.
+    """Chooses every row's next token. Also a logits processor that puts the choice on top for the library's `generate`.
 
     Args:
         rows: the batch's rows in order.
@@ -62,61 +70,80 @@ class RowChooser:
     """
 
     def __init__(self, rows: Sequence[RowState], *, dtype: str) -> None:
+        self._rows = rows
         self._tolerance = NEAR_TIE.get(dtype, 0.0)
-        self._step = 0
         self._near_steps: list[Any] = []
-        self._greedy_rows = [i for i, row in enumerate(rows) if row.rules.temperature <= 0]
-        self._sampled_rows = [i for i, row in enumerate(rows) if row.rules.temperature > 0]
-        sampled = [rows[i].rules for i in self._sampled_rows]
-        self._n_rows = len(rows)
-        if sampled:
-            longest = max(rules.max_tokens for rules in sampled) + 2
-            self._uniforms = np.stack([np.random.default_rng(rules.seed).random(longest) for rules in sampled])
-            self._temperatures = np.array([[rules.temperature] for rules in sampled])
-            self._top_ps = np.array([[rules.top_p] for rules in sampled])
-            self._top_ks = [rules.top_k for rules in sampled]
+        self._uniforms = {
+            i: np.random.default_rng(row.rules.seed).random(row.rules.max_tokens + 2)
+            for i, row in enumerate(rows)
+            if row.rules.temperature > 0
+        }
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """The scores (shape [rows, vocabulary], changed in place) with every row's choice on top."""
+        """The scores (shape [rows, vocabulary], changed in place) with every sampled row's choice on top."""
         import torch
 
-        near = torch.zeros(self._n_rows, dtype=torch.bool, device=scores.device)
-        if self._greedy_rows and self._tolerance:
-            greedy = scores if not self._sampled_rows else scores[self._greedy_rows]
-            best = greedy.topk(2, dim=-1).values
-            near[self._greedy_rows] = (best[:, 0] - best[:, 1]) < self._tolerance * greedy.abs().amax(-1)
-        if self._sampled_rows:
-            chosen, edge = self._sample(scores[self._sampled_rows])
-            scores[self._sampled_rows] = -torch.inf
-            scores[self._sampled_rows, chosen] = 0.0
-            if self._tolerance:
-                near[self._sampled_rows] = edge < NEAR_EDGE
+        live = range(len(self._rows))
+        tokens, near = self.choose(scores, live)
         self._near_steps.append(near)
-        self._step += 1
+        for i in live:
+            if i in self._uniforms:
+                scores[i] = -torch.inf
+                scores[i, tokens[i]] = 0.0
         return scores
 
-    def near_ties(self, rows: Sequence[RowState]) -> list[bool]:
-        """For every row, whether one of the tokens it kept was a near-tie."""
+    def choose(self, scores: Any, live: Sequence[int]) -> tuple[Any, Any]:
+        """The next token of some rows, and whether it hangs on a near-tie.
+
+        Args:
+            scores: logits, shape [len(live), vocabulary].
+            live: which rows they belong to.
+
+        Returns:
+            Token ids and flags, both of shape [len(live)].
+        """
+        import torch
+
+        tokens = scores.argmax(dim=-1)
+        near = torch.zeros(len(live), dtype=torch.bool, device=scores.device)
+        if self._tolerance:
+            low, high = scores.aminmax(dim=-1)
+            second = scores.scatter(1, tokens[:, None], -torch.inf).amax(dim=-1)
+            near = (high - second) < self._tolerance * torch.maximum(high.abs(), low.abs())
+        sampled = [place for place, i in enumerate(live) if i in self._uniforms]
+        if sampled:
+            chosen, edge = self._sample(scores[sampled], [live[place] for place in sampled])
+            tokens[sampled] = chosen
+            near[sampled] = edge < NEAR_EDGE if self._tolerance else torch.zeros_like(edge, dtype=torch.bool)
+        for place, i in enumerate(live):
+            if self._rows[i].rules.n_logprobs is not None and self._rows[i].reason is None:
+                self._rows[i].logprobs.append(_token_scores(scores[place], tokens[place], self._rows[i].rules))
+        return tokens, near
+
+    def note_near_ties(self) -> None:
+        """After the library's `generate`: mark the rows that kept a token chosen on a near-tie."""
         import torch
 
         steps = torch.stack(self._near_steps).tolist()
-        return [any(steps[step][i] for step in range(min(len(row.ids), len(steps)))) for i, row in enumerate(rows)]
+        for i, row in enumerate(self._rows):
+            row.near_tie = any(steps[step][i] for step in range(min(len(row.ids), len(steps))))
 
-    def _sample(self, scores: Any) -> tuple[Any, Any]:
+    def _sample(self, scores: Any, rows: Sequence[int]) -> tuple[Any, Any]:
         """Chosen token ids and each row's distance to the nearest edge; shapes [rows]."""
         import torch
 
         def column(values: Any) -> Any:
-            return torch.as_tensor(values, dtype=torch.float64, device=scores.device)
+            return torch.as_tensor(values, dtype=torch.float64, device=scores.device)[:, None]
 
-        probabilities = torch.softmax(scores.double() / column(self._temperatures), dim=-1)
-        for i, top_k in enumerate(self._top_ks):
-            if top_k:
-                kept = probabilities[i].topk(min(top_k, probabilities.shape[-1])).indices
-                mask = torch.zeros_like(probabilities[i]).scatter_(0, kept, 1.0)
-                probabilities[i] = probabilities[i] * mask / (probabilities[i] * mask).sum()
+        rules = [self._rows[i].rules for i in rows]
+        temperatures, top_ps = (column([getattr(one, name) for one in rules]) for name in ("temperature", "top_p"))
+        probabilities = torch.softmax(scores.double() / temperatures, dim=-1)
+        for place, one in enumerate(rules):
+            if one.top_k:
+                kept = probabilities[place].topk(min(one.top_k, probabilities.shape[-1])).indices
+                mask = torch.zeros_like(probabilities[place]).scatter_(0, kept, 1.0)
+                probabilities[place] = probabilities[place] * mask / (probabilities[place] * mask).sum()
         edge = torch.ones(len(scores), dtype=torch.float64, device=scores.device)
-        top_ps = column(self._top_ps)
         if bool((top_ps < 1).any()):
             ordered, order = probabilities.sort(dim=-1, descending=True)
             before = ordered.cumsum(-1) - ordered
@@ -127,11 +154,20 @@ class RowChooser:
             probabilities = probabilities.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
         cumulative = probabilities.cumsum(-1)
         total = cumulative[:, -1:]
-        step = min(self._step, self._uniforms.shape[1] - 1)
-        target = column(self._uniforms[:, step : step + 1]) * total
+        draws = [self._uniforms[i][min(len(self._rows[i].ids), len(self._uniforms[i]) - 1)] for i in rows]
+        target = column(draws) * total
         chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[-1] - 1)
         edge = torch.minimum(edge, ((cumulative - target).abs() / total).amin(-1))
         return chosen[:, 0], edge
+
+
+def _token_scores(scores: Any, token: Any, rules: DecodingRules) -> TokenScores:
+    import torch
+
+    logprobs = torch.log_softmax(scores.double(), dim=-1)
+    best = logprobs.topk(min(rules.n_logprobs or 1, len(logprobs)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if rules.n_logprobs else ()
+    return float(logprobs[token]), top
 
 
 class RowStopper:
@@ -162,11 +198,16 @@ class RowStopper:
         import torch
 
         for i, token in enumerate(input_ids[:, -1].tolist()):
-            row = self._rows[i]
-            if row.reason is None:
-                row.ids.append(token)
-                self._judge(i, row, token)
+            self.take(i, token)
         return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
+
+    def take(self, i: int, token: int, *, near_tie: bool = False) -> None:
+        """Row i has got this token, unless it is done already."""
+        row = self._rows[i]
+        if row.reason is None:
+            row.ids.append(token)
+            row.near_tie |= near_tie
+            self._judge(i, row, token)
 
     def _judge(self, i: int, row: RowState, token: int) -> None:
         if token in self._eos_ids[i]:

@@ -1,7 +1,8 @@
-"""Batches of prompts through the library's `generate`: which may go together, the prefix they share, near-ties.
+"""Batches of prompts: which may go together, the prefixes they share, which path they take, near-ties.
 
-One `BatchGenerator` per model in memory, whatever the number of engines. A batch is [shared prefix | padding | own
-suffix] with the prefix's states computed once. Knows nothing of DSPy, files or names.
+One `BatchGenerator` per model in memory, whatever the number of engines. A batch goes through the cascade loop where
+the model fits it, else through the library's `generate` behind [shared prefix | padding | own suffix]. Knows nothing
+of DSPy, files or names.
 """
 
 from __future__ import annotations
@@ -17,23 +18,34 @@ from typing import Any, Literal
 from copa_harness.errors import ProviderError
 from copa_harness.lm.local_batching import Batcher
 from copa_harness.lm.local_batching import Job as BatchJob
+from copa_harness.lm.local_cascade import RowGroup
 from copa_harness.lm.local_chat import ChatFormat, PromptTokens
-from copa_harness.lm.local_decoding import DecodingRules, RowChooser, RowState, RowStopper
+from copa_harness.lm.local_decoding import DecodingRules, RowChooser, RowState, RowStopper, TokenScores
+from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS, CascadeRun, Suffixes
 from copa_harness.lm.local_lora import LoraFiles
+from copa_harness.lm.local_memory import BATCH_LIMIT_BYTES, FREE_SHARE, free_bytes, readable
 from copa_harness.lm.local_model import LocalModel
 from copa_harness.lm.local_prefix import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, spread
 
 logger = logging.getLogger(__name__)
 
-BATCH_LIMIT_BYTES = 2 << 30
-"""Ceiling on the key-value states of one batch."""
-FIRST_ROOM_TOKENS = 64
-"""Room for new tokens a batch starts with; grows when answers are longer."""
+NEAR_CHOICE = 1e-3
+"""Two continuations whose log-probabilities differ by less are scored again, alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request, ready to generate. `eos_ids` end the answer; `max_batch` bounds the batch it may be in."""
+    """One request, ready to generate.
+
+    Attributes:
+        tokens: the prompt.
+        rules: how to answer.
+        lora: the adapter that answers, None for the base model.
+        chat: tokens to text.
+        eos_ids: tokens that end the answer.
+        max_batch: bounds the batch it may be in.
+        choices: continuations to score instead of generating, each at least one token.
+    """
 
     tokens: PromptTokens
     rules: DecodingRules
@@ -41,16 +53,22 @@ class Prompt:
     chat: ChatFormat
     eos_ids: frozenset[int]
     max_batch: int
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a prompt got. `n_tokens` counts generated tokens, the end token included, padding never."""
+    """What a prompt got: an answer, or the log-probability of each of its choices.
+
+    `n_tokens` counts generated tokens, the end token included, padding never.
+    """
 
     ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
     near_tie: bool
+    logprobs: tuple[TokenScores, ...] = ()
+    choice_scores: tuple[float, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -83,12 +101,14 @@ class BatchGenerator:
 
     Attributes:
         model: the model in memory.
+        cascades: whether the cascade loop is used where the model fits it.
         prefixes: states of shared prefixes.
         n_batches, n_rows, n_near_ties: counters since loading.
     """
 
     def __init__(self, model: LocalModel) -> None:
         self.model = model
+        self.cascades = model.cascades
         self.prefixes = PrefixCache()
         self.n_batches = self.n_rows = self.n_near_ties = 0
         self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run)
@@ -101,37 +121,76 @@ class BatchGenerator:
         """Queue a prompt."""
         return self._batcher.submit(prompt)
 
-    def wait(self, job: Job) -> Answer:
+    def wait(self, job: Job, *, timeout_s: float | None = None) -> Answer:
         """The answer of a queued prompt; an interrupted caller abandons it."""
-        return self._batcher.wait(job)
+        return self._batcher.wait(job, timeout_s=timeout_s)
+
+    # -- which prompts go together
 
     def _prefix_key(self, prompt: Prompt) -> PrefixKey:
         n_prefix = prompt.tokens.n_prefix
         if n_prefix < MIN_PREFIX_TOKENS or not self.model.shares_prefix:
             n_prefix = 0
-        return (prompt.lora.fingerprint if prompt.lora else "", prompt.tokens.ids[:n_prefix])
+        return (_lora_key(prompt), prompt.tokens.ids[:n_prefix])
 
-    def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int]:
+    def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int, bool]:
         prefix = self._prefix_key(prompt)
         width = 0 if self.model.pads else len(prompt.tokens.ids) - len(prefix[1])
-        return prefix, width
+        return prefix, width, bool(prompt.choices)
 
     def _choose(self, waiting: Sequence[Job]) -> Sequence[Job]:
-        """The oldest job's group; or, if that is a lone new prefix, all lone new prefixes, padded without sharing."""
-        groups: dict[tuple[PrefixKey, int], list[Job]] = {}
+        """The oldest job's group, and others of the same adapter that fit beside it.
+
+        Jobs of one prefix are a group. Lone new prefixes are padded together without sharing. In the cascade, groups
+        of several prefixes share a batch, group by group.
+        """
+        oldest = waiting[0].payload
+        groups: dict[tuple[PrefixKey, int, bool], list[Job]] = {}
         for job in waiting:
-            groups.setdefault(self._group_key(job.payload), []).append(job)
-        (prefix, _), batch = next(iter(groups.items()))
-        if len(batch) == 1 and self.model.pads and prefix not in self.prefixes:
-            batch = [
-                group[0]
-                for (other, _), group in groups.items()
-                if len(group) == 1 and other[0] == prefix[0] and other not in self.prefixes
-            ]
-        limit = min(job.payload.max_batch for job in batch)
-        longest = max(len(job.payload.tokens.ids) for job in batch) + FIRST_ROOM_TOKENS
-        limit = min(limit, max(1, BATCH_LIMIT_BYTES // (longest * self.model.bytes_per_token)))
-        return batch[:limit]
+            if _lora_key(job.payload) == _lora_key(oldest) and bool(job.payload.choices) == bool(oldest.choices):
+                groups.setdefault(self._group_key(job.payload), []).append(job)
+        first = next(iter(groups.values()))
+        if self._is_lone(first):
+            picked = [group for group in groups.values() if self._is_lone(group)]
+        elif self.cascades:
+            width = self._own_width(first)
+            picked = [g for g in groups.values() if not self._is_lone(g) and self._own_width(g) <= 2 * width]
+        else:
+            picked = [first]
+        return self._within_limits([job for group in picked for job in group])
+
+    def _is_lone(self, group: Sequence[Job]) -> bool:
+        return len(group) == 1 and self.model.pads and self._prefix_key(group[0].payload) not in self.prefixes
+
+    def _own_width(self, group: Sequence[Job]) -> int:
+        n_prefix = len(self._prefix_key(group[0].payload)[1])
+        return max(len(job.payload.tokens.ids) for job in group) - n_prefix
+
+    def _within_limits(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """As many of the first jobs as a batch may hold, at least one."""
+        most = min(job.payload.max_batch for job in jobs)
+        free = free_bytes(self.model.device)
+        limit = BATCH_LIMIT_BYTES if free is None else min(BATCH_LIMIT_BYTES, FREE_SHARE * free)
+        n = 1
+        while n < min(len(jobs), most) and self._bytes(jobs[: n + 1]) <= limit:
+            n += 1
+        return jobs[:n]
+
+    def _bytes(self, jobs: Sequence[Job]) -> int:
+        """Upper estimate of what a batch of these jobs needs."""
+        prompts = [job.payload for job in jobs]
+        keys = {self._prefix_key(prompt) for prompt in prompts}
+        kept_once = 0 if len(keys) == len(prompts) else sum(len(key[1]) for key in keys)
+        longest = max(len(p.tokens.ids) for p in prompts)
+        shortest_prefix = min((len(key[1]) for key in keys), default=0) if kept_once and self.cascades else 0
+        return self.model.footprint.batch_bytes(
+            n_rows=sum(max(1, len(prompt.choices)) for prompt in prompts),
+            n_shared=kept_once,
+            n_own=longest - shortest_prefix,
+            n_new=min(FIRST_ROOM_TOKENS, max(prompt.rules.max_tokens for prompt in prompts)),
+        )
+
+    # -- running a batch
 
     def _run(self, batch: Sequence[Job]) -> None:
         import torch
@@ -141,7 +200,9 @@ class BatchGenerator:
 
     def _answer(self, batch: Sequence[Job]) -> None:
         try:
-            rows, near = self._generate(batch)
+            if len(batch) == 1:
+                self._check_memory(batch[0])
+            answers = self._score(batch) if batch[0].payload.choices else self._generate(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise ProviderError(
@@ -155,17 +216,73 @@ class BatchGenerator:
             logger.warning("out of memory on %s with %d requests; trying halves", self.model.device, len(batch))
             middle = len(batch) // 2
         else:
-            for job, row, near_tie in zip(batch, rows, near, strict=True):
-                if near_tie:
-                    self.n_near_ties += 1
-                    row = self._generate([job], plain=True)[0][0]
-                job.future.set_result(_to_answer(job.payload, row, near_tie=near_tie))
+            self.n_batches += 1
+            self.n_rows += len(batch)
+            for job, answer in zip(batch, answers, strict=True):
+                self.n_near_ties += answer.near_tie
+                job.future.set_result(answer)
             return
         self._answer(batch[:middle])
         self._answer(batch[middle:])
 
-    def _generate(self, batch: Sequence[Job], *, plain: bool = False) -> tuple[list[RowState], list[bool]]:
-        """Rows of a batch, and which of them hang on a near-tie; `plain` is the library's own way, alone."""
+    def _check_memory(self, job: Job) -> None:
+        needed, free = self._bytes([job]), free_bytes(self.model.device)
+        if free is not None and needed > FREE_SHARE * free:
+            prompt = job.payload
+            raise ProviderError(
+                f"one prompt of {len(prompt.tokens.ids)} tokens with max_tokens={prompt.rules.max_tokens} needs about "
+                f"{readable(needed)} on {self.model.device}, where {readable(free)} are free; remedy: fewer "
+                "demonstrations, a smaller max_tokens, a smaller model, or another device"
+            )
+
+    def _generate(self, batch: Sequence[Job]) -> list[Answer]:
+        """Answers of a batch; a row that hangs on a near-tie is answered again, alone and by the library."""
+        rows = self._cascade(batch) if self.cascades else self._stock(batch)
+        answers = []
+        for job, row in zip(batch, rows, strict=True):
+            near_tie = row.near_tie
+            if near_tie:
+                row = self._stock([job], plain=True)[0]
+            answers.append(_to_answer(job.payload, row, near_tie=near_tie))
+        return answers
+
+    def _cascade(self, batch: Sequence[Job]) -> list[RowState]:
+        prompts = [job.payload for job in batch]
+        module = self.model.serving(prompts[0].lora)
+        longest = max(prompt.rules.max_tokens for prompt in prompts)
+        run = CascadeRun(
+            module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=min(longest, FIRST_ROOM_TOKENS)
+        )
+        rows = [RowState(prompt.rules) for prompt in prompts]
+        run.decode(rows, RowChooser(rows, dtype=self.model.dtype), self._stopper(batch, rows))
+        return rows
+
+    def _suffixes(self, prompts: Sequence[Prompt], module: Any) -> Suffixes:
+        """The rows behind their prefixes; a prefix is shared if two rows have it, or if it is kept already."""
+        keys = [self._prefix_key(prompt) for prompt in prompts]
+        groups: list[RowGroup] = []
+        lengths = []
+        for i, key in enumerate(keys):
+            if i and key == keys[i - 1] and groups[-1].states is not None:
+                groups[-1].stop = i + 1
+            else:
+                is_shared = key[1] and (keys.count(key) > 1 or key in self.prefixes)
+                states = self.prefixes.states(key, module, self.model.new_cache()) if is_shared else None
+                groups.append(RowGroup(i, i + 1, states))
+            lengths.append(len(key[1]) if groups[-1].states is not None else 0)
+        ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
+        return Suffixes(ids, lengths, groups)
+
+    def _stopper(self, batch: Sequence[Job], rows: Sequence[RowState]) -> RowStopper:
+        return RowStopper(
+            rows,
+            eos_ids=[job.payload.eos_ids for job in batch],
+            decoders=[job.payload.chat.decode for job in batch],
+            is_cancelled=lambda i: batch[i].cancelled,
+        )
+
+    def _stock(self, batch: Sequence[Job], *, plain: bool = False) -> list[RowState]:
+        """Rows by the library's `generate`; `plain` is its own way, alone and without a prefix of ours."""
         import torch
         import transformers
 
@@ -188,12 +305,6 @@ class BatchGenerator:
             shared["past_key_values"] = spread(states, len(batch), width + min(longest, FIRST_ROOM_TOKENS))
         rows = [RowState(prompt.rules) for prompt in prompts]
         chooser = RowChooser(rows, dtype=model.dtype)
-        stopper = RowStopper(
-            rows,
-            eos_ids=[prompt.eos_ids for prompt in prompts],
-            decoders=[prompt.chat.decode for prompt in prompts],
-            is_cancelled=lambda i: batch[i].cancelled,
-        )
         module.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=mask.to(model.device),
@@ -201,19 +312,57 @@ class BatchGenerator:
                 max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
             ),
             logits_processor=transformers.LogitsProcessorList([chooser]),
-            stopping_criteria=transformers.StoppingCriteriaList([stopper]),
+            stopping_criteria=transformers.StoppingCriteriaList([self._stopper(batch, rows)]),
             **shared,
         )
-        self.n_batches += 1
-        self.n_rows += len(rows)
-        alone_and_plain = plain or (len(batch) == 1 and not shared)
-        return rows, [False] * len(rows) if alone_and_plain else chooser.near_ties(rows)
+        if not plain and (len(batch) > 1 or shared):
+            chooser.note_near_ties()
+        return rows
+
+    # -- continuations
+
+    def _score(self, batch: Sequence[Job]) -> list[Answer]:
+        """Log-probabilities of each prompt's choices; where the best two nearly tie, each is scored alone."""
+        prompts = [job.payload for job in batch]
+        module = self.model.serving(prompts[0].lora)
+        if self.cascades:
+            room = max(len(choice) for prompt in prompts for choice in prompt.choices)
+            run = CascadeRun(module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=room)
+            scores = run.score([prompt.choices for prompt in prompts])
+        else:
+            scores = [_scores_alone(module, prompt) for prompt in prompts]
+        answers = []
+        for prompt, row in zip(prompts, scores, strict=True):
+            best = sorted(row, reverse=True)[:2]
+            near_tie = self.cascades and len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
+            if near_tie:
+                row = _scores_alone(module, prompt)
+            answers.append(Answer((), "", "stop", near_tie, choice_scores=tuple(row)))
+        return answers
+
+
+def _scores_alone(module: Any, prompt: Prompt) -> list[float]:
+    """Log-probability of each choice, by a plain forward of prompt and choice."""
+    import torch
+
+    scores = []
+    for choice in prompt.choices:
+        ids = torch.tensor([[*prompt.tokens.ids, *choice]], device=module.device)
+        logits = module(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(choice) - 1 : -1]
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        scores.append(float(logprobs[range(len(choice)), list(choice)].sum()))
+    return scores
+
+
+def _lora_key(prompt: Prompt) -> str:
+    return prompt.lora.fingerprint if prompt.lora else ""
 
 
 def _to_answer(prompt: Prompt, row: RowState, *, near_tie: bool) -> Answer:
     ids = row.ids[:-1] if row.ids and row.ids[-1] in prompt.eos_ids else row.ids
     text = row.text if row.text is not None else prompt.chat.decode(ids)
-    return Answer(tuple(row.ids), text, "stop" if row.reason == "stop" else "length", near_tie)
+    reason: Literal["stop", "length"] = "stop" if row.reason == "stop" else "length"
+    return Answer(tuple(row.ids), text, reason, near_tie, logprobs=tuple(row.logprobs))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.local_lora import LoraFiles
+from copa_harness.lm.local_memory import Footprint
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ class LocalModel:
         context_length: tokens of prompt and answer together that the model can hold.
         eos_ids: token ids that end an answer.
         lock: held while a batch is generated.
-        bytes_per_token: of the key-value states of one token of one row.
+        cascades: whether batches may go through cascade attention (see `local_cascade`): on CPUs, where it was measured
+            to be faster, and where it gives this architecture's logits.
+        footprint: bytes a token needs.
 
     Raises:
         ConfigurationError: the folder cannot be loaded as a causal language model, or the device is not there.
@@ -72,15 +75,16 @@ class LocalModel:
         # `generate` fills what a call leaves open from this object; a folder's sampling settings must not leak in.
         self.model.generation_config = transformers.GenerationConfig(pad_token_id=self.pad_id)
         self.lock = threading.Lock()
-        self.bytes_per_token = _bytes_per_token(config, self.model.dtype.itemsize)
+        self.footprint = Footprint.of(config, item_bytes=self.model.dtype.itemsize)
         self.pads, self.shares_prefix = self._batch_rules()
+        self.cascades = self.pads and self.shares_prefix and self.device.type == "cpu" and self._cascade_is_exact()
         self._with_loras: Any = None
         self._loras: OrderedDict[str, None] = OrderedDict()
         logger.info(
-            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, pads %s, shares prefixes %s",
+            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, pads %s, shares prefixes %s, cascade %s",
             directory.name, type(self.model).__name__, dtype, self.device,
             sum(p.numel() for p in self.model.parameters()) / 1e6, self.context_length,
-            self.pads, self.shares_prefix,
+            self.pads, self.shares_prefix, self.cascades,
         )  # fmt: skip
 
     def serving(self, lora: LoraFiles | None) -> Any:
@@ -131,7 +135,7 @@ class LocalModel:
         """(pads, shares_prefix): what is exact for this architecture's states, checked where it can be."""
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-        if getattr(self.model, "_is_stateful", False):
+        if getattr(self.model, "_is_stateful", False) or _rope_depends_on_length(self.model.config):
             return False, False
         kinds = {type(layer) for layer in self.new_cache().layers}
         # A multi-token continuation from a convolution state is exact in LFM2; other state-space models differ.
@@ -152,18 +156,10 @@ class LocalModel:
         """Whether two short prompts behind `n_shared` shared tokens, padded, give the logits they give alone."""
         import torch
 
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        draw = torch.Generator().manual_seed(0)
-        head, short, long = (
-            torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (n_shared, 2, 5)
-        )
+        head, short, long = self._probe(n_shared)
         mask = torch.ones(2, n_shared + 5, dtype=torch.long, device=self.device)
         mask[0, n_shared : n_shared + 3] = 0
         with torch.inference_mode():
-            alone = []
-            for tail in (short, long):
-                ids = torch.cat([head, tail], 1)
-                alone.append(self.model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1])
             cache = self.new_cache()
             if n_shared:
                 self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
@@ -175,19 +171,55 @@ class LocalModel:
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, n_shared:],
                 use_cache=True,
             ).logits[:, -1]
+        return self._same_logits(together, [torch.cat([head, tail], 1) for tail in (short, long)])
+
+    def _cascade_is_exact(self) -> bool:
+        """Whether three rows, two of them behind a shared prefix kept once, give the logits they give alone."""
+        import torch
+
+        from copa_harness.lm.local_cascade import RowGroup, Unfit
+        from copa_harness.lm.local_loop import CascadeRun, Suffixes
+
+        head, short, long = self._probe(6)
+        tails = [short[0].tolist(), long[0].tolist(), long[0].tolist()]
+        try:
+            with torch.inference_mode():
+                cache = self.new_cache()
+                self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
+                groups = [RowGroup(0, 2, cache), RowGroup(2, 3, None)]
+                run = CascadeRun(self.model, Suffixes(tails, [6, 6, 0], groups), pad_id=self.pad_id, room=1)
+        except (Unfit, TypeError, ValueError, RuntimeError, AttributeError) as reason:
+            logger.info("%s goes without cascade attention: %s: %s", self.directory.name, type(reason).__name__, reason)
+            return False
+        alone = [torch.cat([head, short], 1), torch.cat([head, long], 1), long]
+        return self._same_logits(run.logits, alone)
+
+    def _probe(self, n_shared: int) -> Any:
+        """Random token ids of a shared prefix, a short and a long suffix (2 and 5 tokens), each [1, n]."""
+        import torch
+
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        draw = torch.Generator().manual_seed(0)
+        return [torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (n_shared, 2, 5)]
+
+    def _same_logits(self, together: Any, prompts: Any) -> bool:
+        """Whether the rows of `together` are the last logits of the prompts, each alone."""
+        import torch
+
         tolerance = 1e-3 if self.dtype == "float32" else 5e-2
+        with torch.inference_mode():
+            alone = [self.model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1] for ids in prompts]
         return all(
             bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6))
             for a, b in zip(alone, together, strict=True)
         )
 
 
-def _bytes_per_token(config: Any, item_bytes: int) -> int:
-    """Upper estimate from the text configuration: keys and values of all layers."""
-    n_heads = int(getattr(config, "num_attention_heads", None) or 1)
-    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
-    return 2 * int(config.num_hidden_layers) * n_kv_heads * width * item_bytes
+def _rope_depends_on_length(config: Any) -> bool:
+    """Whether a token's position is encoded differently in longer inputs, so that longer company would change it."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 @contextmanager

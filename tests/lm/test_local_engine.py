@@ -303,14 +303,14 @@ def test_a_batch_too_large_for_memory_is_halved_and_one_prompt_too_large_is_an_e
     engine = TransformersEngine(tiny_folders("llama", 9), name="hf:tiny", lora_dir=tmp_path)
     requests = make_requests(8)
     expected = [engine.complete(request, seed=0).text for request in requests]
-    generate, limit = engine.model.generate, 2
+    forward, limit = engine.model.forward, 2
 
     def little_memory(input_ids, **kwargs):
         if len(input_ids) > limit:
             raise RuntimeError("CUDA out of memory")
-        return generate(input_ids=input_ids, **kwargs)
+        return forward(input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(engine.model, "generate", little_memory, raising=False)
+    monkeypatch.setattr(engine.model, "forward", little_memory)
     assert [r.text for r in ask_together(engine, requests, threads=8)] == expected
     limit = 0
     with pytest.raises(ProviderError, match="out of memory"):
@@ -320,10 +320,10 @@ def test_a_batch_too_large_for_memory_is_halved_and_one_prompt_too_large_is_an_e
 def test_a_failing_model_is_a_provider_error_for_everyone_in_the_batch(tiny_folders, tmp_path, monkeypatch):
     engine = TransformersEngine(tiny_folders("llama", 8), name="hf:tiny", lora_dir=tmp_path)
 
-    def broken(**kwargs):
+    def broken(*args, **kwargs):
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr(engine.model, "generate", broken, raising=False)
+    monkeypatch.setattr(engine.model, "forward", broken)
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(engine.complete, request, seed=0) for request in make_requests(4)]
     for future in futures:

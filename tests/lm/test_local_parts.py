@@ -123,7 +123,11 @@ def choose(scores, rules, *, steps=1):
 
     rows = [RowState(rule) for rule in rules]
     chooser = RowChooser(rows, dtype="float32")
-    chosen = [chooser(None, torch.tensor(scores, dtype=torch.float32)).argmax(-1).tolist() for _ in range(steps)]
+    chosen = []
+    for _ in range(steps):
+        chosen.append(chooser(None, torch.tensor(scores, dtype=torch.float32)).argmax(-1).tolist())
+        for row, token in zip(rows, chosen[-1], strict=True):
+            row.ids.append(token)
     return chosen, chooser, rows
 
 
@@ -149,9 +153,8 @@ def test_a_sampled_row_draws_anew_at_every_step():
 
 def test_a_near_tie_is_flagged_only_in_the_row_and_step_that_has_it():
     _, chooser, rows = choose([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]], [DecodingRules(1)] * 2)
-    for row in rows:
-        row.ids.append(0)
-    assert chooser.near_ties(rows) == [True, False]
+    chooser.note_near_ties()
+    assert [row.near_tie for row in rows] == [True, False]
 
 
 def stop(tokens, rules, *, eos=frozenset({9}), is_cancelled=lambda i: False):
@@ -225,7 +228,7 @@ def llama(tmp_path_factory):
 def test_prefix_states_stay_within_the_byte_limit_oldest_out_first(llama):
     from copa_harness.lm.local_prefix import PrefixCache
 
-    one = 16 * llama.bytes_per_token
+    one = 16 * llama.footprint.states
     cache = PrefixCache(limit_bytes=2 * one)
     for start in (10, 40, 70):
         cache.states(("", tuple(range(start, start + 16))), llama.model, llama.new_cache())
