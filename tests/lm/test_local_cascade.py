@@ -121,4 +121,4 @@ def test_rope_that_depends_on_length_is_never_padded(tmp_path):
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
     model = LocalModel(folder, device="cpu", dtype="float32")
-    assert not (model.pads or model.shares_prefix or model.cascades)
+    assert (model.pads, model.shares_prefix, model.cascades) == (False, False, False)
