@@ -175,7 +175,7 @@ class TransformersEngine:
         """
         from dspy.lm15 import Message, Response, Usage
 
-        from copa_harness.lm.local_generate import Prompt
+        from copa_harness.lm.local_paths import Prompt
 
         self._follow_files()
         lora = self._lora(request.model)

@@ -31,6 +31,10 @@ class Job(Generic[Payload, Answer]):
     future: Future[Answer] = field(default_factory=Future)
     cancelled: bool = False
 
+    def is_cancelled(self, row: int = 0) -> bool:
+        """Whether its caller has gone."""
+        return self.cancelled
+
 
 class Batcher(Generic[Payload, Answer]):
     """Collects jobs and hands them, a batch at a time, to `run` on one worker thread.

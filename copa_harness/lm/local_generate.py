@@ -1,4 +1,4 @@
-"""Batches of prompts: which may go together, the prefixes they share, which path they take, near-ties.
+"""Batches of prompts: which may go together, which path they take, near-ties, memory.
 
 One `BatchGenerator` per model in memory, whatever the number of engines. A batch goes through the cascade loop where
 the model fits it, else through the library's `generate` behind [shared prefix | padding | own suffix]. Knows nothing
@@ -11,69 +11,23 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from copa_harness.errors import ProviderError
 from copa_harness.lm.local_batching import Batcher
 from copa_harness.lm.local_batching import Job as BatchJob
-from copa_harness.lm.local_cascade import RowGroup
-from copa_harness.lm.local_chat import ChatFormat, PromptTokens
-from copa_harness.lm.local_decoding import DecodingRules, RowChooser, RowState, RowStopper, TokenScores
-from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS, CascadeRun, Suffixes
-from copa_harness.lm.local_lora import LoraFiles
+from copa_harness.lm.local_decoding import RowState
+from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS
 from copa_harness.lm.local_memory import BATCH_LIMIT_BYTES, FREE_SHARE, free_bytes, readable
 from copa_harness.lm.local_model import LocalModel
-from copa_harness.lm.local_prefix import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, spread
+from copa_harness.lm.local_paths import Answer, Paths, Prompt, lora_key
+from copa_harness.lm.local_prefix import PrefixCache, PrefixKey
 
 logger = logging.getLogger(__name__)
 
 NEAR_CHOICE = 1e-3
 """Two continuations whose log-probabilities differ by less are scored again, alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One request, ready to generate.
-
-    Attributes:
-        tokens: the prompt.
-        rules: how to answer.
-        lora: the adapter that answers, None for the base model.
-        chat: tokens to text.
-        eos_ids: tokens that end the answer.
-        max_batch: bounds the batch it may be in.
-        choices: continuations to score instead of generating, each at least one token.
-    """
-
-    tokens: PromptTokens
-    rules: DecodingRules
-    lora: LoraFiles | None
-    chat: ChatFormat
-    eos_ids: frozenset[int]
-    max_batch: int
-    choices: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a prompt got: an answer, or the log-probability of each of its choices.
-
-    `n_tokens` counts generated tokens, the end token included, padding never.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    near_tie: bool
-    logprobs: tuple[TokenScores, ...] = ()
-    choice_scores: tuple[float, ...] = ()
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens generated."""
-        return len(self.ids)
 
 
 Job = BatchJob[Prompt, Answer]
@@ -110,6 +64,7 @@ class BatchGenerator:
         self.model = model
         self.cascades = model.cascades
         self.prefixes = PrefixCache()
+        self._paths = Paths(model, self.prefixes)
         self.n_batches = self.n_rows = self.n_near_ties = 0
         self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run)
 
@@ -127,14 +82,8 @@ class BatchGenerator:
 
     # -- which prompts go together
 
-    def _prefix_key(self, prompt: Prompt) -> PrefixKey:
-        n_prefix = prompt.tokens.n_prefix
-        if n_prefix < MIN_PREFIX_TOKENS or not self.model.shares_prefix:
-            n_prefix = 0
-        return (_lora_key(prompt), prompt.tokens.ids[:n_prefix])
-
     def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int, bool]:
-        prefix = self._prefix_key(prompt)
+        prefix = self._paths.prefix_key(prompt)
         width = 0 if self.model.pads else len(prompt.tokens.ids) - len(prefix[1])
         return prefix, width, bool(prompt.choices)
 
@@ -147,7 +96,7 @@ class BatchGenerator:
         oldest = waiting[0].payload
         groups: dict[tuple[PrefixKey, int, bool], list[Job]] = {}
         for job in waiting:
-            if _lora_key(job.payload) == _lora_key(oldest) and bool(job.payload.choices) == bool(oldest.choices):
+            if lora_key(job.payload) == lora_key(oldest) and bool(job.payload.choices) == bool(oldest.choices):
                 groups.setdefault(self._group_key(job.payload), []).append(job)
         first = next(iter(groups.values()))
         if self._is_lone(first):
@@ -160,10 +109,10 @@ class BatchGenerator:
         return self._within_limits([job for group in picked for job in group])
 
     def _is_lone(self, group: Sequence[Job]) -> bool:
-        return len(group) == 1 and self.model.pads and self._prefix_key(group[0].payload) not in self.prefixes
+        return len(group) == 1 and self.model.pads and self._paths.prefix_key(group[0].payload) not in self.prefixes
 
     def _own_width(self, group: Sequence[Job]) -> int:
-        n_prefix = len(self._prefix_key(group[0].payload)[1])
+        n_prefix = len(self._paths.prefix_key(group[0].payload)[1])
         return max(len(job.payload.tokens.ids) for job in group) - n_prefix
 
     def _within_limits(self, jobs: Sequence[Job]) -> Sequence[Job]:
@@ -179,7 +128,7 @@ class BatchGenerator:
     def _bytes(self, jobs: Sequence[Job]) -> int:
         """Upper estimate of what a batch of these jobs needs."""
         prompts = [job.payload for job in jobs]
-        keys = {self._prefix_key(prompt) for prompt in prompts}
+        keys = {self._paths.prefix_key(prompt) for prompt in prompts}
         kept_once = 0 if len(keys) == len(prompts) else sum(len(key[1]) for key in keys)
         longest = max(len(p.tokens.ids) for p in prompts)
         shortest_prefix = min((len(key[1]) for key in keys), default=0) if kept_once and self.cascades else 0
@@ -237,125 +186,30 @@ class BatchGenerator:
 
     def _generate(self, batch: Sequence[Job]) -> list[Answer]:
         """Answers of a batch; a row that hangs on a near-tie is answered again, alone and by the library."""
-        rows = self._cascade(batch) if self.cascades else self._stock(batch)
+        prompts = [job.payload for job in batch]
+        path = self._paths.cascade if self.cascades else self._paths.stock
+        rows = path(prompts, is_cancelled=lambda i: batch[i].cancelled)
         answers = []
         for job, row in zip(batch, rows, strict=True):
             near_tie = row.near_tie
             if near_tie:
-                row = self._stock([job], plain=True)[0]
+                row = self._paths.stock([job.payload], is_cancelled=job.is_cancelled, plain=True)[0]
             answers.append(_to_answer(job.payload, row, near_tie=near_tie))
         return answers
-
-    def _cascade(self, batch: Sequence[Job]) -> list[RowState]:
-        prompts = [job.payload for job in batch]
-        module = self.model.serving(prompts[0].lora)
-        longest = max(prompt.rules.max_tokens for prompt in prompts)
-        run = CascadeRun(
-            module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=min(longest, FIRST_ROOM_TOKENS)
-        )
-        rows = [RowState(prompt.rules) for prompt in prompts]
-        run.decode(rows, RowChooser(rows, dtype=self.model.dtype), self._stopper(batch, rows))
-        return rows
-
-    def _suffixes(self, prompts: Sequence[Prompt], module: Any) -> Suffixes:
-        """The rows behind their prefixes; a prefix is shared if two rows have it, or if it is kept already."""
-        keys = [self._prefix_key(prompt) for prompt in prompts]
-        groups: list[RowGroup] = []
-        lengths = []
-        for i, key in enumerate(keys):
-            if i and key == keys[i - 1] and groups[-1].states is not None:
-                groups[-1].stop = i + 1
-            else:
-                is_shared = key[1] and (keys.count(key) > 1 or key in self.prefixes)
-                states = self.prefixes.states(key, module, self.model.new_cache()) if is_shared else None
-                groups.append(RowGroup(i, i + 1, states))
-            lengths.append(len(key[1]) if groups[-1].states is not None else 0)
-        ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
-        return Suffixes(ids, lengths, groups)
-
-    def _stopper(self, batch: Sequence[Job], rows: Sequence[RowState]) -> RowStopper:
-        return RowStopper(
-            rows,
-            eos_ids=[job.payload.eos_ids for job in batch],
-            decoders=[job.payload.chat.decode for job in batch],
-            is_cancelled=lambda i: batch[i].cancelled,
-        )
-
-    def _stock(self, batch: Sequence[Job], *, plain: bool = False) -> list[RowState]:
-        """Rows by the library's `generate`; `plain` is its own way, alone and without a prefix of ours."""
-        import torch
-        import transformers
-
-        model, prompts = self.model, [job.payload for job in batch]
-        module = model.serving(prompts[0].lora)
-        keys = {self._prefix_key(prompt) for prompt in prompts}
-        prefix = next(iter(keys)) if len(keys) == 1 and not plain else ("", ())
-        n_prefix = len(prefix[1])
-        suffixes = [prompt.tokens.ids[n_prefix:] for prompt in prompts]
-        width = max(map(len, suffixes))
-        ids = [[*prefix[1], *[model.pad_id] * (width - len(suffix)), *suffix] for suffix in suffixes]
-        mask = torch.ones(len(ids), n_prefix + width, dtype=torch.long)
-        for i, suffix in enumerate(suffixes):
-            mask[i, n_prefix : n_prefix + width - len(suffix)] = 0
-        shared: dict[str, Any] = {}
-        longest = max(prompt.rules.max_tokens for prompt in prompts)
-        if n_prefix or (model.pads and model.shares_prefix and not plain):
-            empty = model.new_cache()
-            states = self.prefixes.states(prefix, module, empty) if n_prefix else empty
-            shared["past_key_values"] = spread(states, len(batch), width + min(longest, FIRST_ROOM_TOKENS))
-        rows = [RowState(prompt.rules) for prompt in prompts]
-        chooser = RowChooser(rows, dtype=model.dtype)
-        module.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
-            ),
-            logits_processor=transformers.LogitsProcessorList([chooser]),
-            stopping_criteria=transformers.StoppingCriteriaList([self._stopper(batch, rows)]),
-            **shared,
-        )
-        if not plain and (len(batch) > 1 or shared):
-            chooser.note_near_ties()
-        return rows
-
-    # -- continuations
 
     def _score(self, batch: Sequence[Job]) -> list[Answer]:
         """Log-probabilities of each prompt's choices; where the best two nearly tie, each is scored alone."""
         prompts = [job.payload for job in batch]
-        module = self.model.serving(prompts[0].lora)
-        if self.cascades:
-            room = max(len(choice) for prompt in prompts for choice in prompt.choices)
-            run = CascadeRun(module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=room)
-            scores = run.score([prompt.choices for prompt in prompts])
-        else:
-            scores = [_scores_alone(module, prompt) for prompt in prompts]
+        if not self.cascades:
+            alone = [self._paths.score_alone(prompt) for prompt in prompts]
+            return [Answer((), "", "stop", False, choice_scores=tuple(row)) for row in alone]
         answers = []
-        for prompt, row in zip(prompts, scores, strict=True):
+        for prompt, row in zip(prompts, self._paths.score(prompts), strict=True):
             best = sorted(row, reverse=True)[:2]
-            near_tie = self.cascades and len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
-            if near_tie:
-                row = _scores_alone(module, prompt)
-            answers.append(Answer((), "", "stop", near_tie, choice_scores=tuple(row)))
+            near_tie = len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
+            scores = self._paths.score_alone(prompt) if near_tie else row
+            answers.append(Answer((), "", "stop", near_tie, choice_scores=tuple(scores)))
         return answers
-
-
-def _scores_alone(module: Any, prompt: Prompt) -> list[float]:
-    """Log-probability of each choice, by a plain forward of prompt and choice."""
-    import torch
-
-    scores = []
-    for choice in prompt.choices:
-        ids = torch.tensor([[*prompt.tokens.ids, *choice]], device=module.device)
-        logits = module(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(choice) - 1 : -1]
-        logprobs = torch.log_softmax(logits.double(), dim=-1)
-        scores.append(float(logprobs[range(len(choice)), list(choice)].sum()))
-    return scores
-
-
-def _lora_key(prompt: Prompt) -> str:
-    return prompt.lora.fingerprint if prompt.lora else ""
 
 
 def _to_answer(prompt: Prompt, row: RowState, *, near_tie: bool) -> Answer:

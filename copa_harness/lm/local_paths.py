@@ -1,0 +1,188 @@
+"""The ways a batch of prompts is answered: the cascade loop, the library's `generate`, the scoring of continuations.
+
+Which way is taken, and what shares a batch, is decided elsewhere. Only the thread that holds the model may call in
+here. Knows nothing of queues, DSPy or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from copa_harness.lm.local_cascade import RowGroup
+from copa_harness.lm.local_chat import ChatFormat, PromptTokens
+from copa_harness.lm.local_decoding import DecodingRules, RowChooser, RowState, RowStopper, TokenScores
+from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS, CascadeRun, Suffixes
+from copa_harness.lm.local_lora import LoraFiles
+from copa_harness.lm.local_model import LocalModel
+from copa_harness.lm.local_prefix import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request, ready to generate.
+
+    Attributes:
+        tokens: the prompt.
+        rules: how to answer.
+        lora: the adapter that answers, None for the base model.
+        chat: tokens to text.
+        eos_ids: tokens that end the answer.
+        max_batch: bounds the batch it may be in.
+        choices: continuations to score instead of generating, each at least one token.
+    """
+
+    tokens: PromptTokens
+    rules: DecodingRules
+    lora: LoraFiles | None
+    chat: ChatFormat
+    eos_ids: frozenset[int]
+    max_batch: int
+    choices: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a prompt got: an answer, or the log-probability of each of its choices.
+
+    `n_tokens` counts generated tokens, the end token included, padding never.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    near_tie: bool
+    logprobs: tuple[TokenScores, ...] = ()
+    choice_scores: tuple[float, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens generated."""
+        return len(self.ids)
+
+
+def lora_key(prompt: Prompt) -> str:
+    """Fingerprint of the adapter that answers a prompt, "" for the base model."""
+    return prompt.lora.fingerprint if prompt.lora else ""
+
+
+class Paths:
+    """The ways to answer with one model.
+
+    Args:
+        model: the model in memory.
+        prefixes: states of shared prefixes.
+    """
+
+    def __init__(self, model: LocalModel, prefixes: PrefixCache) -> None:
+        self.model = model
+        self.prefixes = prefixes
+
+    def prefix_key(self, prompt: Prompt) -> PrefixKey:
+        """Adapter and tokens of the prefix that a prompt may share; none where sharing is not exact or too short."""
+        n_prefix = prompt.tokens.n_prefix
+        if n_prefix < MIN_PREFIX_TOKENS or not self.model.shares_prefix:
+            n_prefix = 0
+        return (lora_key(prompt), prompt.tokens.ids[:n_prefix])
+
+    def cascade(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[RowState]:
+        """Rows of a batch through the cascade loop.
+
+        Args:
+            prompts: of one adapter.
+            is_cancelled: whether nobody waits for row i any more.
+        """
+        module = self.model.serving(prompts[0].lora)
+        longest = max(prompt.rules.max_tokens for prompt in prompts)
+        run = CascadeRun(
+            module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=min(longest, FIRST_ROOM_TOKENS)
+        )
+        rows = [RowState(prompt.rules) for prompt in prompts]
+        run.decode(rows, RowChooser(rows, dtype=self.model.dtype), _stopper(prompts, rows, is_cancelled))
+        return rows
+
+    def _suffixes(self, prompts: Sequence[Prompt], module: Any) -> Suffixes:
+        """The rows behind their prefixes; a prefix is shared if two rows have it, or if it is kept already."""
+        keys = [self.prefix_key(prompt) for prompt in prompts]
+        groups: list[RowGroup] = []
+        lengths = []
+        for i, key in enumerate(keys):
+            if i and key == keys[i - 1] and groups[-1].states is not None:
+                groups[-1].stop = i + 1
+            else:
+                is_shared = key[1] and (keys.count(key) > 1 or key in self.prefixes)
+                states = self.prefixes.states(key, module, self.model.new_cache()) if is_shared else None
+                groups.append(RowGroup(i, i + 1, states))
+            lengths.append(len(key[1]) if groups[-1].states is not None else 0)
+        ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
+        return Suffixes(ids, lengths, groups)
+
+    def stock(
+        self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool], plain: bool = False
+    ) -> list[RowState]:
+        """Rows by the library's `generate`; `plain` is its own way, alone and without a prefix of ours."""
+        import torch
+        import transformers
+
+        model = self.model
+        module = model.serving(prompts[0].lora)
+        keys = {self.prefix_key(prompt) for prompt in prompts}
+        prefix = next(iter(keys)) if len(keys) == 1 and not plain else ("", ())
+        n_prefix = len(prefix[1])
+        suffixes = [prompt.tokens.ids[n_prefix:] for prompt in prompts]
+        width = max(map(len, suffixes))
+        ids = [[*prefix[1], *[model.pad_id] * (width - len(suffix)), *suffix] for suffix in suffixes]
+        mask = torch.ones(len(ids), n_prefix + width, dtype=torch.long)
+        for i, suffix in enumerate(suffixes):
+            mask[i, n_prefix : n_prefix + width - len(suffix)] = 0
+        shared: dict[str, Any] = {}
+        longest = max(prompt.rules.max_tokens for prompt in prompts)
+        if n_prefix or (model.pads and model.shares_prefix and not plain):
+            empty = model.new_cache()
+            states = self.prefixes.states(prefix, module, empty) if n_prefix else empty
+            shared["past_key_values"] = spread(states, len(prompts), width + min(longest, FIRST_ROOM_TOKENS))
+        rows = [RowState(prompt.rules) for prompt in prompts]
+        chooser = RowChooser(rows, dtype=model.dtype)
+        module.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
+            ),
+            logits_processor=transformers.LogitsProcessorList([chooser]),
+            stopping_criteria=transformers.StoppingCriteriaList([_stopper(prompts, rows, is_cancelled)]),
+            **shared,
+        )
+        if not plain and (len(prompts) > 1 or shared):
+            chooser.note_near_ties()
+        return rows
+
+    def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """Log-probability of every choice of every prompt, through the cascade loop."""
+        module = self.model.serving(prompts[0].lora)
+        room = max(len(choice) for prompt in prompts for choice in prompt.choices)
+        run = CascadeRun(module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=room)
+        return run.score([prompt.choices for prompt in prompts])
+
+    def score_alone(self, prompt: Prompt) -> list[float]:
+        """Log-probability of each choice, by a plain forward of prompt and choice."""
+        import torch
+
+        module = self.model.serving(prompt.lora)
+        scores = []
+        for choice in prompt.choices:
+            ids = torch.tensor([[*prompt.tokens.ids, *choice]], device=module.device)
+            logits = module(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(choice) - 1 : -1]
+            logprobs = torch.log_softmax(logits.double(), dim=-1)
+            scores.append(float(logprobs[range(len(choice)), list(choice)].sum()))
+        return scores
+
+
+def _stopper(prompts: Sequence[Prompt], rows: Sequence[RowState], is_cancelled: Callable[[int], bool]) -> RowStopper:
+    return RowStopper(
+        rows,
+        eos_ids=[prompt.eos_ids for prompt in prompts],
+        decoders=[prompt.chat.decode for prompt in prompts],
+        is_cancelled=is_cancelled,
+    )
