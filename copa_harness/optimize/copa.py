@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -24,7 +25,9 @@ from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import Scope, open_scope
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.journal import journal_at
 from copa_harness.optimize.outcome import OptimizationResult, to_state
+from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.proposals import ProposalSettings
 from copa_harness.optimize.run import Run, RunSettings
 from copa_harness.optimize.samplers import SAMPLERS
@@ -76,6 +79,9 @@ class COPA(Teleprompter):
         patience: Trials in a row without improvement that end a study; None never does.
         finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
         optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
+        journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
+            that is started again replays from the response cache and goes on in the same file. None keeps no journal.
+        on_progress: Takes a line of text now and then while it runs, besides the log.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -107,6 +113,8 @@ class COPA(Teleprompter):
         patience: int | None = 40,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        journal: Path | str | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         metric_arity(metric)
@@ -125,6 +133,8 @@ class COPA(Teleprompter):
         self.budget = parse_budget(budget)
         self.lm, self.prompt_lm = lm, prompt_lm
         self.finetune_data = finetune_data
+        self.journal = None if journal is None else Path(journal)
+        self.on_progress = on_progress
         self.settings = RunSettings(
             seed=seed,
             threads=threads,
@@ -193,7 +203,12 @@ class COPA(Teleprompter):
             "optimizing %s with %s: %d training and %d validation examples, budget %s",
             type(student).__name__, name, len(train), validation.n, self.budget.name,
         )  # fmt: skip
-        with open_scope(f"COPA {name}", budget=self.budget) as scope, dspy.context(lm=candidate.lms[0]):
+        about = {"strategy": name, "budget": self.budget.name}
+        with (
+            journal_at(self.journal, attributes=about) as journal,
+            open_scope(f"COPA {name}", budget=self.budget) as scope,
+            dspy.context(lm=candidate.lms[0]),
+        ):
             run = Run(
                 candidate,
                 trainset=train,
@@ -204,6 +219,8 @@ class COPA(Teleprompter):
                 prompt_lm=self.prompt_lm,
                 teacher=teacher,
                 finetune_data=self.finetune_data,
+                journal=journal,
+                progress=Progress(scope, write=self.on_progress),
             )
             execute(run, self.steps)
         program = run.incumbent.program()

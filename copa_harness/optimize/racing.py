@@ -12,14 +12,21 @@ Optuna's own `WilcoxonPruner` was tried and is not used: with ties, which right/
 takes up to three seconds a look, and its guard compares the incumbent's mean over all examples with the trial's mean
 over those seen, which lets hopeless trials live whenever the first examples are the easy ones.
 
-The test is applied after every block, so its level bounds one look and not the whole race; a wrongly dropped trial
-costs an opportunity, never a wrong result, since only fully scored trials can become the incumbent. The rule is an
-Optuna pruner over reports ``trial.report(score, step=example index)``; knows nothing of programs or models.
+What is guaranteed. The examples come in a random order (stratified, fixed beforehand), so those seen are drawn
+without replacement from a finite set, and "worse" means: a lower mean on that whole set, which is what would decide had
+nobody raced. A trial that would end at least as good as the incumbent is dropped with probability at most `level` over
+that order, however many looks are taken. Each look is tested at ``level * min(1, 4 / looks)``: drawing without
+replacement makes the sign test conservative (a difference of zero over all examples pulls early leads back), and
+simulation over sizes, looks and numbers of differing pairs finds at most 0.06 for level 0.1 with right/wrong scores
+(`tests/optimize/test_racing.py` repeats it). The order is one draw, so this is a rate over trials, not a promise for
+one; and a wrongly dropped trial costs an opportunity, never a wrong result, since only fully scored trials can become
+the incumbent. The rule is an Optuna pruner over reports ``trial.report(score, step=example index)``; knows nothing of
+programs or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import optuna
@@ -56,25 +63,37 @@ def cannot_catch_up(before: Sequence[float], after_seen: Sequence[float]) -> boo
     return best_possible < sum(before) - 1e-9
 
 
+def look_level(level: float, n_looks: int) -> float:
+    """The level of each of `n_looks` looks so that a whole race keeps `level`; see the top of this module."""
+    return level * min(1.0, 4.0 / max(1, n_looks))
+
+
 class RacingPruner(optuna.pruners.BasePruner):
-    """Drops a trial that is hopeless against the study's best trial, pairing their reports step by step.
+    """Drops a trial that is hopeless against the incumbent, pairing their reports step by step.
 
     Args:
-        p_threshold: Level of one look, 0..1.
+        p_threshold: Level of the whole race, 0..1; 0 turns the statistical part off.
         n_startup_steps: Examples seen before the statistical rule may drop a trial.
+        n_looks: How often a trial may be looked at before it is complete.
+
+    Attributes:
+        incumbent: The incumbent's scores by step; while None, the study's best trial is taken for it.
     """
 
-    def __init__(self, *, p_threshold: float = 0.1, n_startup_steps: int = 4) -> None:
-        self.p_threshold = p_threshold
+    def __init__(self, *, p_threshold: float = 0.1, n_startup_steps: int = 4, n_looks: int = 1) -> None:
+        self.p_threshold = look_level(p_threshold, n_looks)
         self.n_startup_steps = n_startup_steps
+        self.incumbent: Mapping[int, float] | None = None
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether `trial` is hopeless. Steps that only one of the two trials reported are left out of the test."""
-        try:
-            best = study.best_trial
-        except ValueError:
-            return False
-        incumbent, running = best.intermediate_values, trial.intermediate_values
+        """Whether `trial` is hopeless. Steps that only one of the two reported are left out of the test."""
+        incumbent = self.incumbent
+        if incumbent is None:
+            try:
+                incumbent = study.best_trial.intermediate_values
+            except ValueError:
+                return False
+        running = trial.intermediate_values
         steps = sorted(set(incumbent) & set(running))
         if not steps:
             return False

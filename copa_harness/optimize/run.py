@@ -25,11 +25,13 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls, share_of
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.instructions import InstructionOption
+from copa_harness.optimize.journal import Journal
+from copa_harness.optimize.progress import Progress, incumbent_text
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, propose_instructions
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
-from copa_harness.optimize.study import SearchSettings, search
+from copa_harness.optimize.study import SearchSettings, Watchers, search
 from copa_harness.optimize.weights import Trained, WeightsJob, WeightsSettings, train_weights
 from copa_harness.results import Phase, PhaseRecord
 
@@ -64,7 +66,10 @@ class Run:
         prompt_lm: Any = None,
         teacher: dspy.Module | None = None,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        self.journal, self.progress = journal, progress or Progress(scope)
         self.student = self.incumbent = student
         self.trainset, self.validation, self.metric = trainset, validation, metric
         self.scope, self.settings = scope, settings
@@ -106,7 +111,7 @@ class Run:
                 f"({cost} calls); it is returned as it is"
             )
             return False
-        logger.info("baseline: %.3f on %d validation examples", self.score, self.validation.n)
+        self.progress.say(f"baseline: {incumbent_text(self.validation.scores(self.incumbent))}")
         return True
 
     # -- shares of the budget
@@ -181,6 +186,7 @@ class Run:
             phase=phase,
             starts=starts,
             name=name,
+            watchers=self.watchers(name),
         )
         self.n_trials += len(outcome.trials)
         for trial in outcome.trials:
@@ -197,6 +203,14 @@ class Run:
         if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
             self.stopped = "budget"  # and not merely this step's share
         return outcome.stopped
+
+    def watchers(self, name: str) -> Watchers:
+        """Who is told of the trials of a study."""
+        journal = None
+        if self.journal is not None:
+            attributes = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
+            journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=attributes)
+        return Watchers(progress=self.progress, journal=journal)
 
     def fraction(self, allowance: Allowance, share: float) -> Allowance:
         """A share of what an allowance has left."""

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -40,3 +42,16 @@ def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10) -> BaseSa
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials, deterministic_objective=True)
     raise ConfigurationError(f"got {name!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Optuna logs to stderr through its own handler; its warnings about experimental parts are known here."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

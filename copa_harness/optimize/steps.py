@@ -19,6 +19,7 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
 from copa_harness.optimize.instructions import InstructionOption
+from copa_harness.optimize.progress import incumbent_text
 from copa_harness.optimize.proposals import starting_points
 from copa_harness.optimize.registry import OptimizerJob, run_optimizer
 from copa_harness.optimize.space import Point, Space, level_of
@@ -48,7 +49,9 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
             return
         run.n_steps += 1
         before = len(run.notes)
-        with run.recorded(f"{i + 1}: {step}" if len(steps) > 1 else str(step), before):
+        name = f"{i + 1}: {step}" if len(steps) > 1 else str(step)
+        with run.recorded(name, before):
+            run.progress.say(f"step {name}: from {incumbent_text(run.validation.scores(run.incumbent))}")
             _take(run, step, steps[i + 1 :])
     if run.score >= PERFECT and run.stopped == "completed":
         run.stopped = "perfect score"

@@ -140,15 +140,17 @@ class Optimizations:
         from copa_harness.optimize.copa import COPA
         from copa_harness.store.stages import hash_json
 
+        strategy = marker.strategy or DEFAULT_STRATEGY
         optimizer = COPA(
             metric=task.metric,
-            strategy=marker.strategy or DEFAULT_STRATEGY,
+            strategy=strategy,
             budget=settings.budget,
             seed=settings.seed,
             lm=lm,
             prompt_lm=prompt_lm,
             threads=settings.threads,
             finetune_data=task.finetune_data,
+            journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
             **_search_settings(marker),
         )
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))

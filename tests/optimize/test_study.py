@@ -139,14 +139,14 @@ def test_a_search_ends_before_the_budget_and_says_so(toy):
 
 def test_a_search_ends_when_everything_was_tried(toy):
     toy.metric = lambda example, prediction, trace=None: 0.5
-    outcome, _, _, _ = searched(toy, calls=10_000, patience=None)
+    outcome, _, _, _ = searched(toy, calls=10_000, patience=None, stop_without_headroom=False)
     assert outcome.stopped == "search space exhausted"
     assert len({tuple(trial.point.items()) for trial in outcome.trials}) == 13
 
 
 def test_a_search_ends_without_improvement_for_a_while(toy):
     toy.metric = lambda example, prediction, trace=None: 0.5
-    outcome, _, incumbent, _ = searched(toy, calls=10_000, patience=4)
+    outcome, _, incumbent, _ = searched(toy, calls=10_000, patience=4, opening_share=0.0)
     assert outcome.stopped == "no improvement"
     assert outcome.best.key == incumbent.key
 

@@ -1,0 +1,38 @@
+"""Head-room: whether what a study can choose from could improve on the incumbent at all, judged from a few looks.
+
+No combination of the options looked at is better on an example than the best of them. So if none of a fair number of
+candidates gets a single example right that the incumbent gets wrong, there is nothing in sight to be gained: more calls
+would buy more ties. One example won is head-room; the study then goes on, since who wins one may win others.
+Knows scores by example; knows nothing of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MIN_CANDIDATES = 8
+"""Fewer candidates say too little about the options."""
+
+Sheet = Sequence[float | None]
+"""One candidate's scores in the fixed order of the validation examples, as far as it got."""
+
+
+def gained_examples(incumbent: Sheet, others: Sequence[Sheet]) -> int:
+    """On how many examples at least one of the others scores higher than the incumbent."""
+    gained = 0
+    for i, mine in enumerate(incumbent):
+        theirs = [score for sheet in others if i < len(sheet) and (score := sheet[i]) is not None]
+        gained += mine is not None and max(theirs, default=0.0) > mine
+    return gained
+
+
+def has_headroom(incumbent: Sheet, others: Sequence[Sheet]) -> bool:
+    """Whether going on can pay: too few candidates to tell, or some example on which one of them does better.
+
+    Args:
+        incumbent: The incumbent's full scores, the incumbent being the best found so far.
+        others: What the candidates scored, the incumbent's own sheet among them or not.
+    """
+    if sum(1 for sheet in others if sheet) < MIN_CANDIDATES:
+        return True
+    return gained_examples(incumbent, others) > 0

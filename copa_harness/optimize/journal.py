@@ -1,0 +1,221 @@
+"""The journal of an optimization: every finished trial as one line of JSON, in the format of Optuna's journal storage.
+
+    optuna-dashboard .copa_cache/studies/iris-p-0f3a.jsonl
+
+What a search decides depends on its seed and on the answers alone, and every answer is on disk; so a killed
+optimization that is started again *replays*: it takes the same trials in the same order, pays only for answers it does
+not have yet, and ends with the same numbers as one that was never interrupted. The journal follows: a trial that stands
+in it already is compared and not written twice, new ones are appended, and one that differs (somebody edited the file)
+begins a new study beside the old one. A trial is written when it has ended, as one line, so a killed process
+leaves no half-run trial behind; half a line, which a full disk can leave, is cut off when the journal is opened.
+
+No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnapshot`, which the file backend is not
+(checked when a journal is opened). Knows Optuna; knows nothing of programs, budgets or why a trial was made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._base import BaseJournalSnapshot
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from copa_harness.errors import CacheError, ConfigurationError
+from copa_harness.optimize.samplers import quiet_optuna
+
+logger = logging.getLogger("copa_harness")
+
+
+class _ProcessLock(BaseJournalFileLock):
+    """A lock that lapses with the process that holds it; Optuna's own keep a killed one's for half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path)
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Optuna storage in one file of JSON lines; made when it is not there, mended when its last line is half a line.
+
+    Raises:
+        CacheError: The file is no journal, or cannot be written.
+    """
+    lock = _ProcessLock(path.with_name(path.name + ".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        try:
+            _mend(path)
+        finally:
+            lock.release()
+        backend = JournalFileBackend(str(path), lock_obj=lock)
+        if isinstance(backend, BaseJournalSnapshot):
+            raise CacheError("this version of Optuna pickles snapshots of journal files; expected one that does not")
+        return JournalStorage(backend)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise CacheError(
+            f"got {path} as the journal, which cannot be used ({type(error).__name__}: {error}); delete it, or name "
+            "another file"
+        ) from error
+
+
+def _mend(path: Path) -> None:
+    """Cut off what follows the last line end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("%s: the last line was only half written; it is cut off", path)
+            file.truncate(whole)
+
+
+class Journal:
+    """The journal of one optimization, written by one process at a time.
+
+    Args:
+        path: The file.
+        attributes: About the optimization; shown with every study.
+    """
+
+    def __init__(self, path: Path, *, attributes: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self._attributes = dict(attributes or {})
+        self._storage = open_journal(path)
+        self._names: Counter[str] = Counter()
+
+    def study(self, name: str, *, attributes: Mapping[str, Any] | None = None) -> StudyJournal:
+        """The record of one study; studies of equal names within one run are numbered."""
+        self._names[name] += 1
+        numbered = name if self._names[name] == 1 else f"{name} ({self._names[name]})"
+        return StudyJournal(self._storage, numbered, {**self._attributes, **(attributes or {})})
+
+
+@contextmanager
+def journal_at(path: Path | None, *, attributes: Mapping[str, Any] | None = None) -> Iterator[Journal | None]:
+    """The journal at `path` for the time of the block, or None for None.
+
+    Raises:
+        ConfigurationError: Another process is writing it.
+        CacheError: It cannot be used.
+    """
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = FileLock(path.with_name(path.name + ".owner"))
+    try:
+        owner.acquire(timeout=0)
+    except Timeout:
+        raise ConfigurationError(
+            f"got {path} as the journal, which another process is writing at this moment; wait for it, name another "
+            "file, or let both share one study (workers=...)"
+        ) from None
+    try:
+        yield Journal(path, attributes=attributes)
+    finally:
+        owner.release()
+
+
+class StudyJournal:
+    """Appends the trials of one study that are not in the journal yet."""
+
+    def __init__(self, storage: JournalStorage, name: str, attributes: Mapping[str, Any]) -> None:
+        self._storage, self._name, self._attributes = storage, name, attributes
+        self._taken: list[FrozenTrial] = []
+        self._open(name)
+
+    def _open(self, name: str) -> None:
+        with quiet_optuna():
+            # Not load_if_exists: it writes a line on every start, and a repeated run is to leave the journal as it is.
+            if name in optuna.get_all_study_names(self._storage):
+                self._study = optuna.load_study(study_name=name, storage=self._storage)
+            else:
+                self._study = optuna.create_study(study_name=name, storage=self._storage, direction="maximize")
+        known = self._study.user_attrs
+        for key, value in self._attributes.items():
+            if known.get(key) != value:
+                self._study.set_user_attr(key, value)
+        self._known = self._study.get_trials(deepcopy=False)
+
+    @property
+    def n_known(self) -> int:
+        """Trials that stood in the journal when it was opened."""
+        return len(self._known)
+
+    def add(
+        self,
+        number: int,
+        *,
+        params: Mapping[str, str],
+        options: Mapping[str, Sequence[str]],
+        value: float | None,
+        scores: Sequence[float | None],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Record that trial `number` (from 0, in the order they ended) has ended.
+
+        Args:
+            number: Of the trial.
+            params: Option by dimension.
+            options: All options by dimension.
+            value: What the sampler was told, None for a failed trial.
+            scores: One per validation example seen, in their fixed order; None where there is none.
+            attributes: Numbers and words shown beside it.
+        """
+        trial = create_trial(
+            state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+            value=value,
+            params=dict(params),
+            distributions={name: CategoricalDistribution(tuple(options[name])) for name in params},
+            user_attrs=dict(attributes),
+            intermediate_values={step: score for step, score in enumerate(scores) if score is not None},
+        )
+        self._taken.append(trial)
+        while number < len(self._known) and not _same(self._known[number], trial):
+            self._turn_to_next(number)
+        if number >= len(self._known):
+            self._study.add_trial(trial)
+
+    def _turn_to_next(self, number: int) -> None:
+        """Go on in the next study of this name that agrees with all trials so far; made when there is none."""
+        for i in itertools.count(2):
+            name = f"{self._name}, again {i}"
+            self._open(name)
+            pairs = zip(self._known, self._taken, strict=False)
+            if all(_same(known, taken) for known, taken in pairs):
+                break
+        logger.warning(
+            "journal: trial %d of %r is not the one that was taken now; this run's trials are in %r",
+            number, self._name, name,
+        )  # fmt: skip
+        for trial in self._taken[len(self._known) : -1]:
+            self._study.add_trial(trial)
+
+
+def _same(known: FrozenTrial, trial: FrozenTrial) -> bool:
+    if known.params != trial.params or known.state != trial.state:
+        return False
+    if known.value is None or trial.value is None:
+        return known.value is trial.value
+    return math.isclose(known.value, trial.value, abs_tol=1e-9)

@@ -1,0 +1,77 @@
+"""The words of a study: its settings, its trials, its outcome, and who watches it. Records only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.journal import StudyJournal
+from copa_harness.optimize.progress import Progress
+from copa_harness.optimize.space import Point
+
+Stopped = Literal["budget", "perfect score", "no improvement", "no head-room", "search space exhausted", "trials"]
+Outcome = Literal["complete", "dropped", "failed", "forbidden"]
+
+PERFECT = 1.0 - 1e-9
+"""A mean score from here on is perfect; sums of floats are not exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """One trial: its point, how many validation examples it was scored on, its mean on them, and how it ended."""
+
+    number: int
+    point: Point
+    n_scored: int
+    score: float | None
+    outcome: Outcome
+    n_new: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How a study searches.
+
+    Attributes:
+        sampler: Optuna sampler by name, see `samplers`.
+        seed: Of the sampler.
+        max_trials: Trials at most, free ones included.
+        patience: Trials in a row without a new incumbent that end the study; None never does.
+        p_threshold: Level of the racing rule, 0..1; 0 turns its statistical part off.
+        opening_share: Share of the study's calls that its opening may use, 0..1; 0 races one by one from the start.
+        stop_without_headroom: Whether a study ends when its opening shows nothing to gain.
+    """
+
+    sampler: str = "tpe"
+    seed: int = 0
+    max_trials: int = 2000
+    patience: int | None = 40
+    p_threshold: float = 0.1
+    opening_share: float = 0.5
+    stop_without_headroom: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOutcome:
+    """The best fully scored candidate, every trial, and why the study stopped."""
+
+    best: Candidate
+    trials: tuple[TrialRecord, ...] = field(repr=False)
+    stopped: Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Watchers:
+    """Who is told of every trial, and who may forbid one.
+
+    Attributes:
+        progress: Says how far it is.
+        journal: Keeps every trial on disk.
+        forbids: Says why a candidate must not be returned, or None; asked before it is scored and after every block.
+    """
+
+    progress: Progress | None = None
+    journal: StudyJournal | None = None
+    forbids: Callable[[Candidate], str | None] = lambda candidate: None

@@ -1,0 +1,26 @@
+"""Head-room: when a study may stop after its opening."""
+
+from copa_harness.optimize.headroom import MIN_CANDIDATES, gained_examples, has_headroom
+from tests.optimize.test_study import searched
+
+
+def test_an_example_that_one_candidate_wins_is_head_room():
+    incumbent = [1.0, 0.0, 0.0, None]
+    others = [[1.0, 0.0]] * MIN_CANDIDATES
+    assert not has_headroom(incumbent, others)
+    assert has_headroom(incumbent, [*others, [0.0, 1.0]])
+    assert gained_examples(incumbent, [*others, [0.0, 1.0, 1.0, 1.0]]) == 2
+
+
+def test_few_candidates_prove_nothing():
+    assert has_headroom([0.0], [[0.0]] * (MIN_CANDIDATES - 1) + [[]])
+
+
+def test_a_study_without_head_room_stops_after_its_opening_at_part_of_the_calls(toy):
+    toy.metric = lambda example, prediction, trace=None: float(example.kind == "big")  # whatever is answered
+    outcome, validation, incumbent, scope = searched(toy, calls=400, patience=None)
+    assert outcome.stopped == "no head-room"
+    assert outcome.best.key == incumbent.key
+    assert scope.charged_calls < 0.6 * len(outcome.trials) * validation.n
+    on = searched(toy, calls=400, patience=None, stop_without_headroom=False)[0]
+    assert on.stopped == "search space exhausted"
