@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from copa_harness.tasks.staged import staged_wine
     from copa_harness.tasks.tabular import breast_cancer, exact_match, iris, wine
     from copa_harness.tasks.task import Task
 
-__all__ = ["Task", "breast_cancer", "exact_match", "iris", "wine"]
+__all__ = ["Task", "breast_cancer", "exact_match", "iris", "staged_wine", "wine"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from copa_harness.tasks.task import Task
 
         return Task
+    if name == "staged_wine":
+        from copa_harness.tasks.staged import staged_wine
+
+        return staged_wine
     if name in __all__:
         from copa_harness.tasks import tabular
 

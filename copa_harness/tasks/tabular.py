@@ -53,7 +53,7 @@ def iris(
     """
     from sklearn.datasets import load_iris
 
-    table = _table(load_iris(), ("setosa", "versicolor", "virginica"))
+    table = read_table(load_iris(), ("setosa", "versicolor", "virginica"))
     return _task(
         table.columns(("petal_length", "petal_width", "sepal_length", "sepal_width")),
         name="iris",
@@ -83,7 +83,7 @@ def wine(
     from sklearn.datasets import load_wine
 
     return _task(
-        _table(load_wine(), ("barolo", "grignolino", "barbera")),
+        read_table(load_wine(), ("barolo", "grignolino", "barbera")),
         name="wine",
         instructions="Given the chemical analysis of a wine, each value scaled to 0-9.9, predict its grape.",
         seed=seed,
@@ -111,7 +111,7 @@ def breast_cancer(
     from sklearn.datasets import load_breast_cancer
 
     return _task(
-        _table(load_breast_cancer(), ("malignant", "benign")),
+        read_table(load_breast_cancer(), ("malignant", "benign")),
         name="breast_cancer",
         instructions="Given measurements of the cell nuclei, each scaled to 0-9.9, predict whether the tumour is "
         "malignant or benign.",
@@ -123,7 +123,7 @@ def breast_cancer(
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
     """Rows as numbers: `values` [n_rows, n_columns], `classes` [n_rows] indexing `labels`."""
 
     names: tuple[str, ...]
@@ -131,19 +131,20 @@ class _Table:
     classes: NDArray[np.int64]
     labels: tuple[str, ...]
 
-    def columns(self, names: Sequence[str]) -> _Table:
+    def columns(self, names: Sequence[str]) -> Table:
         """The same rows with these columns only, in this order."""
         indices = [self.names.index(name) for name in names]
-        return _Table(tuple(names), self.values[:, indices], self.classes, self.labels)
+        return Table(tuple(names), self.values[:, indices], self.classes, self.labels)
 
 
-def _table(bunch: Any, labels: tuple[str, ...]) -> _Table:
+def read_table(bunch: Any, labels: tuple[str, ...]) -> Table:
+    """One of scikit-learn's bundled data sets, its columns under names that can be fields."""
     names = tuple(re.sub(r"\W+", "_", str(name).replace(" (cm)", "")).strip("_") for name in bunch.feature_names)
-    return _Table(names, np.asarray(bunch.data, dtype=np.float64), np.asarray(bunch.target, dtype=np.int64), labels)
+    return Table(names, np.asarray(bunch.data, dtype=np.float64), np.asarray(bunch.target, dtype=np.int64), labels)
 
 
 def _task(
-    table: _Table,
+    table: Table,
     *,
     name: str,
     instructions: str,
@@ -158,10 +159,10 @@ def _task(
     if min(sizes) < 1:
         raise TaskError(f"n_train, n_val, n_test: got {sizes}, expected at least one row each.")
     raw = [tuple(row) for row in table.values.tolist()]
-    train, val, test, spare = _split(raw, table.classes, sizes=sizes, rng=np.random.default_rng(seed))
+    train, val, test, spare = draw_splits(raw, table.classes, sizes=sizes, rng=np.random.default_rng(seed))
     table, values = _selected_and_scaled(table, train) if rescale else (table, table.values)
     printed = [tuple(f"{value:.1f}" for value in row) for row in values.tolist()]
-    val, test = _without_lookalikes(printed, table.classes, train, val, test, spare)
+    val, test = without_lookalikes(printed, table.classes, train, val, test, spare)
     program, example = _layout(table, form, instructions=instructions)
     trainset, valset, testset = (
         [example(printed[row], table.labels[table.classes[row]]) for row in rows] for rows in (train, val, test)
@@ -169,7 +170,7 @@ def _task(
     return Task(name, program, exact_match, trainset, valset, testset, description=instructions)
 
 
-def _split(
+def draw_splits(
     raw: Sequence[tuple[float, ...]],
     classes: NDArray[np.int64],
     *,
@@ -212,18 +213,24 @@ def _draw(groups: list[list[int]], classes: NDArray[np.int64], n: int) -> tuple[
     return drawn, rest
 
 
-def _selected_and_scaled(table: _Table, train: list[int]) -> tuple[_Table, NDArray[np.float64]]:
+def _selected_and_scaled(table: Table, train: list[int]) -> tuple[Table, NDArray[np.float64]]:
     """The columns with the largest ANOVA F on the training rows, scaled to 0.0-9.9 by those rows."""
     from sklearn.feature_selection import f_classif
 
     f_values, _ = f_classif(table.values[train], table.classes[train])
     best = np.sort(np.argsort(-f_values, kind="stable")[:N_FEATURES])
     table = table.columns([table.names[i] for i in best])
-    low, high = table.values[train].min(axis=0), table.values[train].max(axis=0)
-    return table, np.clip((table.values - low) / (high - low), 0.0, 1.0) * 9.9
+    return table, scaled_by(table.values, train)
 
 
-def _without_lookalikes(
+def scaled_by(values: NDArray[np.float64], train: list[int]) -> NDArray[np.float64]:
+    """The columns scaled to 0.0-9.9 by the minimum and maximum of the training rows, values outside clipped."""
+    low, high = values[train].min(axis=0), values[train].max(axis=0)
+    scaled: NDArray[np.float64] = np.clip((values - low) / (high - low), 0.0, 1.0) * 9.9
+    return scaled
+
+
+def without_lookalikes(
     printed: Sequence[tuple[str, ...]],
     classes: NDArray[np.int64],
     train: list[int],
@@ -251,7 +258,7 @@ def _without_lookalikes(
 
 
 def _layout(
-    table: _Table, form: Form, *, instructions: str
+    table: Table, form: Form, *, instructions: str
 ) -> tuple[dspy.Module, Callable[[tuple[str, ...], str], dspy.Example]]:
     """The program for this form and the function that makes its examples from printed numbers and a label."""
     import dspy

@@ -72,10 +72,10 @@ def test_scaling_and_selection_never_look_at_test_rows():
 
     from copa_harness.tasks import tabular
 
-    table = tabular._table(load_wine(), ("a", "b", "c"))
+    table = tabular.read_table(load_wine(), ("a", "b", "c"))
     train = list(range(0, 178, 3))
     others = [row for row in range(178) if row not in set(train)]
-    spoiled = tabular._Table(table.names, table.values.copy(), table.classes, table.labels)
+    spoiled = tabular.Table(table.names, table.values.copy(), table.classes, table.labels)
     spoiled.values[others] *= 100.0
     selected, scaled = tabular._selected_and_scaled(table, train)
     spoiled_selected, spoiled_scaled = tabular._selected_and_scaled(spoiled, train)

@@ -1,0 +1,71 @@
+"""Score against calls as a picture: one column per task, validation above and test below.
+
+Needs matplotlib (in the `dev` extra); without it nothing is drawn and the report says so. Colours follow the method, in
+a fixed order that colour-blind readers can tell apart; rivals are dashed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from search.cells import COPA, METHODS, RIVALS
+from search.figures import Results, curve_at, test_score
+
+_COLOURS = dict(
+    zip(
+        METHODS,
+        ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6b6b6b", "#a6a6a6", "#e69f00", "#56b4e9", "#882255", "#999933"),
+        strict=True,
+    )
+)
+
+
+def draw(results: Results, path: Path) -> Path | None:
+    """Draw the curves of the largest budget's runs, and the test scores of all budgets; the path, or None."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed (it is in the dev extra): no picture")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    budget = max(b for b in results.budgets if any(results.of(m, b) for m in COPA))
+    steps = np.arange(0, budget + 1, max(1, budget // 200))
+    figure, axes = pyplot.subplots(
+        2, len(results.tasks), figsize=(4.2 * len(results.tasks), 7.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for column, task in enumerate(results.tasks):
+        above, below = axes[0][column], axes[1][column]
+        for method in results.methods:
+            style = {"color": _COLOURS[method], "label": method, "linewidth": 1.6}
+            style["linestyle"] = "--" if method in RIVALS else "-" if method in COPA else ":"
+            runs = results.of(method, budget, task=task)
+            if runs:
+                curves = np.array([curve_at(run, steps) for run in runs])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # no incumbent yet in any run
+                    above.plot(steps, np.nanmean(curves, axis=0), **style)
+            budgets = [b for b in results.budgets if results.of(method, b, task=task)]
+            means = [np.mean([test_score(r) for r in results.of(method, b, task=task)]) for b in budgets]
+            below.plot(budgets, means, marker="o", markersize=4, **style)
+        above.set_title(f"{task} ({len({s for t, s in results.pairs if t == task})} seeds)")
+        above.set_xlabel(f"distinct calls (runs of {budget})")
+        below.set_xlabel("budget, distinct calls")
+        below.set_xscale("log", base=2)
+        below.set_xticks(results.budgets, [str(b) for b in results.budgets])
+        for axis in (above, below):
+            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("incumbent's validation score")
+    axes[1][0].set_ylabel("mean test score of the result")
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    temporary.replace(path)
+    return path

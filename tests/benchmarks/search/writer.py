@@ -1,0 +1,48 @@
+"""A rule-based stand-in for the language model that writes instructions inside GEPA and MIPROv2.
+
+The embedded model cannot write. So that those optimizers are not judged by that, their prompt LM is a script which
+knows exactly the instructions COPA proposes without a model (the labels, and rules learned from the training rows by
+a shallow decision tree) and returns one of them, other than the current one, chosen by the hash of the question. Its
+calls are counted like any other's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.optimize.instructions import rule_based
+
+
+def rule_writer(task: Any, *, seed: int) -> ScriptedLM:
+    """The prompt LM for a task."""
+    options = {
+        predictor.signature.instructions: [
+            option.text
+            for option in rule_based(
+                name, predictor.signature, predictor.signature.instructions, trainset=task.trainset, seed=seed
+            )
+        ]
+        for name, predictor in task.program.named_predictors()
+    }
+
+    def answer(messages: Any, *, seed: int) -> str | dict[str, str]:
+        prompt = messages[-1]["content"]
+        asked = int(hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest(), 16)
+        fenced = re.search(r"```\n?(.*?)\n?```", prompt, flags=re.DOTALL)
+        basic = re.search(r"\[\[ ## basic_instruction ## \]\]\n(.*?)(?:\n\n\[\[|\Z)", prompt, flags=re.DOTALL)
+        current = (basic or fenced).group(1).strip() if basic or fenced else ""
+        plain = next((one for one in options if current.startswith(one.strip())), next(iter(options)))
+        others = [text for text in options[plain] if text.strip() != current] or [plain]
+        text = others[asked % len(others)]
+        if basic is None and "[[ ## " not in prompt:
+            return f"```\n{text}\n```"
+        return {
+            "observations": "COMPLETE", "summary": "Rows of measurements with a label.",
+            "program_description": "Classifies rows of measurements.", "module_description": "Classifies a row.",
+            "proposed_instruction": text,
+        }  # fmt: skip
+
+    return ScriptedLM(answer, model="scripted/rule-writer")
