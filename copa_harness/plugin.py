@@ -97,7 +97,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.stash[MARKER_ARGUMENTS] = _marker_arguments(item)
             except ConfigurationError as error:
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
-        config.stash[STATE].settings = replace(settings, n_comparisons=_n_comparisons(settings, copa_items))
+        is_worker = hasattr(config, "workerinput")
+        config.stash[STATE].settings = _with_comparisons(settings, copa_items, one_of_many=is_worker)
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.
         for item in copa_items:
@@ -128,17 +129,29 @@ def _marker_arguments(item: pytest.Item) -> MarkerArguments:
     return MarkerArguments.from_marker((), keywords)
 
 
-def _n_comparisons(settings: Settings, items: list[pytest.Item]) -> int:
-    """Tests that compare their run with another, example by example: they share one error rate."""
-    from copa_harness.session.marker import COMPARING
+def _with_comparisons(settings: Settings, items: list[pytest.Item], *, one_of_many: bool) -> Settings:
+    """The settings with all gates that compare runs example by example: they share one error rate.
 
-    count = 0
+    Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
+    anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
+    """
+    from copa_harness.session.marker import COMPARING, comparisons_in
+
+    announced: dict[str, frozenset[str]] = {}
     for item in items:
         marker = item.stash.get(MARKER_ARGUMENTS, None)
         if marker is not None and {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
             gates = settings.gates_of(marker)
-            count += any(gates.get(name) is not None for name in COMPARING)
-    return max(1, count)
+            code = getattr(getattr(item, "function", None), "__code__", None)
+            asked = comparisons_in(code) if code is not None else frozenset()
+            announced[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
+    return replace(
+        settings,
+        n_comparisons=max(1, sum(map(len, announced.values()))),
+        n_unannounced=max(1, len(announced)),
+        announced=announced,
+        one_of_many=one_of_many,
+    )
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:

@@ -146,10 +146,11 @@ def test_better_than_compares_with_an_earlier_strategy_of_the_session(suite):
 
         @pytest.mark.copa(strategy="p", better_than="gepa")
         def test_unknown(copa_run):
-            assert "there is no result of 'gepa'" in copa_run.gates[-1].message
+            assert copa_run.gates[-1].message.startswith("open until the session ends")
         """
     )
     result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["undecided*better_than=gepa: there is no result of 'gepa'*"])
 
 
 def test_spending_gates_hold_what_the_optimization_cost_when_it_was_made(suite):
@@ -346,3 +347,94 @@ def test_comparisons_of_a_suite_share_one_error_rate(suite):
     result = suite(source)
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["3 regression gates, Holm-corrected*0 failed."])
+
+
+RIVALS = """
+import pytest
+
+@pytest.mark.copa(strategy="none", better_than="p")
+def test_needs_a_later_run(copa_run):
+    copa_run.check()
+
+@pytest.mark.copa(strategy="p")
+def test_rival(copa_run):
+    assert copa_run.score == 1
+
+@pytest.mark.copa(strategy="none", better_than="p", undecided_fails=True)
+def test_comes_after(copa_run):
+    copa_run.check()
+
+@pytest.mark.copa(strategy="p", better_than="none")
+def test_gain(copa_run):
+    copa_run.check()
+
+@pytest.mark.copa(strategy="p", better_than="w")
+def test_nothing_to_compare_with(copa_run):
+    copa_run.check()
+"""
+
+
+def test_better_than_has_the_same_answer_however_many_workers_there_are(pytester, suite):
+    def gates():
+        runs = latest(pytester)["runs"]
+        kept = ("verdict", "message", "details")
+        return {
+            run["test"]: [{name: gate[name] for name in kept} for gate in run["gates"] if "better" in gate["gate"]]
+            for run in runs
+            if run["gates"]
+        }
+
+    alone = suite(RIVALS)
+    alone.assert_outcomes(passed=4, failed=1)
+    alone.stdout.fnmatch_lines(["*test_needs_a_later_run: better_than=p is judged now*fail.*"])
+    assert alone.ret == 1
+    serial = gates()
+    assert [gate["verdict"] for found in serial.values() for gate in found] == [
+        "fail", "fail", "pass", "undecided"
+    ]  # fmt: skip
+    shared = pytester.runpytest_subprocess(*STRICT, "-n", "2")
+    assert shared.ret == 1
+    assert gates() == serial
+
+
+def test_a_comparison_left_open_fails_the_session_when_undecided_does(suite):
+    result = suite(
+        """
+        import pytest
+
+        @pytest.mark.copa(strategy="p", better_than="w", undecided_fails=True)
+        def test_it(copa_run):
+            copa_run.check()
+        """
+    )
+    result.assert_outcomes(passed=1)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*better_than=w is judged now*undecided. there is no result of 'w'*"])
+
+
+def test_comparisons_that_only_check_asks_for_are_counted_before_anything_runs(suite):
+    suite(GATED, "--copa-bless").assert_outcomes(passed=1)
+    result = suite(
+        """
+        import pytest
+
+        def helper(run):
+            run.check(max_regression=0.1)
+
+        @pytest.mark.copa(strategy="p", max_regression=0.05)
+        def test_marked(copa_run, copa_session):
+            assert copa_session.settings.n_comparisons == 4
+            copa_run.check(max_regression=0.2)
+
+        @pytest.mark.copa(strategy="p")
+        def test_asked(copa_run, copa_session):
+            copa_run.check(max_regression=0.05, better_than="none")
+            assert "error rate of 0.013: 0.05 shared by 4 comparisons" in copa_run.gates[-1].message
+
+        @pytest.mark.copa(strategy="p", better_than="p")
+        def test_hidden(copa_run):
+            helper(copa_run)
+            assert "shared by 3 comparisons" in copa_run.gates[-1].message
+        """
+    )
+    result.assert_outcomes(passed=3)

@@ -92,6 +92,19 @@ class Gates:
                 hint = _percent_hint(value) if most <= 1 else ""
                 raise ConfigurationError(f"gate {name}={value!r}: expected {example}, between 0 and {most:g}{hint}")
 
+    @property
+    def alpha_each(self) -> float:
+        """The error rate each paired gate is held to."""
+        return self.alpha / self.n_comparisons
+
+    @property
+    def correction(self) -> str:
+        """How the error rate is shared, as a sentence; "" when it is not."""
+        if self.n_comparisons == 1:
+            return ""
+        each = f"{self.alpha_each:.2g}: {self.alpha:g}"
+        return f"(Held to an error rate of {each} shared by {self.n_comparisons} comparisons in this suite.)"
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names a marker or `check()` may use."""
@@ -148,11 +161,11 @@ def judge(
         if gates.min_score is not None:
             answers.append(_min_score(evaluation, gates.min_score, groups=groups, seed=seed))
         shared: dict[str, Any] = {
-            "alpha": gates.alpha / gates.n_comparisons,
+            "alpha": gates.alpha_each,
             "fingerprints": fingerprints or {},
             "seed": seed,
             "groups": groups,
-            "note": _corrected(gates),
+            "note": gates.correction,
         }
         if gates.max_regression is not None:
             answers.append(max_regression(evaluation, baseline, margin=gates.max_regression, bless=bless, **shared))
@@ -163,13 +176,6 @@ def judge(
             answers.append(min_pass_all(flaky_report(repeats or single, pass_score=pass_score), gates.min_pass_all))
     answers.extend(judge_spending(gates, calls=calls, usage=usage, evaluation=evaluation))
     return tuple(answers)
-
-
-def _corrected(gates: Gates) -> str:
-    if gates.n_comparisons == 1:
-        return ""
-    alpha = gates.alpha / gates.n_comparisons
-    return f"(Held to {alpha:.2g}: {gates.alpha:g} shared by {gates.n_comparisons} comparisons in this suite.)"
 
 
 _RANK = (Verdict.ERROR, Verdict.FAIL, Verdict.NOT_COMPARABLE, Verdict.UNDECIDED, Verdict.PASS)

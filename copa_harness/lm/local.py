@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ class TransformersEngine:
 
         Args:
             request: text messages; `config` may set max_tokens, temperature, top_p, top_k, stop and seed.
-            seed: of the sampling, joined with `request.config.seed`; greedy requests do not depend on it.
+            seed: of the sampling, joined with `request.config.seed` and the prompt; greedy requests ignore it.
 
         Raises:
             ContextOverflowError: prompt plus max_tokens do not fit the context.
@@ -186,7 +187,7 @@ class TransformersEngine:
         generator = self.generator
         with generator.arriving():
             tokens = self.chat.prompt(request_messages(request))
-            rules = self._rules(request, seed, n_prompt=len(tokens.ids), context=generator.model.context_length)
+            rules = self._rules(request, seed, prompt=tokens.ids, context=generator.model.context_length)
             job = generator.submit(
                 Prompt(
                     tokens=tokens,
@@ -206,8 +207,8 @@ class TransformersEngine:
             usage=Usage(input_tokens=len(tokens.ids), output_tokens=answer.n_tokens),
         )
 
-    def _rules(self, request: Request, seed: int, *, n_prompt: int, context: int) -> DecodingRules:
-        config = request.config
+    def _rules(self, request: Request, seed: int, *, prompt: Sequence[int], context: int) -> DecodingRules:
+        config, n_prompt = request.config, len(prompt)
         room = context - n_prompt
         wanted = config.max_tokens if config.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
         if wanted > room:
@@ -216,15 +217,15 @@ class TransformersEngine:
                 f"{context}: {n_prompt + wanted - context} too many; remedy: fewer or shorter demonstrations, or a "
                 "smaller max_tokens"
             )
-        if config.seed is not None:
-            seed = int.from_bytes(hashlib.sha256(f"{seed}:{config.seed}".encode()).digest()[:8], "big")
+        # Every prompt draws for itself: one random number for all examples of a run would make them err together.
+        drawn_by = f"{seed}:{config.seed}:{','.join(map(str, prompt))}"
         return DecodingRules(
             max_tokens=wanted,
             temperature=config.temperature or 0.0,
             top_p=1.0 if config.top_p is None else config.top_p,
             top_k=config.top_k or 0,
             stop=tuple(stop for stop in config.stop if stop),
-            seed=abs(seed),
+            seed=int.from_bytes(hashlib.sha256(drawn_by.encode()).digest()[:8], "big"),
         )
 
     def _follow_files(self) -> None:

@@ -18,7 +18,7 @@ from copa_harness.session.finals import final_entry, notes_of
 from copa_harness.session.gating import ON_SCORES, canonical, guarded
 from copa_harness.session.guarding import leakage_of
 from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
-from copa_harness.session.measuring import measure, split_of
+from copa_harness.session.measuring import groups_of, measure, split_of
 from copa_harness.session.memory import Memory
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
@@ -146,10 +146,13 @@ class CopaSession:
         task = _checked(task)
         with self._told_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
             measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
+        standing: dict[str, Any] = {}
         if strategy == "none" and split == "test":
-            self._memory.remember(task, lm, measured.evaluation, fingerprints_of(task, task.program, lm))
+            fingerprints = fingerprints_of(task, task.program, lm)
+            standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
+            self._memory.remember(task, lm, measured.evaluation, fingerprints)
         record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized)
-        self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured)))
+        self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured), standing=standing))
         return measured.evaluation
 
     def run(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import CopaError
 from copa_harness.results import Verdict
 from copa_harness.session.blessing import write_baselines
+from copa_harness.session.comparing import settle
 from copa_harness.session.planning import plan_text
 from copa_harness.session.settings import Settings
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from copa_harness.report.records import RunRecord
 
 FAILED = 1
-"""Exit status when the suite as a whole fails though no test did (Holm's correction)."""
+"""Exit status when the suite fails though no test did: Holm's correction, or a comparison made at the end."""
 
 BUDGET_EXHAUSTED = 6
 """Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
@@ -70,12 +71,14 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
 
     ordered = sorted(rows, key=lambda row: row["order"])
     records = [RunRecord.from_json(row["record"]) for row in ordered]
+    records, failed_late = settle(ordered, records, settings=settings)
     notes = list(dict.fromkeys(note for row in ordered for note in row.get("notes", ())))
     remarks = [
         f"{row['record']['test']}: a gate failed, but the test passed it by; call copa_run.check() in it"
         for row in ordered
         if row["unchecked"]
     ]
+    remarks += failed_late
     failures = _failures(ordered)
     if failures:
         counts = ", ".join(f"{kind} {found['count']:,}" for kind, found in failures.items())
@@ -116,7 +119,7 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
         notes=tuple(notes),
         remarks=tuple(remarks),
         written=written,
-        exit_status=FAILED if suite_fails else BUDGET_EXHAUSTED if n_cut else 0,
+        exit_status=FAILED if suite_fails or failed_late else BUDGET_EXHAUSTED if n_cut else 0,
     )
 
 

@@ -98,7 +98,9 @@ def final_entry(
                 settings=settings,
             )
         answers = case.judged(evaluation, gates, repeats=measured.repeats, accepted=accepted)
+    standing: dict[str, Any] = {}
     if evaluation.n == case.n_expected:
+        standing = memory.standing(task, base, case.fingerprints, case.groups)
         memory.remember(task, base, evaluation, case.fingerprints)
         if searches_both(result.strategy):
             plain = memory.plain(task, base)
@@ -114,7 +116,8 @@ def final_entry(
     def judge_again(asked: Mapping[str, Any]) -> tuple[GateResult, ...]:
         check_arguments(asked, known=GATES, where="copa_run.check()")
         if early is None:
-            return case.judged(evaluation, {**gates, **asked}, repeats=measured.repeats, accepted=accepted)
+            judging = case.unannounced(test, asked)
+            return judging.judged(evaluation, {**gates, **asked}, repeats=measured.repeats, accepted=accepted)
         if decided := [name for name in asked if name in (*ON_SCORES, "max_error_rate")]:
             raise ConfigurationError(
                 f"copa_run.check(): got {', '.join(decided)} for an evaluation that stopped early, when the marker's "
@@ -155,7 +158,7 @@ def final_entry(
         sequential={} if early is None else early.to_json(),
         attribution={} if attribution is None else attribution.to_json(),
     )
-    return Entry(record, run, baseline=accepted, failures=measured.failures, notes=notes)
+    return Entry(record, run, baseline=accepted, failures=measured.failures, notes=notes, standing=standing)
 
 
 def _attribution(

@@ -6,12 +6,14 @@ The statistics are `judge`'s; nothing here decides. Knows nothing of records or 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 from copa_harness.session.blessing import baseline_name
+from copa_harness.session.comparing import deferred
+from copa_harness.session.marker import COMPARING
 from copa_harness.session.memory import Earlier
 from copa_harness.session.settings import Settings
 
@@ -54,6 +56,22 @@ class Case:
     earlier: Mapping[str, Earlier]
     settings: Settings
 
+    def unannounced(self, test: str, asked: Mapping[str, Any]) -> Case:
+        """This case with the error rate of gates that `check()` was given and nobody could count beforehand.
+
+        Those counted share one error rate; these share another among all tests that could ask for one. So each of
+        the two families raises a false alarm in at most alpha of sessions, and Holm's correction at the end holds
+        them to alpha together.
+
+        Args:
+            test: Id of the test that asks.
+            asked: Gates it gave.
+        """
+        known = self.settings.announced.get(test, frozenset(COMPARING))
+        if known.issuperset(name for name in COMPARING if asked.get(name) is not None):
+            return self
+        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unannounced))
+
     def judged(
         self,
         evaluation: EvaluationResult,
@@ -78,7 +96,7 @@ class Case:
 
         leaked = guarded(self.leakage)
         rules = rules_of(gates, self.settings, on_scores=not leaked)
-        return leaked + judge(
+        answers = judge(
             evaluation,
             rules,
             calls=self.calls,
@@ -91,6 +109,19 @@ class Case:
             repeats=repeats or None,
             seed=self.settings.seed,
         )
+        return leaked + self._left_open(answers, rules)
+
+    def _left_open(self, answers: tuple[GateResult, ...], rules: Gates) -> tuple[GateResult, ...]:
+        """The answers with `better_than` open, when what it names may be in another process or come later."""
+        name = rules.better_than
+        if name is None or self._rival(rules) is not None:
+            return answers
+        return tuple(
+            deferred(gate, name, alpha=rules.alpha_each, note=rules.correction)
+            if gate.gate.startswith("better_than=")
+            else gate
+            for gate in answers
+        )
 
     def watch(self, ids: tuple[str, ...], gates: Mapping[str, Any]) -> SequentialJudge | None:
         """What decides how many examples are needed; None when no gate can be decided early."""
@@ -99,6 +130,8 @@ class Case:
         rules = rules_of(gates, self.settings)
         if guarded(self.leakage) or not any(gates.get(name) is not None for name in _EARLY):
             return None
+        if rules.better_than is not None and self._rival(rules) is None:
+            return None  # judged when the session ends, on all examples
         return SequentialJudge(
             ids,
             rules,
@@ -134,18 +167,29 @@ class Case:
 
     def _rival(self, rules: Gates) -> Reference | None:
         """What `better_than` names: a strategy run earlier in this session, else an accepted baseline."""
-        from copa_harness.store.baselines import load_baseline
-
         if rules.better_than is None:
             return None
         name = canonical(rules.better_than)
+        if self.settings.one_of_many and name != "none":
+            return None  # another process may have a run that goes first; the session's end knows them all
         if name in self.earlier:
             return self.earlier[name]
-        for known_as in dict.fromkeys((baseline_name(name, self.model), name, rules.better_than)):
-            baseline = load_baseline(self.settings.baseline_dir, task=self.task, name=known_as)
-            if baseline is not None:
-                return baseline
-        return None
+        return accepted_rival(rules.better_than, task=self.task, model=self.model, settings=self.settings)
+
+
+def accepted_rival(name: str, *, task: str, model: str, settings: Settings) -> Baseline | None:
+    """The accepted baseline that `better_than` names, if there is one.
+
+    Raises:
+        ArtifactError: Its file is damaged.
+    """
+    from copa_harness.store.baselines import load_baseline
+
+    for known_as in dict.fromkeys((baseline_name(canonical(name), model), canonical(name), name)):
+        baseline = load_baseline(settings.baseline_dir, task=task, name=known_as)
+        if baseline is not None:
+            return baseline
+    return None
 
 
 _EARLY = ("min_score", "max_regression", "better_than")

@@ -28,6 +28,23 @@ COMPARING = ("max_regression", "better_than")
 """Gates that compare example by example; those of a suite share one error rate."""
 
 
+
+
+def comparisons_in(code: Any) -> frozenset[str]:
+    """The comparing gates that a test function names when it calls `check()`, read from its code.
+
+    Keyword names of a call are constants of the code that makes it, so nothing is run. Gates that a helper elsewhere
+    asks for, or that come as `**gates`, are not seen.
+
+    Args:
+        code: `__code__` of a function.
+    """
+    if "check" not in code.co_names:
+        return frozenset()
+    names = {name for constant in code.co_consts if isinstance(constant, tuple) for name in constant}
+    return frozenset(name for name in COMPARING if name in names)
+
+
 @dataclass(frozen=True, slots=True)
 class MarkerArguments:
     """What `@pytest.mark.copa(...)` may say; None leaves it to the settings.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from copa_harness.session.optimizations import task_fingerprint
 
@@ -55,6 +55,19 @@ class Memory:
             self._plain[key] = evaluation
         earlier = Earlier(evaluation.strategy, scores_by_id(evaluation), fingerprints)
         self._earlier.setdefault(key, {})[evaluation.strategy] = earlier
+
+    def standing(
+        self, task: Task, lm: MeteredLM, fingerprints: Mapping[str, str], groups: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        """What other processes need to compare a run with one of their own, as plain JSON types.
+
+        Args:
+            task: What was evaluated on.
+            lm: The base model.
+            fingerprints: Of data, split, metric, program and lm.
+            groups: Group by example id, where examples share one.
+        """
+        return {"key": list(_key(task, lm)), "fingerprints": dict(fingerprints), "groups": groups}
 
     def plain(self, task: Task, lm: MeteredLM) -> ScoredEvaluation | None:
         """The program as written on the base model, if it was evaluated."""

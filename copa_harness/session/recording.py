@@ -34,6 +34,8 @@ class Entry:
         failures: Attempts at a call that failed, by kind: how many and the first traceback.
         notes: Sentences for the summary.
         cut_short: The session's ceilings ended it; it has no score.
+        standing: What other runs need to compare themselves with it: `key` (task and base model), `fingerprints` and
+            `groups`; empty unless it is a whole test split of a named strategy.
     """
 
     record: RunRecord
@@ -42,13 +44,14 @@ class Entry:
     failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     cut_short: bool = False
+    standing: Mapping[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """As plain JSON types."""
         run, record = self.run, self.record
         if run is not None and run.gates != record.gates:
             record = replace(record, gates=run.gates, verdict=run.verdict)
-        failed = run is not None and is_failure(run.verdict, undecided_fails=run.undecided_fails)
+        failed = run is not None and is_failure(run.verdict_so_far, undecided_fails=run.undecided_fails)
         return {
             "test": record.test,
             "record": record.to_json(),
@@ -57,6 +60,9 @@ class Entry:
             "failures": {kind: list(counted) for kind, counted in self.failures.items()},
             "notes": list(self.notes),
             "cut_short": self.cut_short,
+            "standing": dict(self.standing),
+            "checked": run is not None and run.checked,
+            "undecided_fails": run is not None and run.undecided_fails,
         }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.judge.gates import is_failure, overall
 from copa_harness.judge.messages import format_failure, number, score_line
 from copa_harness.results import Budget, EvaluationResult, ExampleResult, GateResult, PhaseRecord, Usage, Verdict
+from copa_harness.session.comparing import is_deferred
 
 if TYPE_CHECKING:
     import dspy
@@ -151,6 +152,11 @@ class CopaRun:
         """Score minus the score of the program as written, -1..1."""
         return float(self.score) - float(self.baseline.score)
 
+    @property
+    def verdict_so_far(self) -> Verdict:
+        """The verdict without gates that are left open until the session ends."""
+        return overall(gate for gate in self.gates if not is_deferred(gate))
+
     def __repr__(self) -> str:
         return f"<CopaRun {self.evaluation.summary()}>"
 
@@ -177,7 +183,7 @@ class CopaRun:
             self.gates = self.judge_again(gates)
             self.verdict = overall(self.gates)
             self.undecided_fails = gates.get("undecided_fails", self.undecided_fails)
-        if is_failure(self.verdict, undecided_fails=self.undecided_fails):
+        if is_failure(self.verdict_so_far, undecided_fails=self.undecided_fails):
             raise AssertionError(self.describe())
 
     def describe(self) -> str:

@@ -53,6 +53,9 @@ class Settings:
         plan: Look into the cache only, make no call, and say what a run would pay.
         gates: Gates that hold where a marker does not say otherwise, by name.
         n_comparisons: Gates of the session that compare example by example; they share one error rate.
+        n_unannounced: Tests that may ask `check()` for a comparison nobody announced; those share one as well.
+        announced: Comparing gates that are counted in `n_comparisons`, by test id.
+        one_of_many: Whether other processes run tests of this session too.
         run_id: The same in every process of the session, another in every session.
         forced: Names given on the command line, in the environment or in the ini file; a marker cannot change them.
     """
@@ -74,6 +77,9 @@ class Settings:
     plan: bool = False
     gates: Mapping[str, Any] = field(default_factory=dict)
     n_comparisons: int = 1
+    n_unannounced: int = 1
+    announced: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    one_of_many: bool = False
     run_id: str = "run"
     forced: frozenset[str] = frozenset()
 

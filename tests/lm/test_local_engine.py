@@ -117,6 +117,13 @@ def test_concurrent_requests_share_batches_and_prefixes(tiny_folders, tmp_path):
     assert engine.generator.prefixes.n_prefilled == 1
 
 
+def test_every_prompt_of_a_repeat_draws_for_itself(engine):
+    (request,) = make_requests(1, temperature=1.0)
+    seeds = {engine._rules(request, 1, prompt=prompt, context=64).seed for prompt in ([1, 2], [1, 3], [2])}
+    assert len(seeds) == 3
+    assert engine._rules(request, 1, prompt=[2], context=64).seed in seeds
+
+
 def test_a_sampled_answer_depends_on_its_own_seed_only(engine):
     requests = make_requests(12, temperature=1.0)
     seeds = list(range(12))
