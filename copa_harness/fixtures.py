@@ -148,3 +148,28 @@ def copa_run(
     run = copa_session.run(copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=marker, test=item.nodeid)
     item.stash.setdefault(RUNS, []).append(run)
     return run
+
+
+def with_comparisons(settings: Settings, items: list[pytest.Item], *, one_of_many: bool) -> Settings:
+    """The settings with all gates that compare runs example by example: they share one error rate.
+
+    Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
+    anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
+    """
+    from copa_harness.session.marker import COMPARING, comparisons_in
+
+    announced: dict[str, frozenset[str]] = {}
+    for item in items:
+        marker = item.stash.get(MARKER_ARGUMENTS, None)
+        if marker is not None and {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
+            gates = settings.gates_of(marker)
+            code = getattr(getattr(item, "function", None), "__code__", None)
+            asked = comparisons_in(code) if code is not None else frozenset()
+            announced[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
+    return replace(
+        settings,
+        n_comparisons=max(1, sum(map(len, announced.values()))),
+        n_unannounced=max(1, len(announced)),
+        announced=announced,
+        one_of_many=one_of_many,
+    )

@@ -7,7 +7,6 @@ marker or asks for a `copa_*` fixture).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,12 @@ from copa_harness.fixtures import (
     copa_run,
     copa_session,
     copa_task,
+    with_comparisons,
 )
 from copa_harness.options import MARKER, RUN_ID, add_options, is_disabled, run_id, settings_of
 
 if TYPE_CHECKING:
-    from copa_harness.session.settings import MarkerArguments, Settings
+    from copa_harness.session.settings import MarkerArguments
 
 __all__ = [
     "copa_base_lm",
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             except ConfigurationError as error:
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
         is_worker = hasattr(config, "workerinput")
-        config.stash[STATE].settings = _with_comparisons(settings, copa_items, one_of_many=is_worker)
+        config.stash[STATE].settings = with_comparisons(settings, copa_items, one_of_many=is_worker)
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.
         for item in copa_items:
@@ -127,31 +127,6 @@ def _marker_arguments(item: pytest.Item) -> MarkerArguments:
             "marked copa, but the test takes no copa fixture, so nothing would run; add copa_run to its arguments."
         )
     return MarkerArguments.from_marker((), keywords)
-
-
-def _with_comparisons(settings: Settings, items: list[pytest.Item], *, one_of_many: bool) -> Settings:
-    """The settings with all gates that compare runs example by example: they share one error rate.
-
-    Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
-    anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
-    """
-    from copa_harness.session.marker import COMPARING, comparisons_in
-
-    announced: dict[str, frozenset[str]] = {}
-    for item in items:
-        marker = item.stash.get(MARKER_ARGUMENTS, None)
-        if marker is not None and {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
-            gates = settings.gates_of(marker)
-            code = getattr(getattr(item, "function", None), "__code__", None)
-            asked = comparisons_in(code) if code is not None else frozenset()
-            announced[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
-    return replace(
-        settings,
-        n_comparisons=max(1, sum(map(len, announced.values()))),
-        n_unannounced=max(1, len(announced)),
-        announced=announced,
-        one_of_many=one_of_many,
-    )
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
