@@ -43,6 +43,7 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_values, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.lm.prompts import PromptAdapter
 from copa_harness.lm.scope import current_scope
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 
@@ -72,7 +73,7 @@ def default_adapter() -> Any:
     That one makes one call per answer. DSPy's default asks a second time in JSON when an answer does not parse;
     a metered run must not pay twice for an answer that is simply wrong.
     """
-    return dspy.settings.adapter or dspy.ChatAdapter(use_json_adapter_fallback=False)
+    return dspy.settings.adapter or PromptAdapter(use_json_adapter_fallback=False)
 
 
 def program_lms(program: dspy.Module) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.metered import MeteredLM
+from copa_harness.lm.prompts import PromptAdapter
 
 EMBEDDED_MAX_TOKENS = 64
 """Default ceiling of output tokens of the embedded model: a label and its field markers."""
@@ -130,7 +131,7 @@ def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:
     they have no JSON mode, and the second call would be paid for nothing. DSPy's default for the rest.
     """
     has_json_mode = not isinstance(lm, MeteredLM) or isinstance(lm.engine, CapableEngine)
-    return dspy.ChatAdapter(use_json_adapter_fallback=has_json_mode)
+    return PromptAdapter(use_json_adapter_fallback=has_json_mode)
 
 
 def _local_lm(

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
+
+# Private, and pinned by dspy >=3.4,<3.5.
+from dspy.clients._deprecation import warn_openai_messages
+from dspy.clients.errors import error_boundary
 from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
@@ -26,6 +30,7 @@ from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.failures import passed_through_dspy
 from copa_harness.lm.patience import PatientEngine, RetryPolicy
 from copa_harness.lm.repeats import current_repeat
+from copa_harness.lm.short_way import ShortWay, is_plain_call, outputs_of
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
@@ -50,6 +55,7 @@ class _Seam:
         self.door = door
         # Asked for several times per call, and such a check looks at every method of the protocol.
         self.capable = engine if isinstance(engine, CapableEngine) else None
+        self.short_way = ShortWay()
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Seam:
         return self
@@ -175,6 +181,15 @@ class MeteredLM(dspy.LM):
             ProviderError: The engine gave no answer.
         """
         with self._noted(kwargs):
+            if prompt is None and is_plain_call(self):
+                seam: _Seam = self._engine_spec
+                settings = {**self.kwargs, **kwargs}
+                request = seam.short_way.request(self.model, messages, settings)
+                if request is not None:
+                    self._warn_zero_temp_rollout(settings.get("temperature"), settings.get("rollout_id"))
+                    warn_openai_messages(self, messages)
+                    with error_boundary(self.model, unexpected=True):
+                        return outputs_of(self, seam.complete(request))
             return super().__call__(prompt, messages=messages, **kwargs)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
