@@ -59,7 +59,9 @@ def takes_arguments(metric: Metric, n: int) -> bool:
     return True
 
 
-def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace: Any = None) -> float:
+def call_metric(
+    metric: Metric, example: dspy.Example, *, prediction: Any, trace: Any = None, arity: int | None = None
+) -> float:
     """The metric's score of one prediction.
 
     Args:
@@ -67,6 +69,7 @@ def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace
         example: The example with its labels.
         prediction: What the program returned.
         trace: DSPy's trace while bootstrapping (metrics may be stricter then), else None.
+        arity: `metric_arity(metric)` if it is known: reading a signature takes longer than most metrics.
 
     Returns:
         A score in 0..1.
@@ -74,7 +77,7 @@ def call_metric(metric: Metric, example: dspy.Example, *, prediction: Any, trace
     Raises:
         MetricError: The metric raised, or returned something that is not a number in 0..1.
     """
-    arguments = (example, prediction, trace, None, None)[: metric_arity(metric)]
+    arguments = (example, prediction, trace, None, None)[: metric_arity(metric) if arity is None else arity]
     try:
         with booked_as(Phase.METRIC):
             returned = metric(*arguments)

@@ -40,7 +40,7 @@ from copa_harness.errors import (
     ProviderError,
     TaskError,
 )
-from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_values, plain
+from copa_harness.evaluate.examples import check_examples, example_ids, input_values, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.prompts import PromptAdapter
@@ -177,7 +177,7 @@ def run_examples(
         As `evaluate`.
     """
     check_examples(examples, split=split)
-    metric_arity(metric)
+    arity = metric_arity(metric)
     if threads < 1:
         raise ConfigurationError(f"got threads={threads}; expected at least 1")
     names = tuple(ids) if ids is not None else example_ids(examples)
@@ -190,7 +190,9 @@ def run_examples(
         if program.named_predictors():
             program_lms(program)
         jobs = [
-            lambda example=example, name=name: _run_one(program, example, metric, name, trace_to_metric)
+            lambda example=example, name=name: _run_one(
+                program, example, name, metric=metric, arity=arity, trace_to_metric=trace_to_metric
+            )
             for example, name in zip(examples, names, strict=True)
         ]
         runs = _in_threads(jobs, threads=threads)
@@ -201,6 +203,8 @@ def run_examples(
 
 def _in_threads(jobs: Sequence[Callable[[], ExampleRun]], *, threads: int) -> tuple[ExampleRun, ...]:
     """The jobs' results in their order; the first exception cancels what has not started and is raised."""
+    if min(threads, len(jobs)) == 1:
+        return tuple(contextvars.copy_context().run(job) for job in jobs)
     executor = ThreadPoolExecutor(max_workers=min(threads, len(jobs)), thread_name_prefix="copa-evaluate")
     try:
         # A context can be entered once at a time, so every job gets a copy of its own.
@@ -217,10 +221,11 @@ def _in_threads(jobs: Sequence[Callable[[], ExampleRun]], *, threads: int) -> tu
 
 
 def _run_one(
-    program: dspy.Module, example: dspy.Example, metric: Metric, name: str, trace_to_metric: bool
+    program: dspy.Module, example: dspy.Example, name: str, *, metric: Metric, arity: int, trace_to_metric: bool
 ) -> ExampleRun:
     """One example, never raising an ordinary exception: failures become outcomes."""
-    inputs, expected = input_values(example), label_values(example)
+    inputs = input_values(example)
+    expected = {key: value for key, value in example.items() if key not in inputs}
     trace: list[Any] = []
     base = ExampleResult(name, None, inputs=plain(inputs), expected=plain(expected))
     try:
@@ -241,7 +246,9 @@ def _run_one(
         return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=said), trace=tuple(trace))
     base = replace(base, predicted=_fields(prediction))
     try:
-        score = call_metric(metric, example, prediction=prediction, trace=trace if trace_to_metric else None)
+        score = call_metric(
+            metric, example, prediction=prediction, trace=trace if trace_to_metric else None, arity=arity
+        )
     except MetricError as error:
         return ExampleRun(replace(base, outcome="metric_error", error=str(error)), prediction, tuple(trace))
     return ExampleRun(replace(base, score=score), prediction, tuple(trace))

@@ -1,7 +1,8 @@
-"""One pool of connections per process, on one background event loop, that any number of threads may send through.
+"""One pool of connections per process that any number of threads may send through.
 
 DSPy's native client (lm15) builds requests and reads answers; this is only its transport, so every dialect it speaks
-goes through here. aiohttp was chosen over httpx by measurement: see `tests/benchmarks/bench_door.py`. Every wait is
+goes through here. A thread waits on a connection of its own (see `connections`, and why); what goes through a proxy, or
+to a URL with a password in it, goes through aiohttp on one background event loop, which knows those. Every wait is
 bounded, redirects are not followed (a credential would travel with them). Knows nothing of models, prompts or budgets.
 """
 
@@ -9,16 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import http.client
 import os
 import threading
 import urllib.request
+from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from dspy._vendor.lm15.transports import TransportRequest, TransportResponse
 from dspy._vendor.lm15.transports._exceptions import ConnectError, ConnectTimeout, ProtocolError, ReadError
 from dspy.lm15 import TimeoutError as ProviderTimedOut
 
+from copa_harness.lm.connections import Connections, NotConnectedError, Reply
 from copa_harness.lm.engines import time_left_s
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -52,7 +57,7 @@ class PooledTransport:
         """
         self._replies.last = None
         limit_s = max(0.001, min(self.timeout_s, time_left_s.get()))
-        status, reason, headers, body = _pool().send(request, limit_s)
+        status, reason, headers, body = _sent(request, limit_s)
         self._replies.last = (status, body)
         return TransportResponse(
             status=status,
@@ -72,7 +77,40 @@ class PooledTransport:
         """The pool belongs to the process."""
 
 
-_Reply = tuple[int, str, list[tuple[str, str]], bytes]
+_PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+_connections = Connections(connect_timeout_s=CONNECT_TIMEOUT_S, largest_body=LARGEST_BODY)
+atexit.register(_connections.close)
+
+
+def _sent(request: TransportRequest, limit_s: float) -> Reply:
+    url = urlsplit(request.url)
+    if "@" in url.netloc or _is_proxied(url.hostname or "", tuple(map(os.environ.get, _PROXY_VARIABLES))):
+        return _pool().send(request, limit_s)
+    try:
+        return _connections.send(
+            request.method, url, headers=request.headers, body=request.body, limit_s=limit_s
+        )
+    except NotConnectedError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise ConnectTimeout(str(error)) from error
+        raise ConnectError(str(error)) from error
+    except TimeoutError as error:
+        raise _late(limit_s) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ReadError(f"the connection broke before the answer was complete: {_named(error)}") from error
+
+
+@lru_cache(256)
+def _is_proxied(host: str, environment: tuple[str | None, ...]) -> bool:
+    """Whether requests to `host` go through a proxy; looked up once, since the system's answer takes its time."""
+    return bool(urllib.request.getproxies()) and not urllib.request.proxy_bypass(host)
+
+
+def _late(limit_s: float) -> ProviderTimedOut:
+    return ProviderTimedOut(
+        f"no complete answer within {limit_s:.3g} s; the provider may work on it still. Raise the LM's timeout= if its "
+        "answers take longer"
+    )
 
 
 class _Pool:
@@ -85,7 +123,7 @@ class _Pool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="copa-http", daemon=True)
         self._thread.start()
 
-    def send(self, request: TransportRequest, limit_s: float) -> _Reply:
+    def send(self, request: TransportRequest, limit_s: float) -> Reply:
         """Send from any thread and wait."""
         future = asyncio.run_coroutine_threadsafe(self._send(request, limit_s), self._loop)
         try:
@@ -94,7 +132,7 @@ class _Pool:
             future.cancel()
             raise
 
-    async def _send(self, request: TransportRequest, limit_s: float) -> _Reply:
+    async def _send(self, request: TransportRequest, limit_s: float) -> Reply:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # how many at once is the pace's business
@@ -121,10 +159,7 @@ class _Pool:
         except aiohttp.ConnectionTimeoutError as error:
             raise ConnectTimeout(f"no connection within {timeout.sock_connect:g} s") from error
         except asyncio.TimeoutError as error:
-            raise ProviderTimedOut(
-                f"no complete answer within {limit_s:.3g} s; the provider may work on it still. Raise the LM's "
-                "timeout= if its answers take longer"
-            ) from error
+            raise _late(limit_s) from error
         except aiohttp.ClientConnectorError as error:
             raise ConnectError(f"no connection: {error}") from error
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:

@@ -1,10 +1,10 @@
 """The short way from a prompt to the door: for plain text, without what DSPy's call path does only for other calls.
 
 DSPy turns every call into an OpenAI body, reads that back as a canonical request, and sets up retries, streaming,
-pricing, caching and history, which is a third of what a module call costs. Where none of it is asked for (text messages,
-one completion, plain settings, no callbacks, history or streams) the request is built directly. It is equal to the one
-DSPy builds, so keys and answers are the same; anything else is left to DSPy. Tied to DSPy 3.4 like `metered`. Knows
-nothing of caches, budgets or engines.
+pricing, caching and history, which is a third of what a module call costs. Where none of it is asked for (text
+messages, one completion, plain settings, no callbacks, history or streams) the request is built directly. It is equal
+to the one DSPy builds, so keys and answers are the same; anything else is left to DSPy. Tied to DSPy 3.4 like
+`metered`. Knows nothing of caches, budgets or engines.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
+        self.stub.n_connections += 1
 
     def connection_lost(self, error):
         self.transport = None
@@ -89,12 +90,14 @@ class StubServer:
         default: The reply once the script is over.
         requests: (path, headers, body) of everything asked, if `keep`.
         n_requests: How many.
+        n_connections: Connections opened so far.
         n_under_way: Requests not yet answered; `most_under_way` is the highest this got.
     """
 
     def __init__(self, replies=(), *, default=None, lifetime_s=60.0, keep=True):
         self.replies, self.default, self.lifetime_s, self.keep = list(replies), default or Reply(), lifetime_s, keep
         self.requests, self.n_requests, self.n_under_way, self.most_under_way = [], 0, 0, 0
+        self.n_connections = 0
         self.refuse_above = None  # more requests under way than this are answered 429
         self._ready = threading.Event()
 

@@ -38,7 +38,7 @@ class Plain(dspy.Signature):
 
 
 VALUES = st.one_of(
-    st.text(max_size=20), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.text(max_size=5), max_size=3)
+    st.text(max_size=20), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.text(max_size=5))
 )
 
 
