@@ -38,6 +38,7 @@ from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, StepKind, pars
 from copa_harness.optimize.study import SearchSettings
 from copa_harness.optimize.weights import WeightsSettings
 from copa_harness.results import Budget
+from copa_harness.tune.settings import check_lora
 
 if TYPE_CHECKING:
     from copa_harness.tune.settings import LoraSettings
@@ -68,7 +69,8 @@ class COPA(Teleprompter):
         bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
             lack a predictor's outputs.
         n_proposed: Instructions asked of `prompt_lm` per predictor and phase.
-        lora: LoRA settings; None takes the trainer's defaults with `epochs_with_demos` or `epochs_bare` passes.
+        lora: `LoraSettings`, or a mapping of those that shall differ from the defaults, which are the trainer's with
+            `epochs_with_demos` or `epochs_bare` passes: ``{"rank": 8, "learning_rate": 1e-3}``.
         epochs_with_demos: Passes over rows that carry demonstrations.
         epochs_bare: Passes over rows without demonstrations.
         bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
@@ -102,7 +104,7 @@ class COPA(Teleprompter):
         n_demo_sets: int = 12,
         bootstrap: bool | None = None,
         n_proposed: int = 4,
-        lora: LoraSettings | None = None,
+        lora: LoraSettings | Mapping[str, Any] | None = None,
         epochs_with_demos: int = 4,
         epochs_bare: int = 12,
         bare_share: float = 0.2,
@@ -127,6 +129,8 @@ class COPA(Teleprompter):
         if unknown:
             known = ", ".join(OPTIMIZER_NAMES)
             raise ConfigurationError(f"got optimizer_kwargs for {unknown}; expected some of {known}")
+        if lora is not None and not hasattr(lora, "replaced"):
+            check_lora(lora)
         self.metric = metric
         self.strategy = strategy
         self.steps: tuple[Step, ...] = parse_strategy(strategy)

@@ -39,7 +39,8 @@ class WeightsSettings:
     """How a weights step trains.
 
     Attributes:
-        lora: Settings of the LoRA adapter; None takes the trainer's, with `epochs_with_demos` or `epochs_bare`.
+        lora: Settings of the LoRA adapter: all of them, or those by name that differ from the step's own (the trainer's
+            defaults with `epochs_with_demos` or `epochs_bare` epochs and the run's seed). None takes the step's own.
         epochs_with_demos: Passes over the rows when they carry demonstrations, whose answers are learned from too (see
             `LoraSettings.learn_from_demos`). Fewer suffice than for bare rows: a row teaches ten answers, the
             demonstrations do part of the work, and every pass sees new ones.
@@ -51,7 +52,7 @@ class WeightsSettings:
         min_score: Score from which a trace becomes a row when labels do not give the rows, 0..1.
     """
 
-    lora: LoraSettings | None = None
+    lora: LoraSettings | Mapping[str, Any] | None = None
     epochs_with_demos: int = 4
     epochs_bare: int = 12
     n_demos: int = 9
@@ -59,6 +60,15 @@ class WeightsSettings:
     bare_share: float = 0.2
     held_out_share: float = 0.0
     min_score: float = 1.0
+
+    def lora_settings(self, *, with_demos: bool, seed: int) -> LoraSettings:
+        """Settings of a training on rows with or without demonstrations."""
+        from copa_harness.tune.settings import LoraSettings
+
+        if isinstance(self.lora, LoraSettings):
+            return self.lora
+        epochs = self.epochs_with_demos if with_demos else self.epochs_bare
+        return LoraSettings(epochs=epochs, seed=seed, learn_from_demos=with_demos).replaced(self.lora or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +100,15 @@ class WeightsJob:
     @property
     def n_demos(self) -> int:
         """Demonstrations per row; 0 for bare rows."""
+        if self.settings.lora_settings(with_demos=False, seed=0).demonstrations == "drop":
+            return 0
         wanted = self.incumbent.n_demos or (self.settings.n_demos if self.demos_ahead else 0)
         return max(0, min(wanted, len(self.trainset) - 1))
 
     @property
     def n_epochs(self) -> int:
         """Passes over the rows."""
-        if self.settings.lora is not None:
-            return self.settings.lora.epochs
-        return self.settings.epochs_with_demos if self.n_demos else self.settings.epochs_bare
+        return self.settings.lora_settings(with_demos=self.n_demos > 0, seed=self.seed).epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +184,17 @@ def _rows(job: WeightsJob) -> _Rows:
         return _Rows(bare, 0, source, "none")
     n_variants = job.settings.n_variants or job.n_epochs
     rows, _ = _rendered(job, program, labelled, demos="resample", n_demos=n_demos, n_variants=n_variants)
+    keep = job.settings.lora_settings(with_demos=True, seed=0).demonstrations == "keep"
+    share = 0.0 if keep else job.settings.bare_share
     generator = np.random.default_rng([job.seed, 505])
     mixed: dict[str, Sequence[TrainingRow]] = {}
     for name in names:
         added = [
             replace(bare[name][int(i)], variant=variant)
             for variant in range(n_variants)
-            for i in sorted(generator.permutation(len(bare[name]))[: round(job.settings.bare_share * len(bare[name]))])
+            for i in sorted(generator.permutation(len(bare[name]))[: round(share * len(bare[name]))])
         ]
         mixed[name] = [*rows[name], *added]
-    share = job.settings.bare_share
     return _Rows(mixed, n_demos, source, f"resample:{n_demos}" + (f" + none:{share:g}" if share else ""))
 
 
@@ -246,14 +257,11 @@ def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Ro
 
 
 def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
-    from copa_harness.tune.settings import LoraSettings
     from copa_harness.tune.trainer import LoraTrainer
 
-    lora = job.settings.lora or LoraSettings(
-        epochs=job.n_epochs, seed=job.seed, learn_from_demos=made.n_demos > 0
-    )
+    lora = job.settings.lora_settings(with_demos=made.n_demos > 0, seed=job.seed)
     kept, held_out = list(rows), []
-    n_held_out = round(job.settings.held_out_share * len(rows))
+    n_held_out = round((lora.held_out_share or job.settings.held_out_share) * len(rows))
     if n_held_out:
         chosen = set(np.random.default_rng([job.seed, 606]).permutation(len(rows))[:n_held_out].tolist())
         kept = [row for i, row in enumerate(rows) if i not in chosen]

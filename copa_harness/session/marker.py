@@ -15,6 +15,7 @@ from typing import Any
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.strategy import parse_strategy
+from copa_harness.tune.settings import check_lora
 
 DEFAULT_STRATEGY = "p -> w -> p"
 
@@ -69,6 +70,7 @@ class MarkerArguments:
         max_cycles: Rounds of an alternating strategy at most.
         epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
         optimizer_kwargs: Arguments of DSPy optimizers by name: `{"miprov2": {"num_trials": 5}}`.
+        lora: Settings of the fine-tuning by name: `{"rank": 8, "epochs": 3}`; see `LoraSettings`.
         undecided_fails: Whether gates that are undecided or not comparable fail the test.
     """
 
@@ -91,6 +93,7 @@ class MarkerArguments:
     max_cycles: int | None = None
     epsilon: float | None = None
     optimizer_kwargs: Mapping[str, Any] | None = None
+    lora: Mapping[str, Any] | None = None
     undecided_fails: bool | None = None
 
     @classmethod
@@ -112,6 +115,8 @@ class MarkerArguments:
                 parse_strategy(marker.strategy)
             if marker.budget is not None:
                 parse_budget(marker.budget)
+            if marker.lora is not None:
+                check_lora(marker.lora)
         except ConfigurationError as error:
             raise ConfigurationError(f"copa marker: {error}") from None
         return marker
@@ -210,6 +215,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer_kwargs": (
         lambda value: isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values()),
         "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",
+    ),
+    "lora": (
+        lambda value: isinstance(value, Mapping),
+        "a dictionary of LoRA settings, for instance {'rank': 8, 'epochs': 3}",
     ),
     "undecided_fails": (lambda value: isinstance(value, bool), "True or False"),
 }

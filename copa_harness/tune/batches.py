@@ -1,19 +1,24 @@
-"""Rows as batches: which rows share one, and the loss of a batch.
+"""Rows as batches: which rows share one, in which parts it goes through the model, and its loss.
 
-Rows are padded on the left, so that all answers end at the same column, and only columns that predict an answer token
-get logits. Knows nothing of optimizers, epochs or files.
+A batch is packed behind the prefix its rows share where the model allows (see `packing`), else padded on the right,
+where causal attention never looks. Logits are computed for the positions that predict an answer token only. Knows
+nothing of optimizers, epochs or files.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.packing import Packing, can_pack, packed_logits
+
+TOKENS_AT_ONCE = 16_384
+"""Most tokens of rows (padding included) that go through the model at once, unless a single row has more."""
 
 
 def batches_of(rows: Sequence[EncodedRow], batch_size: int, rng: np.random.Generator) -> Iterator[list[EncodedRow]]:
@@ -28,50 +33,82 @@ def batches_of(rows: Sequence[EncodedRow], batch_size: int, rng: np.random.Gener
         yield [rows[i] for i in batches[j]]
 
 
-def mean_loss(model: Any, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> float:
-    """Mean loss per answer token, in nats, without training."""
-    import torch
+def parts_of(batch: Sequence[EncodedRow], *, most_rows: int | None = None) -> Iterator[list[EncodedRow]]:
+    """The batch in parts that fit in memory, rows of like length together; their losses add up to the batch's."""
+    part: list[EncodedRow] = []
+    for row in sorted(batch, key=lambda row: len(row.ids)):  # ascending, so the row that comes is the longest
+        if part and ((len(part) + 1) * len(row.ids) > TOKENS_AT_ONCE or len(part) == most_rows):
+            yield part
+            part = []
+        part.append(row)
+    yield part
 
-    model.eval()
-    with torch.no_grad():
-        total = sum(
-            float(loss_sum(model, rows[start : start + batch_size], pad_id=pad_id))
-            for start in range(0, len(rows), batch_size)
+
+class BatchLoss:
+    """The loss of a model on rows.
+
+    Args:
+        model: a peft model.
+        pad_id: token id to pad with.
+        bfloat16: compute products in bfloat16 (autocast); weights, sums and the loss stay as they are.
+    """
+
+    def __init__(self, model: Any, *, pad_id: int, bfloat16: bool = False) -> None:
+        self._model, self._pad_id, self._bfloat16 = model, pad_id, bfloat16
+        self.packs = can_pack(model)
+
+    def sum(self, rows: Sequence[EncodedRow]) -> Any:
+        """Summed cross-entropy of the rows' target tokens (a scalar tensor); all rows go through the model at once."""
+        import torch
+
+        device = self._model.device
+        ids = [row.ids for row in rows]
+        # A token is predicted by the position before it.
+        sources = [[position - 1 for position in row.targets] for row in rows]
+        wanted = torch.tensor([row.ids[position] for row in rows for position in row.targets], device=device)
+        context: Any = torch.autocast(device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
+        with context:
+            if self.packs and len(rows) > 1:
+                packing = Packing.of(ids)
+                places = [place for i, own in enumerate(sources) for place in packing.places(i, own)]
+                logits = self._logits(places, lambda: packed_logits(self._model, packing, ids))
+            else:
+                width = max(map(len, ids))
+                padded = torch.tensor([[*row, *[self._pad_id] * (width - len(row))] for row in ids], device=device)
+                places = [i * width + place for i, own in enumerate(sources) for place in own]
+                logits = self._logits(places, lambda: self._model(input_ids=padded, use_cache=False).logits)
+        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+
+    def mean(self, rows: Sequence[EncodedRow], *, batch_size: int) -> float:
+        """Mean loss per target token, in nats, without training."""
+        import torch
+
+        self._model.eval()
+        in_order = sorted(rows, key=lambda row: len(row.ids))
+        with torch.no_grad():
+            total = sum(
+                float(self.sum(part))
+                for start in range(0, len(rows), batch_size)
+                for part in parts_of(in_order[start : start + batch_size])
+            )
+        return total / sum(len(row.targets) for row in rows)
+
+    def _logits(self, places: Sequence[int], run: Any) -> Any:
+        """Logits, shape (places, vocabulary), at these places of the flattened batch; `run` runs the model.
+
+        The output layer is handed the hidden states of these places alone: it is the largest layer of a small model.
+        """
+        import torch
+
+        at = torch.tensor(places, device=self._model.device)
+        head = self._model.get_output_embeddings()
+        if head is None:
+            logits = run()
+            return logits.reshape(-1, logits.shape[-1])[at]
+        handle = head.register_forward_pre_hook(
+            lambda _, given: (given[0].reshape(-1, given[0].shape[-1])[at], *given[1:])
         )
-    return total / sum(len(row.targets) for row in rows)
-
-
-def loss_sum(model: Any, batch: Sequence[EncodedRow], *, pad_id: int) -> Any:
-    """Summed cross-entropy of the batch's target tokens (a scalar tensor)."""
-    import torch
-
-    width = max(len(row.ids) for row in batch)
-    ids = torch.full((len(batch), width), pad_id)
-    mask = torch.zeros_like(ids)
-    wanted = torch.full_like(ids, -100)
-    for i, row in enumerate(batch):
-        start = width - len(row.ids)
-        ids[i, start:] = torch.tensor(row.ids)
-        mask[i, start:] = 1
-        at = torch.tensor(row.targets) + start
-        wanted[i, at - 1] = ids[i, at]  # a token is predicted by the column before it
-    columns = (wanted != -100).any(0).nonzero()[:, 0].to(model.device)
-    wanted = wanted.to(model.device)[:, columns]
-    only = {"logits_to_keep": columns} if _takes_logits_to_keep(model) else {}
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=positions.to(model.device),
-        use_cache=False,
-        **only,
-    ).logits.float()
-    if not only:
-        logits = logits[:, columns]
-    return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def _takes_logits_to_keep(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+        try:
+            return run()
+        finally:
+            handle.remove()

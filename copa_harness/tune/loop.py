@@ -19,8 +19,9 @@ import numpy as np
 
 from copa_harness.errors import TrainingError
 from copa_harness.lm.local_model import quiet_peft
-from copa_harness.tune.batches import batches_of, loss_sum, mean_loss
+from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
 from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.low_rank import speed_up
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.settings import LoraSettings
 
@@ -115,7 +116,10 @@ class Training:
         self.steps_by_epoch: list[int] = []
         self._first_loss = math.nan
         self._epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
-        self._held_out, self._pad_id = held_out, pad_id
+        self._held_out = held_out
+        self._loss = BatchLoss(model, pad_id=pad_id, bfloat16=settings.precision == "bfloat16")
+        if settings.precision == "float32":
+            speed_up(model)
         self._rng = np.random.default_rng(settings.seed)
         self._trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = torch.optim.AdamW(
@@ -164,9 +168,7 @@ class Training:
         self.steps_by_epoch.append(self.n_steps)
         self._check_divergence()
         if self._held_out:
-            self.held_out_losses.append(
-                mean_loss(self.model, self._held_out, batch_size=self.settings.batch_size, pad_id=self._pad_id)
-            )
+            self.held_out_losses.append(self._loss.mean(self._held_out, batch_size=self.settings.batch_size))
         self.model.eval()
 
     def _step(self, batch: Sequence[EncodedRow], n_answer: int) -> float:
@@ -176,10 +178,9 @@ class Training:
         rate = self.settings.learning_rate * relative_rate(self.n_steps, self.settings.warmup_steps, self.n_total)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        size = self.settings.micro_batch_size or len(batch)
         batch_loss = 0.0
-        for start in range(0, len(batch), size):
-            loss = loss_sum(self.model, batch[start : start + size], pad_id=self._pad_id) / n_answer
+        for part in parts_of(batch, most_rows=self.settings.micro_batch_size):
+            loss = self._loss.sum(part) / n_answer
             loss.backward()
             batch_loss += loss.item()
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), self.settings.max_grad_norm))

@@ -10,7 +10,8 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm import whole_run
 from copa_harness.lm.scope import open_scope
 from copa_harness.results import Budget
-from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, loop
+from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow
+from copa_harness.tune.batches import BatchLoss
 
 SETTINGS = LoraSettings(rank=4, epochs=2, batch_size=4, warmup_steps=1)
 """Four steps on ROWS."""
@@ -37,7 +38,7 @@ def never(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a batch was trained on")
 
-    monkeypatch.setattr(loop, "loss_sum", refuse)
+    monkeypatch.setattr(BatchLoss, "sum", refuse)
 
 
 def test_a_ceiling_below_the_job_refuses_it_before_anything_is_trained(trainer, never):
@@ -89,18 +90,18 @@ def test_a_training_stopped_early_gives_the_steps_it_did_not_take_back(trainer):
 
 
 def test_seconds_are_looked_at_between_steps_and_what_was_done_is_kept(trainer, monkeypatch):
-    real = loop.loss_sum
+    real = BatchLoss.sum
 
     def slow(*args, **kwargs):
         time.sleep(0.3)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "loss_sum", slow)
+    monkeypatch.setattr(BatchLoss, "sum", slow)
     trainer.engine.generator
     with open_scope("short", budget=Budget(seconds=1.0)) as scope, pytest.raises(BudgetExhausted, match="seconds"):
         trained(trainer, LoraSettings(rank=4, epochs=20, batch_size=4))
     assert 0 < scope.usage().train_steps < 10
-    monkeypatch.setattr(loop, "loss_sum", real)
+    monkeypatch.setattr(BatchLoss, "sum", real)
     with open_scope("again", budget=Budget(train_steps=40)) as again:
         adapter = trained(trainer, LoraSettings(rank=4, epochs=20, batch_size=4))
     assert adapter.train_steps == 40

@@ -9,13 +9,15 @@ import shutil
 import signal
 
 import pytest
+import torch
 from dspy.lm15 import Config, Message, Request
 from safetensors import safe_open
 
 from copa_harness.lm.local import TransformersEngine
 from copa_harness.lm.local_lora import WEIGHTS_FILE, find_lora, read_lora
 from copa_harness.lm.scope import open_scope
-from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, checkpoints, loop
+from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, checkpoints
+from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.checkpoints import ABANDONED_AFTER_S, recipe_lock
 
 SETTINGS = LoraSettings(rank=4, alpha=8, epochs=3, batch_size=4, warmup_steps=1, learning_rate=2e-2)
@@ -61,16 +63,16 @@ def stop_at_batch(monkeypatch):
     """Lets training fail at the n-th batch (counted from 1) after it was asked to."""
 
     def stop(number: int) -> None:
-        real, seen = loop.loss_sum, [0]
+        real, seen = BatchLoss.sum, [0]
 
         def failing(*args, **kwargs):
-            seen[0] += 1
+            seen[0] += torch.is_grad_enabled()  # held-out rows do not count
             if seen[0] == number:
-                monkeypatch.setattr(loop, "loss_sum", real)
+                monkeypatch.setattr(BatchLoss, "sum", real)
                 raise Stopped
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(loop, "loss_sum", failing)
+        monkeypatch.setattr(BatchLoss, "sum", failing)
 
     return stop
 
@@ -127,15 +129,15 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_bits(batch, trainer,
 
 
 def _train_and_die(folder, directory):
-    real, seen = loop.loss_sum, [0]
+    real, seen = BatchLoss.sum, [0]
 
     def deadly(*args, **kwargs):
-        seen[0] += 1
+        seen[0] += torch.is_grad_enabled()
         if seen[0] == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    loop.loss_sum = deadly
+    BatchLoss.sum = deadly
     engine = TransformersEngine(folder, name="hf:tiny", lora_dir=directory)
     trained(LoraTrainer(engine, directory=directory), held_out=HELD_OUT)
 

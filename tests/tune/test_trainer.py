@@ -21,8 +21,7 @@ from copa_harness.lm.local_model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import open_scope
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, render_rows
-from copa_harness.tune.batches import batches_of
-from copa_harness.tune.encoding import EncodedRow, encode_row
+from copa_harness.tune.encoding import encode_row
 from copa_harness.tune.loop import relative_rate
 
 QUICK = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1)
@@ -261,15 +260,6 @@ def test_a_template_that_rewrites_the_prompt_once_answered_is_refused(tiny_folde
     engine = TransformersEngine(tiny_folder, name="m", lora_dir=tmp_path, chat_template=template)
     with pytest.raises(TrainingError, match="finished conversation differently"):
         encode_row(engine.chat, row("question 1", "red"), eos_ids=engine.eos_ids)
-
-
-def test_batches_hold_every_row_once_and_rows_of_like_length_together():
-    import numpy as np
-
-    rows = [EncodedRow(tuple(range(n)), 1) for n in [10] * 8 + [200] * 8]
-    batches = list(batches_of(rows, 4, np.random.default_rng(0)))
-    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
-    assert all(len({len(row.ids) for row in batch}) == 1 for batch in batches)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
