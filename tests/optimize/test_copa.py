@@ -332,6 +332,8 @@ def test_state_of_another_program_is_refused(toy, two_steps):
         ({"metric": "accuracy"}, "metric"),
         ({"seed": -1}, "seed"),
         ({"optimizer_kwargs": {"mipro": {}}}, "mipro"),
+        ({"lora": {"rnak": 8}}, r"rnak \(did you mean rank\?\); expected some of rank, alpha"),
+        ({"lora": 8}, "a dictionary of LoRA settings"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(toy, settings, message):

@@ -29,15 +29,15 @@ def tiny_lm(tiny_folder, tmp_path):
 
 
 def optimized(toy, lm, strategy, **settings):
-    optimizer = COPA(
-        metric=toy.metric, strategy=strategy, budget=60, lm=lm, max_demos=2,
-        lora=LoraSettings(epochs=2, rank=2, alpha=4), **settings,
-    )  # fmt: skip
+    given = {"budget": 60, "max_demos": 2, "lora": LoraSettings(epochs=2, rank=2, alpha=4), **settings}
+    optimizer = COPA(metric=toy.metric, strategy=strategy, lm=lm, **given)
     return optimizer.compile(toy.program(), trainset=toy.train[:8], valset=toy.val[:4])
 
 
 def manifests(folder: Path):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/manifest.json"))]
+    """Of finished trainings; the checkpoints of their epochs lie beside them."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/manifest.json"))]
+    return [manifest for manifest in found if manifest["kind"] == "lora"]
 
 
 def test_a_lora_adapter_is_trained_and_says_what_it_is_served_with(toy, tiny_lm, tmp_path):
@@ -76,3 +76,31 @@ def test_a_local_model_gets_a_provider_for_dspys_own_finetuning(tiny_lm):
     tuned = finetunable(lm)
     assert tuned.provider.finetunable
     assert tuned.engine is lm.engine
+
+
+def test_lora_settings_given_by_name_change_those_and_no_others(toy, tiny_lm, tmp_path):
+    optimized(toy, tiny_lm(), "w", lora={"rank": 2, "held_out_share": 0.25}, epochs_bare=3, seed=5)
+    (manifest,) = manifests(tmp_path / "loras")
+    made = manifest["settings"]
+    assert (made["rank"], made["alpha"], made["epochs"], made["seed"]) == (2, 32, 3, 5)
+    assert manifest["n_held_out"] == 2
+
+
+@pytest.mark.parametrize(
+    ("demonstrations", "served_with", "n_rows"),
+    [("mix", "resample:2 + none:0.2", 20), ("keep", "resample:2", 16), ("drop", "none", 8)],
+)
+def test_demonstrations_are_mixed_into_the_rows_kept_or_dropped(
+    demonstrations, served_with, n_rows, toy, tiny_lm, tmp_path
+):
+    optimized(toy, tiny_lm(), "w -> p", lora={"rank": 2, "epochs": 2, "demonstrations": demonstrations})
+    (manifest,) = manifests(tmp_path / "loras")
+    assert (manifest["served_with"], manifest["n_rows"]) == (served_with, n_rows)
+
+
+def test_a_ceiling_on_training_steps_ends_the_step_with_the_program_so_far(toy, tiny_lm, tmp_path):
+    program = optimized(toy, tiny_lm(), "w", budget="calls=60,train_steps=1")
+    assert program.copa_result.exhausted
+    assert program.copa_result.usage.train_steps == 0
+    assert program.copa_result.model == "hf:tiny"
+    assert not manifests(tmp_path / "loras")

@@ -204,7 +204,9 @@ def test_each_epoch_trains_on_the_next_variant(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rank": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"max_length": 0}, {"seed": -1}, {"learnign_rate": 1}],
+    [{"rank": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"max_length": 0}, {"seed": -1}, {"learnign_rate": 1},
+     {"precision": "half"}, {"held_out_share": 1}, {"learning_rate": "fast"}, {"target_modules": 3},
+     {"learn_from_demos": 1}],
 )
 def test_settings_out_of_range_or_misspelt_are_refused(changes):
     with pytest.raises(ConfigurationError, match="expected"):
