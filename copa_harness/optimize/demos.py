@@ -1,7 +1,7 @@
-"""Proposals of demonstration sets: labelled rows drawn at random in several sizes, passing traces, and none at all.
+"""Proposals of demonstration sets: labelled rows and passing traces, chosen in several ways and sizes, and none at all.
 
-Knows examples, traces and signatures; knows nothing of scores of sets (the study finds out) or of samplers. Random
-sets are stratified by label when labels are categories, so a set of nine shows three of each of three classes.
+Knows examples, traces and signatures; knows nothing of scores of sets (the study finds out) or of samplers. Sets are
+stratified by label when labels are categories, so a set of nine shows three of each of three classes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import dspy
 import numpy as np
 
 from copa_harness.evaluate.runner import ExampleRun
+from copa_harness.optimize import selection
 from copa_harness.optimize.schema import strata_of, stratified_order
+from copa_harness.optimize.vectors import Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,91 @@ class DemoSet:
 
 NO_DEMOS = DemoSet("none", ())
 """The empty set: always a candidate."""
+
+UNSETTLED_SHARE = 2 / 3
+"""Of a set's places, what rows that the instruction alone gets wrong may take."""
+
+METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty")
+"""How a set is chosen from a pool; the last three need something to be known first, see `Knowledge`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKnowledge:
+    """What the methods go by, for a pool of n demonstrations.
+
+    Attributes:
+        vectors: (n, d) inputs, see `vectors`.
+        targets: (m, d) inputs that were answered wrong; empty when none is known ("nearest").
+        settled: n flags, what the instruction alone answers rightly; empty when not known ("unsettled").
+        weights: n draws of what each demonstration adds; empty when not known ("weighty").
+    """
+
+    vectors: Vectors
+    targets: Vectors
+    settled: Sequence[bool] = ()
+    weights: Sequence[Sequence[float]] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that can be used."""
+        ready = {
+            "nearest": len(self.targets) > 0,
+            "unsettled": any(self.settled) and not all(self.settled),
+            "weighty": len(self.weights) > 0,
+        }
+        return tuple(name for name in METHODS if ready.get(name, True))
+
+
+def arm_of(source: str, method: str) -> str:
+    """The name of an arm: where demonstrations come from and how they are chosen."""
+    return source if method == "random" else f"{source} {method}"
+
+
+def chosen_sets(
+    pool: Sequence[tuple[dspy.Example, str]],
+    *,
+    source: str,
+    plan: Sequence[tuple[int, str]],
+    knowledge: PoolKnowledge,
+    generator: np.random.Generator,
+) -> tuple[tuple[DemoSet, str], ...]:
+    """Demonstration sets, each with its arm; equal ones are dropped.
+
+    Args:
+        pool: (demonstration, stratum) pairs.
+        source: Where the pool comes from, for the names.
+        plan: (size, method) of every set wanted; sizes beyond the pool are cut to it.
+        knowledge: What the methods go by.
+        generator: Source of randomness.
+    """
+    strata = [stratum for _, stratum in pool]
+    sets: list[tuple[DemoSet, str]] = []
+    seen: set[tuple[int, ...]] = set()
+    numbers: dict[tuple[int, str], int] = {}
+    for i, (wanted, method) in enumerate(plan):
+        size = min(wanted, len(pool))
+        if size < 1:
+            continue
+        if method == "random":
+            rows = stratified_order(strata, generator)[:size]
+        elif method == "diverse":
+            rows = selection.diverse_rows(knowledge.vectors, strata, size, generator)
+        elif method == "typical":
+            rows = selection.typical_rows(knowledge.vectors, strata, size, generator)
+        elif method == "nearest":
+            rows = selection.nearest_rows(knowledge.vectors, strata, size, generator, targets=knowledge.targets)
+        elif method == "unsettled":
+            rows = selection.open_rows(strata, knowledge.settled, size, generator, share=UNSETTLED_SHARE)
+        else:
+            rows = selection.heaviest_rows(strata, knowledge.weights[i % len(knowledge.weights)], size, generator)
+        members = tuple(int(row) for row in generator.permutation(rows))
+        if members in seen:
+            continue
+        seen.add(members)
+        number = numbers[size, method] = numbers.get((size, method), 0) + 1
+        arm = arm_of(source, method)
+        sets.append((DemoSet(f"{size} {arm} #{number}", tuple(pool[row][0] for row in members)), arm))
+    return tuple(sets)
 
 
 def labelled_pool(signature: Any, trainset: Sequence[dspy.Example]) -> list[tuple[dspy.Example, str]]:

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 import dspy
@@ -126,6 +127,31 @@ def split_off_validation(
         [example for i, example in enumerate(trainset) if i not in chosen],
         [example for i, example in enumerate(trainset) if i in chosen],
     )
+
+
+MISSING = frozenset({"", "none", "nan", "null", "na", "n/a", "?", "-", "missing"})
+"""How a missing number is printed, letter case aside."""
+
+
+def numbers_of(values: Sequence[str]) -> list[Decimal | None] | None:
+    """A column of printed numbers, None where one is missing; None when the column is no column of numbers.
+
+    A single different number, or a text that is neither a number nor says that one is missing, makes it none.
+    """
+    numbers: list[Decimal | None] = []
+    for value in values:
+        text = value.strip()
+        if text.casefold() in MISSING:
+            numbers.append(None)
+            continue
+        try:
+            number = Decimal(text)
+        except InvalidOperation:
+            return None
+        if not number.is_finite():
+            return None
+        numbers.append(number)
+    return numbers if len({number for number in numbers if number is not None}) > 1 else None
 
 
 _PAIR = re.compile(r"^\s*([^=:,;]+?)\s*[=:]\s*([^,;=]+?)\s*$")

@@ -83,3 +83,66 @@ def test_following_the_words_gives_the_accuracy_the_rule_claims(rows):
     for rule in learn_rules(columns, labels):
         answers = [follow(rule, {name: values[i] for name, values in columns.items()}) for i in range(len(rows))]
         assert np.mean([a == b for a, b in zip(answers, labels, strict=True)]) == rule.accuracy
+
+
+def agreement(rule, columns, labels):
+    return float(np.mean([a == b for a, b in zip(rule.answers(columns), labels, strict=True)]))
+
+
+def test_a_rule_followed_on_the_printed_rows_is_as_right_as_it_says():
+    generator = np.random.default_rng(3)
+    columns = {
+        "size": [f"{v:.1f}" if v > 1 else "?" for v in generator.uniform(0, 9, 80)],
+        "sky": generator.choice(["sunny", "rain", "snow"], 80).tolist(),
+        "note": [" ".join(generator.choice(["tall", "short", "green", "round", "late"], 3)) for _ in range(80)],
+    }
+    labels = [
+        "a" if size == "?" or float(size) > 6 else "b" if sky == "rain" else "c" if "green" in note else "d"
+        for size, sky, note in zip(*columns.values(), strict=True)
+    ]
+    rules = learn_rules(columns, labels)
+    assert rules
+    for rule in rules:
+        assert agreement(rule, columns, labels) == rule.accuracy
+    assert rules[0].accuracy > 0.7
+
+
+def test_many_classes_have_a_rule_each():
+    values = [f"{v:.1f}" for v in np.linspace(0.1, 9.9, 100)]
+    labels = ["abcde"[min(4, int(float(v) // 2))] for v in values]
+    rule = max(learn_rules({"size": values}, labels, max_depth=4), key=lambda one: one.accuracy)
+    assert rule.accuracy == 1.0
+    assert {label for _, label in rule.clauses} | {rule.otherwise} == set("abcde")
+
+
+def test_longer_texts_become_conditions_on_what_they_mention():
+    texts = [f"customer {i} wants a {'refund' if i % 2 else 'new plan'} for order {i * 7}" for i in range(40)]
+    labels = ["billing" if i % 2 else "sales" for i in range(40)]
+    rule = learn_rules({"message": texts}, labels)[0]
+    assert rule.accuracy == 1.0
+    assert "message mentions" in rule.text or "message does not mention" in rule.text
+    assert rule.answers({"message": ["I want my refund now"]}) == ["billing"]
+
+
+def test_rows_without_a_number_take_part():
+    values = [f"{v:.1f}" for v in np.linspace(1, 9, 30)] + ["n/a", "", "None"] * 5
+    labels = ["small"] * 15 + ["large"] * 15 + ["large"] * 15
+    rule = learn_rules({"size": values}, labels)[0]
+    assert rule.accuracy == 1.0
+    assert rule.answers({"size": ["nan", "2.0"]}) == ["large", "small"]
+
+
+def test_whether_a_number_is_given_can_be_all_that_matters():
+    values = ["1.0", "2.5", "4.0"] * 8 + ["?"] * 24
+    rule = learn_rules({"dose": values}, ["treated"] * 24 + ["control"] * 24)[0]
+    assert rule.accuracy == 1.0
+    assert "dose is missing" in rule.text or "dose is given" in rule.text
+
+
+def test_stressed_rows_decide_which_rule_is_learned():
+    columns = {"a": [str(i % 2) for i in range(40)], "b": [str(i // 2 % 2) for i in range(40)]}
+    labels = ["yes" if columns["a" if i < 28 else "b"][i] == "1" else "no" for i in range(40)]
+    plain = learn_rules(columns, labels, max_depth=1)[0]
+    stressed = learn_rules(columns, labels, max_depth=1, weights=[1.0] * 28 + [9.0] * 12)[0]
+    assert plain.clauses[0][0][0].column == "a"
+    assert stressed.clauses[0][0][0].column == "b"

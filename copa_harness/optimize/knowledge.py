@@ -1,0 +1,201 @@
+"""What a run knows from its own trials, and what that says to its proposers: the memory between phases.
+
+Every option is remembered by its content with the arms it came from; every trial becomes evidence for the learner, a
+row of the regression on demonstrations, and a compact record for the result. Transfer goes both ways: the
+demonstrations that carried weight are told to the instruction proposers (`weighty_demos`), and what an instruction
+settles by itself frees places in demonstration sets (`settled`). Knows candidates and their scores; knows nothing of
+samplers, budgets or how anything is proposed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dspy
+import numpy as np
+
+from copa_harness.evaluate.examples import plain
+from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.demos import DemoSet
+from copa_harness.optimize.learning import BETWEEN_SD, Evidence, Learner, Posterior, normal_posterior, paired_gain
+
+DEMO_SD = 0.05
+"""Prior size of what one demonstration adds to the score of a set."""
+
+MAX_RECORDS = 400
+"""Trials kept for the result; what is learned uses all of them."""
+
+
+def demo_key(demo: Any) -> str:
+    """A demonstration's content, shortened: equal exactly when all fields are."""
+    content = {str(key): plain(value) for key, value in dict(demo).items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+class Knowledge:
+    """The memory of one run.
+
+    Args:
+        seed: Of every draw made from it.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.learner = Learner()
+        self.seed = seed
+        self.records: list[dict[str, Any]] = []
+        self.n_trials = 0
+        self._n_studies = 0
+        self._n_draws = 0
+        self._instructions: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._demos: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._rows: list[dict[str, float]] = []
+        self._gains: list[float] = []
+        self._variances: list[float] = []
+        self._settled: dict[str, dict[str, bool]] = {}
+
+    # -- what is proposed
+
+    def generator(self) -> np.random.Generator:
+        """A fresh generator: the n-th one asked for is the same in every run of the same seed."""
+        self._n_draws += 1
+        return np.random.default_rng([self.seed, self._n_draws, 909])
+
+    def note_instruction(self, predictor: str, text: str, *arms: str) -> None:
+        """Remember that the arms (``family: arm``) proposed an instruction; the first to do so get the credit."""
+        self._instructions.setdefault((predictor, text), arms)
+
+    def note_demos(self, predictor: str, demos: DemoSet, *arms: str) -> None:
+        """Remember that the arms proposed a demonstration set."""
+        self._demos.setdefault((predictor, _set_key(demos.demos)), arms)
+
+    # -- what is tried
+
+    def note_study(
+        self,
+        name: str,
+        reference: Candidate,
+        trials: Iterable[tuple[Candidate, str]],
+        scores: Mapping[str, Sequence[float | None]],
+    ) -> None:
+        """Learn from a study's trials.
+
+        Args:
+            name: The study's name, for the records.
+            reference: The incumbent it began with, whom gains are measured against.
+            trials: Candidates tried, in order, each with how it ended ("complete", "dropped", "failed").
+            scores: Validation scores so far by candidate key, in one fixed order of examples.
+        """
+        self._n_studies += 1
+        for candidate, outcome in trials:
+            self.n_trials += 1
+            found = paired_gain(scores.get(candidate.key, ()), scores.get(reference.key, ()))
+            features = self._features(candidate, reference)
+            if len(self.records) < MAX_RECORDS:
+                self.records.append(_record(name, features, found, outcome))
+            if found is None or candidate.key == reference.key:
+                continue
+            gain, variance, n = found
+            self.learner.observe(Evidence(self._n_studies, features, gain, variance, n))
+            row = {name: float(count) for name, count in features.items()}
+            for part in candidate.parts:
+                for demo in part.demos:
+                    row[f"{part.predictor}\n{demo_key(demo)}"] = 1.0
+            self._rows.append(row)
+            self._gains.append(gain)
+            self._variances.append(variance + BETWEEN_SD**2)
+
+    def _features(self, candidate: Candidate, reference: Candidate) -> dict[str, int]:
+        """How many predictors carry an option of each arm; what is as in the reference counts for none."""
+        features: dict[str, int] = {}
+        arms: list[str] = []
+        for new, old in zip(candidate.parts, reference.parts, strict=True):
+            if new.instruction != old.instruction:
+                known = self._instructions.get((new.predictor, new.instruction), ("instruction: as before",))
+                arms.extend(known)
+            if new.demos != old.demos:
+                arms.extend(self._demos.get((new.predictor, _set_key(new.demos)), ("demos: as before",)))
+                arms.append(f"size: {len(new.demos)}")
+            if model_name(new.lm) != model_name(old.lm):
+                arms.append("weights: tuned" if "@" in model_name(new.lm) else "weights: base")
+        for arm in arms:
+            features[arm] = features.get(arm, 0) + 1
+        return features
+
+    # -- which demonstrations carried weight
+
+    def demo_posterior(self) -> Posterior:
+        """What every demonstration tried so far adds to the score, all else in the trials being accounted for.
+
+        A Bayesian ridge regression of the trials' paired gains on which demonstrations they showed, with the arms of
+        instructions and weights beside them.
+        """
+        names = sorted({name for row in self._rows for name in row if not name.startswith(("demos: ", "size: "))})
+        rows = [{**{name: row[name] for name in names if name in row}, "": 1.0} for row in self._rows]
+        prior = {name: DEMO_SD if "\n" in name else 0.3 for name in names} | {"": 0.3}
+        return normal_posterior(rows, self._gains, variances=self._variances, prior_sd=prior)
+
+    def weights_of(
+        self, predictor: str, pool: Sequence[dspy.Example], *, n_draws: int, generator: np.random.Generator
+    ) -> list[list[float]]:
+        """Draws of what each demonstration of a pool adds to the score; none before one of them was tried.
+
+        A demonstration never tried is drawn from the prior, so that new ones keep getting their chance.
+        """
+        names = [f"{predictor}\n{demo_key(demo)}" for demo in pool]
+        posterior = self.demo_posterior() if self._rows else None
+        if posterior is None or not set(names) & set(posterior.names):
+            return []
+        draws = []
+        for _ in range(n_draws):
+            drawn, fresh = posterior.draw(generator), generator.normal(0.0, DEMO_SD, len(names)).tolist()
+            draws.append([drawn.get(name, new) for name, new in zip(names, fresh, strict=True)])
+        return draws
+
+    def mean_weights(self, predictor: str, pool: Sequence[dspy.Example]) -> list[tuple[float, float]]:
+        """(posterior mean, standard deviation) of what each demonstration of a pool adds; prior for those not tried."""
+        if not self._rows:
+            return [(0.0, DEMO_SD)] * len(pool)
+        posterior = self.demo_posterior()
+        known = dict(zip(posterior.names, zip(posterior.mean.tolist(), posterior.sd().tolist(), strict=True), strict=True))
+        return [known.get(f"{predictor}\n{demo_key(demo)}", (0.0, DEMO_SD)) for demo in pool]
+
+    def weighty_demos(self, predictor: str, pool: Sequence[dspy.Example], *, n: int = 3) -> list[dspy.Example]:
+        """The demonstrations most probably helpful, best first: those whose weight is a standard deviation above 0."""
+        weights = self.mean_weights(predictor, pool)
+        order = sorted(range(len(pool)), key=lambda i: -weights[i][0])
+        return [pool[i] for i in order[:n] if weights[i][0] > weights[i][1]]
+
+    # -- what instructions settle
+
+    def note_settled(self, instruction: str, answered: Mapping[str, bool]) -> None:
+        """Remember which examples (by `demo_key` of their inputs) a bare instruction answers rightly."""
+        self._settled.setdefault(instruction, {}).update(answered)
+
+    def settled_by(self, instruction: str) -> Mapping[str, bool]:
+        """Whether examples are answered rightly by a bare instruction, as far as that was found out."""
+        return self._settled.get(instruction, {})
+
+    def report(self) -> list[dict[str, Any]]:
+        """What was learned about the proposers, as `Learner.report`."""
+        return self.learner.report()
+
+
+def _set_key(demos: Sequence[Any]) -> str:
+    return "|".join(demo_key(demo) for demo in demos)
+
+
+def _record(
+    study: str, features: Mapping[str, int], found: tuple[float, float, int] | None, outcome: str
+) -> dict[str, Any]:
+    gain, variance, n = found if found is not None else (None, None, 0)
+    return {
+        "study": study,
+        "outcome": outcome,
+        "n": n,
+        "gain": None if gain is None else round(gain, 4),
+        "sd": None if variance is None else round(float(np.sqrt(variance)), 4),
+        "arms": dict(features),
+    }

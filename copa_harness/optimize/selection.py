@@ -1,0 +1,151 @@
+"""Which rows make a demonstration set: spread wide, typical, near the mistakes, not known yet, or of proven weight.
+
+Symbols: n rows with vectors V (n, d) and strata (labels); every pick takes the strata in turn, so a set shows all labels
+as evenly as it can. Pure functions from vectors and a generator to row numbers; knows nothing of programs or scores.
+
+* ``diverse``: farthest-first traversal (Gonzalez 1985; k-center), within each stratum, from a random first row.
+* ``typical``: the rows nearest to the centres of as many clusters of each stratum (k-means), drawn anew per set.
+* ``nearest``: neighbours of given targets (kNN prompting, Liu et al. 2022, arXiv 2101.06804), e.g. of wrong answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from copa_harness.optimize.vectors import Vectors, distances
+
+
+def quotas(strata: Sequence[str], size: int, generator: np.random.Generator) -> dict[str, int]:
+    """How many rows of each stratum a set of `size` takes: as equal as their numbers allow, the odd ones at random."""
+    left = {name: strata.count(name) for name in sorted(set(strata))}
+    taken = dict.fromkeys(left, 0)
+    while sum(taken.values()) < min(size, len(strata)):
+        for name in generator.permutation(sorted(left)).tolist():
+            if left[name] and sum(taken.values()) < size:
+                taken[name] += 1
+                left[name] -= 1
+    return taken
+
+
+def random_rows(strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:
+    """Rows drawn at random within each stratum."""
+    wanted = quotas(strata, size, generator)
+    return [
+        int(row) for name, count in wanted.items() for row in generator.permutation(_members(strata, name))[:count]
+    ]
+
+
+def diverse_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:
+    """Rows far from one another within each stratum."""
+    chosen: list[int] = []
+    for name, count in quotas(strata, size, generator).items():
+        members = _members(strata, name)
+        picked = [int(generator.choice(members))] if count else []
+        while len(picked) < count:
+            nearest = distances(vectors[members], vectors[picked]).min(1)
+            nearest[np.isin(members, picked)] = -1.0  # equal rows are at distance 0, chosen ones are out
+            picked.append(int(members[int(np.argmax(nearest))]))
+        chosen.extend(picked)
+    return chosen
+
+
+def typical_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:
+    """Rows nearest to the centres of their stratum's clusters, as many clusters as rows are taken."""
+    from sklearn.cluster import KMeans
+
+    chosen: list[int] = []
+    for name, count in quotas(strata, size, generator).items():
+        members = _members(strata, name)
+        n_clusters = min(count, len(np.unique(vectors[members], axis=0)))
+        if not n_clusters:
+            continue
+        fitted = KMeans(n_clusters, n_init=1, max_iter=50, random_state=int(generator.integers(2**31)))
+        far = distances(vectors[members], fitted.fit(vectors[members]).cluster_centers_)
+        picked: list[int] = []
+        for cluster in range(n_clusters):
+            row = next(int(members[i]) for i in np.argsort(far[:, cluster], kind="stable") if members[i] not in picked)
+            picked.append(row)
+        chosen.extend(picked)
+    return chosen
+
+
+def nearest_rows(
+    vectors: Vectors,
+    strata: Sequence[str],
+    size: int,
+    generator: np.random.Generator,
+    *,
+    targets: Vectors,
+) -> list[int]:
+    """In each stratum, the nearest rows to targets drawn at random; with fewer targets than rows, their next nearest.
+
+    Args:
+        vectors: (n, d).
+        strata: n labels.
+        size: Rows wanted.
+        generator: Source of randomness.
+        targets: (m, d) inputs to be near to, at least one.
+    """
+    far = distances(vectors, targets)
+    chosen: list[int] = []
+    for name, count in quotas(strata, size, generator).items():
+        members = _members(strata, name)
+        picked: list[int] = []
+        order = generator.permutation(len(targets))
+        for i in range(count):
+            target = int(order[i % len(order)])
+            by_distance = members[np.argsort(far[members, target], kind="stable")]
+            picked.append(next(int(row) for row in by_distance if row not in picked))
+        chosen.extend(picked)
+    return chosen
+
+
+def open_rows(
+    strata: Sequence[str], settled: Sequence[bool], size: int, generator: np.random.Generator, *, share: float
+) -> list[int]:
+    """Rows not settled yet first, up to a share of each stratum's places; the rest from the settled ones.
+
+    Not all places: what everything else gets wrong is often noise, and a set of nothing but exceptions misleads.
+
+    Args:
+        strata: n labels.
+        settled: n flags: what the instruction alone answers rightly.
+        size: Rows wanted.
+        generator: Source of randomness.
+        share: Of each stratum's places that unsettled rows may take, 0..1.
+    """
+    known = np.asarray(settled, dtype=bool)
+    chosen: list[int] = []
+    for name, count in quotas(strata, size, generator).items():
+        members = generator.permutation(_members(strata, name))
+        unsettled, rest = members[~known[members]], members[known[members]]
+        first = unsettled[: int(np.ceil(share * count))]
+        picked = [*first, *rest[: count - len(first)]]
+        picked += [row for row in unsettled[len(first) :] if len(picked) < count][: count - len(picked)]
+        chosen.extend(int(row) for row in picked)
+    return chosen
+
+
+def heaviest_rows(
+    strata: Sequence[str], weights: Sequence[float], size: int, generator: np.random.Generator
+) -> list[int]:
+    """In each stratum, the rows of the greatest weight.
+
+    Args:
+        strata: n labels.
+        weights: n numbers, e.g. a draw of what each row adds to the score.
+        size: Rows wanted.
+        generator: Decides which strata get the odd places.
+    """
+    values = np.asarray(weights, dtype=float)
+    chosen: list[int] = []
+    for name, count in quotas(strata, size, generator).items():
+        members = _members(strata, name)
+        chosen.extend(int(row) for row in members[np.argsort(-values[members], kind="stable")][:count])
+    return chosen
+
+
+def _members(strata: Sequence[str], name: str) -> np.ndarray:
+    return np.array([i for i, one in enumerate(strata) if one == name])
