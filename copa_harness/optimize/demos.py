@@ -33,6 +33,9 @@ NO_DEMOS = DemoSet("none", ())
 UNSETTLED_SHARE = 2 / 3
 """Of a set's places, what rows that the instruction alone gets wrong may take."""
 
+REDRAWS = 3
+"""Attempts of a method at a set that is not there yet, before one is drawn at random."""
+
 METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty")
 """How a set is chosen from a pool; the last three need something to be known first, see `Knowledge`."""
 
@@ -77,7 +80,7 @@ def chosen_sets(
     knowledge: PoolKnowledge,
     generator: np.random.Generator,
 ) -> tuple[tuple[DemoSet, str], ...]:
-    """Demonstration sets, each with its arm; equal ones are dropped.
+    """Demonstration sets, each with its arm; no two show the same demonstrations.
 
     Args:
         pool: (demonstration, stratum) pairs.
@@ -88,32 +91,41 @@ def chosen_sets(
     """
     strata = [stratum for _, stratum in pool]
     sets: list[tuple[DemoSet, str]] = []
-    seen: set[tuple[int, ...]] = set()
+    seen: set[frozenset[int]] = set()
     numbers: dict[tuple[int, str], int] = {}
-    for i, (wanted, method) in enumerate(plan):
+    for wanted, asked in plan:
         size = min(wanted, len(pool))
         if size < 1:
             continue
-        if method == "random":
-            rows = stratified_order(strata, generator)[:size]
-        elif method == "diverse":
-            rows = selection.diverse_rows(knowledge.vectors, strata, size, generator)
-        elif method == "typical":
-            rows = selection.typical_rows(knowledge.vectors, strata, size, generator)
-        elif method == "nearest":
-            rows = selection.nearest_rows(knowledge.vectors, strata, size, generator, targets=knowledge.targets)
-        elif method == "unsettled":
-            rows = selection.open_rows(strata, knowledge.settled, size, generator, share=UNSETTLED_SHARE)
+        for method in (*[asked] * REDRAWS, "random"):  # some methods have few different sets to offer
+            rows = _rows(method, strata, size, knowledge, generator)
+            if frozenset(rows) not in seen:
+                break
         else:
-            rows = selection.heaviest_rows(strata, knowledge.weights[i % len(knowledge.weights)], size, generator)
-        members = tuple(int(row) for row in generator.permutation(rows))
-        if members in seen:
             continue
-        seen.add(members)
+        seen.add(frozenset(rows))
         number = numbers[size, method] = numbers.get((size, method), 0) + 1
         arm = arm_of(source, method)
-        sets.append((DemoSet(f"{size} {arm} #{number}", tuple(pool[row][0] for row in members)), arm))
+        demos = tuple(pool[int(row)][0] for row in generator.permutation(rows))
+        sets.append((DemoSet(f"{size} {arm} #{number}", demos), arm))
     return tuple(sets)
+
+
+def _rows(
+    method: str, strata: Sequence[str], size: int, knowledge: PoolKnowledge, generator: np.random.Generator
+) -> list[int]:
+    if method == "diverse":
+        return selection.diverse_rows(knowledge.vectors, strata, size, generator)
+    if method == "typical":
+        return selection.typical_rows(knowledge.vectors, strata, size, generator)
+    if method == "nearest":
+        return selection.nearest_rows(knowledge.vectors, strata, size, generator, targets=knowledge.targets)
+    if method == "unsettled":
+        return selection.open_rows(strata, knowledge.settled, size, generator, share=UNSETTLED_SHARE)
+    if method == "weighty":
+        draw = knowledge.weights[int(generator.integers(len(knowledge.weights)))]
+        return selection.heaviest_rows(strata, draw, size, generator)
+    return stratified_order(strata, generator)[:size]
 
 
 def labelled_pool(signature: Any, trainset: Sequence[dspy.Example]) -> list[tuple[dspy.Example, str]]:

@@ -35,6 +35,11 @@ def demo_key(demo: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def input_key(example: Any, input_fields: Sequence[str]) -> str:
+    """An example's inputs, shortened: what tells whether two demonstrations ask the same."""
+    return demo_key({name: example[name] for name in input_fields})
+
+
 class Knowledge:
     """The memory of one run.
 
@@ -159,7 +164,8 @@ class Knowledge:
         if not self._rows:
             return [(0.0, DEMO_SD)] * len(pool)
         posterior = self.demo_posterior()
-        known = dict(zip(posterior.names, zip(posterior.mean.tolist(), posterior.sd().tolist(), strict=True), strict=True))
+        pairs = zip(posterior.mean.tolist(), posterior.sd().tolist(), strict=True)
+        known = dict(zip(posterior.names, pairs, strict=True))
         return [known.get(f"{predictor}\n{demo_key(demo)}", (0.0, DEMO_SD)) for demo in pool]
 
     def weighty_demos(self, predictor: str, pool: Sequence[dspy.Example], *, n: int = 3) -> list[dspy.Example]:
@@ -167,6 +173,12 @@ class Knowledge:
         weights = self.mean_weights(predictor, pool)
         order = sorted(range(len(pool)), key=lambda i: -weights[i][0])
         return [pool[i] for i in order[:n] if weights[i][0] > weights[i][1]]
+
+    def stress_of(self, predictor: str, pool: Sequence[dspy.Example]) -> list[float] | None:
+        """How much each row of a pool is to be stressed, 1 to 3, by the weight it carried; None when none did."""
+        weights = [max(0.0, mean / sd) for mean, sd in self.mean_weights(predictor, pool)]
+        most = max(weights, default=0.0)
+        return [1.0 + 2.0 * weight / most for weight in weights] if most > 1.0 else None
 
     # -- what instructions settle
 

@@ -109,7 +109,8 @@ def normal_posterior(
         prior_sd: Prior standard deviation of every feature's effect around 0; names all features there are.
     """
     names = tuple(sorted(prior_sd))
-    design = np.array([[row.get(name, 0.0) for name in names] for row in rows], dtype=float).reshape(-1, len(names))
+    design = np.array([[row.get(name, 0.0) for name in names] for row in rows], dtype=float)
+    design = design.reshape(len(rows), len(names))
     weights = 1.0 / np.asarray(variances, dtype=float)
     precision = np.diag([1.0 / prior_sd[name] ** 2 for name in names]) + (design * weights[:, None]).T @ design
     covariance = np.linalg.inv(precision) if names else np.zeros((0, 0))

@@ -6,8 +6,6 @@ nothing of scores, samplers or how long the search will go on.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +14,15 @@ import dspy
 import numpy as np
 
 from copa_harness.evaluate.metrics import Metric
-from copa_harness.evaluate.runner import run_examples
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.demos import NO_DEMOS, DemoSet, labelled_pool, random_sets, set_counts, traced_pools
-from copa_harness.optimize.instructions import InstructionOption, proposed_by_lm, rule_based
-from copa_harness.optimize.schema import is_fully_labelled, strata_of, stratified_order
+from copa_harness.optimize.demos import NO_DEMOS, DemoSet, labelled_pool
+from copa_harness.optimize.instructions import InstructionOption, rule_based
+from copa_harness.optimize.knowledge import Knowledge, input_key
+from copa_harness.optimize.pools import bootstrapped, sets_from, wants_bootstrap
+from copa_harness.optimize.reflection import Failure, find_failures
 from copa_harness.optimize.space import WEIGHTS, Point, WeightsLevel
-from copa_harness.results import Phase
-
-logger = logging.getLogger("copa_harness")
-
-BOOTSTRAP_SHARE = 0.2
-"""At most this share of a step's calls goes into bootstrapping; the rest is for finding out what is good."""
+from copa_harness.optimize.writing import GROUNDINGS, InstructionWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +37,10 @@ class ProposalSettings:
             hold all of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
         min_score: Score from which a trace passes, 0..1.
         n_proposed: Instructions asked of the prompt LM, per predictor and phase.
+        groundings: What the prompt LM may be shown, see `writing.GROUNDINGS`; which of them is learned.
+        n_reflected: Training examples the incumbent is run on to find mistakes to reflect on; 0 turns reflection off.
+        transfer: Whether bare instructions are tried on training examples to see which demonstrations they make
+            redundant. Rules are followed without a model, and cost nothing either way.
     """
 
     max_demos: int = 9
@@ -50,6 +48,9 @@ class ProposalSettings:
     bootstrap: bool | None = None
     min_score: float = 1.0
     n_proposed: int = 4
+    groundings: tuple[str, ...] = GROUNDINGS
+    n_reflected: int = 8
+    transfer: bool = True
 
 
 def propose_demos(
@@ -63,8 +64,12 @@ def propose_demos(
     seed: Sequence[int],
     calls_per_example: int,
     teacher: dspy.Module | None = None,
+    knowledge: Knowledge | None = None,
+    mistakes: Sequence[dspy.Example] = (),
 ) -> dict[str, tuple[DemoSet, ...]]:
     """Demonstration sets by predictor, the empty set last.
+
+    How the sets are chosen is itself chosen: in turn at first, then by what has gained most so far (`Learner`).
 
     Args:
         incumbent: Whose predictors, and whose answers when bootstrapping.
@@ -76,56 +81,33 @@ def propose_demos(
         seed: Entropy of the random draws.
         calls_per_example: Upper estimate, for the allowance.
         teacher: Program to bootstrap from instead of the incumbent; must have the same predictors.
+        knowledge: The run's memory; a fresh one by default.
+        mistakes: Examples the incumbent answers wrong, whose neighbours may be worth showing.
     """
+    memory = knowledge if knowledge is not None else Knowledge()
     program = incumbent.program()
     traced: Mapping[str, list[tuple[dspy.Example, str]]] = {}
-    if settings.max_demos > 0 and _wants_bootstrap(program, trainset, settings):
-        traced = _bootstrapped(
+    if settings.max_demos > 0 and wants_bootstrap(program, trainset, settings):
+        traced = bootstrapped(
             teacher or program, trainset, metric, settings, allowance, threads, seed, calls_per_example
         )
     options: dict[str, tuple[DemoSet, ...]] = {}
     for i, (name, predictor) in enumerate(program.named_predictors()):
         sets: list[DemoSet] = []
-        counts = set_counts(settings.max_demos, settings.n_demo_sets)
-        for j, (label, pool) in enumerate(
+        for j, (source, pool) in enumerate(
             (("bootstrapped", traced.get(name, [])), ("labelled", labelled_pool(predictor.signature, trainset)))
         ):
-            generator = np.random.default_rng([*seed, i, j])
-            sets.extend(random_sets(pool, label=label, counts=counts, generator=generator))
+            if pool:
+                generator = np.random.default_rng([*seed, i, j])
+                sets.extend(
+                    sets_from(
+                        pool, source=source, predictor=name, signature=predictor.signature, settings=settings,
+                        memory=memory, mistakes=mistakes, instruction=predictor.signature.instructions,
+                        generator=generator,
+                    )
+                )  # fmt: skip
         options[name] = (*sets, NO_DEMOS)
     return options
-
-
-def _wants_bootstrap(program: dspy.Module, trainset: Sequence[dspy.Example], settings: ProposalSettings) -> bool:
-    if settings.bootstrap is not None:
-        return settings.bootstrap
-    return not all(is_fully_labelled(predictor.signature, trainset) for _, predictor in program.named_predictors())
-
-
-def _bootstrapped(
-    program: dspy.Module,
-    trainset: Sequence[dspy.Example],
-    metric: Metric,
-    settings: ProposalSettings,
-    allowance: Allowance,
-    threads: int,
-    seed: Sequence[int],
-    calls_per_example: int,
-) -> dict[str, list[tuple[dspy.Example, str]]]:
-    """Passing traces from as many training examples as the bootstrap share of the allowance pays for."""
-    share = allowance.remaining * BOOTSTRAP_SHARE / max(1, calls_per_example)
-    n = len(trainset) if math.isinf(share) else min(len(trainset), int(share))
-    if n < 1:
-        return {}
-    order = stratified_order(strata_of(trainset), np.random.default_rng([*seed, 404]))[:n]
-    examples = [trainset[i] for i in order]
-    runs = run_examples(
-        program, examples, metric=metric, split="train", phase=Phase.BOOTSTRAP, threads=threads, trace_to_metric=True,
-        raise_if_nothing_works=False,
-    )  # fmt: skip
-    pools = traced_pools(program, examples, runs, min_score=settings.min_score)
-    logger.info("bootstrap: %d of %d traces pass", max((len(pool) for pool in pools.values()), default=0), n)
-    return pools
 
 
 def propose_instructions(
@@ -137,35 +119,65 @@ def propose_instructions(
     allowance: Allowance,
     seed: int,
     prompt_lm: Any = None,
+    metric: Metric | None = None,
+    threads: int = 1,
+    calls_per_example: int = 1,
     past: Mapping[str, Sequence[tuple[str, float]]] | None = None,
     first_rollout: int = 1,
+    knowledge: Knowledge | None = None,
 ) -> dict[str, tuple[InstructionOption, ...]]:
     """Instructions by predictor, the plain one first.
 
     Args:
-        incumbent: Whose predictors.
+        incumbent: Whose predictors, and whose mistakes are reflected on.
         plain: The student's own instructions; labels and rules are appended to these, never to each other.
-        trainset: Rows that labels and rules are learned from.
-        settings: Numbers.
-        allowance: Bounds the prompt LM's calls.
+        trainset: Rows that labels and rules are learned from, and that mistakes are looked for on.
+        settings: Numbers and groundings.
+        allowance: Bounds the prompt LM's calls and the incumbent's on the rows looked at.
         seed: For ties in the rules.
         prompt_lm: Writes proposals when given. Never the task model by default: a small one cannot.
+        metric: Finds the mistakes; without one nothing is reflected on.
+        threads: Examples in flight at once.
+        calls_per_example: Upper estimate, for the allowance.
         past: Instructions tried before with their scores, by predictor.
         first_rollout: Rollout id of the first proposal.
+        knowledge: The run's memory; a fresh one by default.
     """
+    memory = knowledge if knowledge is not None else Knowledge()
     options: dict[str, tuple[InstructionOption, ...]] = {}
-    current = {part.predictor: part.instruction for part in incumbent.parts}
-    for name, predictor in incumbent.template.named_predictors():
-        found = list(rule_based(name, predictor.signature, plain[name], trainset=trainset, seed=seed))
-        if prompt_lm is not None and allowance.can_afford(settings.n_proposed):
-            found.extend(
-                proposed_by_lm(
-                    prompt_lm, predictor=name, signature=predictor.signature, current=current[name], trainset=trainset,
-                    past=(past or {}).get(name, ()), n=settings.n_proposed, first_rollout=first_rollout,
-                )
+    written: Mapping[str, Sequence[InstructionOption]] = {}
+    if prompt_lm is not None and settings.n_proposed > 0:
+        failures: Mapping[str, Sequence[Failure]] = {}
+        if metric is not None and settings.n_reflected > 0:
+            failures = find_failures(
+                incumbent, trainset, metric=metric, settings=settings, allowance=allowance, threads=threads,
+                calls_per_example=calls_per_example, generator=memory.generator(),
             )  # fmt: skip
-        options[name] = tuple(found)
+        writer = InstructionWriter(
+            prompt_lm, incumbent=incumbent, trainset=trainset, settings=settings, memory=memory,
+            past=past or {}, failures=failures,
+        )  # fmt: skip
+        written = writer.write(allowance, first_rollout=first_rollout)
+    for name, predictor in incumbent.template.named_predictors():
+        found = list(_ruled(name, predictor.signature, plain[name], trainset, seed=seed, memory=memory))
+        options[name] = (*found, *written.get(name, ()))
     return options
+
+
+def _ruled(
+    name: str, signature: Any, plain: str, trainset: Sequence[dspy.Example], *, seed: int, memory: Knowledge
+) -> tuple[InstructionOption, ...]:
+    """What needs no model: plain, rules, labels; what a rule settles is remembered for the demonstrations."""
+    pool = [demo for demo, _ in labelled_pool(signature, trainset)] if trainset else []
+    stress = memory.stress_of(name, pool) if len(pool) == len(trainset) else None
+    proposals = rule_based(name, signature, plain, trainset=trainset, seed=seed, stress=stress)
+    fields = tuple(signature.input_fields)
+    for proposal in proposals:
+        memory.note_instruction(name, proposal.option.text, f"instruction: {proposal.arm}")
+        if proposal.answered is not None:
+            keys = [input_key(example, fields) for example in trainset]
+            memory.note_settled(proposal.option.text, dict(zip(keys, proposal.answered, strict=True)))
+    return tuple(proposal.option for proposal in proposals)
 
 
 def starting_points(

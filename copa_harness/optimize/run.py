@@ -27,6 +27,7 @@ from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.journal import Journal
 from copa_harness.optimize.progress import Progress, incumbent_text
+from copa_harness.optimize.knowledge import Knowledge
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, propose_instructions
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
@@ -81,6 +82,7 @@ class Run:
         self.stopped = "completed"
         self.tuned: Trained | None = None
         self._past: dict[str, dict[str, float]] = defaultdict(dict)
+        self.knowledge = Knowledge(seed=settings.seed)
         self.n_steps = 0
         self._n_proposals = 0
 
@@ -155,6 +157,8 @@ class Run:
             seed=(self.settings.seed, self.n_steps, self._n_proposals),
             calls_per_example=self.validation.calls_per_example(self.incumbent),
             teacher=self.teacher,
+            knowledge=self.knowledge,
+            mistakes=self.validation.mistakes(self.incumbent),
         )
 
     def instruction_options(self, allowance: Allowance) -> dict[str, tuple[InstructionOption, ...]]:
@@ -169,6 +173,10 @@ class Run:
             allowance=allowance,
             seed=self.settings.seed,
             prompt_lm=self.prompt_lm,
+            metric=self.metric,
+            threads=self.settings.threads,
+            calls_per_example=self.validation.calls_per_example(self.incumbent),
+            knowledge=self.knowledge,
             past={name: tuple(scores.items()) for name, scores in self._past.items()},
             first_rollout=first,
         )
@@ -189,6 +197,9 @@ class Run:
             watchers=self.watchers(name),
         )
         self.n_trials += len(outcome.trials)
+        tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
+        scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}
+        self.knowledge.note_study(name, space.incumbent, tried, scores)
         for trial in outcome.trials:
             if trial.outcome == "complete" and trial.score is not None:
                 for part in space.candidate(trial.point).parts:

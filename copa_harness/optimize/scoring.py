@@ -83,6 +83,11 @@ class Validation:
         """The candidate's scores so far, a prefix of the fixed order."""
         return tuple(self._sheets.get(candidate.key, ()))
 
+    def mistakes(self, candidate: Candidate) -> list[dspy.Example]:
+        """The examples scored so far that the candidate did not get fully right."""
+        scored = zip(self.examples, self.scores(candidate), strict=False)
+        return [example for example, score in scored if score is not None and score < 1.0 - 1e-9]
+
     def is_complete(self, candidate: Candidate) -> bool:
         """Whether every validation example has been scored."""
         return len(self._sheets.get(candidate.key, ())) == self.n

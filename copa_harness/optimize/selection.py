@@ -1,7 +1,8 @@
 """Which rows make a demonstration set: spread wide, typical, near the mistakes, not known yet, or of proven weight.
 
-Symbols: n rows with vectors V (n, d) and strata (labels); every pick takes the strata in turn, so a set shows all labels
-as evenly as it can. Pure functions from vectors and a generator to row numbers; knows nothing of programs or scores.
+Symbols: n rows with vectors V (n, d) and strata (labels); every pick takes the strata in turn, so a set shows all
+labels as evenly as it can. Pure functions from vectors and a generator to row numbers; knows nothing of programs or
+scores.
 
 * ``diverse``: farthest-first traversal (Gonzalez 1985; k-center), within each stratum, from a random first row.
 * ``typical``: the rows nearest to the centres of as many clusters of each stratum (k-means), drawn anew per set.
@@ -27,14 +28,6 @@ def quotas(strata: Sequence[str], size: int, generator: np.random.Generator) -> 
                 taken[name] += 1
                 left[name] -= 1
     return taken
-
-
-def random_rows(strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:
-    """Rows drawn at random within each stratum."""
-    wanted = quotas(strata, size, generator)
-    return [
-        int(row) for name, count in wanted.items() for row in generator.permutation(_members(strata, name))[:count]
-    ]
 
 
 def diverse_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:

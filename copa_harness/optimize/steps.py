@@ -92,9 +92,13 @@ def _alternate(run: Run, allowance: Allowance) -> None:
     """
     for cycle in range(run.settings.max_cycles):
         before = run.score
-        # Every cycle may use half of what is left, the last one all of it; demonstrations have more to choose from.
-        cycle_share = allowance if cycle + 1 == run.settings.max_cycles else run.fraction(allowance, 1 / 2)
-        demos_share = run.fraction(cycle_share, 2 / 3)
+        # Every cycle may use half of what is left, the last one all of it, and so may one whose half is too little to
+        # score a single candidate; demonstrations have more to choose from.
+        cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
+        half = run.fraction(allowance, 1 / 2)
+        cycle_share = half if cycle + 1 < run.settings.max_cycles and half.can_afford(cost) else allowance
+        two_thirds = run.fraction(cycle_share, 2 / 3)
+        demos_share = two_thirds if two_thirds.can_afford(cost) else cycle_share
         space = Space.around(run.incumbent, demos=run.demo_options(demos_share))
         run.search(space, demos_share, phase=Phase.DEMOS, name=f"demos {cycle + 1}")
         if run.score < PERFECT:

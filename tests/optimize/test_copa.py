@@ -287,7 +287,7 @@ def test_the_alternating_loop_ends_with_the_budget(toy):
 def test_the_prompt_lms_instructions_are_tried(toy):
     text = "If size is at least 5 answer big, otherwise answer small."
     toy.train = [example for example in toy.train if example.kind == "small"] + toy.train[:1]
-    writer = ScriptedLM({"tip": {"proposed_instruction": text}})
+    writer = ScriptedLM(lambda messages: {"proposed_instruction": text})
     program = optimized(toy, prompt_lm=writer, max_demos=0)
     assert writer.calls == 4
     assert text in {program.signature.instructions} or program.copa_result.score_after >= 0.8

@@ -9,7 +9,7 @@ from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import labelled_pool, random_sets, set_counts, traced_pools
-from copa_harness.optimize.instructions import data_summary, proposed_by_lm, rule_based
+from copa_harness.optimize.instructions import data_summary, rule_based
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, starting_points
 
 
@@ -78,7 +78,8 @@ def test_outputs_without_labels_are_bootstrapped_within_a_share_of_the_calls(toy
 
 
 def test_instructions_are_plain_rule_and_labels(toy):
-    options = rule_based("self", toy.program().signature, "Tell.", trainset=toy.train, seed=0)
+    proposals = rule_based("self", toy.program().signature, "Tell.", trainset=toy.train, seed=0)
+    options = [proposal.option for proposal in proposals]
     assert [option.name for option in options] == ["plain", "rule", "labels"]
     assert options[0].text == "Tell."
     assert options[1].text.startswith("Tell. If size is ")
@@ -86,25 +87,19 @@ def test_instructions_are_plain_rule_and_labels(toy):
     assert options[2].text == "Tell. Answer with one of: big, small."
 
 
+def test_a_rule_knows_which_rows_it_settles(toy):
+    _, rule, *_, labels = rule_based(
+        "self", toy.program().signature, "Tell.", trainset=toy.make_rows(40, seed=5, noise=0.3), seed=0
+    )
+    assert rule.answered is not None
+    assert 0.5 < sum(rule.answered) / 40 < 1.0
+    assert labels.answered is None
+
+
 def test_free_text_outputs_get_the_plain_instruction_alone(toy):
     rows = [dspy.Example(q=str(i), a=f"text {i}").with_inputs("q") for i in range(8)]
-    options = rule_based("self", dspy.Signature("q -> a"), "Answer.", trainset=rows, seed=0)
-    assert [option.name for option in options] == ["plain"]
-
-
-def test_the_prompt_lm_sees_the_data_and_the_past_and_unusable_proposals_are_left_out(toy):
-    answers = [{"proposed_instruction": "Look at size."}, "nonsense", {"proposed_instruction": "Tell."}]
-    writer = ScriptedLM(answers)
-    options = proposed_by_lm(
-        writer, predictor="self", signature=toy.program().signature, current="Tell.", trainset=toy.train,
-        past=[("Guess.", 0.25)], n=3,
-    )  # fmt: skip
-    assert [option.text for option in options] == ["Look at size."]
-    prompt = writer.requests[0].prompt
-    assert "0.25: Guess." in prompt
-    assert "kind: one of big" in prompt
-    assert "size, weight -> kind" in prompt
-    assert len({request.seed for request in writer.requests}) == 3
+    proposals = rule_based("self", dspy.Signature("q -> a"), "Answer.", trainset=rows, seed=0)
+    assert [proposal.option.name for proposal in proposals] == ["plain"]
 
 
 def test_the_data_summary_counts_categories(toy):
@@ -115,8 +110,9 @@ def test_the_data_summary_counts_categories(toy):
 
 def test_starting_points_try_every_instruction_with_and_without_demonstrations(toy):
     options, _ = propose(toy, toy.program())
-    instructions = {"self": rule_based("self", toy.program().signature, "Tell.", trainset=toy.train, seed=0)}
+    proposals = rule_based("self", toy.program().signature, "Tell.", trainset=toy.train, seed=0)
+    instructions = {"self": [proposal.option for proposal in proposals]}
     points = starting_points(instructions, options)
     assert len(points) == 6
-    assert points[0] == {"self.instruction": "plain", "self.demos": "9 labelled #1"}
+    assert points[0] == {"self.instruction": "plain", "self.demos": "9 labelled typical #1"}
     assert points[-1] == {"self.instruction": "labels", "self.demos": "none"}

@@ -1,0 +1,268 @@
+"""Instructions written by a prompt LM: grounded in what is known of the task, or revised after a look at mistakes.
+
+Grounded proposals follow MIPRO (Opsahl-Ong et al. 2024, arXiv 2406.11695): a summary of the data, the program's code,
+examples of the step, instructions tried before with their scores, a tip; and the demonstrations that carried weight in
+the trials so far. Which grounding, which tip, which temperature and which of the two ways is chosen by the run's
+`Learner`. Proposals are drawn under rollout ids, so they are repeatable. Knows signatures, examples and the run's
+memory; knows nothing of how proposals are scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMError
+
+from copa_harness.evaluate.runner import default_adapter
+from copa_harness.lm.scope import current_scope
+from copa_harness.optimize.allowance import Allowance
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.demos import labelled_pool
+from copa_harness.optimize.instructions import InstructionOption, data_summary
+from copa_harness.optimize.knowledge import Knowledge
+from copa_harness.optimize.reflection import MAX_SHOWN, Failure
+from copa_harness.optimize.schema import text_of
+from copa_harness.results import Phase
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.proposals import ProposalSettings
+
+logger = logging.getLogger("copa_harness")
+
+GROUNDINGS: tuple[str, ...] = ("all", "data", "program", "examples", "history", "weighty", "none")
+"""What the writer is shown beside the step and its current instruction: everything, one thing, or nothing."""
+
+_SHOWN_BY = {
+    "data": ("data_summary",),
+    "program": ("program_code", "program_description"),
+    "examples": ("step_examples",),
+    "history": ("past_instructions",),
+    "weighty": ("weighty_demonstrations",),
+}
+
+TIPS: Mapping[str, str] = {
+    "short": "Be plain and short.",
+    "criteria": "State the decision criteria that separate the answers, with the numbers or words that matter.",
+    "steps": "Describe the task step by step.",
+    "pitfalls": "Say what is commonly mistaken, and how to avoid it.",
+    "expert": "Give the role of an expert whose knowledge the step needs.",
+    "form": "Be precise about the form of the answer.",
+    "stakes": "Say what depends on a right answer.",
+    "creative": "Try an unusual way to say it.",
+}
+"""One per proposal: variety without a higher temperature. After MIPRO's."""
+
+TEMPERATURES: tuple[float, ...] = (1.0, 0.7, 1.3)
+
+
+class DescribeProgram(dspy.Signature):
+    """Say in two sentences what task this language-model program solves, and what each of its steps contributes."""
+
+    program_code: str = dspy.InputField()
+    program_steps: str = dspy.InputField(desc="name, inputs and outputs of every step")
+    program_description: str = dspy.OutputField()
+
+
+class ProposeInstruction(dspy.Signature):
+    """Write one better instruction for a step of a language-model program.
+
+    The instruction is put before the step's input, and its output is scored automatically. Say what the step has to do,
+    what decides between the possible answers, and how the answer must look. Do not repeat the data.
+    """
+
+    program_step: str = dspy.InputField(desc="name, inputs and outputs of the step")
+    program_code: str = dspy.InputField()
+    program_description: str = dspy.InputField()
+    data_summary: str = dspy.InputField(desc="what the training data look like")
+    step_examples: str = dspy.InputField(desc="inputs and right outputs of the step")
+    weighty_demonstrations: str = dspy.InputField(
+        desc="demonstrations that raised the score most when they were shown: say in words what they teach"
+    )
+    past_instructions: str = dspy.InputField(desc="instructions tried before, with their mean scores (0 to 1)")
+    current_instruction: str = dspy.InputField()
+    tip: str = dspy.InputField(desc="how to go about it")
+    proposed_instruction: str = dspy.OutputField(desc="the instruction alone")
+
+
+class ReviseInstruction(dspy.Signature):
+    """Revise the instruction of a step of a language-model program so that these mistakes are not made again.
+
+    Find out what the mistakes have in common and what the feedback teaches about the task; keep what is right in the
+    current instruction; write general guidance, and no answers to single inputs.
+    """
+
+    program_step: str = dspy.InputField(desc="name, inputs and outputs of the step")
+    current_instruction: str = dspy.InputField()
+    mistakes: str = dspy.InputField(desc="what the step was given, what it answered, and the feedback")
+    proposed_instruction: str = dspy.OutputField(desc="the revised instruction alone")
+
+
+class InstructionWriter:
+    """Writes instructions for every predictor of one incumbent.
+
+    Args:
+        prompt_lm: The model that writes.
+        incumbent: Whose predictors.
+        trainset: Examples to summarize and to show.
+        settings: How many proposals, and which groundings are allowed.
+        memory: The run's.
+        past: Instructions tried before with their mean scores, 0..1, by predictor.
+        failures: What the incumbent got wrong, by predictor; without any nothing is revised.
+    """
+
+    def __init__(
+        self,
+        prompt_lm: Any,
+        *,
+        incumbent: Candidate,
+        trainset: Sequence[dspy.Example],
+        settings: ProposalSettings,
+        memory: Knowledge,
+        past: Mapping[str, Sequence[tuple[str, float]]],
+        failures: Mapping[str, Sequence[Failure]],
+    ) -> None:
+        self.prompt_lm, self.incumbent, self.trainset = prompt_lm, incumbent, trainset
+        self.settings, self.memory, self.past, self.failures = settings, memory, past, failures
+        self._predictors = dict(incumbent.template.named_predictors())
+        self._description: str | None = None
+
+    def write(self, allowance: Allowance, *, first_rollout: int) -> dict[str, tuple[InstructionOption, ...]]:
+        """`n_proposed` instructions per predictor, one call each, as far as the allowance goes.
+
+        Proposals that do not parse, repeat what is known, or are empty are left out. Describing the program for the
+        first proposal that shows it costs one more call.
+
+        Args:
+            allowance: Asked before every call.
+            first_rollout: Rollout id of the first proposal of each predictor; the others follow.
+
+        Raises:
+            BudgetExhausted: A ceiling other than that of calls was reached.
+        """
+        options: dict[str, tuple[InstructionOption, ...]] = {}
+        with current_scope().phase(Phase.INSTRUCTIONS), dspy.context(
+            lm=self.prompt_lm, adapter=default_adapter(), disable_history=True, trace=None
+        ):
+            for part in self.incumbent.parts:
+                options[part.predictor] = self._for(part.predictor, part.instruction, allowance, first_rollout)
+        return options
+
+    def _for(
+        self, predictor: str, current: str, allowance: Allowance, first_rollout: int
+    ) -> tuple[InstructionOption, ...]:
+        n, learner, generator = self.settings.n_proposed, self.memory.learner, self.memory.generator()
+        ways = ["written", "reflected"] if self.failures.get(predictor) else ["written"]
+        temperatures = [f"{temperature:g}" for temperature in TEMPERATURES]
+        chosen = zip(
+            learner.choose("instruction", ways, n=n, generator=generator),
+            learner.choose("grounding", self.settings.groundings or ("none",), n=n, generator=generator),
+            learner.choose("tip", list(TIPS), n=n, generator=generator),
+            learner.choose("temperature", temperatures, n=n, generator=generator),
+            strict=True,
+        )
+        seen = {text for text, _ in self.past.get(predictor, ())} | {current}
+        options: list[InstructionOption] = []
+        for i, (way, grounding, tip, temperature) in enumerate(chosen):
+            rollout = first_rollout + i
+            config = {"rollout_id": rollout, "temperature": float(temperature)}
+            arms = [f"instruction: {way}", f"temperature: {temperature}"]
+            if way == "reflected":
+                text = self._asked(allowance, ReviseInstruction, config, **self._mistakes(predictor, current, i))
+            else:
+                arms += [f"grounding: {grounding}", f"tip: {tip}"]
+                fields = self._grounds(predictor, current, grounding, tip, allowance)
+                hidden = [name for name in ProposeInstruction.input_fields if name not in fields]
+                signature: Any = ProposeInstruction
+                for name in hidden:
+                    signature = signature.delete(name)
+                text = self._asked(allowance, signature, config, **fields)
+            if text and text not in seen:
+                seen.add(text)
+                options.append(InstructionOption(f"{way} {rollout}", text))
+                self.memory.note_instruction(predictor, text, *arms)
+        return tuple(options)
+
+    def _asked(self, allowance: Allowance, signature: Any, config: dict[str, Any], **fields: str) -> str:
+        """The last output field of one call; "" when it is unusable or not affordable."""
+        if not allowance.can_afford(1):
+            return ""
+        try:
+            answer = dspy.Predict(signature)(**fields, config=config)
+        except LMConfigurationError:
+            raise
+        except (AdapterParseError, LMError) as error:
+            logger.warning("a proposal of the prompt LM is unusable: %s", type(error).__name__)
+            return ""
+        return str(answer[list(signature.output_fields)[-1]] or "").strip()
+
+    def _step(self, predictor: str) -> str:
+        signature = self._predictors[predictor].signature
+        return f"{predictor}: {', '.join(signature.input_fields)} -> {', '.join(signature.output_fields)}"
+
+    def _mistakes(self, predictor: str, current: str, turn: int) -> dict[str, str]:
+        """A window of the mistakes, moved on with every proposal: different mistakes teach different things."""
+        failures = list(self.failures[predictor])
+        start = turn * MAX_SHOWN % len(failures)
+        shown = [*failures[start:], *failures[:start]][:MAX_SHOWN]
+        text = "\n\n".join(failure.text for failure in shown)
+        return {"program_step": self._step(predictor), "current_instruction": current, "mistakes": text}
+
+    def _grounds(
+        self, predictor: str, current: str, grounding: str, tip: str, allowance: Allowance
+    ) -> dict[str, str]:
+        """The fields of `ProposeInstruction` that a grounding shows and that have something to say."""
+        signature = self._predictors[predictor].signature
+        shown = [name for key, names in _SHOWN_BY.items() if grounding in ("all", key) for name in names]
+        pool = [demo for demo, _ in labelled_pool(signature, self.trainset)]
+        fields = {"program_step": self._step(predictor), "current_instruction": current, "tip": TIPS[tip]}
+        if "data_summary" in shown and self.trainset:
+            fields["data_summary"] = data_summary(signature, self.trainset)
+        if "program_code" in shown:
+            fields["program_code"] = program_code(self.incumbent.template)
+            if description := self._described(allowance):
+                fields["program_description"] = description
+        if "step_examples" in shown:
+            own = next(part.demos for part in self.incumbent.parts if part.predictor == predictor)
+            fields["step_examples"] = _demos_text(list(own)[:3] or pool[:3]) or "none"
+        if "weighty_demonstrations" in shown and (weighty := self.memory.weighty_demos(predictor, pool)):
+            fields["weighty_demonstrations"] = _demos_text(weighty)
+        if "past_instructions" in shown:
+            best_last = sorted(self.past.get(predictor, ()), key=lambda one: one[1])[-8:]
+            fields["past_instructions"] = "\n".join(f"{score:.2f}: {text}" for text, score in best_last) or "none yet"
+        return fields
+
+    def _described(self, allowance: Allowance) -> str:
+        """The program in the prompt LM's words, asked for once; "" for a bare predictor, whose step says it all."""
+        if _is_bare(self.incumbent.template):
+            return ""
+        if self._description is None:
+            steps = "\n".join(self._step(name) for name in self._predictors)
+            fields = {"program_code": program_code(self.incumbent.template), "program_steps": steps}
+            self._description = self._asked(allowance, DescribeProgram, {}, **fields)
+        return self._description
+
+
+def program_code(program: dspy.Module) -> str:
+    """The source of a program's class; of a bare predictor, or where there is no source, its steps in one line each."""
+    if not _is_bare(program):
+        try:
+            return inspect.getsource(type(program))
+        except (OSError, TypeError):  # defined in a session without source files
+            pass
+    return "\n".join(
+        f"{name} = {type(program).__name__ if name == 'self' else 'dspy.Predict'}"
+        f"({', '.join(predictor.signature.input_fields)} -> {', '.join(predictor.signature.output_fields)})"
+        for name, predictor in program.named_predictors()
+    )
+
+
+def _is_bare(program: dspy.Module) -> bool:
+    return type(program).__module__.startswith("dspy.")
+
+
+def _demos_text(demos: Sequence[Any]) -> str:
+    return "\n".join("; ".join(f"{key}={text_of(value)[:120]}" for key, value in dict(demo).items()) for demo in demos)
