@@ -97,7 +97,7 @@ class Knowledge:
         for candidate, outcome in trials:
             self.n_trials += 1
             found = paired_gain(scores.get(candidate.key, ()), scores.get(reference.key, ()))
-            features = self._features(candidate, reference)
+            features = self.features_of(candidate, reference)
             if len(self.records) < MAX_RECORDS:
                 self.records.append(_record(name, features, found, outcome))
             if found is None or candidate.key == reference.key:
@@ -112,7 +112,7 @@ class Knowledge:
             self._gains.append(gain)
             self._variances.append(variance + BETWEEN_SD**2)
 
-    def _features(self, candidate: Candidate, reference: Candidate) -> dict[str, int]:
+    def features_of(self, candidate: Candidate, reference: Candidate) -> dict[str, int]:
         """How many predictors carry an option of each arm; what is as in the reference counts for none."""
         features: dict[str, int] = {}
         arms: list[str] = []

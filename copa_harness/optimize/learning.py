@@ -175,6 +175,18 @@ class Learner:
         self.offered.update(f"{family}: {arm}" for arm in chosen)
         return chosen
 
+    def effect(self, arms: Sequence[str]) -> tuple[float, float, int] | None:
+        """(mean, standard deviation, trials) of what these arms add together; None when one of them was never tried."""
+        tries = [sum(arm in one.features for one in self.evidence) for arm in arms]
+        if not arms or not all(tries):
+            return None
+        posterior = self.posterior()
+        chosen = np.zeros(len(posterior.names))
+        for arm in arms:
+            chosen[posterior.names.index(arm)] += 1
+            chosen[posterior.names.index(_family(arm))] += 1
+        return float(chosen @ posterior.mean), float(np.sqrt(chosen @ posterior.covariance @ chosen)), min(tries)
+
     def report(self) -> list[dict[str, Any]]:
         """What was learned, best first within each family: plain JSON types.
 

@@ -26,8 +26,8 @@ from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.journal import Journal
-from copa_harness.optimize.progress import Progress, incumbent_text
 from copa_harness.optimize.knowledge import Knowledge
+from copa_harness.optimize.progress import Progress, incumbent_text
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, propose_instructions
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
