@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dspy.lm15 import RefusalPart, Request, Response
 
@@ -25,9 +26,16 @@ from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.engines import Engine, complete_priced, seed_of, time_left_s
 from copa_harness.lm.estimates import actual_cost, limits_of, lost_cost, worst_case
 from copa_harness.lm.failures import Refused, engine_failure
+from copa_harness.lm.observing import Observed, current_observer
 from copa_harness.lm.patience import Patience, patience_of
 from copa_harness.lm.planning import NotCachedError, current_plan
-from copa_harness.lm.request_key import recorded_bill, replayed_response, request_key, response_record
+from copa_harness.lm.request_key import (
+    recorded_bill,
+    recorded_seconds,
+    replayed_response,
+    request_key,
+    response_record,
+)
 from copa_harness.lm.scope import Scope, current_scope
 from copa_harness.results import Usage
 
@@ -84,6 +92,8 @@ class Door:
                 found = self._replay(call)
                 if found is None:
                     found = self._buy(call)
+        if (observer := current_observer()) is not None:
+            observer.add(_observed(self._store.get(key)))
         refusal = _refusal(found, model=model)
         if refusal is not None:
             call.scope.note_failure(refusal.kind, str(refusal))
@@ -115,8 +125,10 @@ class Door:
         patience = patience_of(call.engine)
         n_failed, n_slowed, waited_s = 0, 0, 0.0
         for _ in itertools.count():
+            started = time.perf_counter()
             try:
                 response, usd = call.attempt(patience)
+                seconds = time.perf_counter() - started
                 break
             except ProviderError as failure:
                 if isinstance(failure, RateLimitError):
@@ -129,7 +141,7 @@ class Door:
             time.sleep(pause_s)
             waited_s += pause_s
         if call.engine.fingerprint(call.model) == call.fingerprint:
-            self._store.set(call.key, response_record(response, usd=usd))
+            self._store.set(call.key, response_record(response, usd=usd, seconds=seconds))
         # else: the model was exchanged while it answered, and nobody can say which one did
         return response
 
@@ -219,6 +231,13 @@ def _recorded_cost(record: dict[str, object] | None, worst: Cost) -> Cost:
     response, usd = recorded_bill(record)
     cost, _ = actual_cost(response, usd, worst=worst)
     return cost - Cost(calls=1)
+
+
+def _observed(record: dict[str, Any] | None) -> Observed:
+    if record is None:  # not stored: the model was exchanged while it answered
+        return Observed(None, None, None, None)
+    response, usd = recorded_bill(record)
+    return Observed(response.usage.input_tokens, response.usage.output_tokens, usd, recorded_seconds(record))
 
 
 def _refusal(response: Response, *, model: str) -> Refused | None:

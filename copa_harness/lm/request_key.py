@@ -21,6 +21,8 @@ KEY_VERSION = 1
 """Raised when the meaning of a key changes; older entries are then never found again."""
 
 _PRICE = "copa_usd"
+_SECONDS = "copa_seconds"
+_OURS = (_PRICE, _SECONDS)
 
 
 def request_key(request: Request, *, rollout_id: object, candidate: int, fingerprint: str) -> str:
@@ -39,11 +41,16 @@ def request_key(request: Request, *, rollout_id: object, candidate: int, fingerp
     return hashlib.sha256(_ENCODER.encode(material).encode("utf-8")).hexdigest()
 
 
-def response_record(response: Response, *, usd: float | None = None) -> dict[str, Any]:
-    """The answer as JSON data, with its price in dollars if known. Raw provider data (headers, ids) is left out."""
+def response_record(response: Response, *, usd: float | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """The answer as JSON data, with its price in dollars and the seconds it took, if known.
+
+    Raw provider data (headers, ids) is left out.
+    """
     record: dict[str, Any] = response_to_dict(response)
     if usd is not None:
         record[_PRICE] = usd
+    if seconds is not None:
+        record[_SECONDS] = round(seconds, 6)
     return record
 
 
@@ -55,15 +62,21 @@ def replayed_response(record: dict[str, Any]) -> Response:
         TypeError: A field has the wrong type.
         ValueError: A field has an impossible value.
     """
-    response: Response = response_from_dict({k: v for k, v in record.items() if k not in (_PRICE, "usage")})
+    response: Response = response_from_dict({k: v for k, v in record.items() if k not in (*_OURS, "usage")})
     return response
 
 
 def recorded_bill(record: dict[str, Any]) -> tuple[Response, float | None]:
     """The answer with the usage it was bought with, and its price in dollars, None if it was not known."""
     price = record.get(_PRICE)
-    response: Response = response_from_dict({k: v for k, v in record.items() if k != _PRICE})
+    response: Response = response_from_dict({k: v for k, v in record.items() if k not in _OURS})
     return response, price if isinstance(price, (int, float)) else None
+
+
+def recorded_seconds(record: dict[str, Any]) -> float | None:
+    """The seconds the answer took when it was bought, None if they were not kept."""
+    seconds = record.get(_SECONDS)
+    return float(seconds) if isinstance(seconds, (int, float)) else None
 
 
 def _plain(value: object) -> object:

@@ -11,22 +11,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from copa_harness.errors import ConfigurationError, TaskError
+from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.examples import check_examples
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
-from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import Scope, open_scope
 from copa_harness.optimize.budgets import parse_budget
-from copa_harness.optimize.candidate import Candidate, model_name
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, thawed
+from copa_harness.optimize.choosing import choose
+from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.journal import journal_at
 from copa_harness.optimize.outcome import OptimizationResult, to_state
+from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.proposals import ProposalSettings
 from copa_harness.optimize.run import Run, RunSettings
@@ -83,6 +87,10 @@ class COPA(Teleprompter):
         optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
         journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
             that is started again replays from the response cache and goes on in the same file. None keeps no journal.
+        constraints: Hard limits that the returned program keeps, see `Constraints`: ``{"max_prompt_tokens": 800,
+            "forbidden_text": [...], "required_text": [...], "max_usd_per_answer": .., "max_seconds_per_answer": ..}``.
+        prefer: "best" score, or "cheapest within 1 point of best" (also "shortest", "fastest"; see `parse_preference`);
+            then the result carries the front of score and cost.
         on_progress: Takes a line of text now and then while it runs, besides the log.
 
     Raises:
@@ -116,13 +124,15 @@ class COPA(Teleprompter):
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         journal: Path | str | None = None,
+        constraints: Mapping[str, Any] | Constraints | None = None,
+        prefer: str | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         metric_arity(metric)
-        _at_least(1, threads=threads, max_cycles=max_cycles)
-        _at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
-        _in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
+        at_least(1, threads=threads, max_cycles=max_cycles)
+        at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
+        in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
         if sampler not in SAMPLERS:
             raise ConfigurationError(f"got {sampler!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
         unknown = sorted(set(optimizer_kwargs or {}) - set(OPTIMIZER_NAMES))
@@ -139,6 +149,7 @@ class COPA(Teleprompter):
         self.finetune_data = finetune_data
         self.journal = None if journal is None else Path(journal)
         self.on_progress = on_progress
+        self.constraints, self.preference = parse_constraints(constraints), parse_preference(prefer)
         self.settings = RunSettings(
             seed=seed,
             threads=threads,
@@ -195,12 +206,13 @@ class COPA(Teleprompter):
                 f"got unknown argument(s) {', '.join(sorted(kwargs))}; compile takes trainset, valset and teacher"
             )
         train, validation_examples = self._splits(trainset, valset)
-        candidate = Candidate.of(_thawed(student), lm=self.lm or dspy.settings.lm)
+        candidate = Candidate.of(thawed(student), lm=self.lm or dspy.settings.lm)
         for lm in (*candidate.lms, *(() if self.prompt_lm is None else (self.prompt_lm,))):
-            _check_metered(lm)
+            check_metered(lm)
         settings = self.settings
+        observe = self.constraints.measured or self.preference is not None
         validation = Validation(
-            validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed
+            validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed, observe=observe
         )
         name = " -> ".join(map(str, self.steps))
         logger.info(
@@ -225,10 +237,12 @@ class COPA(Teleprompter):
                 finetune_data=self.finetune_data,
                 journal=journal,
                 progress=Progress(scope, write=self.on_progress),
+                constraints=self.constraints,
             )
             execute(run, self.steps)
+            front = choose(run, self.preference)
         program = run.incumbent.program()
-        program.copa_result = self._result(run, scope, name, program)
+        program.copa_result = replace(self._result(run, scope, name, program), front=front)
         return program
 
     def _splits(
@@ -261,32 +275,3 @@ class COPA(Teleprompter):
             notes=tuple(run.notes),
             state=None if run.incumbent.structure else to_state(program),
         )
-
-
-def _thawed(student: dspy.Module) -> dspy.Module:
-    """A copy of the student that optimizers accept: a program compiled before counts as frozen in DSPy."""
-    if not isinstance(student, dspy.Module):
-        raise TaskError(f"got {type(student).__name__} as the program; expected a dspy.Module")
-    copy = student.deepcopy()
-    copy._compiled = False
-    return copy
-
-
-def _check_metered(lm: Any) -> None:
-    if not isinstance(lm, MeteredLM):
-        raise ConfigurationError(
-            f"got the model {model_name(lm)!r} ({type(lm).__name__}), whose calls cannot be bounded or cached; "
-            "expected one made by copa_harness.lm.build_lm(...)"
-        )
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"got {name}={value!r}; expected a whole number of at least {least}")
-
-
-def _in_unit_interval(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ConfigurationError(f"got {name}={value!r}; expected a number in 0..1")

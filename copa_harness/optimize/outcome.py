@@ -41,6 +41,8 @@ class OptimizationResult:
         charged_calls: Distinct calls used, bought or replayed.
         n_trials: Candidates looked at.
         notes: Sentences worth telling: what was adopted or refused, and why.
+        front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
+            which entry was returned.
         state: The program's settings as JSON (see `apply_state`); None when an optimizer changed the program itself.
     """
 
@@ -58,6 +60,7 @@ class OptimizationResult:
     charged_calls: int
     n_trials: int = 0
     notes: tuple[str, ...] = ()
+    front: tuple[Mapping[str, Any], ...] = ()
     state: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class OptimizationResult:
         fields = dict(record)
         fields["usage"] = Usage(**fields["usage"])
         fields["phases"] = tuple(PhaseRecord(**{**p, "usage": Usage(**p["usage"])}) for p in fields["phases"])
-        fields["notes"] = tuple(fields["notes"])
+        fields["notes"], fields["front"] = tuple(fields["notes"]), tuple(fields.get("front", ()))
         fields["budget_calls"] = float("inf") if fields["budget_calls"] is None else fields["budget_calls"]
         return cls(**fields)
 

@@ -66,7 +66,12 @@ class Race:
     @property
     def is_perfect(self) -> bool:
         """Whether the incumbent cannot be improved upon."""
-        return self.validation.mean(self.incumbent) >= PERFECT
+        return not self.is_forbidden and self.validation.mean(self.incumbent) >= PERFECT
+
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether the incumbent breaks a limit: then any trial that does not is better, and none is hopeless."""
+        return self.watchers.forbids(self.incumbent) is not None
 
     def one(self) -> TrialRecord:
         """One trial from ask to tell."""
@@ -114,13 +119,15 @@ class Race:
             return "forbidden"
         if self.validation.is_complete(candidate):
             return "complete"
-        known = enumerate(self.validation.scores(self.incumbent))
+        known = () if self.is_forbidden else enumerate(self.validation.scores(self.incumbent))
         self.pruner.incumbent = {step: score for step, score in known if score is not None}
         return "dropped" if one.trial.should_prune() else None
 
     def consider(self, one: Running, outcome: Outcome) -> None:
         """Make a complete trial the incumbent if it is better."""
-        if outcome == "complete" and self.validation.is_better(one.candidate, self.incumbent):
+        if outcome != "complete":
+            return
+        if self.is_forbidden or self.validation.is_better(one.candidate, self.incumbent):
             self.incumbent = one.candidate
 
     def end(self, one: Running, outcome: Outcome) -> TrialRecord:

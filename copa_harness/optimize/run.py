@@ -23,6 +23,7 @@ from copa_harness.evaluate.runner import usage_since
 from copa_harness.lm.scope import Scope
 from copa_harness.optimize.allowance import Allowance, OutOfCalls, share_of
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.constraints import Constraints
 from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.journal import Journal
@@ -69,13 +70,15 @@ class Run:
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         journal: Journal | None = None,
         progress: Progress | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
+        self.constraints = constraints or Constraints()
         self.journal, self.progress = journal, progress or Progress(scope)
         self.student = self.incumbent = student
         self.trainset, self.validation, self.metric = trainset, validation, metric
         self.scope, self.settings = scope, settings
         self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
-        self.plain = {part.predictor: part.instruction for part in student.parts}
+        self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
         self.phases: list[PhaseRecord] = []
         self.notes: list[str] = []
         self.n_trials = 0
@@ -103,9 +106,13 @@ class Run:
         cost = self.validation.cost_to_complete(self.incumbent)
         try:
             with self.recorded("baseline", len(self.notes)):
-                self.validation.complete(
-                    self.incumbent, allowance=Allowance(self.scope, math.inf), phase=Phase.BASELINE
-                )
+                whole = Allowance(self.scope, math.inf)
+                self.validation.complete(self.student, allowance=whole, phase=Phase.BASELINE)
+                completed = self.constraints.completed_candidate(self.student)
+                if completed.key != self.student.key:
+                    self.validation.complete(completed, allowance=whole, phase=Phase.BASELINE)
+                    self.incumbent = completed
+                    self.note("the required texts were appended to the program's instructions")
         except (OutOfCalls, BudgetExhausted):
             self.stopped = "budget"
             self.note(
@@ -185,6 +192,7 @@ class Run:
         self, space: Space, allowance: Allowance, *, phase: Phase, name: str, starts: Sequence[Point] = ()
     ) -> str:
         """Run one study and adopt its best; why it stopped."""
+        space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
         settings = replace(self.settings.search, seed=1000 * self.settings.seed + self.n_trials)
         outcome = search(
             space,
@@ -221,7 +229,11 @@ class Run:
         if self.journal is not None:
             attributes = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
             journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=attributes)
-        return Watchers(progress=self.progress, journal=journal)
+        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids)
+
+    def forbids(self, candidate: Candidate) -> str | None:
+        """Which limit a candidate breaks, as far as is known, or None."""
+        return self.constraints.broken_by(candidate, self.validation.cost(candidate)) if self.constraints.any else None
 
     def fraction(self, allowance: Allowance, share: float) -> Allowance:
         """A share of what an allowance has left."""
@@ -249,9 +261,11 @@ class Run:
         )
 
     def adopt(self, candidate: Candidate, *, what: str) -> None:
-        """Make a fully scored candidate the incumbent if it is not worse."""
+        """Make a fully scored candidate the incumbent if it keeps all limits and is not worse."""
         difference = self.validation.difference(candidate, self.incumbent)
-        if difference >= -1e-9:
+        if (broken := self.forbids(candidate)) is not None:
+            self.note(f"{what} not adopted: {broken}")
+        elif difference >= -1e-9 or self.forbids(self.incumbent) is not None:
             self.note(f"{what} adopted ({difference:+.3f} on validation, {candidate.n_demos} demonstrations)")
             self.incumbent = candidate
         else:

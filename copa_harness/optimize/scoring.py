@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import dspy
@@ -18,8 +19,10 @@ from copa_harness.errors import ProviderError
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import default_adapter, run_examples
+from copa_harness.lm.observing import observing
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.costs import AnswerCost
 from copa_harness.optimize.schema import strata_of, stratified_order
 from copa_harness.results import Phase
 
@@ -44,6 +47,7 @@ class Validation:
         threads: Examples in flight at once.
         seed: Of the order; the order is stratified, so every block has about the whole's mix of labels.
         block_size: Examples per block; default a quarter of the split, at least 5 and at most 32.
+        observe: Measure what answers cost (see `cost`); a little slower.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Validation:
         threads: int,
         seed: int,
         block_size: int | None = None,
+        observe: bool = False,
     ) -> None:
         order = stratified_order(strata_of(examples), np.random.default_rng([seed, 202]))
         ids = example_ids(examples)
@@ -63,6 +68,9 @@ class Validation:
         self.threads = threads
         self.block_size = block_size or min(32, max(5, math.ceil(len(examples) / 4)))
         self._sheets: dict[str, list[float | None]] = {}
+        self._candidates: dict[str, Candidate] = {}
+        self._costs: dict[str, AnswerCost] = {}
+        self._observe = observe
         self._calls_per_example = 0
         self._n_dead = 0
 
@@ -92,6 +100,14 @@ class Validation:
         """Whether every validation example has been scored."""
         return len(self._sheets.get(candidate.key, ())) == self.n
 
+    def completed(self) -> tuple[Candidate, ...]:
+        """All fully scored candidates, in the order in which they were first scored."""
+        return tuple(candidate for candidate in self._candidates.values() if self.is_complete(candidate))
+
+    def cost(self, candidate: Candidate) -> AnswerCost:
+        """What the candidate's answers cost on the examples scored so far; nothing unless `observe` is on."""
+        return self._costs.get(candidate.key, AnswerCost())
+
     def mean(self, candidate: Candidate) -> float:
         """Mean score so far, nan when there is none."""
         return mean_score(self.scores(candidate))
@@ -112,23 +128,27 @@ class Validation:
             ProviderError: Several candidates in a row got no answer at all.
         """
         sheet = self._sheets.setdefault(candidate.key, [])
+        self._candidates.setdefault(candidate.key, candidate)
         start, stop = len(sheet), min(self.n, len(sheet) + self.block_size)
         if start == stop:
             return tuple(sheet)
         if not allowance.can_afford((stop - start) * self.calls_per_example(candidate)):
             raise OutOfCalls
         charged = allowance.scope.charged_calls
-        runs = run_examples(
-            candidate.program(),
-            self.examples[start:stop],
-            metric=self.metric,
-            split="validation",
-            phase=phase,
-            threads=self.threads,
-            ids=self.ids[start:stop],
-            # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
-            raise_if_nothing_works=self._calls_per_example == 0,
-        )
+        with observing() if self._observe else nullcontext() as observer:
+            runs = run_examples(
+                candidate.program(),
+                self.examples[start:stop],
+                metric=self.metric,
+                split="validation",
+                phase=phase,
+                threads=self.threads,
+                ids=self.ids[start:stop],
+                # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
+                raise_if_nothing_works=self._calls_per_example == 0,
+            )
+        if observer is not None:
+            self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(runs))
         mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
         self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
         # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.

@@ -8,7 +8,7 @@ Knows candidates; knows nothing of scores or of how points are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,6 +73,17 @@ class Space:
                 offered_sets.insert(0, DemoSet("incumbent", part.demos) if part.demos else NO_DEMOS)
             sets[part.predictor] = _distinct_sets(offered_sets)
         return cls(incumbent, tuple(levels.values()), texts, sets)
+
+    def with_instructions(self, change: Callable[[str], str]) -> Space:
+        """The same space with every instruction but the incumbent's own passed through `change`."""
+        own = {part.predictor: part.instruction for part in self.incumbent.parts}
+        changed = {
+            name: _distinct_instructions(
+                [o if o.text == own[name] else InstructionOption(o.name, change(o.text)) for o in options]
+            )
+            for name, options in self.instructions.items()
+        }
+        return Space(self.incumbent, self.weights, changed, self.demos)
 
     @cached_property
     def dimensions(self) -> dict[str, tuple[str, ...]]:

@@ -115,7 +115,8 @@ class _Study(Race):
         if self.is_perfect:
             return "perfect score"
         sheets = [self.validation.scores(self.space.candidate(record.point)) for record in self.trials]
-        if self.settings.stop_without_headroom and not has_headroom(self.validation.scores(self.incumbent), sheets):
+        can_stop = self.settings.stop_without_headroom and not self.is_forbidden
+        if can_stop and not has_headroom(self.validation.scores(self.incumbent), sheets):
             return "no head-room"
         return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.budgets import parse_budget
+from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.strategy import parse_strategy
 from copa_harness.tune.settings import check_lora
 
@@ -69,6 +70,8 @@ class MarkerArguments:
         threads: Examples in flight at once.
         max_cycles: Rounds of an alternating strategy at most.
         epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
+        constraints: Limits the returned program keeps: `{"max_prompt_tokens": 800, "forbidden_text": ["..."]}`.
+        prefer: `"best"`, or `"cheapest within 1 point of best"` (also `shortest`, `fastest`).
         optimizer_kwargs: Arguments of DSPy optimizers by name: `{"miprov2": {"num_trials": 5}}`.
         lora: Settings of the fine-tuning by name: `{"rank": 8, "epochs": 3}`; see `LoraSettings`.
         undecided_fails: Whether gates that are undecided or not comparable fail the test.
@@ -92,6 +95,8 @@ class MarkerArguments:
     threads: int | None = None
     max_cycles: int | None = None
     epsilon: float | None = None
+    constraints: Mapping[str, Any] | None = None
+    prefer: str | None = None
     optimizer_kwargs: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
     undecided_fails: bool | None = None
@@ -113,6 +118,7 @@ class MarkerArguments:
         try:
             if marker.strategy is not None:
                 parse_strategy(marker.strategy)
+            parse_preference(marker.prefer)
             if marker.budget is not None:
                 parse_budget(marker.budget)
             if marker.lora is not None:
@@ -212,6 +218,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threads": _POSITIVE,
     "max_cycles": _POSITIVE,
     "epsilon": _SHARE,
+    "constraints": (
+        lambda value: isinstance(value, Mapping) and bool(value),
+        "a dictionary of limits, for instance {'max_prompt_tokens': 800}",
+    ),
+    "prefer": (_is_text, "'best' or 'cheapest within 1 point of best'"),
     "optimizer_kwargs": (
         lambda value: isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values()),
         "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",

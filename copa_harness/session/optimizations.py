@@ -267,7 +267,8 @@ def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
 
 def _search_settings(marker: MarkerArguments) -> dict[str, Any]:
     """What the marker says about the search, and no word about what it leaves to the optimizer."""
-    given = {name: getattr(marker, name) for name in ("max_cycles", "epsilon", "optimizer_kwargs", "lora")}
+    names = ("max_cycles", "epsilon", "constraints", "prefer", "optimizer_kwargs", "lora")
+    given = {name: getattr(marker, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -74,9 +74,19 @@ class FakeProvider(Provider):
         return f"{model.split('@')[0]}@{len(train_data)}"
 
 
+@pytest.fixture(scope="session")
+def toy_factory():
+    """Makes a fresh `toy`, for tests that need several."""
+    return make_toy
+
+
 @pytest.fixture
 def toy():
     """Task pieces: `program()`, `metric`, `train`, `val`, `lm(**kwargs)`, `provider`."""
+    return make_toy()
+
+
+def make_toy():
     provider = FakeProvider()
 
     def lm(**kwargs):

@@ -1,0 +1,47 @@
+"""Checks of what `COPA` is given, each with a message that says got, expected and what to do. Knows no search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+
+from copa_harness.errors import ConfigurationError, TaskError
+from copa_harness.lm.metered import MeteredLM
+from copa_harness.optimize.candidate import model_name
+
+
+def thawed(student: dspy.Module) -> dspy.Module:
+    """A copy of the student that optimizers accept: a program compiled before counts as frozen in DSPy.
+
+    Raises:
+        TaskError: It is no program.
+    """
+    if not isinstance(student, dspy.Module):
+        raise TaskError(f"got {type(student).__name__} as the program; expected a dspy.Module")
+    copy = student.deepcopy()
+    copy._compiled = False
+    return copy
+
+
+def check_metered(lm: Any) -> None:
+    """Raise `ConfigurationError` unless the model's calls can be bounded and cached."""
+    if not isinstance(lm, MeteredLM):
+        raise ConfigurationError(
+            f"got the model {model_name(lm)!r} ({type(lm).__name__}), whose calls cannot be bounded or cached; "
+            "expected one made by copa_harness.lm.build_lm(...)"
+        )
+
+
+def at_least(least: int, **values: int) -> None:
+    """Raise `ConfigurationError` unless every value is a whole number of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"got {name}={value!r}; expected a whole number of at least {least}")
+
+
+def in_unit_interval(**values: float) -> None:
+    """Raise `ConfigurationError` unless every value lies in 0..1."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"got {name}={value!r}; expected a number in 0..1")

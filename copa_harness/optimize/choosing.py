@@ -1,0 +1,84 @@
+"""The last choice of a run: among everything fully scored, what keeps the limits and serves the preference.
+
+The search itself maximizes the score alone; every program it scored fully is remembered with what its answers cost.
+From these the front of score and cost is drawn, and the preferred one is taken, never one below the program that came
+in. Knows runs and preferences; knows nothing of how candidates were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.pareto import Preference, pareto_front, preferred
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.run import Run
+
+
+def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:
+    """Make the preferred program the incumbent; the front of score and cost, cheapest first, when costs are known.
+
+    Raises:
+        ConfigurationError: No program that was fully scored keeps every limit.
+    """
+    if run.constraints.measured and not run.validation.is_complete(run.incumbent):
+        raise ConfigurationError(
+            "the budget does not pay for scoring the program as written: its costs could not be measured, and no limit "
+            "on them can be kept; raise the budget"
+        )
+    allowed = [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
+    if run.forbids(run.incumbent) is not None:
+        if not allowed:
+            raise ConfigurationError(
+                f"no program keeps the constraints: {run.forbids(run.incumbent)}; {len(run.validation.completed())} "
+                "were scored; loosen the limit, raise the budget, or change the program"
+            )
+        run.incumbent = max(allowed, key=run.validation.mean)
+    if preference is None:
+        return ()
+    objective = _objective(preference, allowed, run)
+    points = [
+        (run.validation.mean(candidate), cost)
+        for candidate in allowed
+        if (cost := run.validation.cost(candidate).per_answer(objective)) is not None
+    ]
+    if len(points) < len(allowed) or not points:
+        run.note(f"prefer={str(preference)!r} was ignored: {objective.replace('_', ' ')} of the answers are not known")
+        return ()
+    before = run.validation.mean(run.student) if run.forbids(run.student) is None else float("-inf")
+    chosen = preferred(points, within=preference.within, at_least=before)
+    if allowed[chosen].key != run.incumbent.key:
+        best = [allowed[i].key for i in range(len(allowed))].index(run.incumbent.key)
+        what = f"{objective.replace('_', ' ')} per answer"
+        run.note(
+            f"{preference}: {points[chosen][0]:.3f} at {points[chosen][1]:.6g} {what} instead of "
+            f"{points[best][0]:.3f} at {points[best][1]:.6g}"
+        )
+        run.incumbent = allowed[chosen]
+    return tuple(_entry(run, allowed[i], objective) for i in pareto_front(points))
+
+
+def _objective(preference: Preference, allowed: list[Candidate], run: Run) -> str:
+    """What is minimized; where answers have no price, "cheapest" means the fewest tokens."""
+    if preference.objective != "usd":
+        return preference.objective
+    prices = [run.validation.cost(candidate).per_answer("usd") for candidate in allowed]
+    return "usd" if any(prices) and None not in prices else "tokens"
+
+
+def _entry(run: Run, candidate: Candidate, objective: str) -> dict[str, Any]:
+    cost = run.validation.cost(candidate)
+    return {
+        "score": run.validation.mean(candidate),
+        "objective": objective,
+        **{
+            f"{what}_per_answer": cost.per_answer(what) for what in ("prompt_tokens", "output_tokens", "usd", "seconds")
+        },
+        "longest_prompt": cost.longest_prompt,
+        "n_demos": candidate.n_demos,
+        "model": candidate.model,
+        "returned": candidate.key == run.incumbent.key,
+    }
