@@ -21,6 +21,7 @@ from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.constraints import checked_constrain
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.metered import MeteredLM
@@ -49,6 +50,9 @@ def build_lm(
     door: Door,
     cache_dir: Path,
     device: str | None = None,
+    dtype: str | None = None,
+    chat_template: Path | None = None,
+    constrain: bool = False,
     api_base: str | None = None,
     **lm_kwargs: Any,
 ) -> MeteredLM:
@@ -59,6 +63,10 @@ def build_lm(
         door: Cache and meter of its calls.
         cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
+        dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
+        chat_template: File with a Jinja template that replaces the model's own. Local models only.
+        constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constraints`. Local
+            models only.
         api_base: URL of the endpoint. Endpoint models only.
         **lm_kwargs: Call defaults (`temperature`, `max_tokens`, ...) and, for endpoints, client settings (`api_key`,
             `timeout`, ...), as in `dspy.LM`.
@@ -72,9 +80,21 @@ def build_lm(
                 f"got an API base {api_base!r} for {spec!r}, which runs in this process; "
                 "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
             )
-        return _local_lm(spec, door=door, lora_dir=Path(cache_dir) / LORA_FOLDER, device=device, lm_kwargs=lm_kwargs)
-    if device is not None:
-        raise ConfigurationError(f"got device={device!r} for {spec!r}, expected it only with 'embedded' or 'hf:...'")
+        return _local_lm(
+            spec,
+            door=door,
+            lora_dir=Path(cache_dir) / LORA_FOLDER,
+            engine_settings={"device": device, "dtype": dtype, "chat_template": _template_text(chat_template)},
+            lm_kwargs={"constrain": constrain, **lm_kwargs},
+        )
+    local_only = {"device": device, "dtype": dtype, "chat_template": chat_template}
+    given = [f"{name}={value!r}" for name, value in local_only.items() if value is not None]
+    if given:
+        raise ConfigurationError(
+            f"got {', '.join(given)} for {spec!r}, expected it only with 'embedded' or 'hf:...': an endpoint "
+            "decides that itself"
+        )
+    checked_constrain(constrain, None, model=spec)
     _check_endpoint_name(spec)
     if api_base is not None:
         if not re.match(r"https?://[^/\s]+", api_base):
@@ -134,8 +154,20 @@ def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:
     return PromptAdapter(use_json_adapter_fallback=has_json_mode)
 
 
+def _template_text(chat_template: Path | None) -> str | None:
+    if chat_template is None:
+        return None
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"got the chat template {str(chat_template)!r}, which cannot be read ({error}); expected a file with a "
+            "Jinja template, such as the chat_template.jinja of a model folder"
+        ) from error
+
+
 def _local_lm(
-    spec: str, *, door: Door, lora_dir: Path, device: str | None, lm_kwargs: dict[str, Any]
+    spec: str, *, door: Door, lora_dir: Path, engine_settings: dict[str, Any], lm_kwargs: dict[str, Any]
 ) -> MeteredLM:
     refused = sorted(CLIENT_KEYS.intersection(lm_kwargs))
     if refused:
@@ -147,11 +179,11 @@ def _local_lm(
         path, max_tokens = embedded_model_path(), EMBEDDED_MAX_TOKENS
     else:
         path, max_tokens = _hf_path(spec), HF_MAX_TOKENS
-    from copa_harness.lm.local import LocalEngine
+    from copa_harness.lm.local import TransformersEngine
 
     return MeteredLM(
         spec.rstrip("/"),
-        engine=LocalEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, device=device),
+        engine=TransformersEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, **engine_settings),
         door=door,
         **{"temperature": 0.0, "max_tokens": max_tokens, **lm_kwargs},
     )

@@ -8,27 +8,25 @@ except its end tokens. Knows nothing of caching, budgets or training.
 
 from __future__ import annotations
 
-import hashlib
+import math
 import threading
-from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import ArtifactError, ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.local_chat import ChatFormat, request_messages
-from copa_harness.lm.local_decoding import DecodingRules
+from copa_harness.errors import ArtifactError, ConfigurationError, ContextOverflowError, ProviderTimeoutError
+from copa_harness.lm.local_chat import ChatFormat, PromptTokens, request_messages
 from copa_harness.lm.local_files import base_fingerprint, resolve_model_directory
 from copa_harness.lm.local_lora import LoraFiles, find_lora, model_name, read_lora, split_model_name
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
 
-    from copa_harness.lm.local_generate import BatchGenerator
+    from copa_harness.lm.local_decoding import DecodingRules
+    from copa_harness.lm.local_generate import BatchGenerator, Job
+    from copa_harness.lm.local_paths import Answer
 
 DEFAULT_MAX_BATCH = 128
-DEFAULT_MAX_TOKENS = 512
-"""Most tokens of an answer when the request names no limit (less if the context has less room)."""
-
 
 class TransformersEngine:
     """An engine over one local model and its LoRA adapters.
@@ -44,6 +42,8 @@ class TransformersEngine:
         max_batch: most requests generated together.
         chat_template: Jinja text that replaces the folder's chat template.
     """
+
+    can_constrain = True
 
     def __init__(
         self,
@@ -133,6 +133,12 @@ class TransformersEngine:
             return self._generator
 
     @property
+    def description(self) -> str | None:
+        """One line on the model in memory: device, dtype, size, path, counters; None before its weights are loaded."""
+        generator = self._generator
+        return None if generator is None else f"{self.name}: {generator.describe()}"
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end an answer: the model's and the tokenizer's."""
         own = self.tokenizer.eos_token_id
@@ -166,67 +172,81 @@ class TransformersEngine:
         """Answer one request; callable from any number of threads at once.
 
         Args:
-            request: text messages; `config` may set max_tokens, temperature, top_p, top_k, stop and seed.
+            request: text messages; `config` may set max_tokens, temperature, top_p, top_k, stop, seed and logprobs, and
+                carry a constraint (see `constraints`).
             seed: of the sampling, joined with `request.config.seed` and the prompt; greedy requests ignore it.
 
         Raises:
             ContextOverflowError: prompt plus max_tokens do not fit the context.
+            ProviderTimeoutError: the budget's time is up.
             ProviderError: out of memory, or a request a local text model cannot take.
             ConfigurationError, ArtifactError: see `fingerprint`.
         """
-        from dspy.lm15 import Message, Response, Usage
-
-        from copa_harness.lm.local_paths import Prompt
+        from copa_harness.lm.constraints import constraint_of
+        from copa_harness.lm.local_requests import constrained_response, response_of, rules_of
 
         self._follow_files()
         lora = self._lora(request.model)
-        if request.config.logprobs is not None or request.config.probabilities is not None:
-            raise ProviderError(
-                f"got a request for log-probabilities; {request.model} does not report them; remedy: unset it"
+        messages, fields = request_messages(request), constraint_of(request)
+        generator, context = self.generator, self.generator.model.context_length
+        if fields is not None:
+            from copa_harness.lm.local_constrained import answer_constrained
+
+            prompt = self.chat.prompt(messages)
+            answer = answer_constrained(
+                fields,
+                prompt_text=self.chat.text(messages, answer_next=True),
+                prompt=prompt,
+                rules=rules_of(request, seed, prompt=prompt.ids, context=context),
+                chat=self.chat,
+                ask=lambda tokens, rules, choices: self._wait(self._submit(tokens, rules, lora, choices)),
             )
-        generator = self.generator
+            return constrained_response(request, answer)
         with generator.arriving():
-            tokens = self.chat.prompt(request_messages(request))
-            rules = self._rules(request, seed, prompt=tokens.ids, context=generator.model.context_length)
-            job = generator.submit(
-                Prompt(
-                    tokens=tokens,
-                    rules=rules,
-                    lora=lora,
-                    chat=self.chat,
-                    eos_ids=self.eos_ids,
-                    max_batch=self._max_batch,
-                )
+            tokens = self.chat.prompt(messages)
+            rules = rules_of(request, seed, prompt=tokens.ids, context=context)
+            job = self._submit(tokens, rules, lora)
+        return response_of(request, self._wait(job), n_prompt=len(tokens.ids), chat=self.chat)
+
+    def _submit(
+        self,
+        tokens: PromptTokens,
+        rules: DecodingRules,
+        lora: LoraFiles | None,
+        choices: tuple[tuple[int, ...], ...] = (),
+    ) -> Job:
+        from copa_harness.lm.local_paths import Prompt
+
+        context = self.generator.model.context_length
+        longest = len(tokens.ids) + max((len(choice) for choice in choices), default=rules.max_tokens)
+        if longest > context:
+            raise ContextOverflowError(
+                f"got {longest} tokens of prompt and answer for {self.name}, whose context holds {context}; remedy: "
+                "fewer or shorter demonstrations, or a smaller max_tokens"
             )
-        answer = generator.wait(job)
-        return Response(
-            id=None,
-            model=request.model,
-            message=Message.assistant(answer.text),
-            finish_reason=answer.finish_reason,
-            usage=Usage(input_tokens=len(tokens.ids), output_tokens=answer.n_tokens),
+        return self.generator.submit(
+            Prompt(
+                tokens=tokens,
+                rules=rules,
+                lora=lora,
+                chat=self.chat,
+                eos_ids=self.eos_ids,
+                max_batch=self._max_batch,
+                choices=choices,
+            )
         )
 
-    def _rules(self, request: Request, seed: int, *, prompt: Sequence[int], context: int) -> DecodingRules:
-        config, n_prompt = request.config, len(prompt)
-        room = context - n_prompt
-        wanted = config.max_tokens if config.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
-        if wanted > room:
-            raise ContextOverflowError(
-                f"got a prompt of {n_prompt} tokens and max_tokens={wanted} for {request.model}, whose context holds "
-                f"{context}: {n_prompt + wanted - context} too many; remedy: fewer or shorter demonstrations, or a "
-                "smaller max_tokens"
-            )
-        # Every prompt draws for itself: one random number for all examples of a run would make them err together.
-        drawn_by = f"{seed}:{config.seed}:{','.join(map(str, prompt))}"
-        return DecodingRules(
-            max_tokens=wanted,
-            temperature=config.temperature or 0.0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            top_k=config.top_k or 0,
-            stop=tuple(stop for stop in config.stop if stop),
-            seed=int.from_bytes(hashlib.sha256(drawn_by.encode()).digest()[:8], "big"),
-        )
+    def _wait(self, job: Job) -> Answer:
+        from copa_harness.lm.engines import time_left_s
+
+        left_s = time_left_s.get()
+        try:
+            return self.generator.wait(job, timeout_s=None if math.isinf(left_s) else max(0.0, left_s))
+        except FutureTimeoutError as error:
+            raise ProviderTimeoutError(
+                f"{self.name} gave no answer in the {left_s:.1f} seconds the budget left; remedy: a larger budget of "
+                "seconds, or fewer examples in flight"
+            ) from error
 
     def _follow_files(self) -> None:
         """Forget what was loaded from files that have changed since: the fingerprint names the files as they are."""
@@ -274,7 +294,3 @@ class TransformersEngine:
                 "train again"
             )
         return files
-
-
-LocalEngine = TransformersEngine
-"""The same under a shorter name."""

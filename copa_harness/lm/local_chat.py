@@ -47,8 +47,8 @@ class ChatFormat:
         if not self._template:
             raise ConfigurationError(
                 f"got the model {name} without a chat template; expected one, since prompts are lists of messages; "
-                "remedy: put a chat_template.jinja into the model's folder, or pass "
-                "TransformersEngine(..., chat_template=<Jinja text>)"
+                "remedy: put a chat_template.jinja into the model's folder, or give a file with "
+                "--copa-chat-template=FILE or build_lm(..., chat_template=FILE)"
             )
         self._cached_ids = functools.lru_cache(maxsize=256)(self._ids)
 
@@ -75,7 +75,7 @@ class ChatFormat:
             roles = ", ".join(str(message["role"]) for message in plain)
             raise ConfigurationError(
                 f"the chat template of {self.name} refuses the roles ({roles}): {error}; "
-                "remedy: give another template with TransformersEngine(..., chat_template=...)"
+                "remedy: give another template with --copa-chat-template=FILE or build_lm(..., chat_template=FILE)"
             ) from error
 
     def ids(self, text: str) -> tuple[int, ...]:

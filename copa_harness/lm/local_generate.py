@@ -68,6 +68,13 @@ class BatchGenerator:
         self.n_batches = self.n_rows = self.n_near_ties = 0
         self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run)
 
+    def describe(self) -> str:
+        """One line on the model, the path its batches take, and what was answered since loading."""
+        path = "cascade" if self.cascades else "transformers generate"
+        batches = f"{self.n_rows} answers in {self.n_batches} batches" if self.n_batches else "no answer yet"
+        ties = f", {self.n_near_ties} near-ties answered alone" if self.n_near_ties else ""
+        return f"{self.model.describe()}, {path}; {batches}{ties}"
+
     def arriving(self) -> AbstractContextManager[None]:
         """Announces a prompt in preparation; see `Batcher.arriving`."""
         return self._batcher.arriving()

@@ -80,12 +80,15 @@ class LocalModel:
         self.cascades = self.pads and self.shares_prefix and self.device.type == "cpu" and self._cascade_is_exact()
         self._with_loras: Any = None
         self._loras: OrderedDict[str, None] = OrderedDict()
-        logger.info(
-            "loaded %s: %s, %s on %s, %.1fM parameters, context %d, pads %s, shares prefixes %s, cascade %s",
-            directory.name, type(self.model).__name__, dtype, self.device,
-            sum(p.numel() for p in self.model.parameters()) / 1e6, self.context_length,
-            self.pads, self.shares_prefix, self.cascades,
-        )  # fmt: skip
+        logger.info("loaded %s: %s", directory.name, self.describe())
+
+    def describe(self) -> str:
+        """Class, size, dtype and device."""
+        import torch
+
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        return f"{type(self.model).__name__}, {n_parameters / 1e6:.1f}M, {self.dtype} on {self.device}{threads}"
 
     def serving(self, lora: LoraFiles | None) -> Any:
         """The module to generate with: the base, or the shared tree with this LoRA adapter active.

@@ -25,6 +25,7 @@ from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.constraints import OutputField, checked_constrain, constraint_of_call, with_constraint
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.failures import passed_through_dspy
@@ -42,6 +43,7 @@ class _Call:
 
     rollout_id: object
     candidate: int = 0
+    fields: tuple[OutputField, ...] | None = None
 
 
 _call: ContextVar[_Call | None] = ContextVar("copa_call", default=None)
@@ -62,6 +64,7 @@ class _Seam:
 
     def complete(self, request: Request) -> Response:
         call = _call.get() or _Call(rollout_id=None)
+        request = with_constraint(request, call.fields)
         response = self.door.call(
             self.engine, request, model=request.model, rollout_id=call.rollout_id, candidate=call.candidate
         )
@@ -107,8 +110,8 @@ class MeteredLM(dspy.LM):
         provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
-        num_retries: How often DSPy repeats a transient failure (rate limit, timeout, 5xx). 0 by default: a local engine
-            that fails once fails again, and for endpoints the door repeats, as their engine's `patience` says.
+        num_retries: How often DSPy repeats a transient failure. 0: the door repeats, as the engine's `patience` says.
+        constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constraints`).
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
 
@@ -122,8 +125,10 @@ class MeteredLM(dspy.LM):
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
         num_retries: int = 0,
+        constrain: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.constrain = checked_constrain(constrain, engine, model=model)
         seam = _Seam(engine, door)
         super().__init__(
             model,
@@ -169,7 +174,7 @@ class MeteredLM(dspy.LM):
     @property
     def fingerprint(self) -> str:
         """Names everything behind this LM's model name that can change an answer."""
-        return self.engine.fingerprint(self.model)
+        return self.engine.fingerprint(self.model) + ("+constrained" if self.constrain else "")
 
     # -- calls
 
@@ -180,7 +185,7 @@ class MeteredLM(dspy.LM):
             BudgetExhausted: The current scope's budget refuses the call.
             ProviderError: The engine gave no answer.
         """
-        with self._noted(kwargs):
+        with self._noted(kwargs, messages):
             if prompt is None and is_plain_call(self):
                 seam: _Seam = self._engine_spec
                 settings = {**self.kwargs, **kwargs}
@@ -194,16 +199,16 @@ class MeteredLM(dspy.LM):
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Async equivalent of `__call__`."""
-        with self._noted(kwargs):
+        with self._noted(kwargs, messages):
             return await super().acall(prompt, messages=messages, **kwargs)
 
     @contextmanager
-    def _noted(self, kwargs: dict[str, Any]) -> Iterator[None]:
+    def _noted(self, kwargs: dict[str, Any], messages: Any) -> Iterator[None]:
         kwargs["cache"] = False  # whatever was set on the way: DSPy's own cache knows nothing of weights
         rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
         if (repeat := current_repeat()) != 0:
             rollout_id = {"repeat": repeat, "rollout": rollout_id}
-        token = _call.set(_Call(rollout_id))
+        token = _call.set(_Call(rollout_id, fields=constraint_of_call(messages) if self.constrain else None))
         try:
             yield
         except LMUnexpectedError as error:

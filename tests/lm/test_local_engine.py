@@ -117,11 +117,13 @@ def test_concurrent_requests_share_batches_and_prefixes(tiny_folders, tmp_path):
     assert engine.generator.prefixes.n_prefilled == 1
 
 
-def test_every_prompt_of_a_repeat_draws_for_itself(engine):
+def test_every_prompt_of_a_repeat_draws_for_itself():
+    from copa_harness.lm.local_requests import rules_of
+
     (request,) = make_requests(1, temperature=1.0)
-    seeds = {engine._rules(request, 1, prompt=prompt, context=64).seed for prompt in ([1, 2], [1, 3], [2])}
+    seeds = {rules_of(request, 1, prompt=prompt, context=64).seed for prompt in ([1, 2], [1, 3], [2])}
     assert len(seeds) == 3
-    assert engine._rules(request, 1, prompt=[2], context=64).seed in seeds
+    assert rules_of(request, 1, prompt=[2], context=64).seed in seeds
 
 
 def test_a_sampled_answer_depends_on_its_own_seed_only(engine):
@@ -280,13 +282,14 @@ def test_a_path_that_is_no_model_is_a_clear_error(tmp_path):
         TransformersEngine(tmp_path / "nowhere", name="m", lora_dir=tmp_path).fingerprint("m")
 
 
-def test_tools_and_logprobs_are_refused_instead_of_ignored(engine):
+def test_what_a_local_model_cannot_take_is_refused_instead_of_ignored(engine):
     message = Message.user("x")
     tool = FunctionTool(name="f", description="d", parameters={"type": "object", "properties": {}})
     with pytest.raises(ProviderError, match="tools"):
         engine.complete(Request(model="hf:tiny", messages=(message,), tools=(tool,)), seed=0)
-    with pytest.raises(ProviderError, match="log-probabilities"):
-        engine.complete(Request(model="hf:tiny", messages=(message,), config=Config(logprobs=0)), seed=0)
+    for name, value in (("probabilities", "required"), ("frequency_penalty", 1.0)):
+        with pytest.raises(ProviderError, match=name):
+            engine.complete(Request(model="hf:tiny", messages=(message,), config=Config(**{name: value})), seed=0)
 
 
 def test_near_ties_are_answered_alone_and_counted(tiny_folders, tmp_path):
