@@ -8,7 +8,7 @@ Random Llama models made on the spot; a prefix of 600 tokens (12 demonstrations)
 prefix sharing; this package's stock path and cascade path, through the engine's queue from as many threads as
 requests; llama-cpp-python where it is installed. Beside each figure the floor: the arithmetic a method cannot avoid
 (FLOPs over the GEMM rate measured here), with the prefix computed once, or once per request where a method does so.
-Also a second LoRA adapter, bf16, evaluation through dspy, and start-up. Answers are compared with one-by-one `generate`.
+Also a second LoRA adapter, bf16, evaluation through dspy, start-up. Answers are compared with one-by-one `generate`.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; ratios are of medians over rounds in one run.
 """
@@ -262,8 +262,8 @@ def speed(size, threads, rounds):
     best = min(others, key=others.get)
     target = {"2M": 8, "100M": 5}[size]
     verdict = "met" if base / mine >= target else "MISSED"
-    print(f"  cascade: {base / mine:.1f}x one by one (target {target}x: {verdict}); {others[best] / mine:.1f}x the best "
-          f"other, {best}; near-ties answered alone: {generator.n_near_ties}")  # fmt: skip
+    print(f"  cascade: {base / mine:.1f}x one by one (target {target}x: {verdict}); {others[best] / mine:.1f}x the "
+          f"best other, {best}; near-ties answered alone: {generator.n_near_ties}")  # fmt: skip
     return {"size": size, "threads": threads, "ms": medians, "floor_ms": {str(k): v[0] for k, v in floors.items()},
             "memory_mb": memory, "exact": exact}  # fmt: skip
 
