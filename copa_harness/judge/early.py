@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.judge.early_answers import SequentialAnswer, stopped_early
+from copa_harness.judge.early_answers import SequentialAnswer, after_looking, stopped_early, without_p_values
 from copa_harness.judge.gates import Gates, judge
 from copa_harness.judge.messages import counted, number
 from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
@@ -78,7 +78,13 @@ class SequentialJudge:
         ):
             comparable = reference is not None and not changed_parts(reference, self._fingerprints)
             if margin is not None and reference is not None and comparable:
-                monitor = RegressionMonitor(margin, largest=max(sizes, default=1), alpha=self._alpha / 2)
+                is_binary = all(score in (None, 0, 1) for score in reference.scores.values())
+                monitor = RegressionMonitor(
+                    margin,
+                    largest=max(sizes, default=1),
+                    alpha=self._alpha,
+                    n_units=len(sizes) if is_binary and ids else None,
+                )
                 self._paired[kind] = (monitor, reference.scores)
 
     def blocks(self, *, size: int) -> Iterator[tuple[str, ...]]:
@@ -178,9 +184,14 @@ class SequentialJudge:
 
     def _compared(self, kind: str, evaluation: EvaluationResult) -> GateResult:
         """The answer of the test of what was evaluated, with the verdict the monitor reached while looking."""
-        note = f"(Half of alpha, {self._alpha / 2:.2g}, was spent on looking early.)"
+        monitor = self._paired[kind][0] if kind in self._paired else None
+        alpha = self._alpha
+        note = ""
+        if monitor is not None:
+            alpha = monitor.alpha_at_the_end
+            note = f"(Looking early left an error rate of {alpha:.2g} of {self._alpha:.2g} for this last test.)"
         shared: dict[str, Any] = {
-            "alpha": self._alpha / 2, "fingerprints": self._fingerprints, "seed": self._seed, "groups": self._groups,
+            "alpha": alpha, "fingerprints": self._fingerprints, "seed": self._seed, "groups": self._groups,
         }  # fmt: skip
         if kind == "regression":
             bless = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
@@ -189,13 +200,14 @@ class SequentialJudge:
         else:
             name = self._gates.better_than or ""
             answer = better_than(evaluation, self._rival, name=name, note=note, **shared)
-        if kind not in self._paired:
+        if monitor is None:
             return answer
-        monitor, _ = self._paired[kind]
         if monitor.verdict is None:
             if self.n_used == self.n_total:
-                return answer
-            return GateResult(answer.gate, Verdict.UNDECIDED, _NOT_NEEDED, dict(answer.details))
+                return GateResult(
+                    answer.gate, answer.verdict, answer.message, after_looking(answer.details, monitor)
+                )
+            return GateResult(answer.gate, Verdict.UNDECIDED, _NOT_NEEDED, without_p_values(answer.details))
         return stopped_early(answer, monitor, n_used=self.n_used, n_total=self.n_total, name=self._gates.better_than)
 
     def _power(self, evaluation: EvaluationResult) -> tuple[SequentialPower | None, float | None]:

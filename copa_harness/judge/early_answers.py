@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +79,15 @@ def stopped_early(
     p_not_worse, p_worse = monitor.p_values
     failed = monitor.verdict is Verdict.FAIL
     p_value = p_worse if failed else p_not_worse
-    details = dict(answer.details) | {
+    details = after_looking(answer.details, monitor) | {
         "n_used": n_used, "n_total": n_total, "p_sequential": p_value, "alpha": monitor.alpha,
     }  # fmt: skip
+    looked = "exact McNemar test with error spending" if monitor.is_exact else "betting e-process"
     against = "a drop" if monitor.margin == 0 else f"a drop of more than {monitor.margin:g}"
     found = f"{against} is shown" if failed else f"{against} is ruled out" if monitor.margin else "a gain is shown"
     so_far = number(details.get("difference"), signed=True)
     message = (
-        f"{found} after {n_used:,} of {counted(n_total, 'example')} (betting e-process, p = {p_value:.2g}, valid "
+        f"{found} after {n_used:,} of {counted(n_total, 'example')} ({looked}, p = {p_value:.2g}, valid "
         f"however often it looks). The difference so far is {so_far}; having ended the run, it looks larger than it is."
     )
     if failed:
@@ -94,3 +96,32 @@ def stopped_early(
             f"worst examples; for the exact size of the drop run without --copa-sequential."
         )
     return GateResult(answer.gate, monitor.verdict, message, details)
+
+
+_FIXED_P = ("p_value", "p_worse", "p_not_worse", "p_any_drop", "p_better", "p_loss")
+
+
+def without_p_values(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The details of a paired gate that was cut off: p-values of the rows seen hold for no moment one chose to stop."""
+    return {name: value for name, value in details.items() if name not in _FIXED_P}
+
+
+def after_looking(details: Mapping[str, Any], monitor: RegressionMonitor) -> dict[str, Any]:
+    """The details of a paired gate with p-values that hold for all looks together, as the suite's correction needs.
+
+    Args:
+        details: of the test of the rows seen, as if they had been looked at once.
+        monitor: what looked.
+    """
+    not_worse, worse = monitor.p_values
+    if not monitor.is_exact:
+        # Either the looks or the last test may speak: twice the smaller p-value holds for both (Bonferroni).
+        last_worse = max(float(details.get("p_worse", 1.0)), float(details.get("p_any_drop", 1.0)))
+        last_better = float(details.get("p_not_worse", details.get("p_better", 1.0)))
+        seen_all = monitor.verdict is None
+        worse = min(1.0, 2 * min(worse, last_worse if seen_all else 1.0))
+        not_worse = min(1.0, 2 * min(not_worse, last_better if seen_all else 1.0))
+    found = without_p_values(details)
+    if "p_better" in details:
+        return found | {"p_better": not_worse, "p_loss": worse}
+    return found | {"p_worse": worse, "p_any_drop": worse, "p_not_worse": not_worse}

@@ -18,11 +18,12 @@ import numpy as np
 from copa_harness.judge.betting import FRACTIONS
 from copa_harness.judge.exact import score_statistic
 from copa_harness.judge.noninferiority import MANY_ROWS, POWER, rows_to_decide
+from copa_harness.judge.spending_error import SpendingSignTest
 
 N_SIMULATIONS = 1_000
 """Runs behind a simulated power: good to about 1.5 points."""
 
-_MOST_LOOKS = 2_000
+_MOST_LOOKS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ def sequential_power(
 ) -> SequentialPower:
     """Power of the sequential regression gate against a true drop, by simulation, beside that of the fixed one.
 
-    Half of alpha is spent on looking, half on the exact test of all rows at the end (see `sequential.py`).
+    Without a margin the exact test is looked at after every row (`spending_error.py`); with one, half of alpha is
+    spent on looking, half on the exact test of all rows at the end (see `sequential.py`).
 
     Args:
         n: rows on offer, at least 1.
@@ -131,8 +133,17 @@ def sequential_power(
 
     n_looks = min(n, _MOST_LOOKS)
     rng = np.random.default_rng(seed)
-    draws = rng.random((N_SIMULATIONS, n_looks))
+    n_runs = N_SIMULATIONS if margin > 0 or n <= 300 else N_SIMULATIONS // 4
+    draws = rng.random((n_runs, n_looks))
     differences = np.where(draws < (disagreement + drop) / 2, -1, np.where(draws < disagreement, 1, 0))
+    if margin == 0:
+        watched = SpendingSignTest(n_looks, alpha=alpha, n_runs=n_runs)
+        for row in range(n_looks):
+            watched.add(differences[:, row])
+        lost, gained = (differences < 0).sum(axis=1), (differences > 0).sum(axis=1)
+        fixed = float((gained <= _most_gained(n_looks, alpha)[lost + gained]).mean())
+        found = watched.rejected_at <= n_looks
+        return SequentialPower(fixed, float(found.mean()), float(np.minimum(watched.rejected_at, n).mean()))
     # Wealth depends on counts only: log factors of a loss, a gain and an unmoved row, per betting fraction.
     fractions = np.asarray(FRACTIONS)
     room = 1.0 + margin

@@ -5,10 +5,11 @@ A monitor per gate watches the rows and never takes back a verdict:
 * threshold (`min_score`): will the mean of this very split reach it? Rows are drawn without replacement, so the
   question is settled by the last row at the latest, and by certainty as soon as the rest cannot change it. A verdict
   that comes early differs from that of all rows with probability at most alpha.
-* regression (`max_regression`, `better_than`): is the true mean difference below (above) minus the margin? Half of
-  alpha is spent on looking after every row (betting e-process, `betting.py`), half on the test of all rows at the end
-  (`noninferiority.py`), so the whole errs with probability at most alpha. The halving is what stopping early costs:
-  the answer says how much power that is.
+* regression (`max_regression`, `better_than`): is the true mean difference below (above) minus the margin? For
+  right/wrong scores without a margin McNemar's exact test is looked at after every row (`spending_error.py`). For all
+  else half of alpha goes to looking after every row (betting e-process, `betting.py`), half to the test of all rows at
+  the end (`noninferiority.py`). Either way the whole errs with probability at most alpha; the answer says how much
+  power stopping early costs.
 
 Examples of one group are drawn together and are one bet. Knows nothing of models, files or pytest; whoever evaluates
 asks for the order, adds scores, and stops when told.
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from copa_harness.judge.betting import MeanAbove, MeanBelow
+from copa_harness.judge.spending_error import SpendingSignTest
 from copa_harness.results import Verdict
 
 _SLACK = 1e-9
@@ -120,11 +122,18 @@ class RegressionMonitor:
     Args:
         margin: allowed drop, 0..1; 0 asks whether the score fell (fail) or rose (pass).
         largest: most examples in a unit.
-        alpha: error rate of either decision, for looking alone.
+        alpha: error rate of either decision.
+        n_units: units on offer, when scores are right or wrong and each example is a unit: without a margin the
+            exact test is then looked at. Should a graded score turn up all the same, nothing is decided early.
     """
 
-    def __init__(self, margin: float, *, largest: int, alpha: float) -> None:
-        self.margin, self.alpha, self._largest = margin, alpha, largest
+    def __init__(self, margin: float, *, largest: int, alpha: float, n_units: int | None = None) -> None:
+        self.margin, self._largest = margin, largest
+        exact = n_units is not None and margin == 0 and largest == 1
+        self._falls = SpendingSignTest(n_units or 1, alpha=alpha) if exact else None
+        self._rises = SpendingSignTest(n_units or 1, alpha=alpha) if exact else None
+        self._is_graded = False
+        self.alpha = alpha if exact else alpha / 2
         self._not_worse = MeanAbove(0.0, low=-1.0 + margin, high=1.0 + margin)
         self._worse = MeanBelow(0.0, low=-1.0 + margin, high=1.0 + margin)
         self.verdict: Verdict | None = None
@@ -132,11 +141,41 @@ class RegressionMonitor:
     @property
     def p_values(self) -> tuple[float, float]:
         """Of "the drop is the margin or more" and of "at most the margin": small ones refute."""
+        if self._falls is not None and self._rises is not None:
+            return float(self._rises.p_values[0]), float(self._falls.p_values[0])
         return self._not_worse.p_value, self._worse.p_value
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the exact test is looked at, which needs no test of all rows at the end."""
+        return self._falls is not None and not self._is_graded
+
+    @property
+    def alpha_at_the_end(self) -> float:
+        """The error rate of a test of all rows that agrees with what was spent on looking."""
+        if self._falls is None or self._rises is None:
+            return self.alpha
+        if self._is_graded:
+            return max(self.alpha - float(max(self._falls.spent[0], self._rises.spent[0])), self.alpha / 100)
+        level = float(min(self._falls.level_of_last_look[0], self._rises.level_of_last_look[0]))
+        return max(level, self.alpha / 100)  # a level of 0 is for so few moved rows that no test rejects
+
     def add(self, differences: Sequence[float]) -> None:
-        """See the differences (new - baseline) of one more unit."""
-        if self.verdict is not None or not differences:
+        """See the differences (new - baseline) of one more unit; none for a unit that cannot be compared."""
+        if self.verdict is not None:
+            return
+        if self._falls is not None and self._rises is not None:
+            self._is_graded |= any(difference not in (-1.0, 0.0, 1.0) for difference in differences)
+            if not self._is_graded:
+                moved = np.array([sum(differences)])
+                self._falls.add(moved)
+                self._rises.add(-moved)
+                if self._falls.rejected_at[0] <= self._falls.n_rows:
+                    self.verdict = Verdict.FAIL
+                elif self._rises.rejected_at[0] <= self._rises.n_rows:
+                    self.verdict = Verdict.PASS
+            return
+        if not differences:
             return
         value = sum(difference + self.margin for difference in differences) / self._largest
         self._not_worse.add(value)

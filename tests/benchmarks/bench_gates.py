@@ -35,6 +35,7 @@ from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.paired import Pairs, mcnemar_p_value, permutation_p_value
 from copa_harness.judge.power import mcnemar_power
 from copa_harness.judge.sequential import ThresholdMonitor
+from copa_harness.judge.spending_error import SpendingSignTest
 from copa_harness.results import Verdict
 
 ALPHA = 0.05
@@ -174,7 +175,16 @@ def copa_p_values(kind, differences):
 
 
 def sequential(kind, differences, p_values):
-    """Alarm rate and rows used of sequential mode: half of alpha while looking, half at the end."""
+    """Alarm rate and rows used of sequential mode.
+
+    Right/wrong: the exact test looked at after every row. All else: half of alpha while looking, half at the end.
+    """
+    if kind == "right/wrong":
+        watched = SpendingSignTest(differences.shape[1], alpha=ALPHA, n_runs=len(differences))
+        for column in differences.T:
+            watched.add(column)
+        rows = np.minimum(watched.rejected_at, differences.shape[1])
+        return (watched.rejected_at <= differences.shape[1]).mean(), float(rows.mean())
     values = -differences
     unit = 1
     if kind == "clustered":
@@ -183,6 +193,16 @@ def sequential(kind, differences, p_values):
     stopped = at <= values.shape[1]
     alarms = stopped | (p_values <= ALPHA / 2)
     return alarms.mean(), float(np.minimum(at * unit, differences.shape[1]).mean())
+
+
+def sprt(differences, *, disagreement, drop):
+    """Power and rows of Wald's one-sided test for exactly this drop and disagreement: what nobody knows beforehand."""
+    gain = np.log(max(disagreement - drop, 1e-9) / disagreement)
+    loss = np.log1p(drop / disagreement)
+    wealth = np.where(differences < 0, loss, np.where(differences > 0, gain, 0.0)).cumsum(axis=1)
+    crossed = wealth >= np.log(1 / ALPHA)
+    rows = np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, differences.shape[1])
+    return crossed.any(axis=1).mean(), float(rows.mean())
 
 
 def statgate_alarms(differences):
@@ -357,9 +377,13 @@ def check_against_real(rng):
             watch.add({key: after[key] for key in block})
         order = [key for unit in watch.units for key in unit]
         in_order = np.array([[after[key] - Before.scores[key] for key in order]])
-        falls = first_crossing(-in_order, low=-1.0, level=ALPHA / 2)[0]
-        rises = first_crossing(in_order, low=-1.0, level=ALPHA / 2)[0]
-        assert watch.n_used == min(falls, rises, 120), (watch.n_used, falls, rises)
+        stops = []
+        for sign in (1, -1):
+            looked = SpendingSignTest(120, alpha=ALPHA)
+            for value in in_order[0]:
+                looked.add(np.array([sign * value]))
+            stops.append(looked.rejected_at[0])
+        assert watch.n_used == min(*stops, 120), (watch.n_used, stops)
         pairs = Pairs(ids, tuple(Before.scores[key] for key in ids), tuple(after[key] for key in ids))
         fails = noninferiority(pairs, margin=0.0).verdict is Verdict.FAIL
         assert fails == (mcnemar_p_values(d[None])[0] <= ALPHA)
@@ -412,10 +436,12 @@ def report_targets(cells, margin_rates, threshold_rates, saved, plan):
         differences = binary_differences(rng, plan.binary, 300, disagreement, 0.1)
         p_values = mcnemar_p_values(differences)
         power, rows = sequential("right/wrong", differences, p_values)
+        oracle_power, oracle_rows = sprt(differences, disagreement=disagreement, drop=0.1)
         lines.append((
             f"sequential saves at least 40 % on a 10-point drop at n = 300, d = {disagreement}",
             f"{100 * (1 - rows / 300):.0f} % saved; found in {100 * power:.1f} % (all rows: "
-            f"{100 * (p_values <= ALPHA).mean():.1f} %)",
+            f"{100 * (p_values <= ALPHA).mean():.1f} %; Wald's test that knows d and the drop: "
+            f"{100 * (1 - oracle_rows / 300):.0f} % saved, found in {100 * oracle_power:.1f} %)",
             1 - rows / 300 >= 0.4,
         ))  # fmt: skip
     for (margin, disagreement), share in saved.items():

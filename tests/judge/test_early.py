@@ -74,13 +74,56 @@ def test_the_answer_says_what_stopping_early_costs():
 
 
 def test_all_rows_are_judged_by_the_exact_test_with_what_is_left_of_alpha():
-    before, after = split(200), split(193)
-    watch = SequentialJudge(IDS, Gates(max_regression=0.0), seed=0, baseline=Accepted(before))
-    answer = run(watch, after)
+    watch = SequentialJudge(IDS, Gates(max_regression=0.01), seed=0, baseline=Accepted(split(200)))
+    answer = run(watch, split(194))
     gate = only(answer, "max_regression")
-    assert (answer.n_used, gate.verdict) == (200, Verdict.FAIL)
-    assert "Half of alpha" in gate.message
+    assert (answer.n_used, gate.verdict) == (200, Verdict.UNDECIDED)
+    assert "left an error rate of 0.025 of 0.05" in gate.message
     assert "nothing saved" in answer.text()
+
+
+def test_without_a_margin_the_exact_test_is_looked_at_and_needs_no_other():
+    watch = SequentialJudge(IDS, Gates(max_regression=0.0), seed=0, baseline=Accepted(split(200)))
+    answer = run(watch, split(193), size=1)
+    gate = only(answer, "max_regression")
+    assert gate.verdict is Verdict.FAIL
+    assert answer.n_saved > 0
+    assert "exact McNemar test with error spending" in gate.message
+    assert gate.details["p_worse"] == gate.details["p_any_drop"] == gate.details["p_sequential"] <= 0.05
+
+
+def test_the_last_look_of_the_exact_test_and_the_numbers_told_agree():
+    rng = np.random.default_rng(3)
+    for seed in range(40):
+        before = {key: float(rng.random() < 0.7) for key in IDS}
+        after = {key: score if rng.random() < 0.8 else float(rng.random() < 0.55) for key, score in before.items()}
+        watch = SequentialJudge(IDS, Gates(max_regression=0.0), seed=seed, baseline=Accepted(before))
+        gate = only(run(watch, after, size=200), "max_regression")
+        (looked,) = watch.verdicts
+        assert gate.verdict is (looked or Verdict.UNDECIDED)
+
+
+def test_a_graded_score_where_right_and_wrong_were_expected_decides_nothing_early():
+    after = split(150) | dict.fromkeys(IDS[:8], 0.5)
+    watch = SequentialJudge(IDS, Gates(max_regression=0.0), seed=0, baseline=Accepted(split(200)))
+    answer = run(watch, after, size=1)
+    assert answer.n_used == 200
+    assert only(answer, "max_regression").verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_p_values_of_a_run_that_was_cut_off_are_not_told(margin):
+    gates = Gates(min_score=0.99, max_regression=margin)
+    answer = run(SequentialJudge(IDS, gates, seed=0, baseline=Accepted(split(190))), split(180))
+    gate = only(answer, "max_regression")
+    assert gate.verdict is Verdict.UNDECIDED
+    assert not [name for name in gate.details if name.startswith("p_")]
+
+
+def test_p_values_for_the_suite_hold_for_all_looks_together():
+    watch = SequentialJudge(IDS, Gates(max_regression=0.02), seed=0, baseline=Accepted(split(200)))
+    gate = only(run(watch, split(140)), "max_regression")
+    assert gate.details["p_worse"] == pytest.approx(2 * gate.details["p_sequential"])
 
 
 def test_a_failure_ends_the_run_and_leaves_other_gates_open_with_words():
