@@ -1,6 +1,6 @@
 """The regression gate on real logs: systems of the embedded model that answered the same rows (`gate_logs.json`).
 
-    python tests/benchmarks/bench_gates_logs.py               about a minute on one core
+    python tests/benchmarks/bench_gates_logs.py               about two minutes on one core
     python tests/benchmarks/bench_gates_logs.py --json f.json
 
 A pool of rows answered by two systems is a population whose true difference is known: its mean over the pool. Test
@@ -30,7 +30,7 @@ from copa_harness.judge.power import mcnemar_power
 
 LOGS = Path(__file__).with_name("gate_logs.json")
 SIZES = (50, 100, 200, 500)
-RUNS = 200
+RUNS = 60
 BINS = ((0.0, 0.03), (0.03, 0.07), (0.07, 0.15), (0.15, 0.4))
 
 
@@ -97,7 +97,7 @@ def main():
     arguments = parser.parse_args()
     found = cells(np.random.default_rng(arguments.seed), runs=arguments.runs)
     names = ("any drop", "> 2 points", "copa", "copa sequential", "promised", "d", "rows")
-    print("share of splits that alarm, mean over pairs of systems; d = mean disagreement, rows = used by sequential mode")
+    print("share of splits that alarm, mean over pairs; d = mean disagreement, rows = used by sequential mode")
     print(f"{'truth':<18} {'n':>4} {'pairs':>6} " + " ".join(f"{name:>15}" for name in names) + f" {'worst pair':>11}")
     rows = []
     order = ("A/A", "no drop", "a rise", *(f"{100 * a:.0f}-{100 * b:.0f} points lost" for a, b in BINS))
