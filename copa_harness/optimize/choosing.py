@@ -1,4 +1,4 @@
-"""The last choice of a run: among everything fully scored, what keeps the limits and serves the preference.
+"""The end of a run: among everything fully scored, what keeps the limits and serves the preference; and the record.
 
 The search itself maximizes the score alone; every program it scored fully is remembered with what its answers cost.
 From these the front of score and cost is drawn, and the preferred one is taken, never one below the program that came
@@ -7,11 +7,15 @@ in. Knows runs and preferences; knows nothing of how candidates were found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import dspy
+
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.outcome import OptimizationResult, to_state
 from copa_harness.optimize.pareto import Preference, pareto_front, preferred
 
 if TYPE_CHECKING:
@@ -82,3 +86,35 @@ def _entry(run: Run, candidate: Candidate, objective: str) -> dict[str, Any]:
         "model": candidate.model,
         "returned": candidate.key == run.incumbent.key,
     }
+
+
+def result_of(
+    run: Run, *, strategy: str, program: dspy.Module, front: tuple[Mapping[str, Any], ...]
+) -> OptimizationResult:
+    """The record of a finished run.
+
+    Args:
+        run: The run.
+        strategy: As parsed.
+        program: The incumbent as a program.
+        front: What `choose` gave.
+    """
+    before, after = run.validation.mean(run.student), run.score
+    return OptimizationResult(
+        strategy=strategy,
+        model=run.incumbent.model,
+        phases=tuple(run.phases),
+        score_before=None if math.isnan(before) else before,
+        score_after=None if math.isnan(after) else after,
+        n_validation=run.validation.n,
+        stopped=run.stopped,
+        exhausted=run.stopped == "budget",
+        usage=run.scope.usage(),
+        seed=run.settings.seed,
+        budget_calls=run.scope.budget.calls,
+        charged_calls=run.scope.charged_calls,
+        n_trials=run.n_trials,
+        notes=tuple(run.notes),
+        front=front,
+        state=None if run.incumbent.structure else to_state(program),
+    )

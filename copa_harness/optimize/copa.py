@@ -9,7 +9,6 @@ Translates arguments into a `Run` and its outcome into a program; the work is do
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,25 +21,26 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.examples import check_examples
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
-from copa_harness.lm.scope import Scope, open_scope
+from copa_harness.lm.scope import open_scope
+from copa_harness.optimize.auto import Choice, choose_strategy
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, thawed
-from copa_harness.optimize.choosing import choose
+from copa_harness.optimize.choosing import choose, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.journal import journal_at
-from copa_harness.optimize.outcome import OptimizationResult, to_state
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.proposals import ProposalSettings
-from copa_harness.optimize.run import Run, RunSettings
+from copa_harness.optimize.run import Run
 from copa_harness.optimize.samplers import SAMPLERS
 from copa_harness.optimize.schema import split_off_validation
 from copa_harness.optimize.scoring import Validation
+from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.steps import execute
 from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, StepKind, parse_strategy
 from copa_harness.optimize.study import SearchSettings
-from copa_harness.optimize.weights import WeightsSettings
+from copa_harness.optimize.weights import WeightsSettings, is_tunable
 from copa_harness.results import Budget
 from copa_harness.tune.settings import check_lora
 
@@ -79,6 +79,8 @@ class COPA(Teleprompter):
         epochs_bare: Passes over rows without demonstrations.
         bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
         held_out_share: Share of the rows held out for early stopping, 0..1; 0 trains all epochs.
+        n_checkpoints: Earlier epochs of a training that are offered as weights besides its last, in `joint` and in
+            prompt steps after a `w`; 0 offers none.
         min_score: Score from which a trace counts as passing, 0..1.
         max_cycles: Cycles of ``demos -> instructions`` at most.
         epsilon: Improvement below which a cycle has converged.
@@ -117,6 +119,7 @@ class COPA(Teleprompter):
         epochs_bare: int = 12,
         bare_share: float = 0.2,
         held_out_share: float = 0.0,
+        n_checkpoints: int = 1,
         min_score: float = 1.0,
         max_cycles: int = 3,
         epsilon: float = 0.01,
@@ -132,10 +135,11 @@ class COPA(Teleprompter):
         metric_arity(metric)
         at_least(1, threads=threads, max_cycles=max_cycles)
         at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
+        at_least(0, n_checkpoints=n_checkpoints)
         in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
         if sampler not in SAMPLERS:
             raise ConfigurationError(f"got {sampler!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
-        unknown = sorted(set(optimizer_kwargs or {}) - set(OPTIMIZER_NAMES))
+        unknown = sorted(set(optimizer_kwargs or {}) - {*OPTIMIZER_NAMES, "ensemble"})
         if unknown:
             known = ", ".join(OPTIMIZER_NAMES)
             raise ConfigurationError(f"got optimizer_kwargs for {unknown}; expected some of {known}")
@@ -172,6 +176,7 @@ class COPA(Teleprompter):
                 held_out_share=held_out_share,
                 min_score=min_score,
             ),
+            n_checkpoints=n_checkpoints,
             optimizer_kwargs=dict(optimizer_kwargs or {}),
         )
 
@@ -209,7 +214,7 @@ class COPA(Teleprompter):
         candidate = Candidate.of(thawed(student), lm=self.lm or dspy.settings.lm)
         for lm in (*candidate.lms, *(() if self.prompt_lm is None else (self.prompt_lm,))):
             check_metered(lm)
-        settings = self.settings
+        steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
         observe = self.constraints.measured or self.preference is not None
         validation = Validation(
             validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed, observe=observe
@@ -239,11 +244,28 @@ class COPA(Teleprompter):
                 progress=Progress(scope, write=self.on_progress),
                 constraints=self.constraints,
             )
-            execute(run, self.steps)
+            if choice is not None:
+                run.note(str(choice))
+                run.progress.say(str(choice))
+            execute(run, steps)
             front = choose(run, self.preference)
         program = run.incumbent.program()
-        program.copa_result = replace(self._result(run, scope, name, program), front=front)
+        program.copa_result = result_of(run, strategy=name, program=program, front=front)
         return program
+
+    def _resolved(
+        self, student: Candidate, n_train: int, n_validation: int
+    ) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
+        """Steps and settings, with `auto` replaced by what it stands for here."""
+        if self.steps[0].kind is not StepKind.AUTO:
+            return self.steps, self.settings, None
+        choice = choose_strategy(
+            n_train=n_train, n_validation=n_validation, calls=self.budget.calls,
+            calls_per_example=len(student.parts), tunable=all(is_tunable(lm) for lm in student.lms),
+            has_prompt_lm=self.prompt_lm is not None,
+        )  # fmt: skip
+        kwargs = {**choice.optimizer_kwargs, **self.settings.optimizer_kwargs}
+        return parse_strategy(choice.strategy), replace(self.settings, optimizer_kwargs=kwargs), choice
 
     def _splits(
         self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None
@@ -255,23 +277,3 @@ class COPA(Teleprompter):
         if [step.kind for step in self.steps] == [StepKind.NONE]:
             return list(trainset), list(trainset)
         return split_off_validation(trainset, share=VALIDATION_SHARE, seed=self.settings.seed)
-
-    def _result(self, run: Run, scope: Scope, strategy: str, program: dspy.Module) -> OptimizationResult:
-        before, after = run.validation.mean(run.student), run.score
-        return OptimizationResult(
-            strategy=strategy,
-            model=run.incumbent.model,
-            phases=tuple(run.phases),
-            score_before=None if math.isnan(before) else before,
-            score_after=None if math.isnan(after) else after,
-            n_validation=run.validation.n,
-            stopped=run.stopped,
-            exhausted=run.stopped == "budget",
-            usage=scope.usage(),
-            seed=self.settings.seed,
-            budget_calls=scope.budget.calls,
-            charged_calls=scope.charged_calls,
-            n_trials=run.n_trials,
-            notes=tuple(run.notes),
-            state=None if run.incumbent.structure else to_state(program),
-        )

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -28,29 +28,18 @@ from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.journal import Journal
 from copa_harness.optimize.knowledge import Knowledge
+from copa_harness.optimize.levels import checkpoint_levels
 from copa_harness.optimize.progress import Progress, incumbent_text
-from copa_harness.optimize.proposals import ProposalSettings, propose_demos, propose_instructions
+from copa_harness.optimize.proposals import propose_demos, propose_instructions
 from copa_harness.optimize.scoring import Validation
+from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
-from copa_harness.optimize.study import SearchSettings, Watchers, search
-from copa_harness.optimize.weights import Trained, WeightsJob, WeightsSettings, train_weights
+from copa_harness.optimize.study import Watchers, search
+from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 
 logger = logging.getLogger("copa_harness")
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """Everything an optimization is configured with; see `COPA` for the meanings."""
-
-    seed: int
-    threads: int
-    max_cycles: int
-    epsilon: float
-    search: SearchSettings
-    proposals: ProposalSettings
-    weights: WeightsSettings
-    optimizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -151,6 +140,11 @@ class Run:
             return ()
         level = level_of(self.incumbent.with_lms(self.tuned.lms))
         return () if level.name == level_of(self.incumbent).name else (level,)
+
+    def checkpoint_levels(self) -> tuple[WeightsLevel, ...]:
+        """Other epochs of the last training."""
+        lms = () if self.tuned is None else self.tuned.lms
+        return checkpoint_levels(self.incumbent, lms, n=self.settings.n_checkpoints)
 
     def demo_options(self, allowance: Allowance) -> dict[str, tuple[DemoSet, ...]]:
         """Fresh demonstration sets for every predictor."""

@@ -18,11 +18,13 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
+from copa_harness.optimize.ensemble import ensemble_of
 from copa_harness.optimize.instructions import InstructionOption
+from copa_harness.optimize.levels import checkpoint_levels
 from copa_harness.optimize.progress import incumbent_text
 from copa_harness.optimize.proposals import starting_points
 from copa_harness.optimize.registry import OptimizerJob, run_optimizer
-from copa_harness.optimize.space import Point, Space, level_of
+from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
 from copa_harness.optimize.weights import Trained
 from copa_harness.results import Phase
@@ -68,6 +70,8 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
             _alternate(run, allowance)
         elif step.kind is StepKind.JOINT:
             _joint(run, allowance)
+        elif step.kind is StepKind.ENSEMBLE:
+            _ensemble(run)
         else:
             _optimizer(run, step, allowance)
     except (OutOfCalls, BudgetExhausted):
@@ -75,12 +79,14 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
 
 
 def _prompts(run: Run, allowance: Allowance) -> None:
-    """One study over instructions and demonstrations (and over tuned weights that were not adopted)."""
+    """One study over instructions and demonstrations, and over the other weights of a training before it."""
     demos = run.demo_options(allowance)
     instructions = run.instruction_options(allowance)
     levels = run.open_levels()
     starts = starting_points(instructions, demos, weights=(level_of(run.incumbent), *levels))
-    space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+    space = Space.around(
+        run.incumbent, weights=[*levels, *run.checkpoint_levels()], instructions=instructions, demos=demos
+    )
     run.search(space, allowance, phase=Phase.SEARCH, name="p", starts=starts)
 
 
@@ -169,16 +175,18 @@ def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
 def _joint(run: Run, allowance: Allowance) -> None:
     """One study over weights and prompts at once.
 
-    Levels of the weights: as they are, tuned behind demonstrations, tuned bare.
+    Levels of the weights: as they are, tuned behind demonstrations, tuned bare, and checkpoints of both trainings.
     """
-    levels = []
+    levels: list[WeightsLevel] = []
+    others: list[WeightsLevel] = []
     for demos_ahead in (True, False):
         trained = run.train(demos_ahead=demos_ahead)
         run.note(f"joint: {trained.note}")
         levels.append(level_of(run.incumbent.with_lms(trained.lms)))
+        others.extend(checkpoint_levels(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
     demos = run.demo_options(allowance)
     instructions = run.instruction_options(allowance)
-    space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+    space = Space.around(run.incumbent, weights=[*levels, *others], instructions=instructions, demos=demos)
     first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
     bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
     starts: list[Point] = [
@@ -187,6 +195,15 @@ def _joint(run: Run, allowance: Allowance) -> None:
         *starting_points(instructions, demos),
     ]
     run.search(space, allowance, phase=Phase.SEARCH, name="joint", starts=starts)
+
+
+def _ensemble(run: Run) -> None:
+    """The best programs of the run, asked together."""
+    found = sorted(run.validation.completed(), key=run.validation.mean, reverse=True)
+    allowed = [candidate for candidate in found if run.forbids(candidate) is None]
+    candidate = ensemble_of(allowed, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
+    run.validation.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+    run.adopt(candidate, what=candidate.structure)
 
 
 def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:

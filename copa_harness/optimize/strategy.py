@@ -7,6 +7,8 @@ Pure text: knows no optimizer, no model. Grammar: steps joined by `->` (or `→`
     demos -> instructions   the alternating loop, repeated until it converges (as a whole strategy only)
     joint                   one search over weights and prompts at once
     miprov2, gepa, ...      a DSPy optimizer by name, alone or inside a sequence
+    p -> ensemble           the run's best programs asked together (as the last step)
+    auto                    whatever suits the number of examples, the model and the budget (see `auto`)
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ class StepKind(str, Enum):
     ALTERNATE = "demos -> instructions"
     JOINT = "joint"
     OPTIMIZER = "optimizer"
+    ENSEMBLE = "ensemble"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ _ALIASES = {
     "bootstrapfewshotwithoptuna": "bootstrap_fewshot_optuna",
     "inferrules": "infer_rules",
 }
-_KINDS = {kind.value: kind for kind in (StepKind.NONE, StepKind.WEIGHTS, StepKind.PROMPTS, StepKind.JOINT)}
+_KINDS = {kind.value: kind for kind in StepKind if kind not in (StepKind.ALTERNATE, StepKind.OPTIMIZER)}
+_ALONE = (StepKind.NONE, StepKind.JOINT, StepKind.AUTO)
 _LONG = {"weights": "w", "prompts": "p", "prompt": "p", "weight": "w"}
 
 
@@ -96,8 +101,11 @@ def parse_strategy(text: str, *, optimizers: Iterable[str] = OPTIMIZER_NAMES) ->
             "use it alone, or 'p' as the prompt step of a sequence"
         )
     steps = tuple(_step(word, known, text) for word in words)
-    if len(steps) > 1 and any(step.kind in (StepKind.NONE, StepKind.JOINT) for step in steps):
-        raise ConfigurationError(f"got {text!r}; 'none' and 'joint' stand alone, without '->'")
+    kinds = [step.kind for step in steps]
+    if len(steps) > 1 and any(kind in _ALONE for kind in kinds):
+        raise ConfigurationError(f"got {text!r}; 'none', 'joint' and 'auto' stand alone, without '->'")
+    if StepKind.ENSEMBLE in kinds and (len(kinds) == 1 or StepKind.ENSEMBLE in kinds[:-1]):
+        raise ConfigurationError(f"got {text!r}; 'ensemble' is a last step, after one that searches: 'p -> ensemble'")
     return steps
 
 
@@ -118,6 +126,6 @@ def _step(word: str, known: tuple[str, ...], text: str) -> Step:
 
 def _expected(known: tuple[str, ...]) -> str:
     return (
-        "'none', 'w', 'p', a sequence such as 'p -> w -> p', 'demos -> instructions', 'joint', "
+        "'none', 'w', 'p', a sequence such as 'p -> w -> p', 'demos -> instructions', 'joint', 'auto', "
         f"or a DSPy optimizer ({', '.join(known)})"
     )

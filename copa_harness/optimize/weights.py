@@ -234,9 +234,14 @@ def _rendered(
     return traced.rows, traced.n_passed
 
 
-def _check_tunable(lm: Any) -> None:
+def is_tunable(lm: Any) -> bool:
+    """Whether a model can be fine-tuned: by LoRA here, or by its DSPy provider."""
     provider = getattr(lm, "provider", None)
-    if not (hasattr(getattr(lm, "engine", None), "add_lora") or getattr(provider, "finetunable", False)):
+    return hasattr(getattr(lm, "engine", None), "add_lora") or bool(getattr(provider, "finetunable", False))
+
+
+def _check_tunable(lm: Any) -> None:
+    if not is_tunable(lm):
         raise ConfigurationError(
             f"got the model {model_name(lm)!r}, which cannot be fine-tuned; the weights step needs 'embedded', "
             "'hf:<path or id>', or a DSPy model whose provider fine-tunes"
