@@ -104,7 +104,11 @@ def _environment_lines(environment: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, value in environment.items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
+            # Tracebacks are for latest.json; here a count is enough.
+            value = ", ".join(
+                f"{key} {item.get('count', '')}" if isinstance(item, Mapping) else f"{key} {item}"
+                for key, item in value.items()
+            )
         lines.append(f"- {name.replace('_', ' ')}: {plain_markdown(str(value))}")
     return lines
 

@@ -116,7 +116,9 @@ def baseline_path(directory: Path, *, task: str, name: str) -> Path:
 
 
 def save_baseline(directory: Path, baseline: Baseline) -> Path:
-    """Write a baseline under `baseline_path`; an older one is replaced.
+    """Write a baseline under `baseline_path`; an older one is replaced, unless only date and commit would change.
+
+    So accepting results that are the accepted ones already leaves nothing to review.
 
     Raises:
         OSError: the folder cannot be written; the older baseline is intact.
@@ -155,7 +157,15 @@ def save_baseline(directory: Path, baseline: Baseline) -> Path:
     text = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False)
     examples = ",\n".join(f"    {row}" for row in rows)
     path = baseline_path(directory, task=baseline.task, name=baseline.name)
-    return write_atomic(path, f'{text[:-2]},\n  "examples": [\n{examples}\n  ]\n}}\n')
+    content = f'{text[:-2]},\n  "examples": [\n{examples}\n  ]\n}}\n'
+    if path.exists() and _undated(path.read_text(encoding="utf-8", errors="replace")) == _undated(content):
+        return path
+    return write_atomic(path, content)
+
+
+def _undated(text: str) -> str:
+    """The text of a baseline file without the lines that say when it was made."""
+    return re.sub(r'^  "(?:commit|created)": .*\n', "", text, flags=re.MULTILINE)
 
 
 def load_baseline(directory: Path, *, task: str, name: str) -> Baseline | None:

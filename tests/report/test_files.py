@@ -181,3 +181,9 @@ def test_every_public_name_of_a_room_can_be_loaded(room):
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="it has"):
         package.no_such_name
+
+
+def test_the_page_for_people_counts_failed_calls_and_leaves_tracebacks_to_the_json():
+    failed = {"provider": {"count": 3, "first": "Traceback (most recent call last)"}}
+    page = markdown_report([], environment={"failed_calls": failed})
+    assert "- failed calls: provider 3\n" in page

@@ -110,3 +110,12 @@ def test_a_graded_score_survives_exactly(tmp_path):
     loaded = load_baseline(tmp_path, task="iris", name="p -> w -> p")
     assert loaded is not None
     assert list(loaded.scores.values()) == [0.1 + 0.2, 1 / 3]
+
+
+def test_accepting_the_same_results_again_leaves_nothing_to_review(tmp_path):
+    path = save_baseline(tmp_path, baseline(commit="a" * 40, created="2026-01-02"))
+    first = path.read_text(encoding="utf-8")
+    save_baseline(tmp_path, baseline(commit="b" * 40, created="2026-01-03"))
+    assert path.read_text(encoding="utf-8") == first
+    save_baseline(tmp_path, baseline((1.0, 1.0, 0.5), commit="b" * 40, created="2026-01-03"))
+    assert '"created": "2026-01-03"' in path.read_text(encoding="utf-8")
