@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ class Bench:
             metric=task.metric, budget=cell.budget + held_back, seed=cell.seed, lm=self.lm, threads=N_THREADS,
             **arguments,
         )  # fmt: skip
+        if cell.method in CONTROLS:  # no tournament at the start either
+            search = replace(copa.settings.search, opening_share=0.0, stop_without_headroom=False)
+            copa.settings = replace(copa.settings, search=search)
         began, began_cpu = time.perf_counter(), time.process_time()
         with watched(n_validation=len(task.valset)) as curve, _racing(cell.method not in CONTROLS):
             program = copa.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
