@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    logging.getLogger("dspy").setLevel(logging.ERROR)  # says of every truncated answer that it was truncated
     logging.getLogger("copa_harness").setLevel(logging.INFO if options.verbose else logging.WARNING)
     store = Store(options.out)
     cells = grid(tasks=options.tasks, seeds=options.seeds, budgets=options.budgets, methods=options.methods)

@@ -29,6 +29,9 @@ CONTROLS = ("p, no racing", "random, no racing")
 RIVALS = ("miprov2 light", "bootstrap random search", "gepa", "better_together")
 METHODS = (*COPA, *CONTROLS, *RIVALS)
 
+WRITTEN_FOR = ("miprov2 light", "gepa")
+"""Methods that are given the rule-based writer as their prompt LM."""
+
 _RIVAL_SOURCES = ("registry", "builders", "writers", "together", "forgiving", "arguments", "quiet")
 
 
@@ -56,6 +59,7 @@ def version_of(method: str) -> str:
     if method in RIVALS:
         files = [optimize / f"{name}.py" for name in _RIVAL_SOURCES]
         files += sorted(tune.glob("*.py")) if method == "better_together" else []
+        files += [Path(__file__).with_name("writer.py")] if method in WRITTEN_FOR else []
     else:
         files = [*sorted(optimize.glob("*.py")), *sorted(tune.glob("*.py"))]
     digest = hashlib.sha256()

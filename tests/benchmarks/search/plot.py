@@ -24,7 +24,7 @@ _COLOURS = dict(
 
 
 def draw(results: Results, path: Path) -> Path | None:
-    """Draw the curves of the largest budget's runs, and the test scores of all budgets; the path, or None."""
+    """Draw the curves of the most complete budget's runs, and the test scores of all budgets; the path, or None."""
     try:
         import matplotlib
     except ImportError:
@@ -33,7 +33,7 @@ def draw(results: Results, path: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    budget = max(b for b in results.budgets if any(results.of(m, b) for m in COPA))
+    budget = max(results.budgets, key=lambda b: (sum(bool(results.of(m, b)) for m in METHODS), b))
     steps = np.arange(0, budget + 1, max(1, budget // 200))
     figure, axes = pyplot.subplots(
         2, len(results.tasks), figsize=(4.2 * len(results.tasks), 7.4), squeeze=False, sharey=True, layout="constrained"

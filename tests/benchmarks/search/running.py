@@ -22,7 +22,7 @@ from copa_harness.lm.scope import open_scope
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.outcome import apply_state
 from copa_harness.optimize.racing import RacingPruner
-from search.cells import CONTROLS, RIVALS, Cell
+from search.cells import CONTROLS, RIVALS, WRITTEN_FOR, Cell
 from search.watching import watched
 from search.writer import rule_writer
 
@@ -34,9 +34,6 @@ _STRATEGIES: dict[str, dict[str, Any]] = {
     "gepa": {"strategy": "gepa"},
     "better_together": {"strategy": "better_together"},
 }
-
-_WRITTEN_FOR = ("miprov2 light", "gepa")
-"""Methods that are given the rule-based writer as their prompt LM."""
 
 N_THREADS = 32
 
@@ -60,8 +57,11 @@ class Bench:
         """The record of a cell."""
         task = self.task(cell)
         arguments = dict(_STRATEGIES.get(cell.method, {"strategy": cell.method}))
-        if cell.method in _WRITTEN_FOR:
+        if cell.method in WRITTEN_FOR:
             arguments["prompt_lm"] = rule_writer(task, seed=cell.seed)
+        if cell.method == "gepa":
+            # It counts program runs, repeated ones too, and would stop at half of its distinct calls.
+            arguments["optimizer_kwargs"] = {"gepa": {"max_metric_calls": 4 * cell.budget}}
         # COPA holds one scoring of the result back from DSPy's optimizers; here they may use all of theirs, and that
         # last scoring, if it is one at all, comes on top.
         held_back = len(task.valset) * len(task.program.predictors()) if cell.method in RIVALS else 0

@@ -9,11 +9,15 @@ calls are counted like any other's.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from typing import Any
 
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.instructions import rule_based
+
+_CURRENT = r"\[\[ ## (?:current_instruction|basic_instruction) ## \]\]\n(.*?)(?:\n\n\[\[|\n\nRespond with|\Z)"
+"""Where GEPA's and MIPROv2's questions state the instruction to be improved."""
 
 
 def rule_writer(task: Any, *, seed: int) -> ScriptedLM:
@@ -28,21 +32,16 @@ def rule_writer(task: Any, *, seed: int) -> ScriptedLM:
         for name, predictor in task.program.named_predictors()
     }
 
-    def answer(messages: Any, *, seed: int) -> str | dict[str, str]:
+    def answer(messages: Any, *, seed: int) -> dict[str, str] | str:
         prompt = messages[-1]["content"]
         asked = int(hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest(), 16)
-        fenced = re.search(r"```\n?(.*?)\n?```", prompt, flags=re.DOTALL)
-        basic = re.search(r"\[\[ ## basic_instruction ## \]\]\n(.*?)(?:\n\n\[\[|\Z)", prompt, flags=re.DOTALL)
-        current = (basic or fenced).group(1).strip() if basic or fenced else ""
+        stated = re.search(_CURRENT, prompt, flags=re.DOTALL)
+        current = stated.group(1).strip() if stated else ""
         plain = next((one for one in options if current.startswith(one.strip())), next(iter(options)))
         others = [text for text in options[plain] if text.strip() != current] or [plain]
-        text = others[asked % len(others)]
-        if basic is None and "[[ ## " not in prompt:
-            return f"```\n{text}\n```"
-        return {
-            "observations": "COMPLETE", "summary": "Rows of measurements with a label.",
-            "program_description": "Classifies rows of measurements.", "module_description": "Classifies a row.",
-            "proposed_instruction": text,
-        }  # fmt: skip
+        fields = {name: others[asked % len(others)] for name in ("new_instruction", "proposed_instruction")}
+        fields |= {"observations": "COMPLETE", "summary": "Rows of measurements with a label."}
+        fields |= dict.fromkeys(("program_description", "module_description"), "Classifies rows of measurements.")
+        return json.dumps(fields) if "JSON object" in prompt.rpartition("\n")[2] else fields
 
     return ScriptedLM(answer, model="scripted/rule-writer")
