@@ -72,12 +72,16 @@ def balanced_points(
     return tuple(points)
 
 
-def survivors(means: Sequence[float]) -> tuple[int, ...]:
-    """Which of the candidates go on: the better half, at least `SURVIVORS`, earlier ones first when means are equal.
+def survivors(means: Sequence[float], generator: np.random.Generator) -> tuple[int, ...]:
+    """Which of the candidates go on: the better half, at least `SURVIVORS`, drawn by lot when means are equal.
+
+    Ties are common, as a first block may be easy for all; the lot keeps the points nobody thought of in the game.
 
     Args:
         means: Mean score of each on the same examples, nan for none.
+        generator: Source of the lots.
     """
+    lots = generator.permutation(len(means))
     alive = [i for i, mean in enumerate(means) if not math.isnan(mean)]
     n = max(SURVIVORS, math.ceil(len(alive) / 2))
-    return tuple(sorted(sorted(alive, key=lambda i: (-means[i], i))[:n]))
+    return tuple(sorted(sorted(alive, key=lambda i: (-means[i], lots[i]))[:n]))

@@ -134,7 +134,7 @@ class _Study(Race):
                     else:
                         out.append((one, outcome))
                         self.consider(one, outcome)
-                kept = survivors([self.validation.mean(one.candidate) for one in going])
+                kept = survivors([self.validation.mean(one.candidate) for one in going], self.generator)
                 out.extend((one, "dropped") for i, one in enumerate(going) if i not in kept)
                 alive = [] if self.is_perfect else [going[i] for i in kept]
         except (OutOfCalls, BudgetExhausted):

@@ -1,15 +1,23 @@
 """Head-room: when a study may stop after its opening."""
 
-from copa_harness.optimize.headroom import MIN_CANDIDATES, gained_examples, has_headroom
+from copa_harness.optimize.headroom import MIN_CANDIDATES, MIN_LOOKS, gained_examples, has_headroom, looks
 from tests.optimize.test_study import searched
 
 
 def test_an_example_that_one_candidate_wins_is_head_room():
     incumbent = [1.0, 0.0, 0.0, None]
-    others = [[1.0, 0.0]] * MIN_CANDIDATES
+    others = [[1.0, 0.0]] * MIN_LOOKS
     assert not has_headroom(incumbent, others)
     assert has_headroom(incumbent, [*others, [0.0, 1.0]])
     assert gained_examples(incumbent, [*others, [0.0, 1.0, 1.0, 1.0]]) == 2
+
+
+def test_candidates_that_only_saw_what_the_incumbent_gets_right_prove_nothing():
+    incumbent = [1.0] * 7 + [0.0] * 5
+    easy, full = [1.0] * 7, [1.0] * 7 + [0.0] * 5
+    assert looks(incumbent, [easy] * 10 + [full] * 3) == 15
+    assert has_headroom(incumbent, [easy] * 10 + [full] * 3)
+    assert not has_headroom(incumbent, [full] * 12)
 
 
 def test_few_candidates_prove_nothing():

@@ -45,10 +45,18 @@ def test_the_opening_is_sized_to_its_calls_and_to_the_largest_dimension(n_exampl
 
 
 def test_the_better_half_survives_but_never_fewer_than_three():
-    assert survivors([0.1, 0.9, 0.5, 0.8, 0.2, 0.7, 0.3, 0.6]) == (1, 3, 5, 7)
-    assert survivors([0.5, 0.5, 0.5, 0.5]) == (0, 1, 2)
-    assert survivors([math.nan, 0.2]) == (1,)
-    assert survivors([]) == ()
+    generator = np.random.default_rng(0)
+    assert survivors([0.1, 0.9, 0.5, 0.8, 0.2, 0.7, 0.3, 0.6], generator) == (1, 3, 5, 7)
+    assert len(survivors([0.5, 0.5, 0.5, 0.5], generator)) == 3
+    assert survivors([math.nan, 0.2], generator) == (1,)
+    assert survivors([], generator) == ()
+
+
+def test_equal_candidates_survive_by_lot():
+    generator = np.random.default_rng(0)
+    survived = Counter(i for _ in range(400) for i in survivors([0.5] * 8, generator))
+    assert set(survived) == set(range(8))
+    assert min(survived.values()) > 140
 
 
 def test_a_tournament_scores_the_many_briefly_and_the_few_fully(toy):

@@ -24,8 +24,8 @@ def rule_writer(task: Any, *, seed: int) -> ScriptedLM:
     """The prompt LM for a task."""
     options = {
         predictor.signature.instructions: [
-            option.text
-            for option in rule_based(
+            proposal.option.text
+            for proposal in rule_based(
                 name, predictor.signature, predictor.signature.instructions, trainset=task.trainset, seed=seed
             )
         ]
