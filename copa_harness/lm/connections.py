@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import http.client
 import io
-import math
+import re
 import select
 import socket
 import ssl
 import threading
 import time
 from collections import deque
-from typing import Any
+from functools import lru_cache
 from urllib.parse import SplitResult
 
 from copa_harness.lm.forks import generation
@@ -28,6 +28,11 @@ MOST_IDLE = 1024
 
 TRUSTED_S = 0.5
 """Seconds a connection may have been idle before it is looked at: servers close what is idle for longer."""
+
+_USUAL = re.compile(rb"HTTP/1\.1 ([2-5]\d\d)([^\r\n]*)\r\n((?:[!-9;-~]+:[^\r\n\x00]*\r\n)*[!-9;-~]+:[^\r\n\x00]*)")
+_HEADER = re.compile(r"([!-9;-~]+):([^\r\n]*)")
+_SPECIAL = ("content-length", "transfer-encoding", "connection", "content-encoding")
+_UNSENDABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 Headers = list[tuple[str, str]]
 Reply = tuple[int, str, Headers, bytes]
@@ -48,7 +53,7 @@ class Connections:
     def __init__(self, *, connect_timeout_s: float, largest_body: int) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._largest_body = largest_body
-        self._idle: dict[tuple[str, str], deque[tuple[_Connection | _SecureConnection, float]]] = {}
+        self._idle: dict[tuple[str, str], deque[tuple[_Connection, float]]] = {}
         self._generation = generation()
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
@@ -77,20 +82,16 @@ class Connections:
         connection = self._connected(server, url, limit_s)
         try:
             _wait_at_most(connection.sock, limit_s)
-            target = (url.path or "/") + (f"?{url.query}" if url.query else "")
-            connection.request(method, target, body, dict(headers))
-            connection.flush()
-            connection.deadline_s = deadline_s
-            response = connection.getresponse()
-            data = self._body(response)
+            connection.sock.sendall(_head(method, url, tuple(headers), len(body)) + body)
+            reply, reusable = connection.answer(method, deadline_s, largest_body=self._largest_body)
         except BaseException:
             connection.close()
             raise
-        if response.will_close:
-            connection.close()
-        else:
+        if reusable:
             self._keep(server, connection)
-        return response.status, response.reason, response.getheaders(), data
+        else:
+            connection.close()
+        return reply
 
     def close(self) -> None:
         """Close what is idle; connections may be asked for again."""
@@ -98,17 +99,7 @@ class Connections:
             while idle:
                 idle.pop()[0].close()
 
-    def _body(self, response: http.client.HTTPResponse) -> bytes:
-        if response.length is None and not response.chunked and response.getheader("Content-Length") is not None:
-            raise http.client.HTTPException(f"got the Content-Length {response.getheader('Content-Length')!r}")
-        if response.length is not None and response.length <= self._largest_body:
-            return response.read()
-        data = response.read(self._largest_body + 1)
-        if len(data) > self._largest_body:
-            raise http.client.HTTPException(f"the answer exceeds {self._largest_body:,} bytes")
-        return data
-
-    def _connected(self, server: tuple[str, str], url: SplitResult, limit_s: float) -> _Connection | _SecureConnection:
+    def _connected(self, server: tuple[str, str], url: SplitResult, limit_s: float) -> _Connection:
         idle = self._of_this_process().get(server)
         while idle:
             try:
@@ -119,28 +110,30 @@ class Connections:
                 return connection
             connection.close()  # a readable idle connection is one the server closed
         timeout_s = min(self._connect_timeout_s, limit_s)
+        host, secure = url.hostname or "", url.scheme == "https"
         try:
-            if url.scheme == "https":
-                connection = _SecureConnection(
-                    url.hostname or "", url.port, timeout=timeout_s, context=self._context()
-                )
-            else:
-                connection = _Connection(url.hostname or "", url.port, timeout=timeout_s)
-            connection.connect()
+            sock = socket.create_connection((host, url.port or (443 if secure else 80)), timeout_s)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if secure:
+                    sock = self._context().wrap_socket(sock, server_hostname=host)
+            except BaseException:
+                sock.close()
+                raise
         except TimeoutError as error:
             raise NotConnectedError(f"no connection within {timeout_s:g} s") from error
         except (OSError, UnicodeError) as error:
             raise NotConnectedError(f"no connection to {url.netloc}: {error}") from error
-        return connection
+        return _Connection(sock)
 
-    def _keep(self, server: tuple[str, str], connection: _Connection | _SecureConnection) -> None:
+    def _keep(self, server: tuple[str, str], connection: _Connection) -> None:
         idle = self._of_this_process().setdefault(server, deque())
         if len(idle) < MOST_IDLE:
             idle.append((connection, time.monotonic()))
         else:
             connection.close()
 
-    def _of_this_process(self) -> dict[tuple[str, str], deque[tuple[_Connection | _SecureConnection, float]]]:
+    def _of_this_process(self) -> dict[tuple[str, str], deque[tuple[_Connection, float]]]:
         if self._generation != generation():  # a fork must not speak over its parent's connections
             with self._lock:
                 if self._generation != generation():
@@ -154,32 +147,65 @@ class Connections:
         return self._tls
 
 
-class _Connection(http.client.HTTPConnection):
-    """Sends head and body in one piece, http.client in two, and reads with a deadline."""
+class _Connection:
+    """A connected socket.
 
-    deadline_s = math.inf
+    Args:
+        sock: Taken over; to be closed with `close`.
+    """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._pieces: list[bytes] = []
-        # http.client makes the reader of an answer itself; this is where the deadline comes in.
-        self.response_class = self._response  # type: ignore[assignment]
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
 
-    def send(self, data: Any) -> None:
-        """As in `http.client`, but kept until `flush`."""
-        self._pieces.append(data)
+    def close(self) -> None:
+        """Close the socket."""
+        self.sock.close()
 
-    def flush(self) -> None:
-        """Send what `send` was given."""
-        pieces, self._pieces = self._pieces, []
-        self.sock.sendall(b"".join(pieces))
+    def answer(self, method: str, deadline_s: float, *, largest_body: int) -> tuple[Reply, bool]:
+        """The next answer, and whether the connection may be used again.
 
-    def _response(self, sock: Any, method: str) -> http.client.HTTPResponse:
-        return http.client.HTTPResponse(_Bounded(sock, self.deadline_s), method=method)  # type: ignore[arg-type]
+        The usual one, of known length and here at once, is read directly; http.client reads any other.
+        """
+        reader = _Bounded(self.sock, deadline_s)
+        head, separator, body = (start := reader.start()).partition(b"\r\n\r\n")
+        if separator and (match := _USUAL.fullmatch(head)) is not None:
+            headers = [(name, value.strip(" \t")) for name, value in _HEADER.findall(match[3].decode("latin-1"))]
+            special = {name.lower(): value for name, value in headers if name.lower() in _SPECIAL}
+            complete = special.keys() == {"content-length"} and special["content-length"] == str(len(body))
+            if complete and len(body) <= largest_body:
+                return (int(match[1]), match[2].decode("latin-1").strip(), headers, body), True
+        reader.unread(start)
+        response = http.client.HTTPResponse(reader, method=method)  # type: ignore[arg-type]
+        try:
+            response.begin()
+            data = _body(response, largest_body)
+            return (response.status, response.reason, response.getheaders(), data), not response.will_close
+        finally:
+            response.close()
 
 
-class _SecureConnection(_Connection, http.client.HTTPSConnection):
-    """The same over TLS."""
+def _body(response: http.client.HTTPResponse, largest: int) -> bytes:
+    if response.length is None and not response.chunked and response.getheader("Content-Length") is not None:
+        raise http.client.HTTPException(f"got the Content-Length {response.getheader('Content-Length')!r}")
+    if response.length is not None and response.length <= largest:
+        return response.read()
+    data = response.read(largest + 1)
+    if len(data) > largest:
+        raise http.client.HTTPException(f"the answer exceeds {largest:,} bytes")
+    return data
+
+
+@lru_cache(256)
+def _head(method: str, url: SplitResult, headers: tuple[tuple[str, str], ...], n_bytes: int) -> bytes:
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    host = url.netloc.encode("idna" if not url.netloc.isascii() else "ascii").decode("ascii")
+    own = {"host": host, "user-agent": "copa-harness", "accept-encoding": "identity", "content-length": str(n_bytes)}
+    given = {name.lower() for name, _ in headers}
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    lines += [f"{name}: {value}" for name, value in own.items() if name not in given]
+    if any(_UNSENDABLE.search(line) for line in lines) or " " in target:
+        raise ValueError("a header or the URL holds a control character or a space")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 class _Bounded(io.RawIOBase):
@@ -187,12 +213,20 @@ class _Bounded(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, deadline_s: float) -> None:
         self._sock, self._deadline_s = sock, deadline_s
-        self._stream = socket.SocketIO(sock, "r")
-        sock._io_refs += 1  # type: ignore[attr-defined]  # as `makefile` does: closed when both are
+        self._seen = b""
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What http.client asks a socket for."""
         return io.BufferedReader(self, 2**16)
+
+    def start(self) -> bytes:
+        """What comes first."""
+        self._wait()
+        return self._sock.recv(2**16)
+
+    def unread(self, data: bytes) -> None:
+        """Let `data` be read again."""
+        self._seen = data
 
     def readable(self) -> bool:
         """As in `io`."""
@@ -204,17 +238,18 @@ class _Bounded(io.RawIOBase):
         Raises:
             TimeoutError: The deadline is over.
         """
+        if self._seen:
+            piece, self._seen = self._seen[: len(buffer)], self._seen[len(buffer) :]
+            buffer[: len(piece)] = piece
+            return len(piece)
+        self._wait()
+        return self._sock.recv_into(buffer)
+
+    def _wait(self) -> None:
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the deadline is over")
         _wait_at_most(self._sock, left_s)
-        return self._stream.readinto(buffer)
-
-    def close(self) -> None:
-        """As in `io`."""
-        if not self.closed:
-            super().close()
-            self._stream.close()
 
 
 def _wait_at_most(sock: socket.socket, seconds: float) -> None:

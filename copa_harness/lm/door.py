@@ -55,6 +55,7 @@ class Door:
         self._store: AnswerStore = MemoryCache() if cache is None else cache
         self._flights = _Flights()
         self._recent = _Recent()
+        self._new_of_late = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Door:
         return self
@@ -81,8 +82,10 @@ class Door:
         fingerprint = engine.fingerprint(model)
         key = request_key(request, rollout_id=rollout_id, candidate=candidate, fingerprint=fingerprint)
         call = _Call(engine, request, model, fingerprint, key, seed_of(rollout_id, candidate), current_scope())
-        found = self._replay(call)
-        if (plan := current_plan()) is not None:
+        plan = current_plan()
+        # What follows a new request is likely new as well: it is looked up once, when nobody else can buy it.
+        found = self._replay(call, on_disk=plan is not None or not self._new_of_late)
+        if plan is not None:
             if found is None:
                 plan.add_missing(key, call.bound())
                 raise NotCachedError("not paid: only a plan is being made, and the answer is not stored", model=model)
@@ -90,6 +93,7 @@ class Door:
         if found is None:
             with self._flights.alone(key), self._store.claimed(key):
                 found = self._replay(call)
+                self._new_of_late = found is None
                 if found is None:
                     found = self._buy(call)
         if (observer := current_observer()) is not None:
@@ -100,9 +104,11 @@ class Door:
             raise refusal
         return found
 
-    def _replay(self, call: _Call) -> Response | None:
+    def _replay(self, call: _Call, *, on_disk: bool = True) -> Response | None:
         response = self._recent.get(call.key)
         if response is None:
+            if not on_disk:
+                return None
             record = self._store.get(call.key)
             if record is None:
                 return None

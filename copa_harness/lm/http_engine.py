@@ -24,6 +24,7 @@ from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, Unsu
 from copa_harness.lm.endpoint import EndpointEngine
 from copa_harness.lm.estimates import Limits
 from copa_harness.lm.failures import Malformed, engine_failure
+from copa_harness.lm.plain_chat import PlainChat
 from copa_harness.lm.pooled import DEFAULT_TIMEOUT_S, PooledTransport
 from copa_harness.lm.prices import PriceList
 
@@ -34,6 +35,7 @@ _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError, Over
 @dataclass(frozen=True, slots=True)
 class _Route:
     engine: LM15Engine
+    plain: PlainChat
     transport: PooledTransport
     prices: PriceList
 
@@ -77,7 +79,7 @@ class HttpEngine(EndpointEngine):
 
     def _completed(self, route: _Route, request: Request) -> Response:
         try:
-            response: Response = route.engine.complete(request)
+            response: Response = route.plain.complete(request) or route.engine.complete(request)
         except _UNREADABLE as error:
             reply = route.transport.last_reply()
             if reply is None or isinstance(error, LM15Error):
@@ -114,7 +116,8 @@ class HttpEngine(EndpointEngine):
             base_urls={provider: url} if url else None,
             transport=transport,
         )
-        return _Route(LM15Engine(config, model_type=lm.model_type), transport, PriceList(provider))
+        engine = LM15Engine(config, model_type=lm.model_type)
+        return _Route(engine, PlainChat(engine), transport, PriceList(provider))
 
 
 def _reread(route: _Route, request: Request, body: bytes, error: Exception) -> Response:
