@@ -1,8 +1,7 @@
 """diskcache as the door needs it: bytes only, never a pickle, and a few connections for all threads of a process.
 
 A connection per thread, as diskcache has it, costs milliseconds for each of a hundred threads and makes them wait for
-one another inside SQLite. Here a thread has a bare one for reading, and all share those that write. Knows nothing of
-answers or keys.
+one another inside SQLite. Here a read borrows a bare one, and all writes share one. Knows nothing of answers or keys.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ class JSONDisk(diskcache.Disk):
         return super().fetch(mode, filename, value, read)
 
 
-class _Connection(sqlite3.Connection):
-    """A connection that can be referred to weakly."""
-
-
 class SharedStore(diskcache.Cache):
     """A `diskcache.Cache` whose connections are shared by the threads of the process.
 
@@ -70,16 +65,24 @@ class SharedStore(diskcache.Cache):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.lock = threading.RLock()
-        self._reading = threading.local()
-        self._readers: weakref.WeakSet[_Connection] = weakref.WeakSet()  # a thread's dies with the thread
-        self._n_closed = 0
+        self._readers: deque[sqlite3.Connection] = deque()  # those nobody reads with now
+        self._readers_owner = generation()
         super().__init__(*arguments, **settings)
 
     def row(self, key: str) -> Any:
         """The value stored under `key` now, or None. Takes no lock for the usual row, one that is no file."""
-        found = self._reader().execute(
-            "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
-        ).fetchall()
+        readers, reader = self._borrowed()
+        try:
+            found = reader.execute(
+                "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
+            ).fetchall()
+        except BaseException:
+            reader.close()
+            raise
+        if readers is self._readers:
+            readers.append(reader)
+        else:
+            reader.close()  # the store was closed meanwhile
         if not found:
             return None
         mode, filename, value = found[0]
@@ -116,22 +119,25 @@ class SharedStore(diskcache.Cache):
                     self._quicker, self._quick_owner = self._connected(), generation()
         return self._quicker
 
-    def _reader(self) -> sqlite3.Connection:
-        """This thread's connection for reading: on a shared one, the reads of others would keep an old state alive."""
-        found = getattr(self._reading, "connection", None)
-        if found is None or self._reading.owner != (generation(), self._n_closed):
-            found = self._reading.connection = self._connected()
-            self._reading.owner = (generation(), self._n_closed)
-            self._readers.add(found)
-        return found
+    def _borrowed(self) -> tuple[deque[sqlite3.Connection], sqlite3.Connection]:
+        """A connection to read with alone, and where to put it back.
 
-    def _connected(self) -> _Connection:
+        On a connection that several read with at once, the reads of others would keep an old state alive.
+        """
+        if self._readers_owner != generation():
+            self._readers, self._readers_owner = deque(), generation()
+        readers = self._readers
+        try:
+            return readers, readers.pop()
+        except IndexError:
+            return readers, self._connected()
+
+    def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             os.path.join(self._directory, DBNAME),
             timeout=self._timeout,
             isolation_level=None,
             check_same_thread=False,
-            factory=_Connection,
         )
         # Checkpoints wait for the disk; 32 MB between them instead of 4 are as safe and an eighth as many.
         connection.execute("PRAGMA wal_autocheckpoint = 8000")
@@ -177,7 +183,7 @@ class SharedStore(diskcache.Cache):
             if connection is not None and owner == generation():
                 connection.close()
         self._shared = self._quicker = None
-        self._n_closed += 1
-        if self._owner == generation():
-            for reader in list(self._readers):
-                reader.close()
+        readers, self._readers = self._readers, deque()
+        if self._readers_owner == generation():
+            while readers:
+                readers.pop().close()

@@ -9,11 +9,8 @@ provider may have billed it. Knows nothing of DSPy programs, and of engines only
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from dspy.lm15 import RefusalPart, Request, Response
@@ -26,6 +23,7 @@ from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.engines import Engine, complete_priced, seed_of, time_left_s
 from copa_harness.lm.estimates import actual_cost, limits_of, lost_cost, worst_case
 from copa_harness.lm.failures import Refused, engine_failure
+from copa_harness.lm.flights import Flights, RecentAnswers
 from copa_harness.lm.observing import Observed, current_observer
 from copa_harness.lm.patience import Patience, patience_of
 from copa_harness.lm.planning import NotCachedError, current_plan
@@ -39,9 +37,6 @@ from copa_harness.lm.request_key import (
 from copa_harness.lm.scope import Scope, current_scope
 from copa_harness.results import Usage
 
-RECENT_ANSWERS = 4096
-"""Answers a door keeps decoded in memory."""
-
 
 class Door:
     """Caches, meters and bounds model calls. Thread-safe; shared by copies of the LMs that use it.
@@ -53,8 +48,8 @@ class Door:
     def __init__(self, *, cache: ResponseCache | None) -> None:
         self.cache = cache
         self._store: AnswerStore = MemoryCache() if cache is None else cache
-        self._flights = _Flights()
-        self._recent = _Recent()
+        self._flights = Flights()
+        self._recent = RecentAnswers()
         self._new_of_late = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Door:
@@ -256,47 +251,3 @@ def _refusal(response: Response, *, model: str) -> Refused | None:
         "so the refusal is kept and not paid for twice",
         model=model,
     )
-
-
-class _Recent:
-    """The answers this process read or bought last, already checked and decoded."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._responses: dict[str, Response] = {}
-
-    def get(self, key: str) -> Response | None:
-        """The answer, with empty usage, or None."""
-        return self._responses.get(key)
-
-    def put(self, key: str, response: Response) -> None:
-        """Remember an answer, and forget the one remembered longest."""
-        with self._lock:
-            self._responses[key] = response
-            if len(self._responses) > RECENT_ANSWERS:
-                del self._responses[next(iter(self._responses))]
-
-
-class _Flights:
-    """One lock per key in use, within this process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
-
-    @contextmanager
-    def alone(self, key: str) -> Iterator[None]:
-        """While the block runs, no other thread is in a block for `key`."""
-        with self._lock:
-            lock, n_users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = (lock, n_users + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                lock, n_users = self._locks[key]
-                if n_users == 1:
-                    del self._locks[key]
-                else:
-                    self._locks[key] = (lock, n_users - 1)
