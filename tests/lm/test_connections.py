@@ -108,7 +108,7 @@ def test_nobody_listening_means_nothing_was_sent(connections):
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\x00b"])
 def test_a_header_cannot_smuggle_in_another(connections, value):
-    with serving([USUAL]) as (url, _):
+    with serving(None, [USUAL]) as (url, _):
         with pytest.raises(ValueError, match="control character"):
             ask(connections, url, [("X-A", value)])
         ask(connections, url)
