@@ -133,8 +133,8 @@ class _Rows:
 def train_weights(job: WeightsJob) -> Trained:
     """Fine-tune every model of the incumbent on rows rendered with its prompts.
 
-    Rows come from the user (`finetune_data`) if given, from gold labels when the program has a single predictor all of
-    whose fields the examples hold, and else from traces of training examples the program got right.
+    Rows come from the user (`finetune_data`) if given, from gold labels when the examples hold every field of every
+    predictor, and else from traces of training examples the program got right.
 
     Raises:
         TrainingError: There are no rows to train on.
@@ -176,7 +176,7 @@ def _rows(job: WeightsJob) -> _Rows:
         by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
         return _Rows(by_predictor, 0, "the user", "as in the rows")
     program = job.incumbent.program()
-    labelled = len(names) == 1 and is_fully_labelled(program.named_predictors()[0][1].signature, job.trainset)
+    labelled = all(is_fully_labelled(predictor.signature, job.trainset) for _, predictor in program.named_predictors())
     source = "gold labels" if labelled else "passing traces"
     bare, n_examples = _rendered(job, program, labelled, demos="none", n_demos=0, n_variants=1)
     n_demos = max(0, min(job.n_demos, n_examples - 1))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import dspy
 import pytest
 
 from copa_harness.lm.door import Door
@@ -104,3 +105,24 @@ def test_a_ceiling_on_training_steps_ends_the_step_with_the_program_so_far(toy, 
     assert program.copa_result.usage.train_steps == 0
     assert program.copa_result.model == "hf:tiny"
     assert not manifests(tmp_path / "loras")
+
+
+class TwoStages(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = dspy.Predict("size -> half")
+        self.second = dspy.Predict("half, weight -> kind")
+
+    def forward(self, size, weight):
+        return self.second(half=self.first(size=size).half, weight=weight)
+
+
+def test_a_program_of_two_stages_is_trained_on_gold_labels_where_the_rows_hold_them_all(toy):
+    rows = [dspy.Example(**row, half="upper").with_inputs("size", "weight") for row in toy.train[:6]]
+    lm = toy.lm(provider=toy.provider)
+    optimizer = COPA(metric=toy.metric, strategy="w", lm=lm, budget=60)
+    optimizer.compile(TwoStages(), trainset=rows, valset=toy.val[:4])
+    (trained,) = toy.provider.trained
+    answers = [row["messages"][-1]["content"] for row in trained]
+    assert len(answers) == 12
+    assert sum("upper" in answer for answer in answers) == 6
