@@ -31,6 +31,9 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "report-dir": ("DIR", "latest.json, latest.md and numbered copies [default: reports in the rootdir]"),
     "baseline-dir": ("DIR", "accepted results, one file per task and strategy [default: baselines in the rootdir]"),
     "api-base": ("URL", "endpoint of the model, when it has one [default: DSPy's]"),
+    "base-weights": ("MODEL", "hf:<path or id>: a copy of the weights that a vLLM server runs as --copa-lm; LoRA "
+                     "adapters are trained on it here and served there [default: none]"),
+    "served-lora-path": ("PATH", "where the vLLM server sees the folder 'lora' of --copa-cache-dir [default: there]"),
 }  # fmt: skip
 """Name, metavar and help of every option with a value; each has an ini and an environment twin."""
 

@@ -140,7 +140,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Makes the base model that was asked for, so that a wrong name or an unusable cache is one error, not many.
+    """Makes the models that were asked for, so that a wrong name or an unusable cache is one error, not many.
 
     Raises:
         pytest.UsageError: There is no such model, or the cache directory cannot be used.
@@ -150,13 +150,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if state is None or config.option.collectonly or hasattr(config, "workerinput"):
         return
     from copa_harness.errors import ConfigurationError
-    from copa_harness.session.models import Models
+    from copa_harness.session.models import Models, check_names
 
     try:
-        models = Models(state.settings)
-        if "lm" in state.settings.forced:
-            models.named(state.settings.lm)
-        models.close()
+        check_names(state.settings)
+        Models(state.settings).close()
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ _CHOICES = (
     "such as 'openai/gpt-4o-mini', 'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
 )
 
+_KEYS = {
+    "hosted_vllm": "HOSTED_VLLM_API_KEY",
+    "ollama": "OLLAMA_API_KEY",
+    "ollama_chat": "OLLAMA_API_KEY",
+}
+"""Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -54,6 +62,8 @@ def build_lm(
     chat_template: Path | None = None,
     constrain: bool = False,
     api_base: str | None = None,
+    base_weights: str | None = None,
+    served_lora_path: str | None = None,
     **lm_kwargs: Any,
 ) -> MeteredLM:
     """The language model a name stands for.
@@ -68,6 +78,9 @@ def build_lm(
         constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constraints`. Local
             models only.
         api_base: URL of the endpoint. Endpoint models only.
+        base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
+            be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.vllm`).
+        served_lora_path: Where that server sees the folder `lora` of the cache directory; None if it sees it there too.
         **lm_kwargs: Call defaults (`temperature`, `max_tokens`, ...) and, for endpoints, client settings (`api_key`,
             `timeout`, ...), as in `dspy.LM`.
 
@@ -80,6 +93,7 @@ def build_lm(
                 f"got an API base {api_base!r} for {spec!r}, which runs in this process; "
                 "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
             )
+        _refuse_served_weights(spec, base_weights, served_lora_path)
         return _local_lm(
             spec,
             door=door,
@@ -100,10 +114,25 @@ def build_lm(
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
         lm_kwargs["api_base"] = api_base
+    if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
+        lm_kwargs.setdefault("api_key", key)
     try:
-        return meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), door=door)
+        lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), door=door)
     except (LMConfigurationError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
+    if base_weights is None:
+        return lm
+    from copa_harness.lm.vllm import vllm_engine
+
+    engine = vllm_engine(
+        lm.engine,  # type: ignore[arg-type]  # what `meter_lm` made for an endpoint
+        model=spec,
+        base_weights=_hf_path(base_weights, option="base weights"),
+        clients=lm_kwargs,
+        lora_dir=Path(cache_dir) / LORA_FOLDER,
+        served_lora_path=served_lora_path,
+    )
+    return lm.copy(engine=engine)
 
 
 def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
@@ -178,7 +207,7 @@ def _local_lm(
 
         path, max_tokens = embedded_model_path(), EMBEDDED_MAX_TOKENS
     else:
-        path, max_tokens = _hf_path(spec), HF_MAX_TOKENS
+        path, max_tokens = _hf_path(spec, option="language model"), HF_MAX_TOKENS
     from copa_harness.lm.local import TransformersEngine
 
     return MeteredLM(
@@ -189,16 +218,24 @@ def _local_lm(
     )
 
 
-def _hf_path(spec: str) -> Path | str:
+def _refuse_served_weights(spec: str, base_weights: str | None, served_lora_path: str | None) -> None:
+    if base_weights is not None or served_lora_path is not None:
+        raise ConfigurationError(
+            f"got base weights or a served LoRA path for {spec!r}, whose weights are its own; expected them with a "
+            "model that a vLLM server runs, such as 'hosted_vllm/<model>'"
+        )
+
+
+def _hf_path(spec: str, *, option: str) -> Path | str:
     place = spec.removeprefix("hf:").rstrip("/")
     folder = Path(place).expanduser()
-    if place and folder.is_dir():
+    if spec.startswith("hf:") and place and folder.is_dir():
         return folder
-    if _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
+    if spec.startswith("hf:") and _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
         return place
     raise ConfigurationError(
-        f"got {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and a folder "
-        "with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
+        f"got the {option} {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and "
+        "a folder with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
     )
 
 

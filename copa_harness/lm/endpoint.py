@@ -28,7 +28,7 @@ from copa_harness.documents import MASK, is_secret_key, mask_text
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.engines import Capabilities
 from copa_harness.lm.estimates import Limits
-from copa_harness.lm.failures import engine_failure
+from copa_harness.lm.failures import AuthFailed, engine_failure
 from copa_harness.lm.patience import Pace, Patience, RetryPolicy
 from copa_harness.lm.prices import limits_of, use_shipped_prices
 
@@ -148,7 +148,7 @@ class EndpointEngine:
         )
 
     def _conceal(self, error: BaseException) -> bool:
-        """Take credentials out of an error's message; whether it or an error behind it held one."""
+        """Take credentials out of an error's message, and say where keys are read; whether it held a credential."""
         held = False
         link: BaseException | None = error
         while link is not None and not held:
@@ -157,6 +157,10 @@ class EndpointEngine:
         error.args = tuple(self._masked(arg) if isinstance(arg, str) else arg for arg in error.args)
         if isinstance(error, LMError):
             error.message = self._masked(error.message)
+        if isinstance(error, AuthFailed):
+            provider = str(error.model or self._template.model).partition("/")[0].upper()
+            hint = f"\n    - Without api_key= it is read from the environment variable {provider}_API_KEY"
+            error.message, error.args = error.message + hint, (f"{error}{hint}", *error.args[1:])
         return held
 
     def _masked(self, text: str) -> str:

@@ -132,7 +132,7 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
     if isinstance(error, ContextOverflowError):
         return ContextOverflow(str(error), model=model)
     if isinstance(error, ProviderError):
-        return EngineError(str(error), model=model)
+        return _twin(error, model=model)
     if isinstance(error, (MemoryError, ImportError, Warning, CopaError)):
         return error
     if isinstance(error, LM15Error):
@@ -163,6 +163,29 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
         about_the_call: Exception = error  # configuration, unsupported features: not the provider's fault
         return about_the_call
     return UnexpectedEngineError(f"{type(error).__name__}: {error}", model=model)
+
+
+_TWINS: tuple[tuple[type[ProviderError], Any], ...] = (
+    (AuthenticationError, AuthFailed),
+    (BillingError, BillingFailed),
+    (RateLimitError, RateLimited),
+    (ProviderTimeoutError, TimedOut),
+    (ServerFailureError, ServerFailed),
+    (ConnectionFailedError, Disconnected),
+    (MalformedAnswerError, Malformed),
+    (RefusalError, Refused),
+    (ProviderError, EngineError),
+)
+
+
+def _twin(error: ProviderError, *, model: str) -> Exception:
+    """An error an engine raised from our tree, as DSPy's as well; its kind, and who pays for it, stay as they are."""
+    ours = next(ours for base, ours in _TWINS if isinstance(error, base))
+    details = {name: getattr(error, name, None) for name in ("status", "retry_after", "provider")}
+    failure: Any = ours(str(error), model=model, **details)
+    failure.kind, failure.billed = error.kind, error.billed
+    twin: Exception = failure
+    return twin
 
 
 _NO_CONNECTION = frozenset({"ConnectError", "ConnectTimeout", "ClientConnectorError", "NewConnectionError"})

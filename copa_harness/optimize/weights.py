@@ -244,7 +244,8 @@ def _check_tunable(lm: Any) -> None:
     if not is_tunable(lm):
         raise ConfigurationError(
             f"got the model {model_name(lm)!r}, which cannot be fine-tuned; the weights step needs 'embedded', "
-            "'hf:<path or id>', or a DSPy model whose provider fine-tunes"
+            "'hf:<path or id>', a vLLM server's model with --copa-base-weights=hf:<path or id of the same weights>, or "
+            "a DSPy model whose provider fine-tunes"
         )
 
 
@@ -262,7 +263,7 @@ def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Ro
 
 
 def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
-    from copa_harness.tune.trainer import LoraTrainer
+    from copa_harness.tune.provider import finetune
 
     lora = job.settings.lora_settings(with_demos=made.n_demos > 0, seed=job.seed)
     kept, held_out = list(rows), []
@@ -271,6 +272,6 @@ def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) ->
         chosen = set(np.random.default_rng([job.seed, 606]).permutation(len(rows))[:n_held_out].tolist())
         kept = [row for i, row in enumerate(rows) if i not in chosen]
         held_out = [row for i, row in enumerate(rows) if i in chosen]
-    trainer = LoraTrainer(lm.engine, directory=lm.engine.lora_dir)
-    adapter = trainer.train(kept, settings=lora, held_out=held_out, served_with=made.served_with)
-    return lm.copy(model=adapter.model)
+    return finetune(
+        lm, kept, directory=lm.engine.lora_dir, settings=lora, held_out=held_out, served_with=made.served_with
+    )

@@ -88,7 +88,7 @@ class CopaSession:
         Raises:
             ConfigurationError: There is no such model; the message names the choices.
         """
-        return self.models.named(self._merged(marker).lm)
+        return self.models.named(self._merged(marker).lm, is_base=True)
 
     def prompt_lm(self, marker: MarkerArguments | None = None) -> MeteredLM | None:
         """The model that proposes instructions, if settings or marker name one."""

@@ -13,6 +13,7 @@ from copa_harness.session.settings import Settings
 if TYPE_CHECKING:
     import dspy
 
+    from copa_harness.lm.door import Door
     from copa_harness.lm.metered import MeteredLM
 
 
@@ -41,25 +42,25 @@ class Models:
                 f"with --copa-cache-dir."
             ) from error
         self.door = Door(cache=self._cache)
-        self._models: dict[str, MeteredLM] = {}
+        self._models: dict[tuple[str, bool], MeteredLM] = {}
 
-    def named(self, name: str) -> MeteredLM:
-        """The model of this name; DSPy can fine-tune it if it is a local one.
+    def named(self, name: str, *, is_base: bool = False) -> MeteredLM:
+        """The model of this name; DSPy can fine-tune it if its weights are at hand.
+
+        The endpoint's URL goes to models of the base model's provider (to all, if the base model is local): a proposer
+        of another provider must not be sent there, nor its API key.
+
+        Args:
+            name: As in `--copa-lm`.
+            is_base: Whether it is the model to be improved, whose weights the settings may name.
 
         Raises:
             ConfigurationError: There is no such model; the message names the choices.
         """
-        if name not in self._models:
-            from copa_harness.lm.build import build_lm
-
-            is_local = name == "embedded" or name.startswith("hf:")
-            self._models[name] = build_lm(
-                name,
-                door=self.door,
-                cache_dir=self._settings.cache_dir,
-                api_base=None if is_local else self._settings.api_base,
-            )
-        return self._models[name]
+        key = (name, is_base and self._settings.base_weights is not None)
+        if key not in self._models:
+            self._models[key] = _build(name, self._settings, door=self.door, is_base=is_base)
+        return self._models[key]
 
     def metered(self, lm: dspy.LM) -> MeteredLM:
         """A model somebody made (a fixture of the user's), led through the door unless it has one of its own.
@@ -78,3 +79,45 @@ class Models:
     def close(self) -> None:
         """Closes the cache."""
         self._cache.close()
+
+
+def check_names(settings: Settings) -> None:
+    """Make the models that the settings force on every test, to see that they can be made; nothing is written.
+
+    Raises:
+        ConfigurationError: One cannot; the message names the choices.
+    """
+    from copa_harness.lm.door import Door
+
+    for option, name in (("lm", settings.lm), ("prompt_lm", settings.prompt_lm)):
+        if option in settings.forced and name is not None:
+            _build(name, settings, door=Door(cache=None), is_base=option == "lm")
+
+
+def _build(name: str, settings: Settings, *, door: Door, is_base: bool) -> MeteredLM:
+    from copa_harness.lm.build import build_lm
+
+    weights = settings.base_weights if is_base else None
+    lm = build_lm(
+        name,
+        door=door,
+        cache_dir=settings.cache_dir,
+        api_base=settings.api_base if _is_at_the_endpoint(name, settings) else None,
+        base_weights=weights,
+        served_lora_path=None if weights is None else settings.served_lora_path,
+    )
+    if weights is None:
+        return lm
+    from copa_harness.tune.provider import attach_provider
+
+    return attach_provider(lm)
+
+
+def _is_at_the_endpoint(name: str, settings: Settings) -> bool:
+    if _is_local(name):
+        return False
+    return _is_local(settings.lm) or name.split("/")[0] == settings.lm.split("/")[0]
+
+
+def _is_local(name: str) -> bool:
+    return name == "embedded" or name.startswith("hf:")

@@ -48,6 +48,8 @@ class Settings:
         threads: Examples in flight at once.
         repeat: How often every test example is answered.
         api_base: URL of the endpoint, for models that have one.
+        base_weights: `hf:<path or id>`: a copy of the weights that a vLLM server runs as `lm`, to be fine-tuned.
+        served_lora_path: Where that server sees the folder of LoRA adapters; None if it sees it where it is.
         bless: Accept the results as the new baselines.
         sequential: Stop an evaluation as soon as its gates are decided.
         plan: Look into the cache only, make no call, and say what a run would pay.
@@ -72,6 +74,8 @@ class Settings:
     threads: int = 32
     repeat: int = 1
     api_base: str | None = None
+    base_weights: str | None = None
+    served_lora_path: str | None = None
     bless: bool = False
     sequential: bool = False
     plan: bool = False
@@ -219,4 +223,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "report_dir": _text,
     "baseline_dir": _text,
     "api_base": _text,
+    "base_weights": _text,
+    "served_lora_path": _text,
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from copa_harness.tune.provider import LoraProvider as LoraProvider
     from copa_harness.tune.provider import attach_provider as attach_provider
     from copa_harness.tune.provider import finetune as finetune
+    from copa_harness.tune.provider import train_lora as train_lora
     from copa_harness.tune.rows import TrainingRow as TrainingRow
     from copa_harness.tune.rows import describe_demos as describe_demos
     from copa_harness.tune.rows import render_rows as render_rows
@@ -25,6 +26,7 @@ _HOME = {
     "LoraProvider": "provider",
     "attach_provider": "provider",
     "finetune": "provider",
+    "train_lora": "provider",
     "TrainingRow": "rows",
     "describe_demos": "rows",
     "render_rows": "rows",

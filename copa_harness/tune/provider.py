@@ -2,7 +2,8 @@
 
 DSPy runs `Provider.finetune` on a thread of its own, takes the model name it returns and copies the LM under that name.
 An exception outside `Exception` would end that thread without a word and leave `job.result()` waiting for ever; here it
-is carried to whoever asks for the result. Knows nothing of how training works.
+is carried to whoever asks for the result. A model that a vLLM server runs is trained on the copy of its weights that
+its engine holds, and the server is made to serve the result. Knows nothing of how training works.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness.errors import ConfigurationError, TrainingError
+from copa_harness.lm.vllm import VllmEngine
+from copa_harness.tune.checkpoints import is_finished
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.settings import LoraSettings
-from copa_harness.tune.trainer import LoraTrainer
+from copa_harness.tune.trainer import LoraAdapter, LoraTrainer
 
 if TYPE_CHECKING:
     from copa_harness.lm.local import TransformersEngine
     from copa_harness.lm.metered import MeteredLM
+
+    TrainableEngine = TransformersEngine | VllmEngine
 
 
 class _Carried(Exception):
@@ -50,30 +55,32 @@ class LoraProvider(Provider):
     """Fine-tunes an engine's base model.
 
     Args:
-        engine: the local engine.
+        engine: a local one, or a vLLM server's with a copy of its weights.
         directory: where LoRA adapters are kept; give the engine's `lora_dir`.
         settings: defaults; DSPy's `train_kwargs` change single ones by name.
 
     An LM that is fine-tuned already is trained anew from the base: an adapter never stands on another.
     """
 
-    def __init__(self, engine: TransformersEngine, *, directory: Path, settings: LoraSettings | None = None) -> None:
+    def __init__(self, engine: TrainableEngine, *, directory: Path, settings: LoraSettings | None = None) -> None:
         super().__init__()
         self.finetunable = True
         self.TrainingJob = LoraTrainingJob
         self.engine = engine
         self.settings = settings or LoraSettings()
-        self.trainer = LoraTrainer(engine, directory=directory)
+        self.trainer = LoraTrainer(_weights_of(engine), directory=directory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraProvider:
         """Itself: DSPy deep-copies programs with their models and providers."""
         return self
 
     def launch(self, lm: Any, launch_kwargs: dict[str, Any] | None = None) -> None:
-        """Nothing to do: the engine loads a model when it is asked."""
+        """Nothing to do: an engine loads a model, and has its server load an adapter, when it is asked."""
 
     def kill(self, lm: Any, launch_kwargs: dict[str, Any] | None = None) -> None:
-        """Nothing to do: training shares the weights in memory with the engine."""
+        """Take the model's adapter off the server, if one serves it; it comes back when the model is asked."""
+        if isinstance(self.engine, VllmEngine):
+            self.engine.unload(lm.model)
 
     def finetune(
         self,
@@ -104,20 +111,32 @@ class LoraProvider(Provider):
             changes: dict[str, Any] = dict(train_kwargs or {})
             served_with = str(changes.pop("served_with", "as in the rows"))
             rows = [TrainingRow.from_chat(row) for row in train_data]
-            return self.trainer.train(rows, settings=self.settings.replaced(changes), served_with=served_with).model
+            settings = self.settings.replaced(changes)
+            adapter = _train(
+                self.engine, self.trainer, rows, settings=settings, held_out=(), served_with=served_with
+            )
+            return adapter.model
         except Exception:
             raise
         except BaseException as error:
             raise _Carried(f"{type(error).__name__}: {error}") from error
 
 
-def attach_provider(lm: MeteredLM, *, directory: Path, settings: LoraSettings | None = None) -> MeteredLM:
+def attach_provider(
+    lm: MeteredLM, *, directory: Path | None = None, settings: LoraSettings | None = None
+) -> MeteredLM:
     """A copy of `lm` that DSPy can fine-tune.
 
+    Args:
+        lm: local, or a vLLM server's with base weights (`build_lm(..., base_weights=)`).
+        directory: where adapters are kept; the engine's `lora_dir` by default.
+        settings: defaults of its trainings.
+
     Raises:
-        ConfigurationError: its engine is not a local one.
+        ConfigurationError: its engine is neither.
     """
-    provider = LoraProvider(_local_engine(lm), directory=directory, settings=settings)
+    engine = _trainable(lm)
+    provider = LoraProvider(engine, directory=directory or engine.lora_dir, settings=settings)
     return lm.copy(provider=provider)
 
 
@@ -131,23 +150,75 @@ def finetune(
     held_out: Sequence[TrainingRow | Mapping[str, Any]] = (),
 ) -> MeteredLM:
     """Fine-tune the base of `lm` on rows (or `{"messages": [...]}`); returns the tuned LM. See `LoraTrainer.train`."""
-    adapter = LoraTrainer(_local_engine(lm), directory=directory).train(
-        _rows(rows), settings=settings, held_out=_rows(held_out), served_with=served_with
+    adapter = train_lora(
+        lm, rows, directory=directory, served_with=served_with, settings=settings, held_out=held_out
     )
     return lm.copy(model=adapter.model)
+
+
+def train_lora(
+    lm: MeteredLM,
+    rows: Sequence[TrainingRow | Mapping[str, Any]],
+    *,
+    directory: Path,
+    served_with: str,
+    settings: LoraSettings | None = None,
+    held_out: Sequence[TrainingRow | Mapping[str, Any]] = (),
+) -> LoraAdapter:
+    """Train an adapter of the base of `lm`, whether it runs here or on a vLLM server. See `LoraTrainer.train`.
+
+    `lm.copy(model=adapter.model)` answers with it, as does `lm.copy(model=checkpoint.model)` with its checkpoints.
+    """
+    engine = _trainable(lm)
+    return _train(
+        engine,
+        LoraTrainer(_weights_of(engine), directory=directory),
+        _rows(rows),
+        settings=settings or LoraSettings(),
+        held_out=_rows(held_out),
+        served_with=served_with,
+    )
+
+
+def _train(
+    engine: TrainableEngine,
+    trainer: LoraTrainer,
+    rows: Sequence[TrainingRow],
+    *,
+    settings: LoraSettings,
+    held_out: Sequence[TrainingRow],
+    served_with: str,
+) -> LoraAdapter:
+    """`trainer.train`; a server is asked before whether it will take the adapter, and made to serve it afterwards.
+
+    With an adapter that is there already the server is left alone: all answers may be known, and if one is not, it is
+    loaded then.
+    """
+    if isinstance(engine, VllmEngine) and rows:
+        recipe = trainer.recipe(rows, settings=settings, held_out=held_out, served_with=served_with)
+        if not is_finished(trainer.directory, recipe):
+            engine.check_training()
+    adapter = trainer.train(rows, settings=settings, held_out=held_out, served_with=served_with)
+    if adapter.trained_now:
+        engine.add_lora(adapter.directory)
+    return adapter
 
 
 def _rows(rows: Sequence[TrainingRow | Mapping[str, Any]]) -> list[TrainingRow]:
     return [row if isinstance(row, TrainingRow) else TrainingRow.from_chat(row) for row in rows]
 
 
-def _local_engine(lm: MeteredLM) -> TransformersEngine:
+def _weights_of(engine: TrainableEngine) -> TransformersEngine:
+    return engine.weights if isinstance(engine, VllmEngine) else engine
+
+
+def _trainable(lm: MeteredLM) -> TrainableEngine:
     from copa_harness.lm.local import TransformersEngine
 
     engine = lm.engine
-    if not isinstance(engine, TransformersEngine):
+    if not isinstance(engine, (TransformersEngine, VllmEngine)):
         raise ConfigurationError(
             f"got the LM {lm.model!r}, whose engine is {type(engine).__name__}; expected a local one (embedded or "
-            "hf:...), the only kind whose weights can be trained here"
+            "hf:...), or a vLLM server's with base weights, the only kinds whose weights can be trained here"
         )
     return engine

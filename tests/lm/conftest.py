@@ -1,25 +1,6 @@
-"""Shared by the tests of the door: the stub server, and no price list from the network."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""Shared by the tests of the door: a running stub server, and no price list from the network."""
 
 import pytest
-
-
-def _load(name):
-    found = sys.modules.get(name)
-    if found is None:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        found = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-    return found
-
-
-@pytest.fixture(scope="session")
-def stubs():
-    """The module of the stub server: `StubServer`, `Reply`, `completion`."""
-    return _load("stub_server")
 
 
 @pytest.fixture

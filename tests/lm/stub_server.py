@@ -13,6 +13,7 @@ import contextlib
 import json
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MOST_REQUESTS = 200_000
 ANSWER = "[[ ## answer ## ]]\n7\n\n[[ ## completed ## ]]"
@@ -54,9 +55,11 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
         self.stub.n_connections += 1
+        self.stub.connections.add(self)
 
     def connection_lost(self, error):
         self.transport = None
+        self.stub.connections.discard(self)
 
     def data_received(self, data):
         self.buffer += data
@@ -99,6 +102,7 @@ class StubServer:
         self.requests, self.n_requests, self.n_under_way, self.most_under_way = [], 0, 0, 0
         self.n_connections = 0
         self.refuse_above = None  # more requests under way than this are answered 429
+        self.connections = set()
         self._ready = threading.Event()
 
     @property
@@ -118,6 +122,8 @@ class StubServer:
         if self.n_requests > MOST_REQUESTS:
             connection.cut()
             return
+        if self.takes_over(connection, path, headers, body):
+            return
         if self.keep:
             self.requests.append((path, headers, body))
         reply = self.replies.pop(0) if self.replies else self.default
@@ -128,6 +134,10 @@ class StubServer:
         loop = asyncio.get_running_loop()
         if not reply.hang:
             loop.call_later(reply.latency_s, self._answer, connection, reply)
+
+    def takes_over(self, connection, path, headers, body):
+        """Whether a request was dealt with in another way than by a scripted reply."""
+        return False
 
     def _answer(self, connection, reply):
         self.n_under_way -= 1
@@ -157,6 +167,9 @@ class StubServer:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._end.wait(), self.lifetime_s)
         server.close()
+        for connection in list(self.connections):
+            connection.cut()
+        await asyncio.sleep(0)  # a transport is closed in the next round of the loop
 
     def __enter__(self):
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
@@ -167,6 +180,91 @@ class StubServer:
     def __exit__(self, *error):
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join(10)
+
+
+class VllmStub(StubServer):
+    """As much of vLLM as LoRA serving needs: the list of models, loading, unloading, and answers of what is loaded.
+
+    Attributes:
+        base: Name of the base model; `root` is where it says the weights come from.
+        answer: `(model name, adapter path or None, messages) -> text`, called on a thread.
+        loaded: Adapter name -> path; cleared by `restart`.
+        updating: Whether VLLM_ALLOW_RUNTIME_LORA_UPDATING is set; `enable_lora` whether it was started with that.
+        sees: Path as asked -> path to read, or None when it is not there.
+        shelf_requests: (route, body) of everything but answers.
+        scripted: Route -> (status, body) instead of the usual reply.
+    """
+
+    def __init__(self, answer=None, *, base="org/toy", root="", max_lora_rank=16, api_key=None, **kwargs):
+        super().__init__(**kwargs)
+        self.answer = answer or (lambda model, path, messages: ANSWER)
+        self.base, self.root, self.max_lora_rank, self.api_key = base, root or base, max_lora_rank, api_key
+        self.loaded, self.updating, self.enable_lora, self.sees = {}, True, True, lambda path: path
+        self.shelf_requests, self.scripted, self.parent, self.answered = [], {}, None, []
+
+    def restart(self):
+        self.loaded.clear()
+
+    def takes_over(self, connection, path, headers, body):
+        route = path.removeprefix("/v1/")
+        if self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
+            self._reply(connection, 401, {"error": "Unauthorized"})
+        elif route == "chat/completions":
+            if self.replies:
+                return False  # a scripted misfortune comes first
+            document = json.loads(body)
+            model = document["model"]
+            self.answered.append(model)
+            if model != self.base and model not in self.loaded:
+                said = {"message": f"The model `{model}` does not exist.", "type": "NotFoundError", "code": 404}
+                self._reply(connection, 404, {"error": said})
+            else:
+                asyncio.get_running_loop().create_task(self._generate(connection, model, document["messages"]))
+        else:
+            given = json.loads(body) if body else {}
+            self.shelf_requests.append((route, given))
+            self._reply(connection, *(self.scripted.get(route) or self._shelf(route, given)))
+        return True
+
+    def _shelf(self, route, given):
+        if route == "models":
+            cards = [{"id": self.base, "root": self.root, "parent": self.parent}]
+            cards += [{"id": name, "root": path, "parent": self.base} for name, path in self.loaded.items()]
+            return 200, {"object": "list", "data": cards}
+        if not self.updating or route not in ("load_lora_adapter", "unload_lora_adapter"):
+            return 404, {"detail": "Not Found"}
+        name = given["lora_name"]
+        if route == "unload_lora_adapter":
+            found = self.loaded.pop(name, None)
+            return (200, b"Success") if found else (404, refusal(f"The lora adapter '{name}' cannot be found.", 404))
+        if not name or not given["lora_path"]:
+            return 400, refusal("Both 'lora_name' and 'lora_path' must be provided.")
+        if name in self.loaded:
+            return 400, refusal(f"The lora adapter '{name}' has already been loaded.")
+        if not self.enable_lora:
+            return 500, refusal("LoRA is not enabled. Use --enable-lora to enable LoRA.", 500)
+        place = self.sees(given["lora_path"])
+        if place is None or not Path(place, "adapter_config.json").is_file():
+            return 404, refusal(f"Loading lora {name} failed: No adapter found for {given['lora_path']}", 404)
+        rank = json.loads(Path(place, "adapter_config.json").read_text())["r"]
+        if rank > self.max_lora_rank:
+            return 400, refusal(f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}.")
+        self.loaded[name] = given["lora_path"]
+        return 200, f"Success: LoRA adapter '{name}' added successfully.".encode()
+
+    async def _generate(self, connection, model, messages):
+        place = self.loaded.get(model)
+        text = await asyncio.to_thread(self.answer, model, place and self.sees(place), messages)
+        self._reply(connection, 200, {**completion(text), "model": model})
+
+    def _reply(self, connection, status, body):
+        self.n_under_way += 1
+        self._answer(connection, Reply(status, body=body))
+
+
+def refusal(message, code=400):
+    """An error as vLLM words it."""
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": code}}
 
 
 def main():

@@ -5,7 +5,19 @@ import pytest
 from dspy import lm15
 from dspy.utils.exceptions import LMLockTimeoutError, LMProviderError, LMTransportError, is_retryable_lm_error
 
-from copa_harness.errors import ArtifactError, ContextOverflowError, ProviderError
+from copa_harness.errors import (
+    ArtifactError,
+    AuthenticationError,
+    BillingError,
+    ConnectionFailedError,
+    ContextOverflowError,
+    MalformedAnswerError,
+    ProviderError,
+    ProviderTimeoutError,
+    RateLimitError,
+    RefusalError,
+    ServerFailureError,
+)
 from copa_harness.lm.failures import engine_failure
 
 
@@ -35,6 +47,31 @@ def test_every_failure_of_a_provider_is_both_kinds_of_error(error, dspys, is_ret
     assert "[m]" in str(failure)
     assert "x" in str(failure)
     assert engine_failure(failure, model="m") is failure
+
+
+class MyTimeout(ProviderTimeoutError):
+    kind = "my timeout"
+
+
+@pytest.mark.parametrize(
+    ("error", "dspys", "billed"),
+    [
+        (RateLimitError("x"), dspy.LMRateLimitError, False),
+        (ProviderTimeoutError("x"), dspy.LMTimeoutError, None),
+        (MyTimeout("x"), dspy.LMTimeoutError, None),
+        (ServerFailureError("x"), dspy.LMServerError, False),
+        (ConnectionFailedError("x"), LMTransportError, False),
+        (AuthenticationError("x"), dspy.LMAuthError, False),
+        (BillingError("x"), LMProviderError, False),
+        (MalformedAnswerError("x"), LMProviderError, None),
+        (RefusalError("x"), LMProviderError, True),
+    ],
+)
+def test_an_error_of_ours_that_an_engine_raised_keeps_its_kind_and_who_pays(error, dspys, billed):
+    failure = engine_failure(error, model="m")
+    assert isinstance(failure, dspys)
+    assert isinstance(failure, next(base for base in type(error).__mro__ if base.__module__ == "copa_harness.errors"))
+    assert (failure.kind, failure.billed) == (error.kind, billed)
 
 
 def test_details_of_the_provider_are_kept():
