@@ -10,11 +10,17 @@ import copa_harness.evaluate.runner
 import copa_harness.lm.build
 import copa_harness.lm.ledger
 import copa_harness.lm.local
+import copa_harness.lm.local_cascade
+import copa_harness.lm.local_generate
+import copa_harness.lm.local_loop
+import copa_harness.lm.vllm
 import copa_harness.optimize.copa
 import copa_harness.report.files
 import copa_harness.session.copa_session
 import copa_harness.store.artifacts
-import copa_harness.tune.loop  # noqa: F401
+import copa_harness.tune.loop
+import copa_harness.tune.packing
+import copa_harness.tune.trainer  # noqa: F401
 from copa_harness.lm.local_tiny import write_tiny_model
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
