@@ -75,12 +75,17 @@ def _demo_targets(
         if message["role"] != "assistant" or "Not supplied for this particular" in message["content"]:
             continue
         before = chat.text(row.messages[:i], answer_next=True)
-        after = chat.text(row.messages[: i + 1], answer_next=False)
-        if not (prompt.startswith(after) and after.startswith(before)):
+        if not prompt.startswith(before):
             continue  # this template writes earlier turns differently from the one being answered
-        for position, (start, end) in enumerate(offsets):
-            if position and len(before) <= start and end <= len(after):
-                targets.append(position)
-                if prompt_ids[position] in eos_ids:
-                    break
+        # Templates may trim what is said, or open an earlier turn with less than they open the answer with.
+        said = message["content"] if prompt.startswith(message["content"], len(before)) else message["content"].strip()
+        start = prompt.find(said, len(before)) if said else -1
+        if start < 0 or prompt[len(before) : start].strip():
+            continue
+        end = start + len(said)
+        own = [position for position, (first, last) in enumerate(offsets) if len(before) <= first and last <= end]
+        following = own[-1] + 1 if own else 0
+        if own and following < len(prompt_ids) and prompt_ids[following] in eos_ids:
+            own.append(following)
+        targets += [position for position in own if position]
     return tuple(targets)

@@ -4,8 +4,8 @@
     python tests/benchmarks/bench_training.py --quick    # the small model only, fewer steps
 
 Every contender trains the same LoRA (rank 16 on all linear layers, AdamW, clipping, float32 unless it says otherwise)
-on the same rows in the same batch, in a process of its own that waits while the others take their turns; a row is its best
-step. The first loss of all must agree. Rows have the shape of DSPy prompts: instructions all rows share, then nine
+on the same rows in the same batch, in a process of its own that waits while the others take their turns; a row is its
+best step. The first loss of all must agree. Rows have the shape of DSPy prompts: instructions all rows share, then nine
 demonstrations of their own, or none. Tokens are those of the rows: what a loop pads, packs or skips is its own affair.
 Memory is the peak of the process above what it had with the model loaded. The floor is what the products of one step
 would take at the rate one large product runs at, without and with the shared tokens computed once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import dspy
@@ -20,7 +21,8 @@ from copa_harness.lm.local_lora import WEIGHTS_FILE
 from copa_harness.lm.local_model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scope import open_scope
-from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, render_rows
+from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, progress, render_rows
+from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.encoding import encode_row
 from copa_harness.tune.loop import relative_rate
 
@@ -286,3 +288,36 @@ def test_rows_of_a_program_train_and_serve_end_to_end(engine, trainer, program, 
     lm = MeteredLM(adapter.model, engine=engine, door=Door(cache=None), max_tokens=40)
     with dspy.context(lm=lm):
         assert [program(**example.inputs()).colour for example in examples[:4:3]] == ["red"] * 2
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(trainer, monkeypatch):
+    real = BatchLoss.sum
+    monkeypatch.setattr(BatchLoss, "sum", lambda self, rows: real(self, rows) * float("nan"))
+    with pytest.raises(TrainingError, match=r"loss is nan .* step 1 of 4; remedy: a learning rate below 0.003, say"):
+        trainer.train(ROWS, settings=QUICK, served_with="none")
+
+
+def test_a_loss_that_grows_stops_the_training_at_the_end_of_that_epoch(trainer, monkeypatch):
+    real, factors = BatchLoss.sum, iter(2.0**n for n in range(50))
+    monkeypatch.setattr(BatchLoss, "sum", lambda self, rows: real(self, rows) * next(factors))
+    settings = LoraSettings(rank=4, epochs=50, batch_size=8)
+    with open_scope("run") as scope, pytest.raises(TrainingError, match=r"diverged: .* in epoch [234]; remedy"):
+        trainer.train(ROWS, settings=settings, served_with="none")
+    assert scope.usage().train_steps <= 4
+
+
+def test_progress_is_told_in_plain_lines_with_the_time_to_go(trainer, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    with caplog.at_level("INFO"):
+        trainer.train(ROWS, settings=QUICK, served_with="none")
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA step")]
+    assert len(lines) == 4
+    assert all(re.fullmatch(r"LoRA step \d of 4, epoch [12], loss \d+\.\d{3}, \d+ s to go", line) for line in lines)
+    assert lines[-1].endswith("0 s to go")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_a_duration_reads_as_people_say_it(seconds, text):
+    assert progress.duration(seconds) == text
