@@ -144,8 +144,8 @@ class Training:
         waited = self.n_epochs - self.best_epoch
         return self.n_epochs >= self.settings.epochs or waited >= self.settings.early_stop_patience
 
-    def run_epoch(self, progress: Progress, *, on_step: Callable[[], None] = lambda: None) -> None:
-        """Train one epoch and measure the held-out rows; `on_step` is called after every optimizer step.
+    def run_epoch(self, progress: Progress, *, before_step: Callable[[], None] = lambda: None) -> None:
+        """Train one epoch and measure the held-out rows; `before_step` is called before every optimizer step.
 
         Raises:
             TrainingError: the loss is not a number any more, or has grown instead of fallen.
@@ -159,10 +159,10 @@ class Training:
             # A base model may have dropout of its own; an epoch's must not depend on those before it in this process.
             torch.manual_seed(int(np.random.default_rng([self.settings.seed, epoch]).integers(2**62)))
             for batch in batches_of(self._epochs[epoch - 1], self.settings.batch_size, self._rng):
+                before_step()
                 n_answer = sum(len(row.targets) for row in batch)
                 loss = self._step(batch, n_answer)
                 total, n_tokens = total + loss * n_answer, n_tokens + n_answer
-                on_step()
                 progress.step(epoch, loss)
         self.losses.append(total / n_tokens)
         self.steps_by_epoch.append(self.n_steps)

@@ -198,7 +198,7 @@ class LoraTrainer:
         began_s, before = time.monotonic(), training.n_steps
         with Progress(training.n_total, n_done=training.n_steps) as progress:
             while not training.finished:
-                training.run_epoch(progress, on_step=charge.check_seconds)
+                training.run_epoch(progress, before_step=charge.check_seconds)
                 epoch = training.n_epochs
                 details = {
                     **self._details(job, encoded, training, epoch=epoch),
