@@ -89,7 +89,12 @@ def _entry(run: Run, candidate: Candidate, objective: str) -> dict[str, Any]:
 
 
 def result_of(
-    run: Run, *, strategy: str, program: dspy.Module, front: tuple[Mapping[str, Any], ...]
+    run: Run,
+    *,
+    strategy: str,
+    program: dspy.Module,
+    front: tuple[Mapping[str, Any], ...],
+    credit: Mapping[str, Any],
 ) -> OptimizationResult:
     """The record of a finished run.
 
@@ -98,6 +103,7 @@ def result_of(
         strategy: As parsed.
         program: The incumbent as a program.
         front: What `choose` gave.
+        credit: What `credit_of` gave.
     """
     before, after = run.validation.mean(run.student), run.score
     return OptimizationResult(
@@ -116,5 +122,8 @@ def result_of(
         n_trials=run.n_trials,
         notes=tuple(run.notes),
         front=front,
+        credit=credit,
+        learned=tuple(run.knowledge.report()),
+        trials=tuple(run.knowledge.records),
         state=None if run.incumbent.structure else to_state(program),
     )

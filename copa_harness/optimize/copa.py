@@ -28,6 +28,7 @@ from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, thawed
 from copa_harness.optimize.choosing import choose, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
+from copa_harness.optimize.credit import credit_of
 from copa_harness.optimize.journal import journal_at
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
@@ -249,8 +250,9 @@ class COPA(Teleprompter):
                 run.progress.say(str(choice))
             execute(run, steps)
             front = choose(run, self.preference)
+            credit = credit_of(run)
         program = run.incumbent.program()
-        program.copa_result = result_of(run, strategy=name, program=program, front=front)
+        program.copa_result = result_of(run, strategy=name, program=program, front=front, credit=credit)
         return program
 
     def _resolved(

@@ -36,8 +36,8 @@ UNSETTLED_SHARE = 2 / 3
 REDRAWS = 3
 """Attempts of a method at a set that is not there yet, before one is drawn at random."""
 
-METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty")
-"""How a set is chosen from a pool; the last three need something to be known first, see `Knowledge`."""
+METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty", "mutated")
+"""How a set is chosen from a pool; the last four need something to be known first, see `Knowledge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class PoolKnowledge:
         vectors: (n, d) inputs, see `vectors`.
         targets: (m, d) inputs that were answered wrong; empty when none is known ("nearest").
         settled: n flags, what the instruction alone answers rightly; empty when not known ("unsettled").
+        current: Places in the pool of the demonstrations shown now; empty when there are none, or not all are in the
+            pool ("mutated").
         weights: n draws of what each demonstration adds; empty when not known ("weighty").
     """
 
@@ -55,6 +57,7 @@ class PoolKnowledge:
     targets: Vectors
     settled: Sequence[bool] = ()
     weights: Sequence[Sequence[float]] = ()
+    current: Sequence[int] = ()
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -63,6 +66,7 @@ class PoolKnowledge:
             "nearest": len(self.targets) > 0,
             "unsettled": any(self.settled) and not all(self.settled),
             "weighty": len(self.weights) > 0,
+            "mutated": 0 < len(self.current) < len(self.vectors),
         }
         return tuple(name for name in METHODS if ready.get(name, True))
 
@@ -104,9 +108,11 @@ def chosen_sets(
         else:
             continue
         seen.add(frozenset(rows))
+        size = len(rows)
         number = numbers[size, method] = numbers.get((size, method), 0) + 1
         arm = arm_of(source, method)
-        demos = tuple(pool[int(row)][0] for row in generator.permutation(rows))
+        order = rows if method == "mutated" else generator.permutation(rows)
+        demos = tuple(pool[int(row)][0] for row in order)
         sets.append((DemoSet(f"{size} {arm} #{number}", demos), arm))
     return tuple(sets)
 
@@ -122,6 +128,10 @@ def _rows(
         return selection.nearest_rows(knowledge.vectors, strata, size, generator, targets=knowledge.targets)
     if method == "unsettled":
         return selection.open_rows(strata, knowledge.settled, size, generator, share=UNSETTLED_SHARE)
+    if method == "mutated":
+        return selection.mutated_rows(
+            knowledge.vectors, strata, knowledge.current, generator, targets=knowledge.targets
+        )
     if method == "weighty":
         draw = knowledge.weights[int(generator.integers(len(knowledge.weights)))]
         return selection.heaviest_rows(strata, draw, size, generator)

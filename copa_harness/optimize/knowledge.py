@@ -72,6 +72,11 @@ class Knowledge:
         """Remember that the arms (``family: arm``) proposed an instruction; the first to do so get the credit."""
         self._instructions.setdefault((predictor, text), arms)
 
+    def is_written(self, predictor: str, text: str) -> bool:
+        """Whether a prompt LM wrote an instruction in this run."""
+        arms = self._instructions.get((predictor, text), ())
+        return "instruction: written" in arms or "instruction: reflected" in arms
+
     def note_demos(self, predictor: str, demos: DemoSet, *arms: str) -> None:
         """Remember that the arms proposed a demonstration set."""
         self._demos.setdefault((predictor, _set_key(demos.demos)), arms)

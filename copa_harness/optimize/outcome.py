@@ -43,6 +43,9 @@ class OptimizationResult:
         notes: Sentences worth telling: what was adopted or refused, and why.
         front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
             which entry was returned.
+        credit: Which part of which stage earned the gain on validation (`credit.assign_credit`); empty without one.
+        learned: What every kind of proposal gained (`Learner.report`).
+        trials: What every trial used and gained, shortened (`Knowledge.records`).
         state: The program's settings as JSON (see `apply_state`); None when an optimizer changed the program itself.
     """
 
@@ -61,6 +64,9 @@ class OptimizationResult:
     n_trials: int = 0
     notes: tuple[str, ...] = ()
     front: tuple[Mapping[str, Any], ...] = ()
+    credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     state: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +81,7 @@ class OptimizationResult:
         fields = dict(record)
         fields["usage"] = Usage(**fields["usage"])
         fields["phases"] = tuple(PhaseRecord(**{**p, "usage": Usage(**p["usage"])}) for p in fields["phases"])
-        fields["notes"], fields["front"] = tuple(fields["notes"]), tuple(fields.get("front", ()))
+        fields |= {name: tuple(fields.get(name, ())) for name in ("notes", "front", "learned", "trials")}
         fields["budget_calls"] = float("inf") if fields["budget_calls"] is None else fields["budget_calls"]
         return cls(**fields)
 

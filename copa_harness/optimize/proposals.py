@@ -19,7 +19,7 @@ from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, DemoSet, labelled_pool
 from copa_harness.optimize.instructions import InstructionOption, rule_based
 from copa_harness.optimize.knowledge import Knowledge, input_key
-from copa_harness.optimize.pools import bootstrapped, sets_from, wants_bootstrap
+from copa_harness.optimize.pools import bootstrapped, sets_from, settle, wants_bootstrap
 from copa_harness.optimize.reflection import Failure, find_failures
 from copa_harness.optimize.space import WEIGHTS, Point, WeightsLevel
 from copa_harness.optimize.writing import GROUNDINGS, InstructionWriter
@@ -41,6 +41,7 @@ class ProposalSettings:
         n_reflected: Training examples the incumbent is run on to find mistakes to reflect on; 0 turns reflection off.
         transfer: Whether bare instructions are tried on training examples to see which demonstrations they make
             redundant. Rules are followed without a model, and cost nothing either way.
+        n_rounds: Rounds of proposing and searching in a prompt step; later rounds use what earlier ones learned.
     """
 
     max_demos: int = 9
@@ -51,6 +52,7 @@ class ProposalSettings:
     groundings: tuple[str, ...] = GROUNDINGS
     n_reflected: int = 8
     transfer: bool = True
+    n_rounds: int = 2
 
 
 def propose_demos(
@@ -91,6 +93,11 @@ def propose_demos(
         traced = bootstrapped(
             teacher or program, trainset, metric, settings, allowance, threads, seed, calls_per_example
         )
+    if settings.max_demos > 0:
+        settle(
+            incumbent, trainset, metric=metric, settings=settings, allowance=allowance, threads=threads,
+            calls_per_example=calls_per_example, memory=memory, generator=np.random.default_rng([*seed, 505]),
+        )  # fmt: skip
     options: dict[str, tuple[DemoSet, ...]] = {}
     for i, (name, predictor) in enumerate(program.named_predictors()):
         sets: list[DemoSet] = []
@@ -103,7 +110,7 @@ def propose_demos(
                     sets_from(
                         pool, source=source, predictor=name, signature=predictor.signature, settings=settings,
                         memory=memory, mistakes=mistakes, instruction=predictor.signature.instructions,
-                        generator=generator,
+                        shown=predictor.demos, generator=generator,
                     )
                 )  # fmt: skip
         options[name] = (*sets, NO_DEMOS)

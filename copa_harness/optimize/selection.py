@@ -140,5 +140,38 @@ def heaviest_rows(
     return chosen
 
 
+def mutated_rows(
+    vectors: Vectors,
+    strata: Sequence[str],
+    current: Sequence[int],
+    generator: np.random.Generator,
+    *,
+    targets: Vectors,
+) -> list[int]:
+    """A set around a given one: up to a third of its rows exchanged, each for another of the same stratum.
+
+    Every other exchange takes in the row of the stratum nearest to a target drawn at random, if there are targets; the
+    others take in a row drawn at random.
+
+    Args:
+        vectors: (n, d).
+        strata: n labels.
+        current: The rows to begin with, at least one; their order is kept.
+        generator: Source of randomness.
+        targets: (m, d) inputs that were answered wrong, possibly none.
+    """
+    chosen = [int(row) for row in current]
+    for place in generator.permutation(len(chosen))[: 1 + int(generator.integers(max(1, len(chosen) // 3)))]:
+        others = [row for row in _members(strata, strata[chosen[place]]).tolist() if row not in chosen]
+        if not others:
+            continue
+        if len(targets) and generator.random() < 0.5:
+            target = targets[[int(generator.integers(len(targets)))]]
+            chosen[place] = others[int(np.argmin(distances(vectors[others], target)[:, 0]))]
+        else:
+            chosen[place] = int(generator.choice(others))
+    return chosen
+
+
 def _members(strata: Sequence[str], name: str) -> np.ndarray:
     return np.array([i for i, one in enumerate(strata) if one == name])

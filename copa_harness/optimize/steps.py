@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
 from copa_harness.optimize.ensemble import ensemble_of
-from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.levels import checkpoint_levels
 from copa_harness.optimize.progress import incumbent_text
 from copa_harness.optimize.proposals import starting_points
 from copa_harness.optimize.registry import OptimizerJob, run_optimizer
+from copa_harness.optimize.rounds import DemoSets, InstructionSets, instruction_starts, search_in_rounds
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
 from copa_harness.optimize.weights import Trained
@@ -79,15 +79,14 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
 
 
 def _prompts(run: Run, allowance: Allowance) -> None:
-    """One study over instructions and demonstrations, and over the other weights of a training before it."""
-    demos = run.demo_options(allowance)
-    instructions = run.instruction_options(allowance)
+    """Studies over instructions and demonstrations, and over the other weights of a training before it."""
     levels = run.open_levels()
-    starts = starting_points(instructions, demos, weights=(level_of(run.incumbent), *levels))
-    space = Space.around(
-        run.incumbent, weights=[*levels, *run.checkpoint_levels()], instructions=instructions, demos=demos
-    )
-    run.search(space, allowance, phase=Phase.SEARCH, name="p", starts=starts)
+    own = level_of(run.incumbent)
+
+    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
+        return starting_points(instructions, demos, weights=(own, *levels))
+
+    search_in_rounds(run, allowance, name="p", levels=[*levels, *run.checkpoint_levels()], first_starts=starts)
 
 
 def _alternate(run: Run, allowance: Allowance) -> None:
@@ -110,7 +109,7 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         if run.score < PERFECT:
             instructions = run.instruction_options(cycle_share)
             space = Space.around(run.incumbent, instructions=instructions)
-            name, starts = f"instructions {cycle + 1}", _instruction_starts(instructions)
+            name, starts = f"instructions {cycle + 1}", instruction_starts(instructions)
             run.search(space, cycle_share, phase=Phase.INSTRUCTIONS, name=name, starts=starts)
         if run.score >= PERFECT:
             run.stopped = "perfect score"
@@ -126,15 +125,6 @@ def _alternate(run: Run, allowance: Allowance) -> None:
             )
             return
     run.stopped = "max_cycles"
-
-
-def _instruction_starts(instructions: Mapping[str, Sequence[InstructionOption]]) -> list[Point]:
-    """Every instruction once, all predictors alike."""
-    longest = max(len(options) for options in instructions.values())
-    return [
-        {f"{name}.instruction": options[min(i, len(options) - 1)].name for name, options in instructions.items()}
-        for i in range(longest)
-    ]
 
 
 def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool) -> None:
@@ -184,17 +174,17 @@ def _joint(run: Run, allowance: Allowance) -> None:
         run.note(f"joint: {trained.note}")
         levels.append(level_of(run.incumbent.with_lms(trained.lms)))
         others.extend(checkpoint_levels(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
-    demos = run.demo_options(allowance)
-    instructions = run.instruction_options(allowance)
-    space = Space.around(run.incumbent, weights=[*levels, *others], instructions=instructions, demos=demos)
-    first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
-    bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
-    starts: list[Point] = [
-        {"weights": levels[0].name, **first},
-        {"weights": levels[-1].name, **bare},
-        *starting_points(instructions, demos),
-    ]
-    run.search(space, allowance, phase=Phase.SEARCH, name="joint", starts=starts)
+
+    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
+        first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
+        bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
+        return [
+            {"weights": levels[0].name, **first},
+            {"weights": levels[-1].name, **bare},
+            *starting_points(instructions, demos),
+        ]
+
+    search_in_rounds(run, allowance, name="joint", levels=[*levels, *others], first_starts=starts)
 
 
 def _ensemble(run: Run) -> None:

@@ -54,6 +54,8 @@ class RunRecord:
         repeats: scores of every repeat per example id, when the examples were answered several times.
         sequential: what stopping early saved and cost (`SequentialAnswer.to_json`); empty when all rows were used.
         attribution: what weights and prompts gained (`Attribution.to_json`); empty when not measured.
+        credit: which part of which stage earned the optimization's gain on validation; empty when nothing changed.
+        learned: what the optimization learned about its proposals, one entry per arm.
     """
 
     test: str
@@ -85,6 +87,8 @@ class RunRecord:
     repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     sequential: Mapping[str, Any] = field(default_factory=dict)
     attribution: Mapping[str, Any] = field(default_factory=dict)
+    credit: Mapping[str, Any] = field(default_factory=dict)
+    learned: Sequence[Mapping[str, Any]] = ()
 
     @property
     def model(self) -> str:
@@ -186,6 +190,8 @@ class RunRecord:
             "repeats": self.repeats,
             "sequential": self.sequential,
             "attribution": self.attribution,
+            "credit": self.credit,
+            "learned": list(self.learned),
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -249,6 +255,8 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         repeats={key: tuple(scores) for key, scores in document.get("repeats", {}).items()},
         sequential=dict(document.get("sequential", {})),
         attribution=dict(document.get("attribution", {})),
+        credit=dict(document.get("credit", {})),
+        learned=tuple(document.get("learned", ())),
     )
 
 

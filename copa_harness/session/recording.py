@@ -102,6 +102,8 @@ def record_of(
             "validation_after": optimized.result.score_after,
             "stopped": optimized.result.stopped,
             "exhausted": optimized.result.exhausted,
+            "credit": optimized.result.credit,
+            "learned": optimized.result.learned,
         }
     return RunRecord.from_evaluation(
         evaluation,

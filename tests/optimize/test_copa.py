@@ -74,7 +74,7 @@ def test_same_seed_same_program_whatever_the_threads(toy):
 
 def test_another_seed_tries_other_things(toy):
     first, second = optimized(toy, seed=1).copa_result, optimized(toy, seed=2).copa_result
-    assert first.state != second.state or first.charged_calls != second.charged_calls
+    assert first.state != second.state or first.trials != second.trials
 
 
 @pytest.mark.parametrize("calls", [1, 15, 16, 17, 30, 47, 64])
@@ -289,7 +289,7 @@ def test_the_prompt_lms_instructions_are_tried(toy):
     toy.train = [example for example in toy.train if example.kind == "small"] + toy.train[:1]
     writer = ScriptedLM(lambda messages: {"proposed_instruction": text})
     program = optimized(toy, prompt_lm=writer, max_demos=0)
-    assert writer.calls == 4
+    assert writer.calls == 2 * 4  # two rounds
     assert text in {program.signature.instructions} or program.copa_result.score_after >= 0.8
 
 

@@ -7,7 +7,7 @@ from copa_harness.lm.scope import open_scope
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import DemoSet, labelled_pool
-from copa_harness.optimize.knowledge import Knowledge, input_key
+from copa_harness.optimize.knowledge import Knowledge, demo_key, input_key
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, propose_instructions
 
 
@@ -86,11 +86,11 @@ def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
     assert [row["family"] for row in memory.report()] == ["instruction"]
 
 
-def propose(toy, candidate, memory, **more):
+def propose(toy, candidate, memory, *, seed=0, **more):
     with open_scope("test") as scope:
         return propose_demos(
             candidate, trainset=toy.train, metric=toy.metric, settings=ProposalSettings(**more),
-            allowance=Allowance(scope, 100), threads=4, seed=(0, 1), calls_per_example=1, knowledge=memory,
+            allowance=Allowance(scope, 100), threads=4, seed=(seed, 1), calls_per_example=1, knowledge=memory,
         )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
     ruled = student.with_instructions({"self": rule.text})
     tried(memory, ruled, pool_of(toy), n=2)  # demonstrations have been tried, so every method is open
     sets = [
-        one for seed in range(8) for one in propose(toy, ruled, memory)["self"] if "unsettled" in one.name
+        one for seed in range(8) for one in propose(toy, ruled, memory, seed=seed)["self"] if "unsettled" in one.name
     ]
     assert sets
     shares = [
@@ -119,6 +119,36 @@ def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
     whole = np.mean([not right for right in answered.values()])
     assert np.mean(shares) > whole + 0.1
     assert lm.calls == 0
+
+
+def test_what_a_written_instruction_settles_is_found_out_within_a_share_of_the_calls(toy):
+    lm, memory = toy.lm(), Knowledge()
+    text = "Mind it. If size is below 5.0 answer small, otherwise answer big."
+    written = Candidate.of(toy.program(), lm=lm).with_instructions({"self": text})
+    memory.note_instruction("self", text, "instruction: written")
+    propose(toy, written, memory)
+    assert lm.calls == 0  # no demonstrations were tried yet: nothing to make room for
+    tried(memory, written, pool_of(toy), n=2)
+    propose(toy, written, memory)
+    assert lm.calls == 10
+    answered = memory.settled_by(text)
+    assert len(answered) == 10
+    right = {input_key(e, ["size", "weight"]): (float(e.size) >= 5) == (e.kind == "big") for e in toy.train}
+    assert answered == {key: right[key] for key in answered}
+    propose(toy, written, memory)
+    assert lm.calls == 10
+
+
+def test_the_incumbents_set_is_varied_a_little(toy, student):
+    memory, pool = Knowledge(), pool_of(toy)
+    tried(memory, student, pool, n=2)
+    shown = student.with_demos({"self": tuple(pool[:9])})
+    sets = [one for seed in range(4) for one in propose(toy, shown, memory, seed=seed)["self"] if "mutated" in one.name]
+    assert sets
+    for one in sets:
+        kept = [new == old for new, old in zip(one.demos, pool[:9], strict=True)]
+        assert 6 <= sum(kept) <= 8
+        assert len({demo_key(demo) for demo in one.demos}) == 9
 
 
 def test_proposals_are_the_same_for_the_same_seed(toy, student):
