@@ -73,7 +73,8 @@ class COPA(Teleprompter):
         n_demo_sets: Demonstration sets proposed per predictor and phase.
         bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
             lack a predictor's outputs.
-        n_proposed: Instructions asked of `prompt_lm` per predictor and phase.
+        n_proposed: Instructions asked of `prompt_lm` per predictor and round.
+        n_rounds: Rounds of proposing and searching in a prompt or joint step.
         lora: `LoraSettings`, or a mapping of those that shall differ from the defaults, which are the trainer's with
             `epochs_with_demos` or `epochs_bare` passes: ``{"rank": 8, "learning_rate": 1e-3}``.
         epochs_with_demos: Passes over rows that carry demonstrations.
@@ -115,6 +116,7 @@ class COPA(Teleprompter):
         n_demo_sets: int = 12,
         bootstrap: bool | None = None,
         n_proposed: int = 4,
+        n_rounds: int = 2,
         lora: LoraSettings | Mapping[str, Any] | None = None,
         epochs_with_demos: int = 4,
         epochs_bare: int = 12,
@@ -134,7 +136,7 @@ class COPA(Teleprompter):
     ) -> None:
         super().__init__()
         metric_arity(metric)
-        at_least(1, threads=threads, max_cycles=max_cycles)
+        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds)
         at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
         at_least(0, n_checkpoints=n_checkpoints)
         in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
@@ -167,6 +169,7 @@ class COPA(Teleprompter):
                 bootstrap=bootstrap,
                 min_score=min_score,
                 n_proposed=n_proposed,
+                n_rounds=n_rounds,
             ),
             weights=WeightsSettings(
                 lora=lora,

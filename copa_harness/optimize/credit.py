@@ -115,9 +115,10 @@ def assign_credit(
         ``method``, ``n`` examples, ``total`` and ``parts``, each part with gain, low, high and its own method; empty
         when nothing changed or the two cannot be compared part by part.
     """
+    if student.structure or winner.structure:  # an optimizer changed the program itself
+        return {}
     parts = changed_parts(student, winner)
-    comparable = student.structure == winner.structure == ""
-    if not parts or not comparable or not (validation.is_complete(student) and validation.is_complete(winner)):
+    if not parts or not (validation.is_complete(student) and validation.is_complete(winner)):
         return {}
     wanted = [frozenset(parts) - {part} for part in parts]
     if len(parts) <= MAX_SHAPLEY_PARTS:

@@ -11,6 +11,7 @@ scores.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ def diverse_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: 
 
 def typical_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: np.random.Generator) -> list[int]:
     """Rows nearest to the centres of their stratum's clusters, as many clusters as rows are taken."""
-    from sklearn.cluster import KMeans
+    from scipy.cluster.vq import kmeans2  # and not scikit-learn's, whose OpenMP threads hang in forked processes
 
     chosen: list[int] = []
     for name, count in quotas(strata, size, generator).items():
@@ -54,13 +55,18 @@ def typical_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: 
         n_clusters = min(count, len(np.unique(vectors[members], axis=0)))
         if not n_clusters:
             continue
-        fitted = KMeans(n_clusters, n_init=1, max_iter=50, random_state=int(generator.integers(2**31)))
-        far = distances(vectors[members], fitted.fit(vectors[members]).cluster_centers_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an empty cluster keeps its centre, which serves as well
+            centres, _ = kmeans2(
+                vectors[members], n_clusters, iter=50, minit="++", seed=int(generator.integers(2**31))
+            )
+        far = distances(vectors[members], centres)
         picked: list[int] = []
         for cluster in range(n_clusters):
             row = next(int(members[i]) for i in np.argsort(far[:, cluster], kind="stable") if members[i] not in picked)
             picked.append(row)
-        chosen.extend(picked)
+        rest = [int(row) for row in generator.permutation(members) if row not in picked]  # equal rows make few clusters
+        chosen.extend([*picked, *rest[: count - len(picked)]])
     return chosen
 
 

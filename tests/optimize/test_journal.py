@@ -17,7 +17,7 @@ from copa_harness.optimize.journal import journal_at, open_journal
 
 
 def optimized(toy, path, *, lm=None, **settings):
-    settings = {"strategy": "p", "budget": 150, "n_demo_sets": 4, **settings}
+    settings = {"strategy": "p", "budget": 150, "n_demo_sets": 4, "n_rounds": 1, **settings}
     optimizer = COPA(metric=toy.metric, lm=lm or toy.lm(), journal=path, **settings)
     return optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
 
