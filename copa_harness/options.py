@@ -30,6 +30,9 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "cache-dir": ("DIR", "answers, finished stages, LoRA adapters and artifacts [default: .copa_cache in the rootdir]"),
     "report-dir": ("DIR", "latest.json, latest.md and numbered copies [default: reports in the rootdir]"),
     "baseline-dir": ("DIR", "accepted results, one file per task and strategy [default: baselines in the rootdir]"),
+    "device": ("DEVICE", "where a local model runs: cpu, cuda, cuda:1 [default: a GPU if there is one]"),
+    "dtype": ("TYPE", "arithmetic of a local model: float32, bfloat16 or float16 [default: float32, which is exact]"),
+    "chat-template": ("FILE", "Jinja chat template of a local model, instead of its own [default: its own]"),
     "api-base": ("URL", "endpoint of the model, when it has one [default: DSPy's]"),
     "base-weights": ("MODEL", "hf:<path or id>: a copy of the weights that a vLLM server runs as --copa-lm; LoRA "
                      "adapters are trained on it here and served there [default: none]"),
@@ -38,8 +41,10 @@ OPTIONS: dict[str, tuple[str, str]] = {
 """Name, metavar and help of every option with a value; each has an ini and an environment twin."""
 
 SWITCHES: dict[str, str] = {
+    "constrain": "output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated "
+                 "text; local models only [default: off]",
     "sequential": "evaluate examples in a random order and stop as soon as the gates are decided [default: off]",
-}
+}  # fmt: skip
 """Name and help of options without a value that have twins too."""
 
 GATE_NAMES = (
@@ -51,8 +56,9 @@ GATE_NAMES = (
 MARKER = (
     "copa(strategy='p -> w -> p', budget=None, min_score=None, max_regression=None, better_than=None, max_calls=None, "
     "max_tokens=None, max_usd=None, max_seconds=None, max_cost_per_answer=None, max_error_rate=None, "
-    "min_pass_all=None, undecided_fails=False, lm=None, prompt_lm=None, seed=None, threads=None, max_cycles=None, "
-    "epsilon=None, optimizer_kwargs=None): optimize the task's program before the test and gate the result."
+    "min_pass_all=None, undecided_fails=False, lm=None, prompt_lm=None, seed=None, threads=None, constrain=None, "
+    "max_cycles=None, epsilon=None, optimizer_kwargs=None): optimize the task's program before the test and gate the "
+    "result."
 )
 
 RUN_ID = pytest.StashKey[str]()
@@ -135,5 +141,5 @@ def _given(config: pytest.Config) -> dict[str, Setting]:
 
 
 def _from_here(config: pytest.Config, name: str, value: str) -> str:
-    """A directory typed in a shell is relative to where it was typed (one in an ini file to the rootdir)."""
-    return str(Path(config.invocation_params.dir, value)) if name.endswith("_dir") else value
+    """A path typed in a shell is relative to where it was typed (one in an ini file to the rootdir)."""
+    return str(Path(config.invocation_params.dir, value)) if name.endswith("_dir") or name == "chat_template" else value

@@ -22,7 +22,7 @@ from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.constraints import checked_constrain
+from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.metered import MeteredLM
@@ -75,7 +75,7 @@ def build_lm(
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
         dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
         chat_template: File with a Jinja template that replaces the model's own. Local models only.
-        constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constraints`. Local
+        constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constrained`. Local
             models only.
         api_base: URL of the endpoint. Endpoint models only.
         base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then

@@ -173,7 +173,7 @@ class TransformersEngine:
 
         Args:
             request: text messages; `config` may set max_tokens, temperature, top_p, top_k, stop, seed and logprobs, and
-                carry a constraint (see `constraints`).
+                carry a constraint (see `constrained`).
             seed: of the sampling, joined with `request.config.seed` and the prompt; greedy requests ignore it.
 
         Raises:
@@ -182,7 +182,7 @@ class TransformersEngine:
             ProviderError: out of memory, or a request a local text model cannot take.
             ConfigurationError, ArtifactError: see `fingerprint`.
         """
-        from copa_harness.lm.constraints import constraint_of
+        from copa_harness.lm.constrained import constraint_of
         from copa_harness.lm.local_requests import constrained_response, response_of, rules_of
 
         self._follow_files()

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from copa_harness.lm.constraints import OutputField
+from copa_harness.lm.constrained import OutputField
 from copa_harness.lm.local_chat import ChatFormat, PromptTokens
 from copa_harness.lm.local_decoding import DecodingRules
 from copa_harness.lm.local_paths import Answer

@@ -25,7 +25,7 @@ from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.constraints import OutputField, checked_constrain, constraint_of_call, with_constraint
+from copa_harness.lm.constrained import OutputField, checked_constrain, constraint_of_call, with_constraint
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.failures import passed_through_dspy
@@ -111,7 +111,7 @@ class MeteredLM(dspy.LM):
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
         num_retries: How often DSPy repeats a transient failure. 0: the door repeats, as the engine's `patience` says.
-        constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constraints`).
+        constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constrained`).
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
 

@@ -23,7 +23,7 @@ from copa_harness.session.memory import Memory
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
 from copa_harness.session.planning import plan_run
-from copa_harness.session.recording import Entry, cut_short_record, record_of
+from copa_harness.session.recording import Entry, cut_short_record, record_of, shown_as
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings
 from copa_harness.tasks.task import Task
@@ -88,7 +88,12 @@ class CopaSession:
         Raises:
             ConfigurationError: There is no such model; the message names the choices.
         """
+<<<<<<< HEAD
         return self.models.named(self._merged(marker).lm, is_base=True)
+=======
+        settings = self._merged(marker)
+        return self.models.named(settings.lm, constrain=settings.constrain)
+>>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
 
     def prompt_lm(self, marker: MarkerArguments | None = None) -> MeteredLM | None:
         """The model that proposes instructions, if settings or marker name one."""
@@ -110,7 +115,7 @@ class CopaSession:
         return self.settings if marker is None else self.settings.merged(marker)
 
     def _metered(self, lm: MeteredLM | None, marker: MarkerArguments) -> MeteredLM:
-        return self.base_lm(marker) if lm is None else self.models.metered(lm)
+        return self.base_lm(marker) if lm is None else self.models.metered(lm, constrain=self._merged(marker).constrain)
 
     def _optimized(self, task: Task, lm: MeteredLM, prompt_lm: MeteredLM | None, marker: MarkerArguments) -> Optimized:
         settings = self.settings.merged(marker)
@@ -151,7 +156,8 @@ class CopaSession:
             fingerprints = fingerprints_of(task, task.program, lm)
             standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
             self._memory.remember(task, lm, measured.evaluation, fingerprints)
-        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized)
+        shown: dict[str, Any] = shown_as(base)
+        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **shown)
         self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured), standing=standing))
         return measured.evaluation
 
@@ -237,7 +243,10 @@ class CopaSession:
 
     def rows(self) -> list[dict[str, Any]]:
         """Entries and plans as plain JSON types (see `ending`)."""
-        return [*(entry.row() for entry in self.entries), *self._plans]
+        rows = [entry.row() for entry in self.entries]
+        if rows:
+            rows[0]["notes"] += self.models.served()
+        return [*rows, *self._plans]
 
     # -- steps
 

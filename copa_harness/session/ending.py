@@ -102,6 +102,8 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
             f"score; raise --copa-total-budget and run again, what was answered is cached and free"
         )
     more: dict[str, Any] = {"failed_calls": failures} if failures else {}
+    if settings.constrain:
+        more["constrained"] = True
     surroundings = environment(
         root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more
     )

@@ -20,7 +20,7 @@ from copa_harness.session.marker import GATES, check_arguments
 from copa_harness.session.measuring import Measured, groups_of, measure
 from copa_harness.session.memory import Memory
 from copa_harness.session.optimizations import Optimized, fingerprints_of
-from copa_harness.session.recording import Entry, record_of
+from copa_harness.session.recording import Entry, record_of, shown_as
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings
 
@@ -157,6 +157,7 @@ def final_entry(
         phases=more_phases,
         sequential={} if early is None else early.to_json(),
         attribution={} if attribution is None else attribution.to_json(),
+        **shown_as(base),
     )
     return Entry(record, run, baseline=accepted, failures=measured.failures, notes=notes, standing=standing)
 

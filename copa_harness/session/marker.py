@@ -68,6 +68,7 @@ class MarkerArguments:
         prompt_lm: Model that proposes instructions.
         seed: Seed of every random choice.
         threads: Examples in flight at once.
+        constrain: Whether output fields with a list of allowed values get the likeliest of them.
         max_cycles: Rounds of an alternating strategy at most.
         epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
         constraints: Limits the returned program keeps: `{"max_prompt_tokens": 800, "forbidden_text": ["..."]}`.
@@ -93,6 +94,7 @@ class MarkerArguments:
     prompt_lm: str | None = None
     seed: int | None = None
     threads: int | None = None
+    constrain: bool | None = None
     max_cycles: int | None = None
     epsilon: float | None = None
     constraints: Mapping[str, Any] | None = None
@@ -216,6 +218,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_lm": _MODEL,
     "seed": _COUNT,
     "threads": _POSITIVE,
+    "constrain": (lambda value: isinstance(value, bool), "True or False"),
     "max_cycles": _POSITIVE,
     "epsilon": _SHARE,
     "constraints": (

@@ -5,7 +5,7 @@ A model is made when it is first asked for; making one loads no weights. Knows n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.session.settings import Settings
@@ -44,6 +44,7 @@ class Models:
         self.door = Door(cache=self._cache)
         self._models: dict[tuple[str, bool], MeteredLM] = {}
 
+<<<<<<< HEAD
     def named(self, name: str, *, is_base: bool = False) -> MeteredLM:
         """The model of this name; DSPy can fine-tune it if its weights are at hand.
 
@@ -53,28 +54,67 @@ class Models:
         Args:
             name: As in `--copa-lm`.
             is_base: Whether it is the model to be improved, whose weights the settings may name.
+=======
+    def named(self, name: str, *, constrain: bool = False) -> MeteredLM:
+        """The model of this name; DSPy can fine-tune it if it is a local one.
+>>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
+
+        Args:
+            name: As `build_lm` takes it.
+            constrain: Output fields with a list of allowed values get the likeliest of them.
 
         Raises:
-            ConfigurationError: There is no such model; the message names the choices.
+            ConfigurationError: There is no such model; the message names the choices. Or it cannot be constrained.
         """
+<<<<<<< HEAD
         key = (name, is_base and self._settings.base_weights is not None)
         if key not in self._models:
             self._models[key] = _build(name, self._settings, door=self.door, is_base=is_base)
         return self._models[key]
+=======
+        if (name, constrain) not in self._models:
+            from copa_harness.lm.build import build_lm
 
-    def metered(self, lm: dspy.LM) -> MeteredLM:
+            given = self._settings
+            is_local = name == "embedded" or name.startswith("hf:")
+            of_its_kind: dict[str, Any] = (
+                {"device": given.device, "dtype": given.dtype, "chat_template": given.chat_template}
+                if is_local
+                else {"api_base": given.api_base}
+            )
+            self._models[name, constrain] = build_lm(
+                name, door=self.door, cache_dir=given.cache_dir, constrain=constrain, **of_its_kind
+            )
+        return self._models[name, constrain]
+>>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
+
+    def served(self) -> list[str]:
+        """One line on each local model whose weights were loaded in this process."""
+        descriptions = (getattr(lm.engine, "description", None) for lm in self._models.values())
+        return list(dict.fromkeys(line for line in descriptions if line))
+
+    def metered(self, lm: dspy.LM, *, constrain: bool = False) -> MeteredLM:
         """A model somebody made (a fixture of the user's), led through the door unless it has one of its own.
+
+        Args:
+            lm: The model.
+            constrain: As in `named`; a model that does not constrain its answers is copied.
 
         Raises:
             ConfigurationError: It is no language model, or one whose calls cannot be metered.
         """
         from copa_harness.lm.build import meter_lm
+        from copa_harness.lm.constrained import checked_constrain
 
         if not (hasattr(lm, "model") and hasattr(lm, "kwargs")):
             raise ConfigurationError(
                 f"got {lm!r} as a language model; expected a dspy.LM or one made by copa_harness.build_lm(...)."
             )
-        return meter_lm(lm, door=self.door)
+        metered = meter_lm(lm, door=self.door)
+        if constrain and not metered.constrain:
+            metered = metered.copy()
+            metered.constrain = checked_constrain(True, metered.engine, model=metered.model)
+        return metered
 
     def close(self) -> None:
         """Closes the cache."""

@@ -18,6 +18,7 @@ from copa_harness.session.optimizations import Optimized
 from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
+    from copa_harness.lm.metered import MeteredLM
     from copa_harness.report.records import RunRecord
     from copa_harness.session.runs import CopaRun
     from copa_harness.store.baselines import Baseline
@@ -119,6 +120,11 @@ def record_of(
         repeats=measured.repeats,
         **more,
     )
+
+
+def shown_as(lm: MeteredLM) -> dict[str, str]:
+    """What tables call a model, where its name alone does not say how it answers."""
+    return {"label": f"{lm.model}, constrained"} if lm.constrain else {}
 
 
 def cut_short_record(

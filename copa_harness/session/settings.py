@@ -47,6 +47,10 @@ class Settings:
         seed: Seed of every random choice.
         threads: Examples in flight at once.
         repeat: How often every test example is answered.
+        constrain: Output fields with a list of allowed values get the likeliest of them; local models only.
+        device: Where a local model runs; None leaves it to the engine.
+        dtype: Arithmetic of a local model; None is float32.
+        chat_template: File that replaces a local model's own chat template.
         api_base: URL of the endpoint, for models that have one.
         base_weights: `hf:<path or id>`: a copy of the weights that a vLLM server runs as `lm`, to be fine-tuned.
         served_lora_path: Where that server sees the folder of LoRA adapters; None if it sees it where it is.
@@ -73,6 +77,10 @@ class Settings:
     seed: int = 0
     threads: int = 32
     repeat: int = 1
+    constrain: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    chat_template: Path | None = None
     api_base: str | None = None
     base_weights: str | None = None
     served_lora_path: str | None = None
@@ -118,6 +126,8 @@ class Settings:
             values[name] = _from_source(setting, _PARSERS[name])
         for name in ("cache_dir", "report_dir", "baseline_dir"):
             values[name] = (root / values[name]).absolute()
+        if "chat_template" in values:
+            values["chat_template"] = (root / values["chat_template"]).absolute()
         defaults = {
             name: _from_source(setting, partial(parse_gate, name))
             for name, setting in (gates or {}).items()
@@ -136,7 +146,7 @@ class Settings:
         """These settings with what the marker says and nobody overruled."""
         changes: dict[str, Any] = {
             name: getattr(marker, name)
-            for name in ("lm", "prompt_lm", "seed", "threads")
+            for name in ("lm", "prompt_lm", "seed", "threads", "constrain")
             if getattr(marker, name) is not None and name not in self.forced
         }
         if marker.budget is not None and "budget" not in self.forced:
@@ -158,6 +168,7 @@ class Settings:
             for text, is_on in (
                 ("plan only: no call is made", self.plan),
                 ("stopping early", self.sequential),
+                ("constrained answers", self.constrain),
                 (f"{self.repeat} repeats", self.repeat > 1),
             )
             if is_on
@@ -219,6 +230,10 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "threads": _whole(1),
     "repeat": _whole(1),
     "sequential": _switch,
+    "constrain": _switch,
+    "device": _text,
+    "dtype": _text,
+    "chat_template": _text,
     "cache_dir": _text,
     "report_dir": _text,
     "baseline_dir": _text,

@@ -13,7 +13,7 @@ import pytest
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.build import build_lm
 from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.constraints import choices_of
+from copa_harness.lm.constrained import choices_of
 from copa_harness.lm.door import Door
 from copa_harness.lm.local_tiny import write_tiny_model
 from copa_harness.lm.scope import open_scope
