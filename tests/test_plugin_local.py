@@ -7,10 +7,13 @@ import dspy  # noqa: F401
 import pytest
 import torch  # noqa: F401
 import transformers  # noqa: F401
+from dspy.lm15 import Config, Message, Request
 
 import copa_harness.evaluate.runner
-import copa_harness.lm.local
+import copa_harness.lm.local_constrained
+import copa_harness.lm.local_requests
 import copa_harness.session.copa_session  # noqa: F401
+from copa_harness.lm.local import TransformersEngine
 from copa_harness.lm.local_tiny import write_tiny_model
 
 STRICT = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist")
@@ -46,6 +49,9 @@ def test_marker(copa_evaluate):
 def suite(pytester, tmp_path_factory):
     """Runs the suite with a random model and some options."""
     folder = write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", chat_template=None, seed=4)
+    warm = TransformersEngine(folder, name="warm", lora_dir=folder, chat_template="{{ messages[0]['content'] }}")
+    request = Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1))
+    warm.complete(request, seed=0)  # imports what an inner run would import and forget
     template = pytester.path / "plain.jinja"
     template.write_text("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}")
     pytester.makepyfile(SUITE)
