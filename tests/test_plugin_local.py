@@ -45,13 +45,18 @@ def test_marker(copa_evaluate):
 '''
 
 
-@pytest.fixture
-def suite(pytester, tmp_path_factory):
-    """Runs the suite with a random model and some options."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model; asking it imports, before pytester looks, what pytester would otherwise make Python forget."""
     folder = write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", chat_template=None, seed=4)
-    warm = TransformersEngine(folder, name="warm", lora_dir=folder, chat_template="{{ messages[0]['content'] }}")
-    request = Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1))
-    warm.complete(request, seed=0)  # imports what an inner run would import and forget
+    engine = TransformersEngine(folder, name="warm", lora_dir=folder, chat_template="{{ messages[0]['content'] }}")
+    engine.complete(Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1)), seed=0)
+    return folder
+
+
+@pytest.fixture
+def suite(folder, pytester):
+    """Runs the suite with a random model and some options."""
     template = pytester.path / "plain.jinja"
     template.write_text("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}")
     pytester.makepyfile(SUITE)
