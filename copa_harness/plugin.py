@@ -153,15 +153,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     from copa_harness.session.models import Models, check_names
 
     try:
-<<<<<<< HEAD
         check_names(state.settings)
         Models(state.settings).close()
-=======
-        models = Models(state.settings)
-        if "lm" in state.settings.forced:
-            models.named(state.settings.lm, constrain=state.settings.constrain)
-        models.close()
->>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -88,12 +88,8 @@ class CopaSession:
         Raises:
             ConfigurationError: There is no such model; the message names the choices.
         """
-<<<<<<< HEAD
-        return self.models.named(self._merged(marker).lm, is_base=True)
-=======
         settings = self._merged(marker)
-        return self.models.named(settings.lm, constrain=settings.constrain)
->>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
+        return self.models.named(settings.lm, is_base=True, constrain=settings.constrain)
 
     def prompt_lm(self, marker: MarkerArguments | None = None) -> MeteredLM | None:
         """The model that proposes instructions, if settings or marker name one."""

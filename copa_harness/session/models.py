@@ -42,10 +42,9 @@ class Models:
                 f"with --copa-cache-dir."
             ) from error
         self.door = Door(cache=self._cache)
-        self._models: dict[tuple[str, bool], MeteredLM] = {}
+        self._models: dict[tuple[str, bool, bool], MeteredLM] = {}
 
-<<<<<<< HEAD
-    def named(self, name: str, *, is_base: bool = False) -> MeteredLM:
+    def named(self, name: str, *, is_base: bool = False, constrain: bool = False) -> MeteredLM:
         """The model of this name; DSPy can fine-tune it if its weights are at hand.
 
         The endpoint's URL goes to models of the base model's provider (to all, if the base model is local): a proposer
@@ -54,39 +53,15 @@ class Models:
         Args:
             name: As in `--copa-lm`.
             is_base: Whether it is the model to be improved, whose weights the settings may name.
-=======
-    def named(self, name: str, *, constrain: bool = False) -> MeteredLM:
-        """The model of this name; DSPy can fine-tune it if it is a local one.
->>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
-
-        Args:
-            name: As `build_lm` takes it.
             constrain: Output fields with a list of allowed values get the likeliest of them.
 
         Raises:
             ConfigurationError: There is no such model; the message names the choices. Or it cannot be constrained.
         """
-<<<<<<< HEAD
-        key = (name, is_base and self._settings.base_weights is not None)
+        key = (name, is_base and self._settings.base_weights is not None, constrain)
         if key not in self._models:
-            self._models[key] = _build(name, self._settings, door=self.door, is_base=is_base)
+            self._models[key] = _build(name, self._settings, door=self.door, is_base=is_base, constrain=constrain)
         return self._models[key]
-=======
-        if (name, constrain) not in self._models:
-            from copa_harness.lm.build import build_lm
-
-            given = self._settings
-            is_local = name == "embedded" or name.startswith("hf:")
-            of_its_kind: dict[str, Any] = (
-                {"device": given.device, "dtype": given.dtype, "chat_template": given.chat_template}
-                if is_local
-                else {"api_base": given.api_base}
-            )
-            self._models[name, constrain] = build_lm(
-                name, door=self.door, cache_dir=given.cache_dir, constrain=constrain, **of_its_kind
-            )
-        return self._models[name, constrain]
->>>>>>> e0499b7 (--copa-constrain, --copa-device, --copa-dtype, --copa-chat-template; the summary says what local models ran on)
 
     def served(self) -> list[str]:
         """One line on each local model whose weights were loaded in this process."""
@@ -131,13 +106,19 @@ def check_names(settings: Settings) -> None:
 
     for option, name in (("lm", settings.lm), ("prompt_lm", settings.prompt_lm)):
         if option in settings.forced and name is not None:
-            _build(name, settings, door=Door(cache=None), is_base=option == "lm")
+            is_base = option == "lm"
+            _build(name, settings, door=Door(cache=None), is_base=is_base, constrain=is_base and settings.constrain)
 
 
-def _build(name: str, settings: Settings, *, door: Door, is_base: bool) -> MeteredLM:
+def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrain: bool) -> MeteredLM:
     from copa_harness.lm.build import build_lm
 
     weights = settings.base_weights if is_base else None
+    of_local_models: dict[str, Any] = (
+        {"device": settings.device, "dtype": settings.dtype, "chat_template": settings.chat_template}
+        if _is_local(name)
+        else {}
+    )
     lm = build_lm(
         name,
         door=door,
@@ -145,6 +126,8 @@ def _build(name: str, settings: Settings, *, door: Door, is_base: bool) -> Meter
         api_base=settings.api_base if _is_at_the_endpoint(name, settings) else None,
         base_weights=weights,
         served_lora_path=None if weights is None else settings.served_lora_path,
+        constrain=constrain,
+        **of_local_models,
     )
     if weights is None:
         return lm
