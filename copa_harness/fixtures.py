@@ -6,7 +6,9 @@ is first asked for. It translates a test's marker and settings into calls of `Co
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -41,6 +43,30 @@ N_REFUSED = pytest.StashKey[int]()
 """Tests that ended because the session's ceilings refused a call."""
 
 
+PROGRESS_EVERY_S = 15.0
+"""Seconds between two lines of progress on the terminal: a long run shows signs of life, a short one says nothing."""
+
+
+def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
+    """Writes a line now and then past pytest's capturing; None without a terminal of our own (xdist workers, `-q`)."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if reporter is None or config.get_verbosity() < 0:
+        return None
+    last = time.monotonic()
+
+    def write(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last < PROGRESS_EVERY_S:
+            return
+        last = time.monotonic()
+        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"copa: {line}")
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
     """The session that runs and remembers everything: cache, engines, finished stages, records."""
@@ -50,7 +76,7 @@ def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
     if state is None:  # reached by getfixturevalue() from a test that names no copa fixture
         state = State(settings_of(pytestconfig))
         pytestconfig.stash[STATE] = state
-    with CopaSession(state.settings) as session:
+    with CopaSession(state.settings, on_progress=_terminal_line(pytestconfig)) as session:
         state.session = session
         yield session
 

@@ -129,7 +129,7 @@ def journal_at(path: Path | None, *, attributes: Mapping[str, Any] | None = None
     except Timeout:
         raise ConfigurationError(
             f"got {path} as the journal, which another process is writing at this moment; wait for it, name another "
-            "file, or let both share one study (workers=...)"
+            "file"
         ) from None
     try:
         yield Journal(path, attributes=attributes)

@@ -213,6 +213,11 @@ class Run:
             f"{name}: {len(outcome.trials)} candidates of {space.size}, stopped: {outcome.stopped}; racing left out "
             f"{saved} of {len(outcome.trials) * self.validation.n} example evaluations"
         )
+        if outcome.stopped == "no head-room":
+            self.note(
+                f"{name}: no head-room: none of {len(outcome.trials)} candidates got an example right that the "
+                f"incumbent gets wrong; stopped with {self.scope.charged_calls:,} calls used"
+            )
         if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
             self.stopped = "budget"  # and not merely this step's share
         return outcome.stopped

@@ -187,6 +187,12 @@ class Validation:
             return difference > 0
         return candidate.size < incumbent.size
 
+    def standard_error(self, candidate: Candidate, other: Candidate) -> float:
+        """Standard error of the mean paired difference of two fully scored candidates; 0 when they differ nowhere."""
+        pairs = zip(self.scores(candidate), self.scores(other), strict=False)
+        differences = [new - old for new, old in pairs if new is not None and old is not None]
+        return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
+
     def difference(self, candidate: Candidate, incumbent: Candidate) -> float:
         """Mean paired difference over the examples both have scores for; nan when there are none."""
         pairs: list[tuple[Any, Any]] = [

@@ -92,11 +92,11 @@ def _prompts(run: Run, allowance: Allowance) -> None:
 def _alternate(run: Run, allowance: Allowance) -> None:
     """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
 
-    Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle without more than `epsilon` of
-    improvement over both halves has converged.
+    Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle that improves by less than `epsilon`
+    over both halves, or by no more than one standard error of the paired differences, has converged.
     """
     for cycle in range(run.settings.max_cycles):
-        before = run.score
+        before, first = run.score, run.incumbent
         # Every cycle may use half of what is left, the last one all of it, and so may one whose half is too little to
         # score a single candidate; demonstrations have more to choose from.
         cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
@@ -117,14 +117,17 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         if not allowance.can_afford(run.validation.n * run.validation.calls_per_example(run.incumbent)):
             run.stopped = "budget"
             return
-        if run.score - before < run.settings.epsilon:
+        noise = run.validation.standard_error(run.incumbent, first)
+        if run.score - before < max(run.settings.epsilon, noise + 1e-9):
             run.stopped = "converged"
-            run.note(
-                f"converged: cycle {cycle + 1} improved validation by {run.score - before:+.3f}, "
-                f"less than epsilon {run.settings.epsilon:g}"
-            )
+            why = (
+                f"less than epsilon {run.settings.epsilon:g}" if run.score - before < run.settings.epsilon
+                else f"no more than the noise (a standard error of {noise:.3f}, paired)"
+            )  # fmt: skip
+            run.note(f"converged: cycle {cycle + 1} improved validation by {run.score - before:+.3f}, {why}")
             return
     run.stopped = "max_cycles"
+    run.note(f"stopped after max_cycles = {run.settings.max_cycles} cycles, the last of which still improved")
 
 
 def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool) -> None:

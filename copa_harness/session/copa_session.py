@@ -6,7 +6,7 @@ runs, and its calls replay from the cache. The test split is given to final eval
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -39,6 +39,7 @@ class CopaSession:
 
     Args:
         settings: Shared by all runs; a marker may change what nobody forced.
+        on_progress: Takes a line of text while an optimization runs.
 
     Attributes:
         settings: As given.
@@ -49,10 +50,10 @@ class CopaSession:
         CacheError: There is a ceiling for the whole session, and its ledger cannot be written.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] | None = None) -> None:
         self.settings = settings
         self.models = Models(settings)
-        self._optimizations = Optimizations(settings.cache_dir)
+        self._optimizations = Optimizations(settings.cache_dir, on_progress=on_progress)
         self.entries: list[Entry] = []
         self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
         self._memory = Memory()

@@ -8,7 +8,7 @@ torch or Optuna. Knows nothing of gates, records or pytest, and never sees a tes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -78,12 +78,13 @@ class Optimizations:
 
     Args:
         directory: The cache directory.
+        on_progress: Takes a line of text while an optimization runs.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, on_progress: Callable[[str], None] | None = None) -> None:
         from copa_harness.store.stages import StageStore
 
-        self._directory = directory
+        self._directory, self._on_progress = directory, on_progress
         self._stages = StageStore(directory / "stages")
         self._made: dict[str, Optimized] = {}
 
@@ -151,6 +152,7 @@ class Optimizations:
             threads=settings.threads,
             finetune_data=task.finetune_data,
             journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
+            on_progress=self._on_progress,
             **_search_settings(marker),
         )
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
@@ -293,8 +295,5 @@ def _lora_directory(lm: MeteredLM) -> Path | None:
 
 
 def _slug(text: str) -> str:
-    return (
-        "".join(character if character.isalnum() or character in "_." else "-" for character in text.lower())
-        .strip("-")
-        .replace("--", "-")
-    )
+    kept = "".join(character if character.isalnum() or character in "_." else "-" for character in text.lower())
+    return kept.strip("-").replace("--", "-")
