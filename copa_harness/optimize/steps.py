@@ -93,7 +93,8 @@ def _alternate(run: Run, allowance: Allowance) -> None:
     """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
 
     Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle that improves by less than `epsilon`
-    over both halves, or by no more than one standard error of the paired differences, has converged.
+    over both halves, or by no more than one standard error of the paired differences, has converged; neither counts
+    with an `epsilon` of 0.
     """
     for cycle in range(run.settings.max_cycles):
         before, first = run.score, run.incumbent
@@ -117,8 +118,8 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         if not allowance.can_afford(run.validation.n * run.validation.calls_per_example(run.incumbent)):
             run.stopped = "budget"
             return
-        noise = run.validation.standard_error(run.incumbent, first)
-        if run.score - before < max(run.settings.epsilon, noise + 1e-9):
+        noise = run.validation.standard_error(run.incumbent, first) if run.settings.epsilon else 0.0
+        if run.score - before < run.settings.epsilon or 0 < run.score - before <= noise + 1e-9:
             run.stopped = "converged"
             why = (
                 f"less than epsilon {run.settings.epsilon:g}" if run.score - before < run.settings.epsilon

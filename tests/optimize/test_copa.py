@@ -270,6 +270,13 @@ def test_the_alternating_loop_says_why_it_stopped(toy):
     assert result.score_after > result.score_before
 
 
+def test_an_improvement_no_larger_than_the_noise_has_converged(toy, monkeypatch):
+    monkeypatch.setattr("copa_harness.optimize.scoring.Validation.standard_error", lambda *_: 1.0)
+    result = optimized(toy, "demos -> instructions", budget=2000).copa_result
+    assert result.stopped == "converged"
+    assert any("converged: cycle 1" in note and "no more than the noise" in note for note in result.notes)
+
+
 def test_the_alternating_loop_ends_after_its_cycles(toy):
     result = optimized(toy, "demos -> instructions", budget=400, epsilon=0.0, max_cycles=2).copa_result
     assert result.stopped == "max_cycles"

@@ -179,3 +179,11 @@ def test_samplers_are_optunas_own(name):
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(ConfigurationError, match="tpe"):
         build_sampler("annealing", seed=0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_takes_the_same_trials_again(toy, sampler):
+    settings = {"opening_share": 0.0, "max_trials": 12, "calls": 400, "sampler": sampler}
+    first, second = searched(toy, **settings)[0], searched(toy, **settings)[0]
+    assert first.trials == second.trials
+    assert len(first.trials) == 12
