@@ -30,6 +30,7 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="bench_search_")
 os.environ["DSPY_CACHEDIR"] = SCRATCH.name
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+from copa_harness.errors import CopaError  # noqa: E402
 from search.cells import BUDGETS, METHODS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
 
 
@@ -84,7 +85,11 @@ def run_all(cells: list[Cell], store: Store, options: argparse.Namespace) -> Non
             if time.monotonic() - began > 60 * options.minutes:
                 print(f"stopped before cell {number} of {len(cells)}: {options.minutes:g} minutes are over", flush=True)
                 return
-            record = bench.run(cell)
+            try:
+                record = bench.run(cell)
+            except CopaError as error:
+                print(f"[{number}/{len(cells)}] {cell.name}: FAILED, {type(error).__name__}: {error}", flush=True)
+                continue
             store.put(cell, record)
             tested = sum(record["test"].values()) / len(record["test"])
             print(
