@@ -30,8 +30,9 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="bench_search_")
 os.environ["DSPY_CACHEDIR"] = SCRATCH.name
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from copa_harness.errors import CopaError  # noqa: E402
 from search.cells import BUDGETS, METHODS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
+
+from copa_harness.errors import CopaError  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
