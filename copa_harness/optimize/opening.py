@@ -4,6 +4,7 @@ A surrogate model knows nothing before it has seen every option at least once, a
 nobody; so a small budget spent one candidate at a time ends among the first few it happened to try. The opening spends
 its share on breadth instead: a *balanced* set of points, in which every option of every dimension occurs about equally
 often, is halved after every block of examples (successive halving; Karnin et al. 2013, Jamieson & Talwalkar 2016).
+Before it, a few starting points race alone (`SCOUTS`), so that a good program is there early and sets the bar.
 
 Symbols: n = points, b = examples per block, V = all validation examples. Halving every block costs at most 2 n b
 example evaluations plus what the last few still need. Knows points and numbers; knows nothing of programs or models.
@@ -23,6 +24,9 @@ MAX_POINTS = 48
 
 MIN_POINTS = 4
 """Below this an opening is no tournament, and racing one by one is cheaper."""
+
+SCOUTS = 2
+"""So many starting points race alone before the tournament: the best of them is what all others have to beat."""
 
 SURVIVORS = 3
 """So many are always completed: the last halvings would decide on too few differing examples."""

@@ -121,6 +121,7 @@ class Race:
             return "complete"
         known = () if self.is_forbidden else enumerate(self.validation.scores(self.incumbent))
         self.pruner.incumbent = {step: score for step, score in known if score is not None}
+        self.pruner.ties_lose = candidate.size >= self.incumbent.size  # see Validation.is_better
         return "dropped" if one.trial.should_prune() else None
 
     def consider(self, one: Running, outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ Symbols: a_i, b_i = scores of the incumbent and of the trial on example i, i in 
 validation examples. A trial is dropped when either
 
 * even full marks on everything unseen leave it below the incumbent: ``sum(b_seen) + (n - seen) < sum(a)`` (exact), or
+  merely level with it where a tie does not win, which is soon known of a good incumbent with few examples to gain, or
 * the pairs speak against it: an exact sign-flip test of the mean difference, one-sided. For right/wrong scores this is
   the sign test (McNemar's, exact); for graded scores all 2^k sign patterns of the k pairs that differ, and beyond 12
   of them the normal approximation of the same sum.
@@ -57,10 +58,13 @@ def worse_p_value(before: Sequence[float], after: Sequence[float]) -> float:
     return float(np.mean(signs @ sizes <= differences.sum() + 1e-12))
 
 
-def cannot_catch_up(before: Sequence[float], after_seen: Sequence[float]) -> bool:
-    """Whether full marks (1.0) on every example not seen yet would still leave `after` strictly below `before`."""
+def cannot_catch_up(before: Sequence[float], after_seen: Sequence[float], *, ties_lose: bool = False) -> bool:
+    """Whether full marks (1.0) on every example not seen yet would still leave `after` strictly below `before`.
+
+    With `ties_lose`, also when they would leave it level.
+    """
     best_possible = sum(after_seen) + (len(before) - len(after_seen))
-    return best_possible < sum(before) - 1e-9
+    return best_possible < sum(before) + (1e-9 if ties_lose else -1e-9)
 
 
 def look_level(level: float, n_looks: int) -> float:
@@ -78,12 +82,14 @@ class RacingPruner(optuna.pruners.BasePruner):
 
     Attributes:
         incumbent: The incumbent's scores by step; while None, the study's best trial is taken for it.
+        ties_lose: Whether a trial level with the incumbent would not replace it.
     """
 
     def __init__(self, *, p_threshold: float = 0.1, n_startup_steps: int = 4, n_looks: int = 1) -> None:
         self.p_threshold = look_level(p_threshold, n_looks)
         self.n_startup_steps = n_startup_steps
         self.incumbent: Mapping[int, float] | None = None
+        self.ties_lose = False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether `trial` is hopeless. Steps that only one of the two reported are left out of the test."""
@@ -100,7 +106,7 @@ class RacingPruner(optuna.pruners.BasePruner):
         unseen = sorted(set(incumbent) - set(running))
         before = [incumbent[step] for step in [*steps, *unseen]]
         after = [running[step] for step in steps]
-        if cannot_catch_up(before, after):
+        if cannot_catch_up(before, after, ties_lose=self.ties_lose):
             return True
         if len(steps) < self.n_startup_steps:
             return False

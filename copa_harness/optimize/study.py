@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from copa_harness.errors import BudgetExhausted
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.headroom import has_headroom
-from copa_harness.optimize.opening import balanced_points, n_opening_points, survivors
+from copa_harness.optimize.opening import SCOUTS, balanced_points, n_opening_points, survivors
 from copa_harness.optimize.race import Race, Running
 from copa_harness.optimize.racing import RacingPruner
 from copa_harness.optimize.samplers import build_sampler, quiet_optuna
@@ -95,19 +95,22 @@ class _Study(Race):
             known = {name: option for name, option in start.items() if option in self.space.dimensions.get(name, ())}
             if {**own, **known} not in first:
                 first.append({**own, **known})
-        per_example = self.validation.calls_per_example(self.incumbent)
-        n = n_opening_points(
-            self.settings.opening_share * self.allowance.remaining / per_example,
-            block_size=self.validation.block_size,
-            n_options=max(len(options) for options in self.space.dimensions.values()),
-        )
-        n = min(n, self.settings.max_trials, self.space.size)
-        if n == 0 or len(first) > self.settings.max_trials:
-            for point in first:
+        rest = first
+        if self._n_opening() and len(first) <= self.settings.max_trials:
+            # A weak incumbent drops nobody; beside a good one the hopeless are known after a block.
+            for point in first[: 1 + SCOUTS]:
+                self.study.enqueue_trial(point)
+                self.one()
+                if self.is_perfect:
+                    return "perfect score"
+            rest = first[1 + SCOUTS :]
+        n = self._n_opening() if rest is not first else 0
+        if n == 0:
+            for point in rest:
                 self.study.enqueue_trial(point, skip_if_exists=True)
             return None
-        first = first[: max(2, n - n // 3)]  # a third of the tournament is for what nobody thought of
-        taken = {self.space.signature(point) for point in first}
+        first = rest[: max(2, n - n // 3)]  # a third of the tournament is for what nobody thought of
+        taken = self.seen | {self.space.signature(point) for point in first}
         points = [*first, *balanced_points(self.space, n - len(first), self.generator, taken=taken)]
         for point in points:
             self.study.enqueue_trial(point)
@@ -119,6 +122,15 @@ class _Study(Race):
         if can_stop and not has_headroom(self.validation.scores(self.incumbent), sheets):
             return "no head-room"
         return None
+
+    def _n_opening(self) -> int:
+        """How many points a tournament could have now; 0 for none."""
+        n = n_opening_points(
+            self.settings.opening_share * self.allowance.remaining / self.validation.calls_per_example(self.incumbent),
+            block_size=self.validation.block_size,
+            n_options=max(len(options) for options in self.space.dimensions.values()),
+        )
+        return max(0, min(n, self.settings.max_trials - len(self.trials), self.space.size - len(self.seen)))
 
     def _tournament(self, running: list[Running]) -> None:
         """Score all of them block by block, halving after every block; end those that fall out as dropped."""

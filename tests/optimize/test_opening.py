@@ -68,3 +68,13 @@ def test_a_tournament_scores_the_many_briefly_and_the_few_fully(toy):
     assert lengths[validation.n] >= 2
     assert validation.mean(outcome.best) > validation.mean(incumbent)
     assert SimpleNamespace(calls=scope.charged_calls).calls < 13 * validation.n
+
+
+def test_the_first_start_is_scored_in_full_before_anything_else_is_looked_at(toy):
+    from tests.optimize.test_study import searched
+
+    alone = searched(toy, calls=400, max_trials=2)[0]
+    outcome = searched(toy, calls=400, max_trials=13)[0]
+    assert outcome.trials[:2] == alone.trials
+    assert outcome.trials[1].outcome == "complete"
+    assert len(outcome.trials) == 13

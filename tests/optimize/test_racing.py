@@ -57,6 +57,16 @@ def test_a_trial_that_could_still_tie_goes_on():
     assert not race([1.0] * 9 + [0.0], [1.0, 1.0, 0.0])
 
 
+def test_a_trial_that_could_at_best_tie_is_dropped_where_a_tie_does_not_win():
+    before = [0.0, *[1.0] * 9]
+    assert cannot_catch_up(before, [0.0, 1.0, 1.0], ties_lose=True)
+    assert not cannot_catch_up(before, [0.0, 1.0, 1.0])
+    assert not cannot_catch_up(before, [1.0, 1.0, 1.0], ties_lose=True)
+    pruner = RacingPruner()
+    pruner.ties_lose = True
+    assert race(before, [0.0, 1.0, 1.0], pruner=pruner)
+
+
 def test_four_losses_and_no_win_end_a_right_wrong_trial():
     before = [1.0] * 8 + [0.0] * 30
     assert race(before, [0.0] * 4)
