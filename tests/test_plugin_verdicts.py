@@ -95,7 +95,8 @@ def baselines(pytester):
 def test_blessing_writes_every_example_and_what_must_agree(pytester, suite):
     result = suite(GATED, "--copa-bless")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["accepted as baseline: baselines/shout/p-on-scripted-shout-*.json"])
+    file = "baselines/shout/p-on-scripted-shout-*.json"
+    result.stdout.fnmatch_lines([f"accepted as baseline: {file} (score 1.000 on 30 test examples; the first one)"])
     (path,) = baselines(pytester)
     document = json.loads(path.read_text())
     assert len(document["examples"]) == 30
@@ -124,6 +125,15 @@ def test_a_model_that_got_worse_fails_the_regression_gate(suite, monkeypatch):
     result = suite(GATED)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E*FAIL*max_regression=0.05*", "runs: 1 pass, 1 fail*"])
+
+
+def test_blessing_says_what_it_does_to_the_accepted_results(suite, monkeypatch):
+    suite(GATED, "--copa-bless").assert_outcomes(passed=1)
+    result = suite(GATED, "--copa-bless")
+    result.stdout.fnmatch_lines(["accepted as baseline: *.json (score 1.000 on 30 test examples; as before)"])
+    monkeypatch.setenv("SCRIPT_FORGETS", "1")
+    result = suite(GATED, "--copa-bless")
+    result.stdout.fnmatch_lines(["*(score 0.*, was 1.000: 0 better, * worse; changed: *lm)"])
 
 
 def test_a_baseline_folder_can_be_chosen(pytester, suite):

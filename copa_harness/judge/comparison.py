@@ -5,7 +5,8 @@ strategy and reference on example e of task t.
 
 * difference = mean over tasks of the mean over examples, every task counting the same; its test exchanges the signs
   of d_te / (T n_t) example by example (exact McNemar when there is one task and scores are right/wrong), its interval
-  is a bootstrap stratified by task. It is about these tasks, not about tasks at large.
+  is a bootstrap stratified by task. It is about these tasks, not about tasks at large. Examples that share a group are
+  exchanged, resampled and ranked together.
 * p-values against the reference are Holm-corrected over the strategies.
 * rank: over the examples of one task, or over the mean scores of several tasks (1 is best, ties share); Friedman's
   test (1937) asks whether the ranks differ at all. Demsar (2006), JMLR 7:1.
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from copa_harness.judge.clustered import MIN_GROUPS, Groups, group_labels, grouped
 from copa_harness.judge.intervals import N_RESAMPLES, n_informative
 from copa_harness.judge.messages import counted, number
 from copa_harness.judge.multiple import holm_adjusted
@@ -32,6 +34,7 @@ MIN_MOVED = 10
 """Rows that have to differ from the commonest value, over all tasks, before they are resampled."""
 
 Scores = Mapping[str, float | None]
+_Labels = tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class StrategyComparison:
         reference: what the others are compared with.
         tasks: the tasks, in order of their names.
         n: common examples over all tasks.
-        n_ranked: what was ranked: examples (one task) or tasks (several).
+        n_ranked: what was ranked: examples, or groups of them (one task), or tasks (several).
         rows: the strategies, best rank first.
         friedman_p: of "all strategies rank alike"; None with fewer than three strategies or two things ranked.
     """
@@ -95,7 +98,12 @@ class StrategyComparison:
 
 
 def compare_strategies(
-    scores: Mapping[str, Mapping[str, Scores]], *, reference: str, level: float = 0.95, seed: int = 0
+    scores: Mapping[str, Mapping[str, Scores]],
+    *,
+    reference: str,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Mapping[str, Mapping[str, str]] | None = None,
 ) -> StrategyComparison:
     """Compare strategies with a reference.
 
@@ -105,6 +113,7 @@ def compare_strategies(
         reference: one of the strategies.
         level: two-sided confidence of each interval (not corrected).
         seed: of the resampling methods.
+        groups: task -> example id -> group, where examples share one.
 
     Raises:
         ValueError: the reference is missing, or the strategies have no example in common.
@@ -124,9 +133,12 @@ def compare_strategies(
     if not table:
         raise ValueError("got strategies without a common example; expected at least one task all of them have run")
     anchor = names.index(reference)
-    ranks = _ranks(table)
+    labels = {task: group_labels(ids, (groups or {}).get(task)) for task, ids in common_ids.items()}
+    ranks = _ranks(table, labels)
     others = [index for index in range(len(names)) if index != anchor]
-    compared = {index: _difference(table, common_ids, anchor, index, level=level, seed=seed) for index in others}
+    compared = {
+        index: _difference(table, common_ids, labels, anchor, index, level=level, seed=seed) for index in others
+    }
     adjusted = dict(zip(others, holm_adjusted([compared[index][2] for index in others]), strict=True))
     rows = []
     for index, name in enumerate(names):
@@ -145,13 +157,13 @@ def compare_strategies(
     )
 
 
-def _ranks(table: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Ranks (things ranked x strategies): examples of the only task, or tasks by their mean scores."""
+def _ranks(table: Mapping[str, NDArray[np.float64]], labels: Mapping[str, _Labels]) -> NDArray[np.float64]:
+    """Ranks (things ranked x strategies): examples (or groups) of the only task, or tasks by their mean scores."""
     from scipy import stats
 
     if len(table) == 1:
-        (cells,) = table.values()
-        by_thing = cells.T
+        ((task, cells),) = table.items()
+        by_thing = np.asarray([_units(values, labels[task]).means for values in cells]).T
     else:
         by_thing = np.asarray([cells.mean(axis=1) for cells in table.values()])
     ranks: NDArray[np.float64] = stats.rankdata(-np.round(by_thing, 10), axis=1)
@@ -171,6 +183,7 @@ def _friedman(ranks: NDArray[np.float64]) -> float | None:
 def _difference(
     table: Mapping[str, NDArray[np.float64]],
     ids: Mapping[str, Sequence[str]],
+    labels: Mapping[str, _Labels],
     anchor: int,
     index: int,
     *,
@@ -180,28 +193,45 @@ def _difference(
     """Mean difference over tasks, its interval and its p-value."""
     if len(table) == 1:
         ((task, cells),) = table.items()
-        paired = paired_difference(cells[anchor].tolist(), cells[index].tolist(), ids=ids[task], level=level, seed=seed)
+        together = labels[task]
+        paired = paired_difference(
+            cells[anchor].tolist(),
+            cells[index].tolist(),
+            ids=ids[task],
+            level=level,
+            seed=seed,
+            groups=None if together is None else dict(zip(ids[task], together, strict=True)),
+        )
         return paired.difference, paired.interval, paired.p_value
-    by_task = [cells[index] - cells[anchor] for cells in table.values()]
-    weighted = np.concatenate([values / (len(by_task) * values.size) for values in by_task])
+    by_task = [_units(cells[index] - cells[anchor], labels[task]) for task, cells in table.items()]
+    weighted = np.concatenate([units.totals / (len(by_task) * units.n) for units in by_task])
     # Scaled to the size of a difference: the test rounds to tell ties, and weights are small.
     p_value = permutation_p_value(weighted * weighted.size, seed=seed)
     return float(math.fsum(weighted)), _stratified_interval(by_task, level=level, seed=seed), p_value
 
 
-def _stratified_interval(by_task: Sequence[NDArray[np.float64]], *, level: float, seed: int) -> Interval:
-    """Bootstrap of the mean of task means, resampling examples within tasks; a bound where too few moved."""
+def _units(values: NDArray[np.float64], labels: _Labels) -> Groups:
+    """What is independent of one another: whole groups, or examples where none share one."""
+    return Groups(values, np.ones(values.size)) if labels is None else grouped(values, labels)
+
+
+def _stratified_interval(by_task: Sequence[Groups], *, level: float, seed: int) -> Interval:
+    """Bootstrap of the mean of task means, resampling examples or groups within tasks; a bound where too few moved."""
     from copa_harness.judge.paired import gained_and_lost, tango_bounds
 
-    everything = np.concatenate(by_task)
-    if n_informative(everything) < MIN_MOVED:
-        gained, lost = gained_and_lost(everything)
-        low, high = tango_bounds(gained, lost, everything.size, level=level)
+    everything = np.concatenate([units.totals for units in by_task])
+    n = sum(units.n for units in by_task)
+    is_grouped = n > everything.size
+    if n_informative(np.concatenate([units.means for units in by_task])) < (MIN_GROUPS if is_grouped else MIN_MOVED):
+        # As many rows as the groups are worth if answers within a group always agree.
+        n_whole = max(1, math.floor(sum(units.effective_n for units in by_task) + 1e-9))
+        gained, lost = (total * n_whole / n for total in gained_and_lost(everything))
+        low, high = tango_bounds(gained, lost, n_whole, level=level)
         return Interval(low, high, level, "tango-bound")
     rng = np.random.default_rng(seed)
     means = np.zeros(N_RESAMPLES)
-    for values in by_task:
-        drawn = rng.integers(0, values.size, (N_RESAMPLES, values.size))
-        means += values[drawn].mean(axis=1) / len(by_task)
+    for units in by_task:
+        drawn = rng.integers(0, units.sizes.size, (N_RESAMPLES, units.sizes.size))
+        means += units.totals[drawn].sum(axis=1) / units.sizes[drawn].sum(axis=1) / len(by_task)
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(low), float(high), level, "stratified bootstrap")

@@ -17,6 +17,9 @@ from copa_harness.results import EvaluationResult, ExampleResult, GateResult, In
 MAX_VALUE_CHARACTERS = 160
 """A field's value is cut beyond this; the report has it whole."""
 
+_MARGIN = 8
+"""Columns that pytest puts before every line of a failed assertion."""
+
 _SIGN = {
     Verdict.PASS: "pass",
     Verdict.FAIL: "FAIL",
@@ -67,7 +70,7 @@ def score_line(evaluation: EvaluationResult) -> str:
 
 def format_gates(results: Sequence[GateResult], *, width: int = 0) -> str:
     """One block per gate: its verdict, its rule and its message, wrapped and aligned."""
-    columns = width or max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
+    columns = width or _columns()
     lines = []
     for result in results:
         head = f"{_SIGN[result.verdict]:<14}  {result.gate}: "
@@ -76,6 +79,10 @@ def format_gates(results: Sequence[GateResult], *, width: int = 0) -> str:
                           break_on_hyphens=False)
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _columns() -> int:
+    return max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
 
 
 def format_examples(examples: Iterable[ExampleResult]) -> str:
@@ -113,6 +120,7 @@ def format_failure(
     Returns:
         Several lines of plain text without a final newline.
     """
+    width = _columns() - _MARGIN
     lines = [title] if title else []
     if evaluation is None:
         lines.append("no score: the evaluation did not finish")
@@ -120,12 +128,12 @@ def format_failure(
         lines.append(f"{score_line(evaluation)}; model {evaluation.lm}")
     ordered = sorted(gates, key=lambda result: result.verdict is Verdict.PASS)
     if ordered:
-        lines += ["", format_gates(ordered)]
+        lines += ["", format_gates(ordered, width=width)]
     heading, shown = _to_show(evaluation, gates, n_worst)
     if shown:
         lines += ["", heading, textwrap.indent(format_examples(shown), "  ")]
     if hints:
-        lines += ["", *hints]
+        lines += ["", *(textwrap.fill(hint, width, break_long_words=False, break_on_hyphens=False) for hint in hints)]
     return "\n".join(lines)
 
 

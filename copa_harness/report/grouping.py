@@ -69,7 +69,8 @@ def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
     pairs = pair_up(before.scores, after.scores)
     if not pairs.ids or before.scores.keys() != after.scores.keys():
         return None
-    return paired_difference(pairs.before, pairs.after, ids=pairs.ids)
+    groups = {**before.groups, **after.groups}
+    return paired_difference(pairs.before, pairs.after, ids=pairs.ids, groups=groups or None)
 
 
 def distinct(runs: Sequence[RunRecord]) -> list[str]:

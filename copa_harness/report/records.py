@@ -54,6 +54,7 @@ class RunRecord:
         repeats: scores of every repeat per example id, when the examples were answered several times.
         sequential: what stopping early saved and cost (`SequentialAnswer.to_json`); empty when all rows were used.
         attribution: what weights and prompts gained (`Attribution.to_json`); empty when not measured.
+        groups: group by example id, where examples share one: paired comparisons keep them together.
         credit: which part of which stage earned the optimization's gain on validation; empty when nothing changed.
         learned: what the optimization learned about its proposals, one entry per arm.
     """
@@ -87,6 +88,7 @@ class RunRecord:
     repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     sequential: Mapping[str, Any] = field(default_factory=dict)
     attribution: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
     credit: Mapping[str, Any] = field(default_factory=dict)
     learned: Sequence[Mapping[str, Any]] = ()
 
@@ -190,6 +192,7 @@ class RunRecord:
             "repeats": self.repeats,
             "sequential": self.sequential,
             "attribution": self.attribution,
+            "groups": self.groups,
             "credit": self.credit,
             "learned": list(self.learned),
         }
@@ -255,6 +258,7 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         repeats={key: tuple(scores) for key, scores in document.get("repeats", {}).items()},
         sequential=dict(document.get("sequential", {})),
         attribution=dict(document.get("attribution", {})),
+        groups=dict(document.get("groups", {})),
         credit=dict(document.get("credit", {})),
         learned=tuple(document.get("learned", ())),
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
 from copa_harness.results import Interval
 
 Style = Literal["terminal", "markdown"]
+
+MAX_WIDTH = 120
+"""Columns of a terminal that a line of explanation may fill."""
 
 _MAX_NAME_WIDTH = 20
 
@@ -44,9 +48,17 @@ def _wrapped(text: str) -> str:
 
 
 def with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
-    """A table with lines of explanation below it."""
-    prefix, gap = ("  ", "\n") if style == "terminal" else ("", "\n\n")
-    return gap.join([table, *(prefix + note for note in notes)])
+    """A table, if there is one, with lines of explanation below it."""
+    if style == "markdown":
+        return "\n\n".join([*([table] if table else []), *notes])
+    lines = [
+        textwrap.fill(
+            note, MAX_WIDTH, initial_indent="  ", subsequent_indent="    ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for note in notes
+    ]  # fmt: skip
+    return "\n".join([*([table] if table else []), *lines])
 
 
 def bounds(interval: Interval | None, *, signed: bool = False) -> str:

@@ -76,6 +76,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     """
     rows: list[list[str]] = []
     notes: list[str] = []
+    anchors: set[str] = set()
     models = list(dict.fromkeys(run.model for run in runs if run.split == "test"))
     for model in models:
         best = _best_runs([run for run in runs if run.model == model])
@@ -85,9 +86,10 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         anchor = reference if reference in complete else next(iter(complete))
         scores = {name: {task: run.scores for task, run in tasks.items()} for name, tasks in complete.items()}
         try:
-            comparison = compare_strategies(scores, reference=anchor)
+            comparison = compare_strategies(scores, reference=anchor, groups=_groups(complete))
         except ValueError:  # the runs have no example in common: nothing to rank
             continue
+        anchors.add(anchor)
         for index, row in enumerate(comparison.rows):
             spent = complete[row.strategy].values()
             is_anchor = row.strategy == anchor
@@ -110,8 +112,9 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
             notes.append(f"all alike? Friedman p = {comparison.friedman_p:.2g} over {comparison.n_ranked:,} ranked")
     if not rows:
         return ""
-    headers = ["model", "strategy", "tasks", "n", "mean rank", "score", f"difference to {reference}", "p (Holm)",
-               "calls", "USD"]  # fmt: skip
+    against = anchors.pop() if len(anchors) == 1 else "the row without one"
+    headers = ["model", "strategy", "tasks", "n", "mean rank", "score", f"difference to {against}", "p (Holm)", "calls",
+               "USD"]  # fmt: skip
     notes.insert(0, "rank 1 is best; differences paired by example, every task counting the same [95 % interval]")
     return with_notes(draw(rows, headers, style=style, n_text=2), notes, style=style)
 
@@ -137,7 +140,7 @@ def flaky_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     if not notes:
         return ""
     headers = ["task", "strategy", "example", "passed", "pass rate"]
-    return with_notes(draw(rows, headers, style=style, n_text=3), notes, style=style) if rows else "\n".join(notes)
+    return with_notes(draw(rows, headers, style=style, n_text=3) if rows else "", notes, style=style)
 
 
 def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -168,6 +171,15 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
     if n_total:
         notes.append(f"in all {n_total - n_used:,} of {n_total:,} rows saved ({100 * (1 - n_used / n_total):.0f} %)")
     return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+
+
+def _groups(by_strategy: Mapping[str, Mapping[str, RunRecord]]) -> dict[str, Mapping[str, str]]:
+    """Task -> example id -> group, of all runs together."""
+    groups: dict[str, Mapping[str, str]] = {}
+    for tasks in by_strategy.values():
+        for task, run in tasks.items():
+            groups[task] = {**groups.get(task, {}), **run.groups}
+    return groups
 
 
 def _flaky(run: RunRecord) -> FlakyReport | None:

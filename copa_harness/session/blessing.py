@@ -65,7 +65,9 @@ def to_row(baseline: Baseline | None) -> dict[str, Any] | None:
     return document
 
 
-def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tuple[list[Path], list[str]]:
+def write_baselines(
+    rows: Iterable[Mapping[str, Any]], *, directory: Path
+) -> tuple[list[tuple[Path, str]], list[str]]:
     """Write the candidates that rows carry; of several for one file the last one stands.
 
     Args:
@@ -73,7 +75,7 @@ def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tu
         directory: Where baselines lie.
 
     Returns:
-        The files written, and what a person should know.
+        The files written, each with what changed in it, and what a person should know.
     """
     from copa_harness.store.baselines import Baseline, baseline_path, save_baseline
 
@@ -95,7 +97,32 @@ def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tu
     written = []
     for path, baseline in found.items():
         try:
-            written.append(save_baseline(directory, baseline))
+            changed = _what_changed(path, baseline)
+            written.append((save_baseline(directory, baseline), changed))
         except (CopaError, OSError) as error:
             remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
     return written, remarks
+
+
+def _what_changed(path: Path, accepted: Baseline) -> str:
+    """What accepting a run does to the baseline that is in its place: nobody should bless a loss unawares."""
+    from copa_harness.judge.messages import counted, number
+    from copa_harness.judge.paired import pair_up
+    from copa_harness.store.baselines import read_baseline
+
+    now = f"score {number(accepted.score)} on {counted(len(accepted.scores), f'{accepted.split} example')}"
+    if not path.exists():
+        return f"{now}; the first one"
+    try:
+        older = read_baseline(path)
+    except CopaError:
+        return f"{now}; in place of a file that could not be read"
+    parts = [part for part, digest in accepted.fingerprints.items() if older.fingerprints.get(part) != digest]
+    if older.scores == accepted.scores and not parts:
+        return f"{now}; as before"
+    pairs = pair_up(older.scores, accepted.scores)
+    moves = [after - before for before, after in zip(pairs.before, pairs.after, strict=True)]
+    better, worse = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
+    changed = f"; changed: {', '.join(parts)}" if parts else ""
+    in_common = "" if older.scores.keys() == accepted.scores.keys() else f" of {len(moves):,} in common"
+    return f"{now}, was {number(older.score)}: {better} better, {worse} worse{in_common}{changed}"

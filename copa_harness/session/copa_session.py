@@ -153,7 +153,7 @@ class CopaSession:
             fingerprints = fingerprints_of(task, task.program, lm)
             standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
             self._memory.remember(task, lm, measured.evaluation, fingerprints)
-        shown: dict[str, Any] = shown_as(base)
+        shown: dict[str, Any] = {**shown_as(base), "groups": groups_of(task, split) or {}}
         record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **shown)
         self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured), standing=standing))
         return measured.evaluation

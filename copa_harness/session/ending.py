@@ -90,8 +90,8 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
     if suite:
         (remarks if suite_fails else notes).append(suite)
     if settings.bless:
-        written_baselines, problems = write_baselines(ordered, directory=settings.baseline_dir)
-        notes += [f"accepted as baseline: {_shown(path, settings.root)}" for path in written_baselines]
+        accepted, problems = write_baselines(ordered, directory=settings.baseline_dir)
+        notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
         remarks += problems
     if settings.total_budget is not None:
         notes += _spent(settings)

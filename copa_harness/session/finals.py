@@ -157,6 +157,7 @@ def final_entry(
         phases=more_phases,
         sequential={} if early is None else early.to_json(),
         attribution={} if attribution is None else attribution.to_json(),
+        groups=dict(case.groups or {}),
         **shown_as(base),
     )
     return Entry(record, run, baseline=accepted, failures=measured.failures, notes=notes, standing=standing)

@@ -189,12 +189,15 @@ class CopaRun:
     def describe(self) -> str:
         """What was measured, what it cost and the worst examples; shown beside a failed test."""
         ceiling = f"{self.budget.calls:,.0f}" if self.budget.calls != float("inf") else "any number of"
-        hints = [
-            f"the program as written scored {number(self.baseline.score)}: {number(self.improvement, signed=True)}",
+        hints = []
+        if self.strategy != "none":
+            change = f"{number(self.improvement, signed=True)} against it"
+            hints.append(f"the program as written scored {number(self.baseline.score)}; this one is {change}")
+        hints.append(
             f"optimization spent {self.usage.calls:,} of {ceiling} calls (budget {self.budget.name}), "
             f"{self.usage.train_steps:,} training steps, {self.usage.wall_s:.1f} s"
-            + ("; it was found finished on disk" if self.from_disk else ""),
-        ]
+            + ("; it was found finished on disk" if self.from_disk else "")
+        )
         if self.exhausted:
             hints.append("the budget ended the search; this is the best program found until then")
         if self.sequential is not None:

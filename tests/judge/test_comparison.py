@@ -103,3 +103,45 @@ def test_a_reference_that_was_not_run_is_refused():
 def test_strategies_without_a_common_example_are_refused():
     with pytest.raises(ValueError, match="without a common example"):
         compare_strategies({"a": {"iris": {"x": 1.0}}, "b": {"iris": {"y": 1.0}}}, reference="a")
+
+
+def test_examples_of_one_group_are_exchanged_and_ranked_together():
+    ids = [f"e{i}" for i in range(20)]
+    groups = {key: str(i // 4) for i, key in enumerate(ids)}
+    table = {"none": {"t": dict.fromkeys(ids, 0.0)}, "p": {"t": dict.fromkeys(ids, 1.0)}}
+    apart, together = (compare_strategies(table, reference="none", groups=g) for g in (None, {"t": groups}))
+    assert row(apart, "p").p_value == pytest.approx(2 / 2**20)
+    assert row(together, "p").p_value == pytest.approx(2 / 2**5)
+    assert (apart.n_ranked, together.n_ranked) == (20, 5)
+
+
+def test_groups_count_over_several_tasks_too():
+    ids = [f"e{i}" for i in range(12)]
+    groups = {key: str(i // 4) for i, key in enumerate(ids)}
+    table = {
+        "none": {"s": dict.fromkeys(ids, 0.0), "t": dict.fromkeys(ids, 0.0)},
+        "p": {"s": dict.fromkeys(ids, 1.0), "t": dict.fromkeys(ids, 1.0)},
+    }
+    found = row(compare_strategies(table, reference="none", groups={"s": groups, "t": groups}), "p")
+    assert found.p_value == pytest.approx(2 / 2**6)
+    apart = row(compare_strategies(table, reference="none"), "p")
+    assert found.difference == apart.difference == 1.0
+    assert found.interval.low < apart.interval.low
+
+
+def test_equal_strategies_with_grouped_examples_are_called_different_in_at_most_five_percent():
+    rng = np.random.default_rng(5)
+    ids = [f"e{i:02}" for i in range(60)]
+    groups = {task: {key: str(i // 6) for i, key in enumerate(ids)} for task in ("s", "t")}
+    alarms = {True: 0, False: 0}
+    for seed in range(100):
+        table = {
+            name: {task: dict(zip(ids, np.repeat(rng.integers(0, 2, 10), 6).astype(float), strict=True))
+                   for task in groups}
+            for name in ("none", "p")
+        }  # fmt: skip
+        for known in alarms:
+            found = compare_strategies(table, reference="none", seed=seed, groups=groups if known else None)
+            alarms[known] += row(found, "p").adjusted <= 0.05
+    assert alarms[True] / 100 <= 0.05 + 3 * (0.05 * 0.95 / 100) ** 0.5
+    assert alarms[False] / 100 > 0.2

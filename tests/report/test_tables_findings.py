@@ -36,7 +36,7 @@ def test_the_attribution_shows_four_systems_six_effects_and_the_sentence():
     for words in ("base, plain prompts", "tuned, optimized", "prompts alone", "both together", "beyond their sum"):
         assert words in text
     assert f"{answer.both.difference:+.3f}" in text
-    assert answer.sentence() in text
+    assert answer.sentence() in " ".join(text.split())
 
 
 def test_runs_without_an_attribution_make_no_table():
@@ -132,3 +132,34 @@ def test_every_finding_is_among_all_tables(style):
 def test_the_markdown_report_has_them_too():
     _, run = early_record()
     assert "## Saved by stopping early" in markdown_report([run], environment={})
+
+
+def test_long_explanations_are_wrapped_to_the_width_of_a_terminal():
+    text = attribution_table([record("p -> w -> demos -> instructions -> w", attribution=attributed().to_json())])
+    assert max(map(len, text.splitlines())) <= 120
+    flaky = flaky_table([record(repeats=dict.fromkeys(IDS, (1.0, 0.0)))])
+    assert max(map(len, flaky.splitlines())) <= 120
+
+
+def test_without_the_reference_the_ranking_names_what_it_compares_with():
+    text = ranking_table([record("p", 0.2), record("w", 0.9, seed=1)])
+    assert "difference to p" in text.splitlines()[0]
+    assert "none" not in text
+
+
+def test_examples_that_share_a_group_widen_every_interval_of_the_report():
+    groups = {key: str(i // 8) for i, key in enumerate(IDS)}
+
+    def table(**more):
+        return all_tables([record("none", 0.2, **more), record("p", 0.6, seed=1, **more),
+                           record("gepa", 0.9, seed=2, **more)])  # fmt: skip
+
+    def width(text):
+        (line,) = [line for line in text.splitlines() if "gepa" in line and " | " in line]
+        low, high = line.split("[")[-1].split("]")[0].split(",")
+        return float(high) - float(low)
+
+    apart, together = dict(table()), dict(table(groups=groups))
+    for title in ("strategies compared", "strategies ranked"):
+        assert width(together[title]) > width(apart[title])
+    assert RunRecord.from_json(record(groups=groups).to_json()).groups == groups
