@@ -127,9 +127,9 @@ class BatchGenerator:
         most = min(job.payload.max_batch for job in jobs)
         free = free_bytes(self.model.device)
         limit = BATCH_LIMIT_BYTES if free is None else min(BATCH_LIMIT_BYTES, FREE_SHARE * free)
-        n = 1
-        while n < min(len(jobs), most) and self._bytes(jobs[: n + 1]) <= limit:
-            n += 1
+        n = min(len(jobs), most)
+        while n > 1 and (needed := self._bytes(jobs[:n])) > limit:
+            n = max(1, min(n - 1, int(n * limit / needed)))
         return jobs[:n]
 
     def _bytes(self, jobs: Sequence[Job]) -> int:

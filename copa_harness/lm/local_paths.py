@@ -6,6 +6,7 @@ here. Knows nothing of queues, DSPy or files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,13 +106,14 @@ class Paths:
     def _suffixes(self, prompts: Sequence[Prompt], module: Any) -> Suffixes:
         """The rows behind their prefixes; a prefix is shared if two rows have it, or if it is kept already."""
         keys = [self.prefix_key(prompt) for prompt in prompts]
+        counts = Counter(keys)
         groups: list[RowGroup] = []
         lengths = []
         for i, key in enumerate(keys):
             if i and key == keys[i - 1] and groups[-1].states is not None:
                 groups[-1].stop = i + 1
             else:
-                is_shared = key[1] and (keys.count(key) > 1 or key in self.prefixes)
+                is_shared = key[1] and (counts[key] > 1 or key in self.prefixes)
                 states = self.prefixes.states(key, module, self.model.new_cache()) if is_shared else None
                 groups.append(RowGroup(i, i + 1, states))
             lengths.append(len(key[1]) if groups[-1].states is not None else 0)
