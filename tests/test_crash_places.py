@@ -125,7 +125,7 @@ def run(folder, place):
     if place is None:
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
     before, matches = seen(folder), PLACES[place]
-    skip = chance.randrange(4)
+    skip = chance.randrange(4) if place in ("epoch", "answer") else 0  # the others are written in a few files at once
     until = time.monotonic() + (chance.uniform(0.2, 2.0) if matches is None else 60)
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         now = seen(folder)
@@ -170,9 +170,8 @@ number = 0
 while sum(killed.values()) < n_kills and time.monotonic() < deadline:
     folder = fresh("suite %d" % number)
     number += 1
-    order = chance.sample(list(PLACES), len(PLACES))
     kills = 0
-    for place in order:
+    for place in ("any moment", "answer", "epoch", "stage", "artifact", "report"):  # in the order a session gets there
         if run(folder, place):
             killed[place] += 1
             kills += 1
