@@ -206,7 +206,7 @@ def _from_trials(
     """What the arms of a setting gained in the trials, when leaving it out was not affordable."""
     only = mixed(student, winner, [part])
     arms = knowledge.features_of(only, student)
-    effect = knowledge.learner.effect([arm for arm in arms if not arm.startswith("size: ")])
+    effect = knowledge.learner.effect(list(arms))
     if effect is None:
         return {"gain": None, "low": None, "high": None, "method": "not measured"}
     mean, sd, n = effect

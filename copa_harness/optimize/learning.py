@@ -34,6 +34,10 @@ PRIOR_SD = 0.1
 BETWEEN_SD = 0.05
 """How much two options of one arm differ."""
 
+FAMILIES = frozenset({"demos", "instruction", "weights"})
+"""Families with an effect of their own. Arms of the others (a size, a tip, a temperature) only come along with one of
+these, so what they share is already told by it."""
+
 FADING = 0.5
 """Weight of the evidence of one phase earlier."""
 
@@ -130,21 +134,27 @@ class Learner:
         if evidence.features:
             self.evidence.append(evidence)
 
-    def posterior(self, arms: Sequence[str] = ()) -> Posterior:
-        """The posterior of every arm seen so far and of the given ones, and of their families."""
+    def posterior(self, arms: Sequence[str] = (), *, fading: float = FADING) -> Posterior:
+        """The posterior of every arm seen so far and of the given ones, and of their families.
+
+        Args:
+            arms: Arms to include, seen or not.
+            fading: Weight of the evidence of one phase earlier, above 0; 1 weighs all phases alike.
+        """
         names = {*arms, *(name for one in self.evidence for name in one.features)}
         latest = max((one.phase for one in self.evidence), default=0)
         rows: list[dict[str, float]] = []
         for one in self.evidence:
             row = {name: float(count) for name, count in one.features.items()}
             for name, count in one.features.items():
-                row[_family(name)] = row.get(_family(name), 0.0) + count
+                if _family(name) in FAMILIES:
+                    row[_family(name)] = row.get(_family(name), 0.0) + count
             rows.append(row)
         return normal_posterior(
             rows,
             [one.gain for one in self.evidence],
-            variances=[(one.variance + BETWEEN_SD**2) / FADING ** (latest - one.phase) for one in self.evidence],
-            prior_sd=dict.fromkeys(map(_family, names), FAMILY_SD) | dict.fromkeys(names, PRIOR_SD),
+            variances=[(one.variance + BETWEEN_SD**2) / fading ** (latest - one.phase) for one in self.evidence],
+            prior_sd=dict.fromkeys(FAMILIES & set(map(_family, names)), FAMILY_SD) | dict.fromkeys(names, PRIOR_SD),
         )
 
     def knows(self, family: str) -> bool:
@@ -176,16 +186,25 @@ class Learner:
         return chosen
 
     def effect(self, arms: Sequence[str]) -> tuple[float, float, int] | None:
-        """(mean, standard deviation, trials) of what these arms add together; None when one of them was never tried."""
+        """(mean, standard deviation, trials) of what these arms add together; None when one of them was never tried.
+
+        All phases count alike here: this is about what was, and not about what to do next.
+        """
         tries = [sum(arm in one.features for one in self.evidence) for arm in arms]
         if not arms or not all(tries):
             return None
-        posterior = self.posterior()
+        mean, sd = self._combined(self.posterior(fading=1.0), arms)
+        return mean, sd, min(tries)
+
+    @staticmethod
+    def _combined(posterior: Posterior, arms: Sequence[str]) -> tuple[float, float]:
+        """Mean and standard deviation of the sum of arms, families included."""
         chosen = np.zeros(len(posterior.names))
         for arm in arms:
             chosen[posterior.names.index(arm)] += 1
-            chosen[posterior.names.index(_family(arm))] += 1
-        return float(chosen @ posterior.mean), float(np.sqrt(chosen @ posterior.covariance @ chosen)), min(tries)
+            if _family(arm) in posterior.names:
+                chosen[posterior.names.index(_family(arm))] += 1
+        return float(chosen @ posterior.mean), float(np.sqrt(chosen @ posterior.covariance @ chosen))
 
     def report(self) -> list[dict[str, Any]]:
         """What was learned, best first within each family: plain JSON types.
@@ -195,13 +214,10 @@ class Learner:
         whatever else those changed.
         """
         posterior = self.posterior()
-        place = {name: i for i, name in enumerate(posterior.names)}
         rows: list[dict[str, Any]] = []
         for name in sorted({name for one in self.evidence for name in one.features}):
             used = [one for one in self.evidence if name in one.features]
-            both = [place[name], place[_family(name)]]
-            mean = float(posterior.mean[both].sum())
-            sd = float(np.sqrt(posterior.covariance[np.ix_(both, both)].sum()))
+            mean, sd = self._combined(posterior, [name])
             rows.append(
                 {
                     "family": _family(name),
