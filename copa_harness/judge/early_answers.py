@@ -88,8 +88,13 @@ def stopped_early(
     so_far = number(details.get("difference"), signed=True)
     message = (
         f"{found} after {n_used:,} of {counted(n_total, 'example')} ({looked}, p = {p_value:.2g}, valid "
-        f"however often it looks). The difference so far is {so_far}; having ended the run, it looks larger than it is."
+        f"however often it looks). "
     )
+    if n_used == n_total:
+        message += f"The difference is {so_far}."
+    else:
+        # A run is stopped by a streak, so what it shows then is too extreme on average.
+        message += f"The difference so far is {so_far}; runs are stopped when it looks large, so it tends to shrink."
     if failed:
         message += (
             f" Next: {'use ' + name + ', or ' if answer.gate.startswith('better_than') and name else ''}look at the "

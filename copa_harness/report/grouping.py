@@ -40,16 +40,21 @@ def kind_of(strategy: str) -> Kind:
 
 
 def chosen(runs: Iterable[RunRecord]) -> RunRecord | None:
-    """The run that stands for a cell: with a score, the best validation score, the last of equals; None for none."""
+    """The run that stands for a cell; None for none.
+
+    Of those with a score it is one over all examples if there is any (a run that stopped early has the score of a
+    streak), then the one with the best validation score, then the last.
+    """
     best: RunRecord | None = None
     for run in runs:
-        if run.score is not None and (best is None or _validation(run) >= _validation(best)):
+        if run.score is not None and (best is None or _standing(run) >= _standing(best)):
             best = run
     return best
 
 
-def _validation(run: RunRecord) -> float:
-    return -math.inf if run.validation_after is None else run.validation_after
+def _standing(run: RunRecord) -> tuple[bool, float]:
+    is_whole = not run.sequential or run.sequential["n_used"] == run.sequential["n_total"]
+    return is_whole, -math.inf if run.validation_after is None else run.validation_after
 
 
 def by_task(runs: Iterable[RunRecord], *, split: str = "test") -> dict[tuple[str, str], list[RunRecord]]:

@@ -115,7 +115,11 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     against = anchors.pop() if len(anchors) == 1 else "the row without one"
     headers = ["model", "strategy", "tasks", "n", "mean rank", "score", f"difference to {against}", "p (Holm)", "calls",
                "USD"]  # fmt: skip
-    notes.insert(0, "rank 1 is best; differences paired by example, every task counting the same [95 % interval]")
+    notes.insert(
+        0,
+        "rank 1 is best; differences paired by example, every task counting the same [95 % interval of each alone]; "
+        "p corrected for the number of strategies",
+    )
     return with_notes(draw(rows, headers, style=style, n_text=2), notes, style=style)
 
 

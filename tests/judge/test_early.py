@@ -207,3 +207,13 @@ def test_every_number_is_plain_json():
     answer = run(watch, split(140))
     for document in (answer.to_json(), *(gate.details for gate in answer.gates)):
         assert json.loads(json.dumps(to_jsonable(document, fallback=None), allow_nan=False)) is not None
+
+
+def test_a_verdict_on_the_last_block_is_not_said_to_be_of_a_streak():
+    watch = SequentialJudge(IDS, Gates(max_regression=0.05), seed=0, baseline=Accepted(split(200)))
+    whole = only(run(watch, split(200), size=200), "max_regression")
+    watch = SequentialJudge(IDS, Gates(max_regression=0.05), seed=0, baseline=Accepted(split(200)))
+    early = only(run(watch, split(200)), "max_regression")
+    assert whole.verdict is early.verdict is Verdict.PASS
+    assert whole.message.endswith("The difference is 0.000.")
+    assert "it tends to shrink" in early.message

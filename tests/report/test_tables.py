@@ -186,3 +186,12 @@ def test_dollars_have_a_column_where_any_were_spent():
     paid = run("w", 50, usage=Usage(paid_calls=3, usd=0.25, unpriced_calls=1), phases=phases)
     assert cells(phase_table([paid]), "weights")["USD"] == "0.2500+?"
     assert "USD" not in phase_table([run("w", 50)])
+
+
+def test_a_run_that_stopped_early_does_not_stand_for_a_cell_that_has_a_whole_one():
+    whole = run("none", 50)
+    stopped = run("none", 30, n=32, sequential={"n_used": 32, "n_total": 75})
+    used_all = run("none", 51, sequential={"n_used": 75, "n_total": 75})
+    assert chosen([whole, stopped]) is whole
+    assert chosen([whole, used_all]) is used_all
+    assert chosen([stopped]) is stopped
