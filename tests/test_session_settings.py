@@ -59,7 +59,7 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"min_scor": 0.5}, "unknown argument 'min_scor'. Did you mean 'min_score'"),
         ({"budgte": "light"}, "Did you mean 'budget'"),
         ({"zzz": 1}, "unknown argument 'zzz'. Known arguments: strategy, budget"),
-        ({"min_score": 85}, "min_score=85; expected a number from 0 to 1"),
+        ({"min_score": 85}, "min_score=85; expected a number from 0 to 1; write 0.85 for 85 %"),
         ({"min_score": True}, "min_score=True"),
         ({"max_regression": "5%"}, "max_regression='5%'"),
         ({"max_calls": -1}, "max_calls=-1; expected a whole number"),

@@ -81,6 +81,10 @@ def format_gates(results: Sequence[GateResult], *, width: int = 0) -> str:
     return "\n".join(lines)
 
 
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
 def _columns() -> int:
     return max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
 
@@ -125,7 +129,7 @@ def format_failure(
     if evaluation is None:
         lines.append("no score: the evaluation did not finish")
     else:
-        lines.append(f"{score_line(evaluation)}; model {evaluation.lm}")
+        lines.append(_filled(f"{score_line(evaluation)}; model {evaluation.lm}", width))
     ordered = sorted(gates, key=lambda result: result.verdict is Verdict.PASS)
     if ordered:
         lines += ["", format_gates(ordered, width=width)]
@@ -133,7 +137,7 @@ def format_failure(
     if shown:
         lines += ["", heading, textwrap.indent(format_examples(shown), "  ")]
     if hints:
-        lines += ["", *(textwrap.fill(hint, width, break_long_words=False, break_on_hyphens=False) for hint in hints)]
+        lines += ["", *(_filled(hint, width) for hint in hints)]
     return "\n".join(lines)
 
 

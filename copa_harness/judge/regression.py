@@ -177,6 +177,9 @@ def not_comparable(
     else:
         parts = "no example with a score is in both this run and the one compared with: the test split changed"
     message = f"{parts} since {named}, so the two cannot be compared."
+    if "data" in changed or "split" in changed:
+        n_before, n_after = (len(pairs.ids) + only for only in (pairs.n_only_before, pairs.n_only_after))
+        message += f" {counted(n_before, 'example')} then, {n_after:,} now, {len(pairs.ids):,} in common."
     if pairs.ids and "metric" not in changed:
         common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed, groups=groups)
         details |= {

@@ -145,7 +145,9 @@ def check_arguments(given: Mapping[str, Any], *, known: Sequence[str], where: st
             )
         accepts, expected = _CHECKS[name]
         if value is not None and not accepts(value):
-            raise ConfigurationError(f"{where}: {name}={value!r}; expected {expected}.")
+            in_percent = accepts is _is_share and type(value) in (int, float) and 1 < value <= 100
+            meant = f"; write {value / 100:g} for {value:g} %" if in_percent else ""
+            raise ConfigurationError(f"{where}: {name}={value!r}; expected {expected}{meant}.")
 
 
 def parse_gate(name: str, text: str) -> Any:

@@ -6,6 +6,7 @@ paired difference beside the list of examples. Knows nothing of how baselines ar
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,8 @@ class BaselineDiff:
             if ids:
                 more = f", and {len(ids) - 5} more" if len(ids) > 5 else ""
                 lines.append(f"{title:<8}{counted(len(ids), 'example')}: {', '.join(ids[:5])}{more}")
-        if len(lines) == 2 and self.scores[0] == self.scores[1]:
+        moved = (self.fingerprints, self.settings, self.versions, self.worse, self.better)
+        if not any((*moved, self.only_before, self.only_after)):
             lines.append("nothing changed")
         return "\n".join(lines)
 
@@ -145,7 +147,8 @@ def baseline_text(baseline: Baseline) -> str:
         lines.append(f"repeats {k} per example")
     lines += [f"{part:<8}{digest[:12]}" for part, digest in sorted(baseline.fingerprints.items())]
     if baseline.versions:
-        lines.append("with    " + ", ".join(f"{name} {text}" for name, text in sorted(baseline.versions.items())))
+        together = ", ".join(f"{name} {text}" for name, text in sorted(baseline.versions.items()))
+        lines.append(textwrap.fill(f"with    {together}", 120, subsequent_indent=" " * 8, break_on_hyphens=False))
     return "\n".join(lines)
 
 

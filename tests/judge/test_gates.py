@@ -231,3 +231,11 @@ def test_every_detail_is_plain_json():
         *judge(evaluation([0.5] * 9, failed=1), Gates(min_score=0.9, max_calls=3), calls=4),
     ):
         assert json.loads(json.dumps(to_jsonable(result.details, fallback=None), allow_nan=False)) is not None
+
+
+def test_changed_data_are_told_with_how_many_examples_are_left_to_compare():
+    accepted = Accepted({f"e{i:03}": 1.0 for i in range(2, 12)}, {"data": "a" * 20})
+    answers = judge(evaluation([1] * 8), Gates(max_regression=0.05), baseline=accepted, fingerprints={"data": "b" * 20})
+    gate = only(answers, "max_regression")
+    assert gate.verdict is Verdict.NOT_COMPARABLE
+    assert "10 examples then, 8 now, 6 in common." in gate.message
