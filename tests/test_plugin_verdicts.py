@@ -311,7 +311,7 @@ def test_in_sequential_mode_a_regression_gate_reads_its_baseline(suite, monkeypa
     monkeypatch.setenv("SCRIPT_FORGETS", "1")
     result = suite(GATED, "--copa-sequential", "--copa-threads=2")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E*FAIL*max_regression=0.05*a drop of more than 0.05 is shown after*"])
+    result.stdout.fnmatch_lines(["E*FAIL*max_regression=0.05: a drop of more than 0.05 is shown*"])
 
 
 @pytest.mark.parametrize("other", ["--copa-bless", "--copa-repeat=2"])
