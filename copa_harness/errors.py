@@ -101,6 +101,13 @@ class TrainingError(CopaError):
     """Fine-tuning cannot start or did not finish: no rows, over-long rows, diverging loss."""
 
 
+class TrainingInterruptedError(TrainingError):
+    """Fine-tuning was cut short by what the same training need not meet again: a process killed, memory used up.
+
+    What was trained up to the last epoch is kept; the same training goes on there.
+    """
+
+
 class ArtifactError(CopaError):
     """A stored artifact or LoRA adapter is missing, incomplete, or does not match its manifest."""
 

@@ -28,6 +28,7 @@ from copa_harness.optimize.schema import is_fully_labelled
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
+    from copa_harness.tune.adapter import LoraAdapter
     from copa_harness.tune.rows import DemoMode, TrainingRow
     from copa_harness.tune.settings import LoraSettings
 
@@ -151,6 +152,7 @@ def train_weights(job: WeightsJob) -> Trained:
     tuned: dict[str, Any] = {}
     scope = current_scope()
     steps_before, n_rows = scope.usage().train_steps, 0
+    left_out: list[str] = []
     with scope.phase(Phase.WEIGHTS):
         for lm in job.incumbent.lms:
             name = model_name(lm)
@@ -158,10 +160,13 @@ def train_weights(job: WeightsJob) -> Trained:
                 continue
             served = [part.predictor for part in job.incumbent.parts if model_name(part.lm) == name]
             own = [row for predictor in served for row in rows.by_predictor[predictor]]
-            tuned[name] = _fine_tuned(lm, own, job, rows) if own else lm
+            tuned[name], over_long = _fine_tuned(lm, own, job, rows) if own else (lm, "")
             n_rows += len(own)
+            left_out += [over_long] if over_long else []
     n_steps = scope.usage().train_steps - steps_before
-    note = f"{n_rows} rows from {rows.source}, served with {rows.served_with}; {n_steps} training steps"
+    note = "; ".join(
+        [f"{n_rows} rows from {rows.source}, served with {rows.served_with}", f"{n_steps} training steps", *left_out]
+    )
     logger.info("weights: %s", note)
     return Trained(tuple(tuned[model_name(lm)] for lm in job.incumbent.lms), rows.n_demos, note)
 
@@ -249,21 +254,22 @@ def _check_tunable(lm: Any) -> None:
         )
 
 
-def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
-    """The tuned model: by LoRA for a local engine, by DSPy's provider for any other."""
+def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> tuple[Any, str]:
+    """The tuned model, by LoRA for a local engine, by DSPy's provider for any other; and which rows were left out."""
     if hasattr(getattr(lm, "engine", None), "add_lora"):
-        return _lora(lm, rows, job, made)
+        adapter = _lora(lm, rows, job, made)
+        return lm.copy(model=adapter.model), _over_long_note(adapter, n_rows=len(rows))
     from dspy.clients.utils_finetune import TrainDataFormat
 
     data = [{"messages": [dict(message) for message in row.messages]} for row in rows]
     result = lm.finetune(train_data=data, train_data_format=TrainDataFormat.CHAT, train_kwargs={}).result()
     if isinstance(result, BaseException):  # DSPy hands an error over as the job's result
         raise TrainingError(f"fine-tuning {model_name(lm)!r} failed: {result}") from result
-    return result
+    return result, ""
 
 
-def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> Any:
-    from copa_harness.tune.provider import finetune
+def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> LoraAdapter:
+    from copa_harness.tune.provider import train_lora
 
     lora = job.settings.lora_settings(with_demos=made.n_demos > 0, seed=job.seed)
     kept, held_out = list(rows), []
@@ -272,6 +278,13 @@ def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) ->
         chosen = set(np.random.default_rng([job.seed, 606]).permutation(len(rows))[:n_held_out].tolist())
         kept = [row for i, row in enumerate(rows) if i not in chosen]
         held_out = [row for i, row in enumerate(rows) if i in chosen]
-    return finetune(
+    return train_lora(
         lm, kept, directory=lm.engine.lora_dir, settings=lora, held_out=held_out, served_with=made.served_with
     )
+
+
+def _over_long_note(adapter: LoraAdapter, *, n_rows: int) -> str:
+    if not adapter.n_over_long:
+        return ""
+    limit = f"the {adapter.max_tokens:,} tokens a row may have" if adapter.max_tokens else "a row may be"
+    return f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} and were left out"

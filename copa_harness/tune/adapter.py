@@ -27,7 +27,8 @@ class LoraAdapter:
             was.
         trained_now: False when it was there already.
         final_loss: held-out loss of this epoch, or its training loss without held-out rows.
-        n_over_long: rows left out because they were too long.
+        n_over_long: rows left out because they were too long, held-out ones too.
+        max_tokens: most tokens a row could have; 0 when the manifest does not say.
         epoch: whose weights these are, from 1.
         steps_now: optimizer steps taken by this call: 0 for what was there, fewer than `train_steps` for a training
             taken up again.
@@ -43,6 +44,7 @@ class LoraAdapter:
     trained_now: bool
     final_loss: float
     n_over_long: int = 0
+    max_tokens: int = 0
     epoch: int = 0
     steps_now: int = 0
     checkpoints: tuple[LoraAdapter, ...] = ()
@@ -81,6 +83,7 @@ def adapter_of(files: LoraFiles, *, base: str, trained_now: bool, steps_now: int
         trained_now=trained_now,
         final_loss=_loss(details["checkpoints"][int(details["epoch"]) - 1]),
         n_over_long=int(details["n_over_long"]),
+        max_tokens=int(details.get("max_tokens", 0)),
         epoch=int(details["epoch"]),
         steps_now=steps_now,
         checkpoints=checkpoints,

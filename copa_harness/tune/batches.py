@@ -79,19 +79,18 @@ class BatchLoss:
                 logits = self._logits(places, lambda: self._model(input_ids=padded, use_cache=False).logits)
         return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
 
-    def mean(self, rows: Sequence[EncodedRow], *, batch_size: int) -> float:
-        """Mean loss per target token, in nats, without training."""
+    def total(self, rows: Sequence[EncodedRow], *, batch_size: int) -> float:
+        """Summed loss of the rows' target tokens, in nats, without training."""
         import torch
 
         self._model.eval()
         in_order = sorted(rows, key=lambda row: len(row.ids))
         with torch.no_grad():
-            total = sum(
+            return sum(
                 float(self.sum(part))
                 for start in range(0, len(rows), batch_size)
                 for part in parts_of(in_order[start : start + batch_size])
             )
-        return total / sum(len(row.targets) for row in rows)
 
     def _logits(self, places: Sequence[int], run: Any) -> Any:
         """Logits, shape (places, vocabulary), at these places of the flattened batch; `run` runs the model.

@@ -8,11 +8,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+
+
+class StepListener(Protocol):
+    """Whoever wants to hear of optimizer steps."""
+
+    def step(self, epoch: int, loss: float) -> None:
+        """One optimizer step is done; `loss` is its batch's, in nats per answer token."""
 
 
 class Progress:
@@ -28,7 +35,13 @@ class Progress:
         self._bar: Any = None
         self._began_s = self._logged_s = time.monotonic()
 
+    @property
+    def n_done(self) -> int:
+        """Steps done, those before included."""
+        return self._n
+
     def __enter__(self) -> Progress:
+        self._began_s = self._logged_s = time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import TrainingError
+from copa_harness.errors import TrainingError, TrainingInterruptedError
 from copa_harness.lm.local_files import hash_mapping
 from copa_harness.lm.local_lora import read_lora
 from copa_harness.lm.scope import current_scope
@@ -24,13 +24,16 @@ from copa_harness.tune.adapter import LoraAdapter, adapter_of
 from copa_harness.tune.charges import Charge
 from copa_harness.tune.checkpoints import Unfinished, is_finished, recipe_lock, remove_leftovers
 from copa_harness.tune.encoding import EncodedRow, encode_row
+from copa_harness.tune.epochs import Outcome, run_epochs
+from copa_harness.tune.job import TrainingJob
+from copa_harness.tune.processes import count_processes, train_in_processes
 from copa_harness.tune.progress import Progress, duration
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
     from copa_harness.lm.local import TransformersEngine
-    from copa_harness.tune.loop import Training
+    from copa_harness.tune.loop import TrainingState
 
 __all__ = ["LoraAdapter", "LoraTrainer"]
 
@@ -56,11 +59,12 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Encoded:
-    """Its rows as tokens, and how many were too long."""
+    """Its rows as tokens, how many were too long, and what a row may have."""
 
     rows: Sequence[EncodedRow]
     held_out: Sequence[EncodedRow]
     n_over_long: int
+    max_tokens: int
 
 
 class LoraTrainer:
@@ -100,6 +104,9 @@ class LoraTrainer:
             BudgetExhausted: the steps do not fit under a ceiling (nothing was trained), or the seconds are over (what
                 was trained up to the last epoch is kept, to go on from).
             TrainingError: no rows, only over-long rows, a chat template that cannot be trained on, diverging loss.
+            TrainingInterruptedError: one of several processes was killed or ran out of memory (what was trained up to
+                the last epoch is kept, to go on from).
+            ConfigurationError: more processes asked for than there are devices.
             ArtifactError: the finished adapter is damaged.
         """
         settings = settings or LoraSettings()
@@ -126,7 +133,7 @@ class LoraTrainer:
                 "base": self.engine.fingerprint(self.engine.name),
                 "rows": [_plain(row) for row in rows],
                 "held_out": [_plain(row) for row in held_out],
-                "settings": dataclasses.asdict(settings),
+                "settings": settings.in_recipe(),
                 "served_with": served_with,
             }
         )[:32]
@@ -148,7 +155,6 @@ class LoraTrainer:
 
     def _train(self, job: _Job) -> int:
         """Train and publish; the optimizer steps taken now. The recipe's lock is held."""
-        from copa_harness.lm.local_model import share_weights
         from copa_harness.tune import loop
 
         base = self.engine.generator.model
@@ -160,74 +166,100 @@ class LoraTrainer:
         state = unfinished.load_state()
         before = 0 if state is None else int(state.record["n_steps"])
         planned = loop.count_steps(encoded.rows, job.settings)
+        n_processes = 1  # also when all that is left is to move the checkpoints to their places
+        if before < planned:
+            work = loop.count_operations(base.model, encoded.rows, job.settings)
+            n_processes = count_processes(job.settings, base.device, work=work)
+        details = self._details(job, encoded, n_processes=n_processes)
         charge = Charge(current_scope(), job.recipe, planned=planned, taken_before=before)
-        training, began_s = None, time.monotonic()
+        progress, began_s = Progress(planned, n_done=before), time.monotonic()
+        run = self._run if n_processes == 1 else self._run_in_processes
         try:
-            with _one_at_a_time:
-                model = loop.add_lora(share_weights(base.model), job.settings)
-                training = loop.Training(
-                    model, encoded.rows, held_out=encoded.held_out, settings=job.settings, pad_id=base.pad_id
-                )
+            with _one_at_a_time, progress:
                 if state is not None:
-                    training.restore(state)
-                    logger.info("LoRA training %s goes on after epoch %d", job.recipe, training.n_epochs)
-                self._run(training, unfinished, job, encoded, charge)
+                    logger.info("LoRA training %s goes on after step %d", job.recipe, before)
+                outcome = run(job, encoded, unfinished, state, details, progress, charge)
+            wall_s, n_epochs = time.monotonic() - began_s, len(outcome.losses)
+            logger.info(
+                "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
+                outcome.n_steps - before, duration(wall_s), n_epochs, outcome.best_epoch,
+            )  # fmt: skip
+            own = {"kind": "lora", "planned_steps": planned, "best_epoch": outcome.best_epoch}
             unfinished.publish(
-                n_epochs=training.n_epochs,
-                kept=training.best_epoch,
-                details={
-                    **self._details(job, encoded, training, epoch=training.best_epoch),
-                    "kind": "lora",
-                    "planned_steps": planned,
-                    "train_steps": training.n_steps,
-                    "best_epoch": training.best_epoch,
-                    "wall_s": round(time.monotonic() - began_s, 3),
-                },
+                n_epochs=n_epochs,
+                kept=outcome.best_epoch,
+                details={**details, **outcome.details(outcome.best_epoch), **own, "wall_s": round(wall_s, 3)},
             )
+        except TrainingInterruptedError:
+            raise
         except TrainingError:
             unfinished.discard()  # it would fail again in the same way
             raise
         finally:
-            taken = before if training is None else training.n_steps
-            charge.settle(taken)
-            current_scope().add_train_steps(taken - before, time.monotonic() - began_s)
-        return training.n_steps - before
+            charge.settle(progress.n_done)
+            current_scope().add_train_steps(progress.n_done - before, time.monotonic() - began_s)
+        return outcome.n_steps - before
 
-    def _run(self, training: Training, unfinished: Unfinished, job: _Job, encoded: _Encoded, charge: Charge) -> None:
-        """The epochs that are left, each with its checkpoint, then its state."""
-        began_s, before = time.monotonic(), training.n_steps
-        with Progress(training.n_total, n_done=training.n_steps) as progress:
-            while not training.finished:
-                training.run_epoch(progress, before_step=charge.check_seconds)
-                epoch = training.n_epochs
-                details = {
-                    **self._details(job, encoded, training, epoch=epoch),
-                    "kind": "lora checkpoint",
-                    "parent": job.recipe,
-                    "train_steps": training.n_steps,
-                }
-                unfinished.write_epoch(epoch, training.model, details=details)
-                unfinished.save_state(training.state())
-        logger.info(
-            "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
-            training.n_steps - before, duration(time.monotonic() - began_s), training.n_epochs, training.best_epoch,
-        )  # fmt: skip
+    def _run(
+        self, job: _Job, encoded: _Encoded, unfinished: Unfinished, state: TrainingState | None,
+        details: Mapping[str, Any], progress: Progress, charge: Charge,
+    ) -> Outcome:  # fmt: skip
+        """All epochs that are left, in this process."""
+        from copa_harness.lm.local_model import share_weights
+        from copa_harness.tune import loop
 
-    def _details(self, job: _Job, encoded: _Encoded, training: Training, *, epoch: int) -> Mapping[str, Any]:
-        """What the manifests of a checkpoint and of the finished adapter have in common."""
+        base = self.engine.generator.model
+        training = loop.Training(
+            loop.add_lora(share_weights(base.model), job.settings),
+            encoded.rows,
+            held_out=encoded.held_out,
+            settings=job.settings,
+            pad_id=base.pad_id,
+        )
+        if state is not None:
+            training.restore(state)
+        return run_epochs(
+            training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
+        )
+
+    def _run_in_processes(
+        self, job: _Job, encoded: _Encoded, unfinished: Unfinished, state: TrainingState | None,
+        details: Mapping[str, Any], progress: Progress, charge: Charge,
+    ) -> Outcome:  # fmt: skip
+        """The same in several; the first of them writes the files."""
+        base = self.engine.generator.model
+        shared = TrainingJob(
+            directory=self.directory.absolute(),
+            recipe=job.recipe,
+            base=base.directory.absolute(),
+            base_fingerprint=self.engine.fingerprint(self.engine.name),
+            dtype=base.dtype,
+            device=base.device.type,
+            pad_id=base.pad_id,
+            n_processes=details["processes"],
+            resumes=state is not None,
+            settings=job.settings,
+            rows=encoded.rows,
+            held_out=encoded.held_out,
+            details=details,
+        )
+        logger.info("LoRA training %s in %d processes", job.recipe, shared.n_processes)
+        return train_in_processes(
+            shared, unfinished.workers_folder, progress=progress, before_step=charge.check_seconds
+        )
+
+    def _details(self, job: _Job, encoded: _Encoded, *, n_processes: int) -> Mapping[str, Any]:
+        """What the manifests of all checkpoints and of the finished adapter have in common."""
         return {
             "base": self.engine.name,
             "recipe": job.recipe,
-            "epoch": epoch,
-            "settings": dataclasses.asdict(job.settings),
+            "settings": job.settings.in_recipe(),
             "served_with": job.served_with,
+            "processes": n_processes,
             "n_rows": len(encoded.rows),
             "n_held_out": len(encoded.held_out),
             "n_over_long": encoded.n_over_long,
-            "losses": list(training.losses),
-            "held_out_losses": list(training.held_out_losses),
-            "loss": training.losses[epoch - 1],
-            "held_out_loss": training.held_out_losses[epoch - 1] if training.held_out_losses else None,
+            "max_tokens": encoded.max_tokens,
         }
 
     def _encoded(self, job: _Job, *, context_length: int) -> _Encoded:
@@ -244,7 +276,7 @@ class LoraTrainer:
                 "%d of %d training rows and %d of %d held-out rows are longer than %d tokens and are left out",
                 n_long, len(job.rows), n_long_held_out, len(job.held_out), longest,
             )  # fmt: skip
-        return _Encoded(rows, held_out, n_long + n_long_held_out)
+        return _Encoded(rows, held_out, n_long + n_long_held_out, longest)
 
     def _encode(
         self, rows: Sequence[TrainingRow], *, longest: int, learn_from_demos: bool = False

@@ -99,6 +99,18 @@ def test_demonstrations_are_mixed_into_the_rows_kept_or_dropped(
     assert (manifest["served_with"], manifest["n_rows"]) == (served_with, n_rows)
 
 
+def test_rows_left_out_for_their_length_are_told_in_the_notes(toy, tiny_lm):
+    texts = [("question 1", "big"), ("question 2", "small"), ("zebra " * 80, "big")]
+    data = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in texts
+    ]
+    lora = LoraSettings(epochs=1, rank=2, max_length=60)
+    result = optimized(toy, tiny_lm(), "w", lora=lora, finetune_data=data).copa_result
+    told = "1 of 3 rows were longer than the 60 tokens a row may have and were left out"
+    assert any(note.endswith(told) for note in result.notes)
+
+
 def test_a_ceiling_on_training_steps_ends_the_step_with_the_program_so_far(toy, tiny_lm, tmp_path):
     program = optimized(toy, tiny_lm(), "w", budget="calls=60,train_steps=1")
     assert program.copa_result.exhausted
