@@ -85,7 +85,7 @@ def count_steps(rows: Sequence[EncodedRow], settings: LoraSettings) -> int:
 def count_operations(base: Any, rows: Sequence[EncodedRow], settings: LoraSettings) -> float:
     """Floating-point operations of a training, roughly: a product forward and one backward per weight and token."""
     n_tokens = sum(len(row.ids) for epoch in rows_by_epoch(rows, n_epochs=settings.epochs) for row in epoch)
-    return 4.0 * n_tokens * sum(each.numel() for each in base.parameters())
+    return 4.0 * n_tokens * float(sum(each.numel() for each in base.parameters()))
 
 
 class Training:
