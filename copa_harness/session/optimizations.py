@@ -271,7 +271,7 @@ def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
 def _search_settings(marker: MarkerArguments) -> dict[str, Any]:
     """What the marker says about the search, and no word about what it leaves to the optimizer."""
     names = ("max_cycles", "epsilon", "constraints", "prefer", "optimizer_kwargs")
-    lora = marker.lora and {**marker.lora, "processes": None}  # on how many devices weights are trained changes no result
+    lora = marker.lora and {**marker.lora, "processes": None}  # they change no result
     given = {**{name: getattr(marker, name) for name in names}, "lora": lora}
     return {name: value for name, value in given.items() if value is not None}
 
