@@ -30,7 +30,7 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="bench_search_")
 os.environ["DSPY_CACHEDIR"] = SCRATCH.name
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from search.cells import BUDGETS, METHODS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
+from search.cells import BUDGETS, METHODS, RIVALS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
 
 from copa_harness.errors import CopaError  # noqa: E402
 
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
     parser.add_argument("--curves", action="store_true", help="also test the incumbents of the largest budget's runs")
     parser.add_argument("--report-only", action="store_true")
-    parser.add_argument("--any-version", action="store_true", help="report on cells of older sources where need be")
+    parser.add_argument("--older-rivals", action="store_true", help="report on DSPy's cells of older sources as well")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     quick = (["iris", "staged_wine"], [0], [100])
@@ -107,7 +107,8 @@ def run_all(cells: list[Cell], store: Store, options: argparse.Namespace) -> Non
 def write_report(cells: list[Cell], store: Store, options: argparse.Namespace) -> None:
     from search.report import write
 
-    records = [record for cell in cells if (record := store.get(cell, any_version=options.any_version)) is not None]
+    found = [store.get(cell, any_version=options.older_rivals and cell.method in RIVALS) for cell in cells]
+    records = [record for record in found if record is not None]
     if not records:
         print("no finished cells: nothing to report")
         return
