@@ -80,28 +80,26 @@ def test_two_processes_give_the_weights_of_one_and_go_on_after_one_was_killed(en
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_when_the_process_that_asked_is_killed_nobody_is_left(tiny_folder, tmp_path):
+def test_when_the_process_that_asked_is_killed_nobody_is_left(tmp_path):
+    worker = "from copa_harness.tune.worker import Starter; import threading; Starter().ask(); threading.Event().wait()"
     program = f"""
-        import sys, time
+        import os, sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-        from copa_harness.lm.local import TransformersEngine
-        from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow
-        from copa_harness.tune.charges import Charge
-        Charge.check_seconds = lambda self: (print("at the first step", flush=True), time.sleep(600))
-        engine = TransformersEngine({str(tiny_folder)!r}, name="hf:tiny", lora_dir=Path({str(tmp_path)!r}))
-        row = TrainingRow(({{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "red"}}))
-        LoraTrainer(engine, directory=engine.lora_dir).train(
-            [row] * 4, settings=LoraSettings(rank=2, epochs=1, processes=2), served_with="none")
+        from copa_harness.tune.processes import run_workers
+        run_workers(
+            [sys.executable, "-c", {worker!r}], environments=[os.environ] * 2, folder=Path({str(tmp_path)!r}),
+            progress=None, before_step=lambda: (print("at the first step", flush=True), time.sleep(600)),
+        )
     """
-    starter = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE)
-    try:
-        assert starter.stdout.readline() == b"at the first step\n"
-        workers = psutil.Process(starter.pid).children()
-        assert len(workers) == 2
-    finally:
-        os.kill(starter.pid, signal.SIGKILL)
-        starter.communicate()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = textwrap.dedent(program)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as starter:
+        try:
+            assert starter.stdout.readline() == b"at the first step\n"
+            workers = psutil.Process(starter.pid).children()
+            assert len(workers) == 2
+        finally:
+            os.kill(starter.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
 
