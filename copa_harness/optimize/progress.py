@@ -1,6 +1,6 @@
 """Progress of an optimization in one line now and then: phase, trial, incumbent with interval, calls, time to go.
 
-    p: trial 14, best 0.880 [0.70, 0.96] on 25, 231 of 400 calls, 12 s, at most about 9 s to go
+    p: trial 14, best 0.880 [0.70, 0.96] on 25 rows, 231 of 400 calls, 12 s, at most about 9 s to go
 
 Lines are limited by time, so a log of a long run stays readable; there are no control characters, so a CI log shows
 what a terminal shows. Knows numbers and a place to write; knows nothing of studies, programs or pytest.
@@ -79,12 +79,12 @@ class Progress:
 
 
 def incumbent_text(scores: Sequence[float | None]) -> str:
-    """`best 0.880 [0.70, 0.96] on 25`, or that there is none yet."""
+    """`best 0.880 [0.70, 0.96] on 25 rows`, or that there is none yet."""
     known = [score for score in scores if score is not None]
     if not known:
         return "no score yet"
     interval = mean_interval(known)
-    return f"best {sum(known) / len(known):.3f} [{interval.low:.2f}, {interval.high:.2f}] on {len(known)}"
+    return f"best {sum(known) / len(known):.3f} [{interval.low:.2f}, {interval.high:.2f}] on {len(known)} rows"
 
 
 def duration_text(seconds: float) -> str:

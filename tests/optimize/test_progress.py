@@ -23,7 +23,7 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
         clock.now += 20
         progress.trial("p", 7, scores=[1.0] * 20 + [0.0] * 5, ceiling=300)
     (line,) = lines
-    assert line == "p: trial 7, best 0.800 [0.61, 0.91] on 25, 100 of 300 calls, 20 s, at most about 40 s to go"
+    assert line == "p: trial 7, best 0.800 [0.61, 0.91] on 25 rows, 100 of 300 calls, 20 s, at most about 40 s to go"
 
 
 def test_lines_are_limited_by_time_and_not_by_trials():
