@@ -7,6 +7,7 @@ marker or asks for a `copa_*` fixture).
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,11 +213,11 @@ def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -
 
 
 def _last_line_of_the_user(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """`(file:line)` of the innermost frame that belongs to no installed package, or nothing."""
-    package = str(Path(__file__).parent)
+    """`(file:line)` of the innermost frame that belongs to no installed package nor to Python, or nothing."""
+    ours = str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
     for entry in reversed(excinfo.traceback):
         path = str(entry.path)
-        if Path(path).is_file() and not path.startswith(package) and "site-packages" not in path:
+        if Path(path).is_file() and not path.startswith(ours) and "site-packages" not in path:
             return f"\n({path}:{entry.lineno + 1})"
     return ""
 

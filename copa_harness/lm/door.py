@@ -125,6 +125,7 @@ class Door:
     def _buy(self, call: _Call) -> Response:
         patience = patience_of(call.engine)
         n_failed, n_slowed, waited_s = 0, 0, 0.0
+        failed_first_s = float("inf")
         for _ in itertools.count():
             started = time.perf_counter()
             try:
@@ -136,7 +137,9 @@ class Door:
                     n_slowed += 1
                 else:
                     n_failed += 1
-                pause_s = patience.retries.pause_s(failure, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
+                failed_first_s = min(failed_first_s, time.monotonic())
+                waited_s = max(waited_s, time.monotonic() - failed_first_s)
+                pause_s = patience.pause_s(failure, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
                 if pause_s is None or pause_s >= call.scope.remaining_s:
                     raise
             time.sleep(pause_s)

@@ -164,7 +164,9 @@ class EndpointEngine:
         return held
 
     def _masked(self, text: str) -> str:
-        for secret in self._secrets:
+        # Keys are mostly read from the environment, and may look like anything.
+        keys = (value for name, value in os.environ.items() if len(value) > 7 and is_secret_key(name))
+        for secret in (*self._secrets, *sorted(keys, key=len, reverse=True)):
             text = text.replace(secret, MASK)
         return mask_text(text)
 

@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import dspy
 
@@ -110,7 +111,12 @@ class HttpEngine(EndpointEngine):
             return None
         provider = selection.resolution.provider
         url = selection.clients.get("api_base") or selection.clients.get("base_url")
-        transport = PooledTransport(timeout_s=timeout_s)
+        query = ""
+        if url:
+            # DSPy's client appends its path to the URL as text, which would end up inside a query.
+            parts = urlsplit(str(url))
+            url, query = urlunsplit(parts._replace(query="", fragment="")), parts.query
+        transport = PooledTransport(timeout_s=timeout_s, query=query)
         config = RouterConfig(
             api_keys={provider: selection.clients["api_key"]} if selection.clients.get("api_key") else None,
             base_urls={provider: url} if url else None,

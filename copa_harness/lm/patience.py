@@ -19,6 +19,9 @@ from typing import Protocol, runtime_checkable
 from copa_harness.errors import ProviderError, RateLimitError
 from copa_harness.lm.failures import TRANSIENT
 
+PATIENCE_S = 120.0
+"""Seconds a call bears being put off, and a provider may refuse all calls before they stop asking again."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -28,13 +31,14 @@ class RetryPolicy:
         n_retries: Tries after the first one; 0 for none. Being asked to slow down is no failed try.
         first_pause_s: Pause before the second try, doubled for each further one; chance shortens each by up to half.
         longest_pause_s: Ceiling of one pause that the provider did not ask for.
-        patience_s: Ceiling of all pauses of one call together, and of a pause a provider may ask for.
+        patience_s: Ceiling of the time from a call's first failure to its last try (its pauses and its waits for a
+            place), and of a pause a provider may ask for.
     """
 
     n_retries: int = 0
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
-    patience_s: float = 120.0
+    patience_s: float = PATIENCE_S
 
     def pause_s(self, error: Exception, *, n_failed: int, n_slowed: int, waited_s: float) -> float | None:
         """Seconds to wait before the next try, or None to give up.
@@ -43,7 +47,7 @@ class RetryPolicy:
             error: Why the last try failed.
             n_failed: Failed tries of this call so far, without those that were asked to slow down.
             n_slowed: How often this call was asked to slow down.
-            waited_s: Pauses of this call so far.
+            waited_s: Seconds since this call failed first.
         """
         if self.n_retries == 0 or not isinstance(error, TRANSIENT) or n_failed > self.n_retries:
             return None
@@ -60,9 +64,12 @@ class Pace:
     Args:
         start: Calls at once in the beginning.
         most: Never more than this.
+        longest_wait_s: A provider that asks for a longer pause is not waited for: each call is refused on its own.
     """
 
-    def __init__(self, *, start: int = 8, most: int = 1024) -> None:
+    def __init__(self, *, start: int = 8, most: int = 1024, longest_wait_s: float = PATIENCE_S) -> None:
+        self._longest_wait_s = longest_wait_s
+        self._refused_since_s: float | None = None
         self._changed = threading.Condition()
         self._limit = float(start)
         self._most = float(most)
@@ -76,6 +83,12 @@ class Pace:
         """Calls at once allowed now."""
         with self._changed:
             return int(self._limit)
+
+    @property
+    def refused_s(self) -> float:
+        """Seconds for which the provider has refused every call; 0 when it answered the last one."""
+        with self._changed:
+            return 0.0 if self._refused_since_s is None else time.monotonic() - self._refused_since_s
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -107,14 +120,17 @@ class Pace:
                 self._changed.notify(max(1, int(self._limit) - self._n_under_way))
 
     def _grow(self) -> None:
+        self._refused_since_s = None
         if self._slow_start:
             self._limit = min(self._most, self._limit + 1)
         else:
             self._limit = min(self._most, self._limit + 1 / self._limit)
 
     def _shrink(self, error: ProviderError, started_s: float) -> None:
+        if self._refused_since_s is None:
+            self._refused_since_s = time.monotonic()
         asked_s = getattr(error, "retry_after", None)
-        if asked_s is not None:
+        if asked_s is not None and asked_s <= self._longest_wait_s:
             self._not_before_s = max(self._not_before_s, time.monotonic() + asked_s)
         if started_s <= self._last_halved_s:
             return  # it was sent before the last halving: the same congestion, not a new one
@@ -129,6 +145,16 @@ class Patience:
 
     retries: RetryPolicy
     pace: Pace | None = None
+
+    def pause_s(self, error: Exception, *, n_failed: int, n_slowed: int, waited_s: float) -> float | None:
+        """As `RetryPolicy.pause_s`; None as well when the provider has refused everybody for as long as one bears.
+
+        Without that, each of many calls would wait its full time in turn: a suite would take hours to fail.
+        """
+        refused_s = 0.0 if self.pace is None else self.pace.refused_s
+        if isinstance(error, RateLimitError) and refused_s > self.retries.patience_s:
+            return None
+        return self.retries.pause_s(error, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -14,9 +14,10 @@ import http.client
 import os
 import threading
 import urllib.request
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 from dspy._vendor.lm15.transports import TransportRequest, TransportResponse
@@ -41,10 +42,12 @@ class PooledTransport:
 
     Args:
         timeout_s: Longest wait for a whole answer, from the first byte sent to the last one received.
+        query: What every URL carries behind its path, as in `sig=...&api-version=1`.
     """
 
-    def __init__(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, *, timeout_s: float = DEFAULT_TIMEOUT_S, query: str = "") -> None:
         self.timeout_s = timeout_s
+        self._query = query
         self._replies = threading.local()
 
     def stream(self, request: TransportRequest) -> TransportResponse:
@@ -57,7 +60,7 @@ class PooledTransport:
         """
         self._replies.last = None
         limit_s = max(0.001, min(self.timeout_s, time_left_s.get()))
-        status, reason, headers, body = _sent(request, limit_s)
+        status, reason, headers, body = _sent(self._addressed(request), limit_s)
         self._replies.last = (status, body)
         return TransportResponse(
             status=status,
@@ -67,6 +70,13 @@ class PooledTransport:
             chunks=iter([body]),
             release=lambda body_consumed: None,
         )
+
+    def _addressed(self, request: TransportRequest) -> TransportRequest:
+        if not self._query:
+            return request
+        parts = urlsplit(request.url)
+        query = "&".join(filter(None, (parts.query, self._query)))
+        return replace(request, url=urlunsplit(parts._replace(query=query)))
 
     def last_reply(self) -> tuple[int, bytes] | None:
         """Status and body of what this thread received last, None if its last request brought nothing."""

@@ -177,6 +177,7 @@ class Scope(Meter):
         lineage, ledger = self._lineage(), None if replayed else current_ledger()
         places: list[tuple[Account, int]] = []
         name = budget = ""
+        option = "--copa-budget"
         try:
             for scope in lineage:
                 name, budget = scope.name, scope.budget.name
@@ -186,7 +187,7 @@ class Scope(Meter):
                 if scope._account.ceilings != _NO_CEILINGS:
                     places.append((scope._account, scope._account.hold(cost)))
             if ledger is not None:
-                name, budget = "the whole run", ledger.budget.name
+                name, budget, option = "the whole run", ledger.budget.name, "--copa-total-budget"
                 places.append((ledger, ledger.hold(cost)))
         except BaseException as error:
             Hold(cost, tuple(places)).release()
@@ -195,7 +196,7 @@ class Scope(Meter):
             for scope in lineage:
                 scope._refused = True
             raise BudgetExhausted(
-                f"budget {budget!r} of {name!r} is spent: {error}; raise --copa-budget to go further"
+                f"budget {budget!r} of {name!r} is spent: {error}; raise {option} to go further"
             ) from None
         return Hold(cost, tuple(places))
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import mask_secrets, pretty_json, to_jsonable, write_atomic
+from copa_harness.documents import mask_secrets, pretty_json, temporary_name, to_jsonable, write_atomic
 from copa_harness.errors import CopaError
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
@@ -124,7 +123,7 @@ def _relative(artifact: str, folder: Path) -> str:
 
 def _write_numbered(folder: Path, text: str) -> Path:
     """Write under the next free number; linking a finished file to a name fails if another process has taken it."""
-    temporary = write_atomic(folder / f".{os.getpid()}.{secrets.token_hex(6)}.tmp", text)
+    temporary = write_atomic(temporary_name(folder / "numbered.json"), text)
     try:
         number = 1 + max(
             (int(match[1]) for name in os.listdir(folder) if (match := _NUMBERED.fullmatch(name))), default=0

@@ -77,7 +77,20 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
         "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds",
         *(["USD"] if priced else []), "score before -> after",
     ]  # fmt: skip
-    return draw(rows, headers, style=style, n_text=3)
+    return with_notes(draw(rows, headers, style=style, n_text=3), _unknown(spent), style=style)
+
+
+def _unknown(spent: Usage) -> list[str]:
+    """What `+?` means in this table."""
+    notes = []
+    if spent.estimated_calls:
+        notes.append(
+            f"+? tokens: {spent.estimated_calls:,} calls told no usable number of tokens (or never how they ended); "
+            "each is booked as what was reserved for it: its worst case under a ceiling on tokens or dollars, else none"
+        )
+    if spent.unpriced_calls:
+        notes.append(f"+? USD: no price is known for {spent.unpriced_calls:,} of the paid calls")
+    return notes
 
 
 def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
@@ -201,9 +214,10 @@ def _change(phase: PhaseRecord) -> str:
 
 def _phase_cells(name: str, usage: Usage, change: str, *, priced: bool) -> list[str]:
     calls = f"{usage.paid_calls:,}", f"{usage.cached_calls:,}"
+    tokens = f"{usage.tokens:,}" + ("+?" if usage.estimated_calls else "")
     dollars = [f"{usage.usd:,.4f}" + ("+?" if usage.unpriced_calls else "")] if priced else []
     return [
-        name, *calls, f"{usage.tokens:,}", f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", *dollars, change
+        name, *calls, tokens, f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", *dollars, change
     ]  # fmt: skip
 
 

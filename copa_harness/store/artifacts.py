@@ -11,15 +11,20 @@ pickle is ever copied or read. Knows program state as a mapping only; knows noth
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from copa_harness.documents import is_secret_key, mask_secrets, pretty_json, to_jsonable
+from copa_harness.documents import (
+    is_secret_key,
+    mask_secrets,
+    pretty_json,
+    remove_leftovers,
+    temporary_name,
+    to_jsonable,
+)
 from copa_harness.errors import ArtifactError
 from copa_harness.results import SCHEMA
 from copa_harness.store.fingerprints import hash_file, hash_json
@@ -80,7 +85,8 @@ def save_artifact(
     state = _without_models(to_jsonable(program_state, fallback=None))
     _refuse_secrets(state, trail="program state")
     about = mask_secrets(to_jsonable(manifest))
-    temporary = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp"
+    remove_leftovers(target.parent)
+    temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
         (temporary / PROGRAM).write_text(pretty_json(state), encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import dspy
@@ -215,6 +216,27 @@ def test_a_provider_that_asks_for_more_patience_than_there_is_is_given_up(make, 
         make(num_retries=3)("hi")
     assert caught.value.retry_after == 3600
     assert stub.n_requests == 1
+
+
+def test_a_signed_url_keeps_its_query_behind_the_path_and_out_of_sight(make, stub, stubs, tmp_path):
+    url = f"{stub.url}?sig=SIGNATURE-a1b2c3&token=TICKET-a1b2c3&api-version=2"
+    assert "7" in make(api_base=url)("hi")[0]
+    assert stub.requests[0][0] == "/v1/chat/completions?sig=SIGNATURE-a1b2c3&token=TICKET-a1b2c3&api-version=2"
+    stub.replies = [stubs.Reply(404, body={"error": {"message": f"nothing at {stub.requests[0][0]}"}})]
+    with open_scope("t") as scope, pytest.raises(ProviderError) as caught:
+        make(api_base=url)("hello")
+    said = str(caught.value) + repr(scope.tracebacks) + "".join(traceback.format_exception(caught.value))
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "sig=***&token=***&api-version=2" in said
+    assert "a1b2c3" not in said and b"a1b2c3" not in stored
+
+
+def test_a_key_from_the_environment_is_concealed_whatever_it_looks_like(make, stub, stubs, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "plain words 77")
+    stub.replies = [stubs.Reply(401, body={"error": {"message": "Incorrect API key provided: plain words 77."}})]
+    with open_scope("t") as scope, pytest.raises(AuthenticationError, match=r"provided: \*\*\*\.") as caught:
+        make(api_key=None)("hi")
+    assert "words 77" not in repr(scope.tracebacks) + "".join(traceback.format_exception(caught.value))
 
 
 def test_a_refusal_is_told_apart_and_paid_once(make, stub, stubs):

@@ -185,6 +185,7 @@ def test_dollars_have_a_column_where_any_were_spent():
     phases = (PhaseRecord("weights", Usage(paid_calls=3, usd=0.25, unpriced_calls=1)),)
     paid = run("w", 50, usage=Usage(paid_calls=3, usd=0.25, unpriced_calls=1), phases=phases)
     assert cells(phase_table([paid]), "weights")["USD"] == "0.2500+?"
+    assert "+? USD: no price is known for 1 of the paid calls" in phase_table([paid])
     assert "USD" not in phase_table([run("w", 50)])
 
 
@@ -195,3 +196,11 @@ def test_a_run_that_stopped_early_does_not_stand_for_a_cell_that_has_a_whole_one
     assert chosen([whole, stopped]) is whole
     assert chosen([whole, used_all]) is used_all
     assert chosen([stopped]) is stopped
+
+
+def test_tokens_a_provider_did_not_tell_are_marked_and_explained():
+    usage = Usage(paid_calls=5, input_tokens=70, estimated_calls=2)
+    table = phase_table([run("w", 50, usage=usage, phases=(PhaseRecord("weights", usage),))])
+    assert cells(table, "weights")["tokens"] == "70+?"
+    assert "+? tokens: 2 calls told no usable number of tokens" in table
+    assert "?" not in phase_table([run("w", 50, usage=Usage(paid_calls=5))])
