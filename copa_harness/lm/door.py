@@ -84,7 +84,7 @@ class Door:
             if found is None:
                 plan.add_missing(key, call.bound())
                 raise NotCachedError("not paid: only a plan is being made, and the answer is not stored", model=model)
-            plan.add_known(key)
+            plan.add_known(key, call.bound())
         if found is None:
             with self._flights.alone(key), self._store.claimed(key):
                 found = self._replay(call)

@@ -35,13 +35,13 @@ class Plan:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._missing: dict[str, Cost] = {}
-        self._known: set[str] = set()
+        self._known: dict[str, Cost | None] = {}
         self._n_unbounded = 0
 
-    def add_known(self, key: str) -> None:
-        """Count a distinct call whose answer is stored."""
+    def add_known(self, key: str, worst: Cost | None = None) -> None:
+        """Count a distinct call whose answer is stored, with the most it could have cost, None when nobody knows."""
         with self._lock:
-            self._known.add(key)
+            self._known[key] = worst
 
     def add_missing(self, key: str, worst: Cost | None) -> None:
         """Count a distinct call that would be paid, with the most it can cost, None when nobody knows."""
@@ -69,6 +69,17 @@ class Plan:
                 usd=total.usd,
                 estimated_calls=self._n_unbounded,
             )
+
+    @property
+    def each(self) -> Cost | None:
+        """What a call of this kind can cost at most, the mean over those counted; None when nobody knows."""
+        with self._lock:
+            bounds = [*self._missing.values(), *self._known.values()]
+            if not bounds or self._n_unbounded or None in bounds:
+                return None
+            total = sum((bound for bound in bounds if bound is not None), Cost())
+            n = len(bounds)
+            return Cost(1, total.input_tokens // n, total.output_tokens // n, total.picodollars // n)
 
     def summary(self) -> str:
         """One line for a person."""

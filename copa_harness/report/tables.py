@@ -89,7 +89,7 @@ def _unknown(spent: Usage) -> list[str]:
             "each is booked as what was reserved for it: its worst case under a ceiling on tokens or dollars, else none"
         )
     if spent.unpriced_calls:
-        notes.append(f"+? USD: no price is known for {spent.unpriced_calls:,} of the paid calls")
+        notes.append(f"+? USD: the dollars of {spent.unpriced_calls:,} paid calls are not known (no price, or no tokens told)")
     return notes
 
 

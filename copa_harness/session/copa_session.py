@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
 from copa_harness.results import PhaseRecord
 from copa_harness.session.finals import final_entry, notes_of
-from copa_harness.session.gating import ON_SCORES, canonical, guarded
+from copa_harness.session.gating import ON_SCORES, canonical, guarded, too_many_errors
 from copa_harness.session.guarding import leakage_of
 from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
 from copa_harness.session.measuring import groups_of, measure, split_of
@@ -153,8 +153,12 @@ class CopaSession:
             fingerprints = fingerprints_of(task, task.program, lm)
             standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
             self._memory.remember(task, lm, measured.evaluation, fingerprints)
-        shown: dict[str, Any] = {**shown_as(base), "groups": groups_of(task, split) or {}}
-        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **shown)
+        more: dict[str, Any] = {
+            **shown_as(base),
+            "groups": groups_of(task, split) or {},
+            "gates": too_many_errors(measured.evaluation, settings.gates_of(marker)),
+        }
+        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **more)
         self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured), standing=standing))
         return measured.evaluation
 

@@ -232,3 +232,16 @@ def canonical(name: str) -> str:
         return " -> ".join(str(step) for step in parse_strategy(name))
     except ConfigurationError:
         return name
+
+
+def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
+    """The answer of `max_error_rate` where it is no pass: for an evaluation that is held to no other gate.
+
+    Args:
+        evaluation: Any.
+        gates: Values by name.
+    """
+    from copa_harness.judge.gates import Gates, judge
+
+    answers = judge(evaluation, Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
+    return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.results import Phase, Usage
+from copa_harness.results import Phase
 from copa_harness.session.attributing import searches_both
 from copa_harness.session.measuring import split_of
 from copa_harness.session.settings import Settings
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import dspy
 
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.lm.planning import Plan
     from copa_harness.session.optimizations import Optimized
     from copa_harness.tasks.task import Task
 
@@ -36,6 +37,7 @@ class PlanLine:
         tokens: Tokens to pay at most; None when nobody knows.
         usd: Dollars to pay at most; None when nobody knows.
         key: Equal for steps that two tests share and only one of them pays for.
+        each: Tokens and dollars that one call of this kind may take, cached ones included; None when nobody knows.
     """
 
     task: str
@@ -45,6 +47,7 @@ class PlanLine:
     tokens: float | None
     usd: float | None
     key: str
+    each: tuple[float, float] | None = None
 
     def row(self, test: str) -> dict[str, Any]:
         """As plain JSON types, with the test that asked."""
@@ -73,7 +76,7 @@ def plan_evaluation(
                     threads=settings.threads,
                     raise_if_nothing_works=False,
                 )
-    return _line(task, what, plan.usage, key)
+    return _line(task, what, plan, key)
 
 
 def plan_run(
@@ -158,7 +161,8 @@ def plan_text(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([drawn[0], rule, *drawn[1:], note])
 
 
-def _line(task: Task, what: str, usage: Usage, key: str) -> PlanLine:
+def _line(task: Task, what: str, plan: Plan, key: str) -> PlanLine:
+    usage, each = plan.usage, plan.each
     known = not usage.estimated_calls
     return PlanLine(
         task.name,
@@ -168,15 +172,14 @@ def _line(task: Task, what: str, usage: Usage, key: str) -> PlanLine:
         usage.tokens if known else None,
         usage.usd if known else None,
         key,
+        None if each is None else (each.input_tokens + each.output_tokens, each.usd),
     )
 
 
 def _scaled(line: PlanLine, calls: float) -> PlanLine:
-    """The same kind of call, `calls` times; unknown cost when no call was seen that has to be paid."""
-    if not line.calls or line.tokens is None or line.usd is None:
-        return PlanLine(line.task, line.what, calls, 0, None, None, line.key)
-    share = calls / line.calls
-    return PlanLine(line.task, line.what, calls, 0, line.tokens * share, line.usd * share, line.key)
+    """The same kind of call, `calls` times."""
+    tokens, usd = (None, None) if line.each is None else (line.each[0] * calls, line.each[1] * calls)
+    return PlanLine(line.task, line.what, calls, 0, tokens, usd, line.key)
 
 
 def _least(amount: float | None, ceiling: float) -> float | None:

@@ -51,9 +51,26 @@ def test_a_plan_prices_an_evaluation_from_the_shipped_list(door, stub, tmp_path)
     assert 4 * 100 * 6e-7 < plan.usage.usd < 0.01
 
 
+@pytest.mark.usefixtures("no_gateways")
+def test_what_a_call_may_cost_is_known_from_those_that_are_stored_already(door, stub, tmp_path):
+    lm = build_lm(
+        "openai/gpt-4o-mini", door=door, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=100
+    )
+    lm("a question")
+    with planning() as stored:
+        lm("a question")
+    with planning() as missing, pytest.raises(NotCachedError):
+        lm("a question", temperature=0.5)
+    assert stored.usage.paid_calls == 0
+    assert stored.each == missing.each
+    assert stored.each.output_tokens == 100
+    assert Plan().each is None
+
+
 def test_calls_nobody_can_bound_are_said(door):
     lm = ScriptedLM("x", door=door, fingerprint="w")
     with planning() as plan, pytest.raises(NotCachedError):
         lm("a")
     assert plan.usage.estimated_calls == 1
+    assert plan.each is None
     assert "beside 1 calls without max_tokens" in plan.summary()
