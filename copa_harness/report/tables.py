@@ -89,7 +89,9 @@ def _unknown(spent: Usage) -> list[str]:
             "each is booked as what was reserved for it: its worst case under a ceiling on tokens or dollars, else none"
         )
     if spent.unpriced_calls:
-        notes.append(f"+? USD: the dollars of {spent.unpriced_calls:,} paid calls are not known (no price, or no tokens told)")
+        notes.append(
+            f"+? USD: what {spent.unpriced_calls:,} of the paid calls cost is not known (no price, or no tokens told)"
+        )
     return notes
 
 

@@ -7,7 +7,7 @@ from copa_harness.errors import ProviderError
 from copa_harness.lm.build import build_lm
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
-from copa_harness.lm.planning import NotCachedError, planning
+from copa_harness.lm.planning import NotCachedError, Plan, planning
 from copa_harness.lm.scripted import ScriptedLM
 
 

@@ -185,7 +185,7 @@ def test_dollars_have_a_column_where_any_were_spent():
     phases = (PhaseRecord("weights", Usage(paid_calls=3, usd=0.25, unpriced_calls=1)),)
     paid = run("w", 50, usage=Usage(paid_calls=3, usd=0.25, unpriced_calls=1), phases=phases)
     assert cells(phase_table([paid]), "weights")["USD"] == "0.2500+?"
-    assert "+? USD: the dollars of 1 paid calls are not known" in phase_table([paid])
+    assert "+? USD: what 1 of the paid calls cost is not known" in phase_table([paid])
     assert "USD" not in phase_table([run("w", 50)])
 
 
