@@ -124,10 +124,19 @@ def test_answers_that_a_full_disk_refuses_are_used_and_said_once(folder, monkeyp
         result = folder.runpytest_inprocess(*FLAGS)
     result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(["*cannot be written (database or disk is full); answers of this run are kept*"])
-    before = n_paid(folder)
-    (run,) = json.loads((folder.path / "reports" / "latest.json").read_text())["runs"]
-    assert run["score"] == 1.0
-    assert before == run["usage"]["paid_calls"]
+    plain, optimized = json.loads((folder.path / "reports" / "latest.json").read_text())["runs"]
+    assert (plain["n_unparsed"], optimized["score"]) == (0, 1.0)
+    assert n_paid(folder) == plain["usage"]["paid_calls"] + optimized["usage"]["paid_calls"]
+
+
+def test_where_warnings_are_errors_a_refused_answer_ends_the_run_and_is_no_wrong_answer(folder, monkeypatch):
+    def refuse(self, key, row):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("copa_harness.lm.cache_store.SharedStore.add", refuse)
+    result = folder.runpytest_inprocess(*FLAGS, "-W", "error")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["CacheError: the response cache in *(database or disk is full)*"])
 
 
 def test_an_evaluation_with_unanswered_examples_is_no_pass(folder):

@@ -236,4 +236,8 @@ class ResponseCache:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, CacheWarning, stacklevel=4)
+            try:
+                warnings.warn(message, CacheWarning, stacklevel=4)
+            except CacheWarning:
+                # Warnings are errors here: one that ends the run, not one that a program takes for a bad answer.
+                raise CacheError(message) from None
