@@ -8,16 +8,14 @@ torch or Optuna. Knows nothing of gates, records or pytest, and never sees a tes
 
 from __future__ import annotations
 
-import errno
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import CacheError
 from copa_harness.results import PhaseRecord, Usage
+from copa_harness.session.full_disk import keep, told_if_full
 from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
 from copa_harness.session.settings import Settings
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from copa_harness.tasks.task import Task
 
 PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _ROOMS = ("lm", "evaluate", "tune", "optimize")
 
 
@@ -103,39 +100,17 @@ class Optimizations:
             prompt_lm: Model that proposes instructions.
             settings: Budget, seed and threads in force (the marker's already merged in).
             marker: Strategy and search settings.
-
-        Raises:
-            CacheError: The disk is full or cannot be written; nothing half-written is left.
         """
-        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
-        if key not in self._made:
-            try:
-                self._made[key] = self._found_or_made(key, task, lm, prompt_lm, settings, marker)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                raise CacheError(
-                    f"the optimization of {task.name} cannot go on: the cache directory {self._directory} takes no "
-                    f"more ({error.strerror}). Next: free some space or name another folder with --copa-cache-dir, "
-                    f"then run again (answers it has taken are not paid for again)."
-                ) from error
-        return self._made[key]
-
-    def _found_or_made(
-        self,
-        key: str,
-        task: Task,
-        lm: MeteredLM,
-        prompt_lm: MeteredLM | None,
-        settings: Settings,
-        marker: MarkerArguments,
-    ) -> Optimized:
         from filelock import FileLock
 
-        locks = self._directory / "stages" / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{key[:32]}.lock"):  # held by the process: it lapses when the process is killed
-            return self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        if key not in self._made:
+            locks = self._directory / "stages" / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(locks / f"{key[:32]}.lock")  # held by the process: it lapses when the process is killed
+            with told_if_full(self._directory, task.name), lock:
+                self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
+        return self._made[key]
 
     def finished(
         self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
@@ -189,22 +164,10 @@ class Optimizations:
             # Another session may have more to spend: this one's is kept apart and never taken for the finished one.
             key = hash_json([key, "cut short", result.to_json()])
         elif result.state is not None:
-            self._keep(key, task, result)
+            keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
         finished = self._finished(key, task, program, lm, result, from_disk=False)
         finished.cut_short = cut_short
         return finished
-
-    def _keep(self, key: str, task: Task, result: OptimizationResult) -> None:
-        try:
-            self._stages.put(key, {"task": task.name, "result": result.to_json()})
-        except OSError as error:
-            warnings.warn(
-                f"the finished optimization of {task.name} could not be kept in {self._stages.directory} "
-                f"({error.strerror or error}); its result stands, and the search is made again next time. Free some "
-                f"space, or name another folder with --copa-cache-dir",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def _finished(
         self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult, *, from_disk: bool
@@ -220,20 +183,22 @@ class Optimizations:
         from copa_harness.store.artifacts import save_artifact
 
         folder = self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
-        if (folder / "manifest.json").exists():
-            return folder
-        manifest = {
-            "task": task.name,
-            "strategy": result.strategy,
-            "model": result.model,
-            "model_fingerprint": lm.fingerprint,
-            "seed": result.seed,
-            "validation_score": result.score_after,
-            "n_validation": result.n_validation,
-            "versions": versions(PACKAGES),
-        }
-        state = program.dump_state(json_mode=True)
-        save_artifact(folder, program_state=state, lora_directory=_lora_directory(lm), manifest=manifest)
+        if not (folder / "manifest.json").exists():
+            save_artifact(
+                folder,
+                program_state=program.dump_state(json_mode=True),
+                lora_directory=_lora_directory(lm),
+                manifest={
+                    "task": task.name,
+                    "strategy": result.strategy,
+                    "model": result.model,
+                    "model_fingerprint": lm.fingerprint,
+                    "seed": result.seed,
+                    "validation_score": result.score_after,
+                    "n_validation": result.n_validation,
+                    "versions": versions(PACKAGES),
+                },
+            )
         return folder
 
 
