@@ -1,6 +1,6 @@
-"""What a run says when the disk takes no more: one clear error, or a warning where only repetition is lost.
+"""Work on the disk: by one process at a time, and what a run says when the disk takes no more.
 
-Knows nothing of what is written.
+That is one clear error, or a warning where only repetition is lost. Knows nothing of what is written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ def told_if_full(directory: Path, task: str) -> Iterator[None]:
             f"({error.strerror}). Next: free some space or name another folder with --copa-cache-dir, then run again "
             f"(answers it has taken are not paid for again)."
         ) from error
+
+
+@contextmanager
+def alone(locks: Path, key: str) -> Iterator[None]:
+    """While the block runs no other process is in one with the same key; the lock lapses when its owner is killed."""
+    from filelock import FileLock
+
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{key[:32]}.lock"):
+        yield
 
 
 def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -> None:

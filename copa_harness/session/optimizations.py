@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.results import PhaseRecord, Usage
-from copa_harness.session.full_disk import keep, told_if_full
+from copa_harness.session.full_disk import alone, keep, told_if_full
 from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
 from copa_harness.session.settings import Settings
 
@@ -101,14 +101,9 @@ class Optimizations:
             settings: Budget, seed and threads in force (the marker's already merged in).
             marker: Strategy and search settings.
         """
-        from filelock import FileLock
-
         key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
         if key not in self._made:
-            locks = self._directory / "stages" / "locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(locks / f"{key[:32]}.lock")  # held by the process: it lapses when the process is killed
-            with told_if_full(self._directory, task.name), lock:
+            with told_if_full(self._directory, task.name), alone(self._directory / "stages" / "locks", key):
                 self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
         return self._made[key]
 
