@@ -1,6 +1,7 @@
-"""Shared by tests of several rooms: the stub server of `tests/lm`."""
+"""Shared by tests of several rooms: the stub server of `tests/lm`, and an environment that says nothing."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -16,3 +17,13 @@ def stubs():
         found = sys.modules["stub_server"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_environment():
+    """No option comes from the surroundings (CI may set COPA_REPORT_DIR), and lines break where they always do."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("COPA_")]:
+            environment.delenv(name)
+        environment.setenv("COLUMNS", "120")
+        yield

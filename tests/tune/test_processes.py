@@ -41,8 +41,18 @@ def trained(engine, directory, settings):
     return trainer.train(ROWS, settings=settings, held_out=HELD_OUT, served_with="none")
 
 
+EARLIER = set()
+"""Processes that other tests have left to this one, such as a resource tracker."""
+
+
+@pytest.fixture(autouse=True)
+def earlier_children():
+    EARLIER.clear()
+    EARLIER.update(child.pid for child in psutil.Process().children())
+
+
 def children():
-    return psutil.Process().children()
+    return [child for child in psutil.Process().children() if child.pid not in EARLIER]
 
 
 def files_of(directory):
