@@ -69,9 +69,7 @@ def test_plain():
 
 
 @pytest.fixture
-def folder(pytester, monkeypatch):
-    for name in ("BUDGET", "LM", "SEED", "DISABLE", "CACHE_DIR", "REPORT_DIR", "THREADS", "PROMPT_LM", "TOTAL_BUDGET"):
-        monkeypatch.delenv(f"COPA_{name}", raising=False)
+def folder(pytester):
     pytester.makeconftest(CONFTEST)
     return pytester
 

@@ -67,9 +67,7 @@ def test_prompts(copa_run):
 
 
 @pytest.fixture
-def folder(pytester, monkeypatch):
-    for name in ("BUDGET", "LM", "SEED", "DISABLE", "CACHE_DIR", "REPORT_DIR", "THREADS", "PROMPT_LM", "API_BASE"):
-        monkeypatch.delenv(f"COPA_{name}", raising=False)
+def folder(pytester):
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_suite=SUITE)
     return pytester

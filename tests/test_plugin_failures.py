@@ -146,9 +146,7 @@ def test_alternating(copa_run):
 
 
 @pytest.fixture
-def folder(pytester, monkeypatch):
-    for name in ("BUDGET", "LM", "SEED", "DISABLE", "CACHE_DIR", "REPORT_DIR", "THREADS", "PROMPT_LM", "API_BASE"):
-        monkeypatch.delenv(f"COPA_{name}", raising=False)
+def folder(pytester):
     pytester.makeconftest(CONFTEST)
     return pytester
 

@@ -9,9 +9,7 @@ STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cachep
 
 
 @pytest.fixture
-def run(pytester, monkeypatch):
-    for name in ("BUDGET", "LM", "SEED", "DISABLE", "CACHE_DIR", "REPORT_DIR", "THREADS"):
-        monkeypatch.delenv(f"COPA_{name}", raising=False)
+def run(pytester):
     return lambda *arguments: pytester.runpytest_inprocess(*STRICT, *arguments)
 
 

@@ -72,9 +72,7 @@ def test_it(copa_run):
 
 
 @pytest.fixture
-def suite(pytester, monkeypatch):
-    for name in ("BUDGET", "LM", "SEED", "DISABLE", "CACHE_DIR", "REPORT_DIR", "THREADS", "PROMPT_LM", "API_BASE"):
-        monkeypatch.delenv(f"COPA_{name}", raising=False)
+def suite(pytester):
     pytester.makeconftest(CONFTEST)
 
     def run(source, *arguments):
