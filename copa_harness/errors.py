@@ -19,8 +19,16 @@ class TaskError(ConfigurationError):
     """A task is malformed: an empty split, a missing field, overlapping splits, a program without predictors."""
 
 
+class OutOfMemoryError(CopaError):
+    """This machine's memory does not suffice for a local model, a prompt or a training.
+
+    No provider's failure: it says nothing of the program, and what fits elsewhere must not count as a failed answer
+    here. So it ends the run, which can be started again and goes on where it was.
+    """
+
+
 class ProviderError(CopaError):
-    """The model gave no answer (network, server, out of memory). Never counted as a wrong answer.
+    """The model gave no answer (network, server). Never counted as a wrong answer.
 
     Attributes:
         kind: Under which name failures of this class are counted.
@@ -106,6 +114,10 @@ class TrainingInterruptedError(TrainingError):
 
     What was trained up to the last epoch is kept; the same training goes on there.
     """
+
+
+class TrainingMemoryError(TrainingInterruptedError, OutOfMemoryError):
+    """A training step needs more memory than there is."""
 
 
 class ArtifactError(CopaError):

@@ -179,7 +179,8 @@ class TransformersEngine:
         Raises:
             ContextOverflowError: prompt plus max_tokens do not fit the context.
             ProviderTimeoutError: the budget's time is up.
-            ProviderError: out of memory, or a request a local text model cannot take.
+            OutOfMemoryError: the weights, or this prompt alone, do not fit.
+            ProviderError: a request a local text model cannot take.
             ConfigurationError, ArtifactError: see `fingerprint`.
         """
         from copa_harness.lm.constrained import constraint_of

@@ -14,12 +14,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
-from copa_harness.errors import ProviderError
+from copa_harness.errors import OutOfMemoryError, ProviderError
 from copa_harness.lm.local_batching import Batcher
 from copa_harness.lm.local_batching import Job as BatchJob
 from copa_harness.lm.local_decoding import RowState
 from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS
-from copa_harness.lm.local_memory import BATCH_LIMIT_BYTES, FREE_SHARE, free_bytes, readable
+from copa_harness.lm.local_memory import (
+    BATCH_LIMIT_BYTES,
+    FREE_SHARE,
+    free_bytes,
+    is_out_of_memory,
+    last_words,
+    readable,
+)
 from copa_harness.lm.local_model import LocalModel
 from copa_harness.lm.local_paths import Answer, Paths, Prompt, lora_key
 from copa_harness.lm.local_prefix import PrefixCache, PrefixKey
@@ -28,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 NEAR_CHOICE = 1e-3
 """Two continuations whose log-probabilities differ by less are scored again, alone."""
+REMEDY = (
+    "remedy: fewer or shorter demonstrations, a smaller max_tokens, a smaller model or --copa-dtype=bfloat16, another "
+    "--copa-device, or less else in that memory; then the same command again, which goes on where this run ended"
+)
+"""Against too little memory for one prompt; batches have been split by then."""
 
 
 Job = BatchJob[Prompt, Answer]
@@ -160,14 +172,15 @@ class BatchGenerator:
                 self._check_memory(batch[0])
             answers = self._score(batch) if batch[0].payload.choices else self._generate(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise ProviderError(
                     f"generation failed on {self.model.device}: {type(error).__name__}: {error}"
                 ) from error
             if len(batch) == 1:
-                raise ProviderError(
-                    f"out of memory on {self.model.device} for one prompt of {len(batch[0].payload.tokens.ids)} tokens "
-                    f"({error}); remedy: fewer demonstrations, a smaller model, or another device"
+                raise OutOfMemoryError(
+                    f"memory on {self.model.device} does not suffice for one prompt of "
+                    f"{len(batch[0].payload.tokens.ids)} tokens alone, with max_tokens="
+                    f"{batch[0].payload.rules.max_tokens} ({last_words(error)}); {REMEDY}"
                 ) from error
             logger.warning("out of memory on %s with %d requests; trying halves", self.model.device, len(batch))
             middle = len(batch) // 2
@@ -185,10 +198,9 @@ class BatchGenerator:
         needed, free = self._bytes([job]), free_bytes(self.model.device)
         if free is not None and needed > FREE_SHARE * free:
             prompt = job.payload
-            raise ProviderError(
+            raise OutOfMemoryError(
                 f"one prompt of {len(prompt.tokens.ids)} tokens with max_tokens={prompt.rules.max_tokens} needs about "
-                f"{readable(needed)} on {self.model.device}, where {readable(free)} are free; remedy: fewer "
-                "demonstrations, a smaller max_tokens, a smaller model, or another device"
+                f"{readable(needed)} on {self.model.device}, where {readable(free)} are free; {REMEDY}"
             )
 
     def _generate(self, batch: Sequence[Job]) -> list[Answer]:
@@ -224,11 +236,3 @@ def _to_answer(prompt: Prompt, row: RowState, *, near_tie: bool) -> Answer:
     text = row.text if row.text is not None else prompt.chat.decode(ids)
     reason: Literal["stop", "length"] = "stop" if row.reason == "stop" else "length"
     return Answer(tuple(row.ids), text, reason, near_tie, logprobs=tuple(row.logprobs))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

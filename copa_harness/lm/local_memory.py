@@ -1,4 +1,5 @@
 """How much memory a batch needs and how much there is, so that a batch too large is split before it is tried.
+Also which exceptions say that it did not suffice.
 
 Upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's
 intermediate values while the prompts are read. Knows nothing of models in memory, requests or batches' contents.
@@ -14,6 +15,11 @@ BATCH_LIMIT_BYTES = 2 << 30
 """A batch of several requests stays below this even where there is more: larger ones are no faster."""
 FREE_SHARE = 0.8
 """Share of the free memory that one batch may take."""
+
+_OUT_OF_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
+)  # fmt: skip
+"""What torch says on CPUs (Linux, Windows), CUDA with its libraries, and MPS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,21 @@ def _container_free() -> int | None:
         return None if limit == "max" else max(0, int(limit) - int(used))
     except (OSError, ValueError):
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, numpy or Python says that memory did not suffice, on whatever device."""
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):  # torch's own class is one; most devices only have words for it
+        return False
+    said = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _OUT_OF_MEMORY)
+
+
+def last_words(error: BaseException) -> str:
+    """The first line of what an exception says: torch adds C++ stacks and advice on its own settings."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def readable(n_bytes: float) -> str:

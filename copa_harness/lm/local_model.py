@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from copa_harness.errors import ConfigurationError
+from copa_harness.errors import ConfigurationError, OutOfMemoryError
 from copa_harness.lm.local_lora import LoraFiles
-from copa_harness.lm.local_memory import Footprint
+from copa_harness.lm.local_memory import Footprint, is_out_of_memory, last_words
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class LocalModel:
 
     Raises:
         ConfigurationError: the folder cannot be loaded as a causal language model, or the device is not there.
+        OutOfMemoryError: the weights do not fit.
     """
 
     def __init__(self, directory: Path, *, device: str | None, dtype: str) -> None:
@@ -63,7 +64,13 @@ class LocalModel:
                     local_files_only=True,
                 )
             self.model.to(self.device)
-        except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AssertionError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"memory on {self.device} does not suffice for the weights of {directory} in {dtype} "
+                    f"({last_words(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another --copa-device, or "
+                    "less else in that memory"
+                ) from error
             raise ConfigurationError(
                 f"could not load {directory} on {self.device} as a causal language model in {dtype}: {error}; "
                 "expected a folder that AutoModelForCausalLM loads without trust_remote_code"

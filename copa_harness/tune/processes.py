@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from copa_harness.errors import ConfigurationError, TrainingError, TrainingInterruptedError
+from copa_harness.errors import ConfigurationError, TrainingError, TrainingInterruptedError, TrainingMemoryError
 from copa_harness.tune.epochs import Outcome
 from copa_harness.tune.job import TrainingJob, write_job
 from copa_harness.tune.progress import StepListener
@@ -41,6 +41,9 @@ some ten seconds in which processes start and load the weights."""
 
 FAILURE_GRACE_S = 2.0
 """How long the other workers may take to say why they failed too: the first to be heard need not be the cause."""
+
+LESS_MEMORY = "a smaller micro_batch_size, a smaller max_length (longer rows are left out), or fewer demonstrations"
+"""What makes a training take less."""
 
 _CAUSES = ("training", "memory", "ended", "error", "peer")
 """What failed, the likeliest cause of all others first."""
@@ -90,7 +93,8 @@ def train_in_processes(
 
     Raises:
         TrainingError: as in one process.
-        TrainingInterruptedError: a worker was killed, ran out of memory, or failed.
+        TrainingMemoryError: a worker ran out of memory.
+        TrainingInterruptedError: a worker was killed, or failed.
     """
     import torch
 
@@ -225,8 +229,9 @@ def _failure(failures: Mapping[int, Mapping[str, Any]], workers: Sequence[_Worke
         what = f"failed: {event['text']}"
     if cause != "memory" and (said := workers[i].last_words()):
         what += f"\n--- its last lines on standard error:\n{said}\n---\n"
-    memory = "; where memory is short: a smaller micro_batch_size or max_length, or processes=1"
-    return TrainingInterruptedError(
+    memory = f"; where memory is short: {LESS_MEMORY}, or processes=1"
+    kind = TrainingMemoryError if cause == "memory" else TrainingInterruptedError
+    return kind(
         f"process {i + 1} of {len(workers)} of a LoRA training {what}; what was trained up to the last epoch is kept; "
         f"remedy: the same training again, which goes on there{memory}"
     )

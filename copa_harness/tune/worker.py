@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from copa_harness.errors import TrainingError
+from copa_harness.errors import OutOfMemoryError, TrainingError
+from copa_harness.lm.local_memory import is_out_of_memory, last_words
 from copa_harness.tune.epochs import Outcome, run_epochs
 from copa_harness.tune.job import TrainingJob, read_job
 from copa_harness.tune.peers import AcceleratePeers, PeerLost
@@ -123,7 +124,7 @@ def main(folder: Path) -> None:
     except BaseException as error:  # noqa: BLE001 - whatever it is, the starter hears of it and ends all processes
         traceback.print_exc()
         kind = _kind(error)
-        starter.say("failed", cause=kind, text=str(error) if kind == "training" else f"{type(error).__name__}: {error}")
+        starter.say("failed", cause=kind, text=_text(error, kind=kind))
         sys.stderr.flush()
         os._exit(1)
     if os.environ["RANK"] == "0":
@@ -132,15 +133,18 @@ def main(folder: Path) -> None:
     threading.Event().wait()  # its connections are open until the first process, too, is done
 
 
+def _text(error: BaseException, *, kind: str) -> str:
+    if kind == "training":
+        return str(error)
+    return last_words(error) if kind == "memory" else f"{type(error).__name__}: {error}"
+
+
 def _kind(error: BaseException) -> str:
     """`training`, `memory`, `peer` or `error`."""
-    import torch
-
+    if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
+        return "memory"
     if isinstance(error, TrainingError):
         return "training"
-    text = str(error).lower()
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return "memory"
     return "peer" if isinstance(error, PeerLost) else "error"
 
 

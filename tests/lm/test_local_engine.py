@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from dspy.lm15 import Config, FunctionTool, Message, Request
 
-from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
+from copa_harness.errors import ConfigurationError, ContextOverflowError, OutOfMemoryError, ProviderError
 from copa_harness.lm.local import TransformersEngine
 from copa_harness.lm.local_tiny import ARCHITECTURES, write_tiny_model
 
@@ -323,7 +323,7 @@ def test_a_batch_too_large_for_memory_is_halved_and_one_prompt_too_large_is_an_e
     monkeypatch.setattr(engine.model, "forward", little_memory)
     assert [r.text for r in ask_together(engine, requests, threads=8)] == expected
     limit = 0
-    with pytest.raises(ProviderError, match="out of memory"):
+    with pytest.raises(OutOfMemoryError, match="CUDA out of memory"):
         engine.complete(requests[0], seed=0)
 
 

@@ -10,7 +10,7 @@ import dspy
 import pytest
 from dspy.lm15 import Config, Message, Request
 
-from copa_harness.errors import ConfigurationError, ProviderError, ProviderTimeoutError
+from copa_harness.errors import ConfigurationError, OutOfMemoryError, ProviderTimeoutError
 from copa_harness.lm.build import build_lm
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
@@ -129,7 +129,7 @@ def test_a_request_whose_caller_is_gone_is_dropped_from_the_queue(engine, monkey
 
 def test_a_prompt_that_needs_more_memory_than_there_is_says_how_much(engine, monkeypatch):
     monkeypatch.setattr("copa_harness.lm.local_generate.free_bytes", lambda device: 1000)
-    with pytest.raises(ProviderError, match=r"prompt of \d+ tokens with max_tokens=6 needs about .* MB on cpu.*free"):
+    with pytest.raises(OutOfMemoryError, match=r"prompt of \d+ tokens with max_tokens=6 needs .* MB on cpu.*free"):
         engine.complete(request(), seed=0)
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from dspy.lm15 import Config, Message, Request
 
-from copa_harness.errors import ArtifactError, ConfigurationError, TrainingError
+from copa_harness.errors import ArtifactError, ConfigurationError, ProviderError, TrainingError, TrainingMemoryError
 from copa_harness.lm import local_model
 from copa_harness.lm.door import Door
 from copa_harness.lm.local import TransformersEngine
@@ -304,6 +304,29 @@ def test_a_loss_that_grows_stops_the_training_at_the_end_of_that_epoch(trainer, 
     with open_scope("run") as scope, pytest.raises(TrainingError, match=r"diverged: .* in epoch [234]; remedy"):
         trainer.train(ROWS, settings=settings, served_with="none")
     assert scope.usage().train_steps <= 4
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes.\nframe #0: c10"), MemoryError()]
+)
+def test_a_step_that_memory_does_not_hold_says_what_takes_less_and_keeps_the_epochs_done(error, trainer, monkeypatch):
+    real, n_sums = BatchLoss.sum, 0
+
+    def little_memory(self, rows):
+        nonlocal n_sums
+        n_sums += 1
+        if n_sums == 4:
+            raise error
+        return real(self, rows)
+
+    monkeypatch.setattr(BatchLoss, "sum", little_memory)
+    with open_scope("run") as scope, pytest.raises(TrainingMemoryError, match=r"cpu .* step 4, up to 4 rows at") as it:
+        trainer.train(ROWS, settings=QUICK, served_with="none")
+    assert re.search(r"remedy: a smaller micro_batch_size, a smaller max_length", str(it.value))
+    assert "frame #0" not in str(it.value)
+    assert not isinstance(it.value, ProviderError)
+    assert scope.usage().train_steps == 3
+    assert trainer.train(ROWS, settings=QUICK, served_with="none").steps_now == 2
 
 
 def test_progress_is_told_in_plain_lines_with_the_time_to_go(trainer, monkeypatch, caplog):
