@@ -7,6 +7,7 @@ is decided in `session/settings.py`.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,7 @@ def settings_of(config: pytest.Config) -> Settings:
         bless=bool(config.getoption("copa_bless")),
         plan=bool(config.getoption("copa_plan")),
         gates=gates,
+        worker=worker_number(config),
         run_id=run_id(config),
     )
 
@@ -121,6 +123,15 @@ def run_id(config: pytest.Config) -> str:
     if workerinput is not None:
         return str(workerinput["testrunuid"])
     return config.stash.setdefault(RUN_ID, uuid.uuid4().hex)
+
+
+def worker_number(config: pytest.Config) -> int | None:
+    """pytest-xdist's number of this process (`gw3`: 3); None without workers."""
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is None:
+        return None
+    digits = re.search(r"\d+$", str(workerinput["workerid"]))
+    return int(digits[0]) if digits else 0  # `--tx` may give names of its own
 
 
 def _given(config: pytest.Config) -> dict[str, Setting]:

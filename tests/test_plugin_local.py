@@ -87,3 +87,24 @@ def test_an_endpoint_cannot_be_constrained(pytester):
     result = pytester.runpytest_inprocess(*STRICT, "--copa-lm=openai/gpt-4o-mini", "--copa-constrain")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*constrain=True for 'openai/gpt-4o-mini'*"])
+
+
+@pytest.mark.parametrize("words", ["gpu", "cuda:one"])
+def test_a_device_that_cannot_be_is_refused_before_any_test_runs(words, pytester):
+    pytester.makepyfile(SUITE)
+    result = pytester.runpytest_inprocess(*STRICT, f"--copa-device={words}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--copa-device: got the device '{words}'; expected cpu, cuda*"])
+
+
+def test_every_xdist_worker_hands_its_number_to_the_engine(pytester):
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.parametrize("n", range(4))
+        def test_number(n, copa_base_lm, worker_id):
+            print(worker_id, "has number", copa_base_lm.engine._worker)
+    """)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2", "-rP")
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines_random(["gw0 has number 0", "gw1 has number 1"])

@@ -1,10 +1,12 @@
 """Settings and marker arguments: one precedence, every refusal names its source and the way out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.options import worker_number
 from copa_harness.session.settings import MarkerArguments, Setting, Settings
 
 ROOT = Path("/somewhere")
@@ -129,3 +131,9 @@ def test_the_description_says_ceilings_of_run_and_session_and_the_modes():
     text = settings(budget="calls=500,usd=2", total_budget="calls=9000", sequential="true").describe()
     assert "budget calls=500,usd=2 = 500 calls, $2 per run, 9,000 calls for the whole session, lm embedded" in text
     assert "seed 0, stopping early, cache" in text
+
+
+@pytest.mark.parametrize(("workerid", "number"), [(None, None), ("gw0", 0), ("gw12", 12), ("mine", 0)])
+def test_a_process_knows_its_number_among_the_workers(workerid, number):
+    config = SimpleNamespace() if workerid is None else SimpleNamespace(workerinput={"workerid": workerid})
+    assert worker_number(config) == number

@@ -6,24 +6,20 @@ nothing of tasks, optimizers or pytest.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import dspy
-from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
 from dspy.clients.backend_selection import CLIENT_KEYS
-from dspy.clients.capabilities import resolve
-from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.door import Door
+from copa_harness.lm.endpoint_names import check_endpoint_name
 from copa_harness.lm.engines import CapableEngine, Engine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.prompts import PromptAdapter
@@ -36,11 +32,6 @@ HF_MAX_TOKENS = 512
 
 LORA_FOLDER = "lora"
 """Folder of the LoRA adapters inside the cache directory."""
-
-_CHOICES = (
-    "'embedded', 'hf:<path or id>' (a transformers model), or '<provider>/<model>' as DSPy names it, "
-    "such as 'openai/gpt-4o-mini', 'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
-)
 
 _KEYS = {
     "hosted_vllm": "HOSTED_VLLM_API_KEY",
@@ -58,6 +49,7 @@ def build_lm(
     door: Door,
     cache_dir: Path,
     device: str | None = None,
+    worker: int | None = None,
     dtype: str | None = None,
     chat_template: Path | None = None,
     constrain: bool = False,
@@ -73,6 +65,8 @@ def build_lm(
         door: Cache and meter of its calls.
         cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
+        worker: This process's number among several that share the machine's GPUs, from 0: where the device is left
+            open, each gets one of its own. None if this process may use them all.
         dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
         chat_template: File with a Jinja template that replaces the model's own. Local models only.
         constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constrained`. Local
@@ -98,7 +92,12 @@ def build_lm(
             spec,
             door=door,
             lora_dir=Path(cache_dir) / LORA_FOLDER,
-            engine_settings={"device": device, "dtype": dtype, "chat_template": _template_text(chat_template)},
+            engine_settings={
+                "device": device,
+                "worker": worker,
+                "dtype": dtype,
+                "chat_template": _template_text(chat_template),
+            },
             lm_kwargs={"constrain": constrain, **lm_kwargs},
         )
     local_only = {"device": device, "dtype": dtype, "chat_template": chat_template}
@@ -109,7 +108,7 @@ def build_lm(
             "decides that itself"
         )
     checked_constrain(constrain, None, model=spec)
-    _check_endpoint_name(spec)
+    check_endpoint_name(spec)
     if api_base is not None:
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
@@ -131,6 +130,7 @@ def build_lm(
         clients=lm_kwargs,
         lora_dir=Path(cache_dir) / LORA_FOLDER,
         served_lora_path=served_lora_path,
+        worker=worker,
     )
     return lm.copy(engine=engine)
 
@@ -237,54 +237,3 @@ def _hf_path(spec: str, *, option: str) -> Path | str:
         f"got the {option} {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and "
         "a folder with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
     )
-
-
-def _check_endpoint_name(spec: str) -> None:
-    provider, separator, model = spec.partition("/")
-    if not (separator and provider and model) or any(character.isspace() for character in spec):
-        if difflib.get_close_matches(spec.lower(), ["embedded"], cutoff=0.7):
-            hint = "; did you mean 'embedded'?"
-        elif not separator and re.match(r"(gpt|o\d|chatgpt|ft:)", spec):
-            hint = f"; did you mean 'openai/{spec}'?"
-        elif spec and Path(spec).is_dir():
-            hint = f"; did you mean 'hf:{spec}'?"
-        else:
-            hint = ""
-        raise ConfigurationError(f"got the language model {spec!r}, expected {_CHOICES}{hint}")
-    if Path(spec).expanduser().is_dir():
-        raise ConfigurationError(f"got the language model {spec!r}, which is a folder; did you mean 'hf:{spec}'?")
-    if not _is_known_provider(provider, spec):
-        raise ConfigurationError(
-            f"got the language model {spec!r}: neither DSPy nor LiteLLM knows a provider {provider!r}; expected "
-            f"{_CHOICES}{_did_you_mean(provider, model)}"
-        )
-
-
-def _is_known_provider(provider: str, spec: str) -> bool:
-    try:
-        resolve(dspy.LM(spec, cache=False))
-        return True
-    except LM15Error:
-        return provider in _litellm_providers(default=provider)
-
-
-def _litellm_providers(*, default: str | None = None) -> list[str]:
-    """Providers LiteLLM serves, read from its own data: importing it takes seconds and asks the network for prices.
-
-    With an installed LiteLLM that does not ship the list, only `default`: the first call then says whether it is known.
-    """
-    found = importlib.util.find_spec("litellm")
-    if found is None or found.origin is None:
-        return []
-    try:
-        text = (Path(found.origin).parent / "provider_endpoints_support_backup.json").read_text("utf-8")
-        return list(json.loads(text)["providers"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return [] if default is None else [default]
-
-
-def _did_you_mean(provider: str, model: str) -> str:
-    close = difflib.get_close_matches(provider.lower(), [*LITELLM_PROVIDER_PREFIXES, *_litellm_providers()], cutoff=0.8)
-    if close:
-        return f"; did you mean '{close[0]}/{model}'?"
-    return f"; for a model of the Hugging Face hub write 'hf:{provider}/{model}'" if "/" not in model else ""

@@ -14,8 +14,9 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import ArtifactError, ConfigurationError, ContextOverflowError, ProviderTimeoutError
+from copa_harness.errors import ArtifactError, ConfigurationError, ProviderTimeoutError
 from copa_harness.lm.local_chat import ChatFormat, PromptTokens, request_messages
+from copa_harness.lm.local_devices import checked_device, checked_dtype, choose_device
 from copa_harness.lm.local_files import base_fingerprint, resolve_model_directory
 from copa_harness.lm.local_lora import LoraFiles, find_lora, model_name, read_lora, split_model_name
 
@@ -38,6 +39,7 @@ class TransformersEngine:
         name: the base model's name in requests, `embedded` or `hf:<path or id>`.
         lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
         device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
+        worker: this process's number among several that share the GPUs (see `local_devices`).
         dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
         max_batch: most requests generated together.
         chat_template: Jinja text that replaces the folder's chat template.
@@ -52,6 +54,7 @@ class TransformersEngine:
         name: str,
         lora_dir: Path,
         device: str | None = None,
+        worker: int | None = None,
         dtype: str | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
         chat_template: str | None = None,
@@ -60,9 +63,9 @@ class TransformersEngine:
             raise ConfigurationError(f"got max_batch={max_batch}; expected at least 1")
         self.name = name
         self.lora_dir = Path(lora_dir)
-        self.dtype = dtype or "float32"
+        self.dtype = checked_dtype(dtype)
         self._path = path
-        self._device = device
+        self._device, self._worker = checked_device(device), worker
         self._max_batch = max_batch
         self._chat_template = chat_template
         self._lock = threading.RLock()
@@ -127,8 +130,9 @@ class TransformersEngine:
             if self._generator is None:
                 from copa_harness.lm.local_generate import load_generator
 
+                device = choose_device(self._device, worker=self._worker)
                 self._generator = load_generator(
-                    self.directory, device=self._device, dtype=self.dtype, fingerprint=self._base_fingerprint()
+                    self.directory, device=device, dtype=self.dtype, fingerprint=self._base_fingerprint()
                 )
             return self._generator
 
@@ -217,14 +221,10 @@ class TransformersEngine:
         choices: tuple[tuple[int, ...], ...] = (),
     ) -> Job:
         from copa_harness.lm.local_paths import Prompt
+        from copa_harness.lm.local_requests import check_room
 
-        context = self.generator.model.context_length
-        longest = len(tokens.ids) + max((len(choice) for choice in choices), default=rules.max_tokens)
-        if longest > context:
-            raise ContextOverflowError(
-                f"got {longest} tokens of prompt and answer for {self.name}, whose context holds {context}; remedy: "
-                "fewer or shorter demonstrations, or a smaller max_tokens"
-            )
+        n_answer = max((len(choice) for choice in choices), default=rules.max_tokens)
+        check_room(len(tokens.ids) + n_answer, context=self.generator.model.context_length, name=self.name)
         return self.generator.submit(
             Prompt(
                 tokens=tokens,

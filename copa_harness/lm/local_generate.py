@@ -48,13 +48,13 @@ _generators: dict[tuple[Path, str, str], tuple[str, BatchGenerator]] = {}
 _generators_lock = threading.Lock()
 
 
-def load_generator(directory: Path, *, device: str | None, dtype: str, fingerprint: str) -> BatchGenerator:
+def load_generator(directory: Path, *, device: str, dtype: str, fingerprint: str) -> BatchGenerator:
     """The process's one generator for this folder, device and dtype; the first call loads the weights.
 
     Other weights at the same place have another fingerprint and are loaded anew; nobody is given the old ones.
     """
     with _generators_lock:
-        key = (directory, device or "auto", dtype)
+        key = (directory, device, dtype)
         loaded, generator = _generators.get(key, ("", None))
         if generator is None or loaded != fingerprint:
             generator = BatchGenerator(LocalModel(directory, device=device, dtype=dtype))

@@ -45,15 +45,13 @@ class LocalModel:
         OutOfMemoryError: the weights do not fit.
     """
 
-    def __init__(self, directory: Path, *, device: str | None, dtype: str) -> None:
+    def __init__(self, directory: Path, *, device: str, dtype: str) -> None:
         import torch
         import transformers
 
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigurationError(f"got dtype {dtype!r}; expected float32, bfloat16 or float16")
         self.directory = directory
         self.dtype = dtype
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device)
         try:
             with _quiet(transformers):
                 self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(

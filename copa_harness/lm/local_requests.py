@@ -62,6 +62,19 @@ def rules_of(request: Request, seed: int, *, prompt: Sequence[int], context: int
     )
 
 
+def check_room(n_tokens: int, *, context: int, name: str) -> None:
+    """Check that prompt and answer fit a model's context together.
+
+    Raises:
+        ContextOverflowError: they do not.
+    """
+    if n_tokens > context:
+        raise ContextOverflowError(
+            f"got {n_tokens} tokens of prompt and answer for {name}, whose context holds {context}; remedy: fewer or "
+            "shorter demonstrations, or a smaller max_tokens"
+        )
+
+
 def response_of(request: Request, answer: Answer, *, n_prompt: int, chat: ChatFormat) -> Response:
     """A generated answer as DSPy wants it, with log-probabilities if they were asked for."""
     from dspy.lm15 import Message, Response, TokenLogprob, TopLogprob, Usage

@@ -125,6 +125,7 @@ def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrai
         cache_dir=settings.cache_dir,
         api_base=settings.api_base if _is_at_the_endpoint(name, settings) else None,
         base_weights=weights,
+        worker=settings.worker,
         served_lora_path=None if weights is None else settings.served_lora_path,
         constrain=constrain,
         **of_local_models,

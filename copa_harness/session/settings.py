@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.local_devices import checked_device, checked_dtype
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.results import Budget
 from copa_harness.session.marker import DEFAULT_STRATEGY, GATES, MarkerArguments, parse_gate
@@ -62,6 +63,7 @@ class Settings:
         n_unannounced: Tests that may ask `check()` for a comparison nobody announced; those share one as well.
         announced: Comparing gates that are counted in `n_comparisons`, by test id.
         one_of_many: Whether other processes run tests of this session too.
+        worker: This process's number among those of the session, from 0; None if it is the only one.
         run_id: The same in every process of the session, another in every session.
         forced: Names given on the command line, in the environment or in the ini file; a marker cannot change them.
     """
@@ -92,6 +94,7 @@ class Settings:
     n_unannounced: int = 1
     announced: Mapping[str, frozenset[str]] = field(default_factory=dict)
     one_of_many: bool = False
+    worker: int | None = None
     run_id: str = "run"
     forced: frozenset[str] = frozenset()
 
@@ -104,6 +107,7 @@ class Settings:
         bless: bool = False,
         plan: bool = False,
         gates: Mapping[str, Setting] | None = None,
+        worker: int | None = None,
         run_id: str = "run",
     ) -> Settings:
         """Settings from what was written somewhere, by option name (`"budget"`, `"cache_dir"`, ...).
@@ -114,6 +118,7 @@ class Settings:
             bless: See `Settings`.
             plan: See `Settings`.
             gates: Defaults of gates by name.
+            worker: See `Settings`.
             run_id: See `Settings`.
 
         Raises:
@@ -133,8 +138,9 @@ class Settings:
             for name, setting in (gates or {}).items()
         }
         settings = cls(
-            root=root, bless=bless, plan=plan, gates=defaults, run_id=run_id, forced=frozenset(given), **values
-        )
+            root=root, bless=bless, plan=plan, gates=defaults, worker=worker, run_id=run_id, forced=frozenset(given),
+            **values,
+        )  # fmt: skip
         if settings.sequential and (bless or settings.repeat > 1):
             other = "--copa-bless needs the scores of all examples" if bless else "--copa-repeat evaluates all of them"
             raise ConfigurationError(
@@ -231,8 +237,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "repeat": _whole(1),
     "sequential": _switch,
     "constrain": _switch,
-    "device": _text,
-    "dtype": _text,
+    "device": checked_device,
+    "dtype": checked_dtype,
     "chat_template": _text,
     "cache_dir": _text,
     "report_dir": _text,

@@ -33,6 +33,7 @@ from copa_harness.errors import ConfigurationError, TrainingError, TrainingInter
 from copa_harness.tune.epochs import Outcome
 from copa_harness.tune.job import TrainingJob, write_job
 from copa_harness.tune.progress import StepListener
+from copa_harness.tune.scarcity import LESS_MEMORY
 from copa_harness.tune.settings import LoraSettings
 
 WORTH_PROCESSES = 1e15
@@ -41,9 +42,6 @@ some ten seconds in which processes start and load the weights."""
 
 FAILURE_GRACE_S = 2.0
 """How long the other workers may take to say why they failed too: the first to be heard need not be the cause."""
-
-LESS_MEMORY = "a smaller micro_batch_size, a smaller max_length (longer rows are left out), or fewer demonstrations"
-"""What makes a training take less."""
 
 _CAUSES = ("training", "memory", "ended", "error", "peer")
 """What failed, the likeliest cause of all others first."""

@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import TrainingError, TrainingInterruptedError, TrainingMemoryError
+from copa_harness.errors import TrainingError, TrainingInterruptedError
 from copa_harness.lm.local_files import hash_mapping
 from copa_harness.lm.local_lora import read_lora
-from copa_harness.lm.local_memory import is_out_of_memory, last_words
 from copa_harness.lm.scope import current_scope
 from copa_harness.tune.adapter import LoraAdapter, adapter_of
 from copa_harness.tune.charges import Charge
@@ -27,9 +26,10 @@ from copa_harness.tune.checkpoints import Unfinished, is_finished, recipe_lock, 
 from copa_harness.tune.encoding import EncodedRow, encode_row
 from copa_harness.tune.epochs import Outcome, run_epochs
 from copa_harness.tune.job import TrainingJob
-from copa_harness.tune.processes import LESS_MEMORY, count_processes, train_in_processes
+from copa_harness.tune.processes import count_processes, train_in_processes
 from copa_harness.tune.progress import Progress, duration
 from copa_harness.tune.rows import TrainingRow
+from copa_harness.tune.scarcity import memory_named
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ class LoraTrainer:
         from copa_harness.tune import loop
 
         base = self.engine.generator.model
-        try:
+        with memory_named(
+            job.recipe, device=base.device, rows=encoded.rows, settings=job.settings, progress=progress
+        ):
             training = loop.Training(
                 loop.add_lora(share_weights(base.model), job.settings),
                 encoded.rows,
@@ -224,17 +226,6 @@ class LoraTrainer:
             return run_epochs(
                 training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
             )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            longest = max(len(row.ids) for row in encoded.rows)
-            raise TrainingMemoryError(
-                f"memory on {base.device} does not suffice for the LoRA training {job.recipe}: step "
-                f"{progress.n_done + 1}, up to {job.settings.micro_batch_size or job.settings.batch_size} rows at once "
-                f"of up to {longest} tokens ({last_words(error)}); what was trained up to the last epoch is kept for "
-                f"these settings; remedy: {LESS_MEMORY}, lora={{'precision': 'bfloat16'}}, another --copa-device, or "
-                "less else in that memory"
-            ) from error
 
     def _run_in_processes(
         self, job: _Job, encoded: _Encoded, unfinished: Unfinished, state: TrainingState | None,
