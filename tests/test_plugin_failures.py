@@ -212,6 +212,19 @@ def test_workers_share_the_cache_and_the_controller_writes_one_report_in_order(f
     assert len(paid) == len(set(paid))
 
 
+def test_workers_that_need_the_same_optimization_make_it_together(folder, monkeypatch):
+    monkeypatch.setenv("SCRIPT_SLEEP_S", "0.01")
+    test = '@pytest.mark.copa(strategy="p", budget=60)\ndef test_{}(copa_run):\n    assert copa_run.score == 1.0\n'
+    folder.makepyfile(test_suite="import pytest\n" + test.format("first") + test.format("second"))
+    result = folder.runpytest_subprocess(*STRICT, "-n", "2")
+    result.assert_outcomes(passed=2)
+    paid = (folder.path / "paid.txt").read_text().splitlines()
+    assert len(paid) == len(set(paid))
+    runs = latest(folder)
+    assert [run["validation"]["after"] for run in runs if run["strategy"] == "p"] == [1.0, 1.0]
+    assert sum(run["usage"]["paid_calls"] for run in runs) == len(paid)
+
+
 def test_a_wrong_marker_is_told_by_the_workers_too(folder):
     folder.makepyfile(test_suite="import pytest\n@pytest.mark.copa(min_scor=1)\ndef test_it(copa_run): pass\n")
     result = folder.runpytest_subprocess(*STRICT, "-n", "1")

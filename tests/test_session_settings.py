@@ -74,12 +74,51 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"lora": {"rank": 0}}, "copa marker: LoRA setting rank: got 0"),
         ({"lora": {"demonstrations": "some"}}, "expected one of mix, keep, drop"),
         ({"max_cycles": 0}, "max_cycles=0; expected a whole number, 1 or more"),
+        ({"sampler": "cmaes"}, "copa marker: got 'cmaes' as the sampler; expected one of tpe, random, gp"),
+        ({"groundings": "data"}, r"groundings='data'; expected a list, for instance \['data'"),
+        ({"groundings": ["data", "weather"]}, "copa marker: .*weather.*expected a list of one or more of all, data"),
+        ({"n_reflected": -1}, "n_reflected=-1; expected a whole number, 0 or more"),
+        ({"transfer": 1}, "transfer=1; expected True or False"),
+        ({"pass_score": 2}, "pass_score=2; expected a number from 0 to 1"),
+        ({"n_chekpoints": 2}, "Did you mean 'n_checkpoints'"),
         ({"undecided_fails": 1}, "undecided_fails=1; expected True or False"),
     ],
 )
 def test_a_wrong_marker_argument_is_refused_by_name(keywords, message):
     with pytest.raises(ConfigurationError, match=message):
         marker(**keywords)
+
+
+def test_every_argument_of_copa_is_the_markers_or_left_out_on_purpose():
+    import inspect
+    from dataclasses import fields
+
+    from copa_harness import COPA
+    from copa_harness.session.marker import SEARCH
+
+    of_task_or_session = {"metric", "finetune_data", "journal", "on_progress"}
+    by_another_name = {"min_score": "pass_score", "held_out_share": "lora"}
+    named = {by_another_name.get(name, name) for name in inspect.signature(COPA).parameters} - of_task_or_session
+    arguments = {entry.name for entry in fields(MarkerArguments)}
+    assert named <= arguments
+    assert set(SEARCH) <= named
+
+
+def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
+    given = {
+        "sampler": "gp", "pass_score": 0.5, "groundings": ["data"], "n_reflected": 0, "transfer": False,
+        "n_checkpoints": 2, "trials_at_once": 3, "lora": {"processes": 2},
+    }  # fmt: skip
+    from copa_harness import COPA
+
+    said = marker(strategy="p", min_score=0.9, **given).search_settings()
+    optimizer = COPA(metric=lambda example, prediction, trace=None: 1.0, **said)
+    proposals = optimizer.settings.proposals
+    assert (optimizer.settings.search.sampler, optimizer.settings.search.trials_at_once) == ("gp", 3)
+    assert (proposals.min_score, proposals.groundings, proposals.n_reflected) == (0.5, ("data",), 0)
+    assert (proposals.transfer, optimizer.settings.n_checkpoints) == (False, 2)
+    assert said["lora"] == {"processes": 2}
+    assert marker(strategy="p").search_settings() == {}
 
 
 def test_positional_marker_arguments_are_refused_with_the_keyword_to_write():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from copa_harness.lm.accounts import Account, Cost
+from copa_harness.results import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +46,21 @@ class Bounds:
     tokens: bool
     usd: bool
     budget: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A promise of one request, to be settled or refunded exactly once.
+
+    Attributes:
+        key: The request's cache key.
+        phase: The phase the request is billed to: the one current when it was reserved.
+        again: True when the key was already settled in this scope and has to be bought a second time (its
+            stored answer was lost); such a purchase counts against the budget like a new request.
+        first: True when this reservation was counted: the request is new to the scope.
+    """
+
+    key: str
+    phase: Phase
+    again: bool = False
+    first: bool = False

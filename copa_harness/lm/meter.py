@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 from copa_harness.results import Phase, Usage
 
@@ -85,6 +86,12 @@ class Meter:
         """
         with self._lock:
             self._add(self.current_phase, Usage(train_steps=n, wall_s=0.0 if self._phases else wall_s))
+
+    def add_payments(self, other: Meter) -> None:
+        """Book what another meter paid, its replays left out: it bought for this one, in the same phases."""
+        for phase, usage in other.phase_usages().items():
+            with self._lock:
+                self._add(Phase(phase), replace(usage, cached_calls=0, wall_s=0.0))
 
     def _close_segment(self) -> None:
         now_s = time.monotonic()

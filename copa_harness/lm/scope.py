@@ -12,39 +12,20 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.accounts import Account, Ceilings, Cost, MemoryAccount, OverBudget
-from copa_harness.lm.holds import Bounds, Hold
+from copa_harness.lm.holds import Bounds, Hold, Reservation
 from copa_harness.lm.ledger import current_ledger
 from copa_harness.lm.meter import Meter, booked_as
-from copa_harness.results import Budget, Phase, Usage
+from copa_harness.results import Budget, Usage
 
 __all__ = ["SETTING", "Reservation", "Scope", "booked_as", "current_scope", "open_scope"]
 
 SETTING = "copa_scope"
 """Name under which `open_scope` puts the scope into DSPy's settings; DSPy carries those into its worker threads."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A promise of one request, to be settled or refunded exactly once.
-
-    Attributes:
-        key: The request's cache key.
-        phase: The phase the request is billed to: the one current when it was reserved.
-        again: True when the key was already settled in this scope and has to be bought a second time (its
-            stored answer was lost); such a purchase counts against the budget like a new request.
-        first: True when this reservation was counted: the request is new to the scope.
-    """
-
-    key: str
-    phase: Phase
-    again: bool = False
-    first: bool = False
 
 
 class Scope(Meter):
@@ -55,10 +36,19 @@ class Scope(Meter):
         budget: The ceilings; unlimited by default.
         parent: The scope around, to whose ceilings on tokens, dollars, seconds and training steps everything is held
             too. (Its count of distinct requests is its own.)
+        shared: Counts a new request by its key for all processes that work on the same thing; False refuses it.
     """
 
-    def __init__(self, name: str, *, budget: Budget | None = None, parent: Scope | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        budget: Budget | None = None,
+        parent: Scope | None = None,
+        shared: Callable[[str], bool] | None = None,
+    ) -> None:
         super().__init__()
+        self._shared = shared
         self.name = name
         self.budget = Budget() if budget is None else budget
         self._holders: dict[str, int] = {}  # keys reserved and not yet settled -> number of reservations
@@ -111,7 +101,7 @@ class Scope(Meter):
             again = paying and key in self._settled
             first = again or not (key in self._settled or key in self._holders)
             if first:
-                self._count_one()
+                self._count_one(key)
             if again:
                 self._n_again += 1
             else:
@@ -218,12 +208,12 @@ class Scope(Meter):
         with self._lock:
             self._closed = True
 
-    def _count_one(self) -> None:
+    def _count_one(self, key: str) -> None:
         if self._closed:
             raise BudgetExhausted(
                 f"scope {self.name!r} has ended; a thread left over from it asked for another model call"
             )
-        if self._n_counted + 1 > self.budget.calls:
+        if self._n_counted + 1 > self.budget.calls or not (self._shared is None or self._shared(key)):
             self._refused = True
             raise BudgetExhausted(
                 f"budget {self.budget.name!r} of {self.name!r} is spent: {self._n_counted} distinct requests of "
@@ -262,20 +252,27 @@ def current_scope() -> Scope:
 
 
 @contextmanager
-def open_scope(name: str, *, budget: Budget | None = None, parent: Scope | None = None) -> Iterator[Scope]:
+def open_scope(
+    name: str,
+    *,
+    budget: Budget | None = None,
+    parent: Scope | None = None,
+    shared: Callable[[str], bool] | None = None,
+) -> Iterator[Scope]:
     """Open a scope for the duration of the block, and end it afterwards.
 
     Args:
         name: Shown in messages.
         budget: The ceilings; unlimited by default.
         parent: See `Scope`.
+        shared: See `Scope`.
 
     Yields:
         The scope; its usage stays readable after the block.
     """
     import dspy
 
-    scope = Scope(name, budget=budget, parent=parent)
+    scope = Scope(name, budget=budget, parent=parent, shared=shared)
     with _stack_lock:
         _stack.append(scope)
     try:

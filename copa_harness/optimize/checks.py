@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import dspy
 
 from copa_harness.errors import ConfigurationError, TaskError
+from copa_harness.evaluate.examples import check_examples
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize.candidate import model_name
+from copa_harness.optimize.schema import split_off_validation
+from copa_harness.optimize.strategy import Step, StepKind
+
+VALIDATION_SHARE = 1 / 3
+"""Share of the training examples that becomes the validation split when none is given."""
 
 
 def thawed(student: dspy.Module) -> dspy.Module:
@@ -45,3 +52,20 @@ def in_unit_interval(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ConfigurationError(f"got {name}={value!r}; expected a number in 0..1")
+
+
+def splits_of(
+    trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, *, steps: Sequence[Step], seed: int
+) -> tuple[list[dspy.Example], list[dspy.Example]]:
+    """Training and validation examples; without a validation split a seeded third of the training examples is it.
+
+    Raises:
+        TaskError: A split is empty or too small.
+    """
+    check_examples(trainset, split="train")
+    if valset is not None:
+        check_examples(valset, split="validation")
+        return list(trainset), list(valset)
+    if [step.kind for step in steps] == [StepKind.NONE]:
+        return list(trainset), list(trainset)
+    return split_off_validation(trainset, share=VALIDATION_SHARE, seed=seed)

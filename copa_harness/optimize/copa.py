@@ -18,24 +18,22 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.evaluate.examples import check_examples
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
 from copa_harness.lm.scope import open_scope
 from copa_harness.optimize.auto import Choice, choose_strategy
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, thawed
+from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
+from copa_harness.optimize.choices import GROUNDINGS, check_groundings, check_sampler
 from copa_harness.optimize.choosing import choose, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.credit import credit_of
-from copa_harness.optimize.journal import journal_at
+from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.proposals import ProposalSettings
 from copa_harness.optimize.run import Run
-from copa_harness.optimize.samplers import SAMPLERS
-from copa_harness.optimize.schema import split_off_validation
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.steps import execute
@@ -49,10 +47,6 @@ if TYPE_CHECKING:
     from copa_harness.tune.settings import LoraSettings
 
 logger = logging.getLogger("copa_harness")
-
-VALIDATION_SHARE = 1 / 3
-"""Share of the training examples that becomes the validation split when none is given."""
-
 
 class COPA(Teleprompter):
     """Optimizes a program's weights and prompts together, within a budget of model calls.
@@ -74,6 +68,9 @@ class COPA(Teleprompter):
         bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
             lack a predictor's outputs.
         n_proposed: Instructions asked of `prompt_lm` per predictor and round.
+        groundings: What `prompt_lm` may be shown beside the step: some of `GROUNDINGS`; which of them is learned.
+        n_reflected: Training examples the program is run on to find mistakes `prompt_lm` reflects on; 0 does not.
+        transfer: Whether bare instructions are tried, to see which demonstrations they make redundant.
         n_rounds: Rounds of proposing and searching in a prompt or joint step.
         lora: `LoraSettings`, or a mapping of those that shall differ from the defaults, which are the trainer's with
             `epochs_with_demos` or `epochs_bare` passes: ``{"rank": 8, "learning_rate": 1e-3}``.
@@ -90,7 +87,10 @@ class COPA(Teleprompter):
         finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
         optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
         journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
-            that is started again replays from the response cache and goes on in the same file. None keeps no journal.
+            started again replays from the response cache and goes on there; started twice at once, the two share the
+            work (see `sharing`). None keeps no journal.
+        trials_at_once: Candidates that race the best one together; several give processes that share the work more to
+            share. What is found depends on it, not on the number of processes.
         constraints: Hard limits that the returned program keeps, see `Constraints`: ``{"max_prompt_tokens": 800,
             "forbidden_text": [...], "required_text": [...], "max_usd_per_answer": .., "max_seconds_per_answer": ..}``.
         prefer: "best" score, or "cheapest within 1 point of best" (also "shortest", "fastest"; see `parse_preference`);
@@ -116,6 +116,9 @@ class COPA(Teleprompter):
         n_demo_sets: int = 12,
         bootstrap: bool | None = None,
         n_proposed: int = 4,
+        groundings: Sequence[str] = GROUNDINGS,
+        n_reflected: int = 8,
+        transfer: bool = True,
         n_rounds: int = 2,
         lora: LoraSettings | Mapping[str, Any] | None = None,
         epochs_with_demos: int = 4,
@@ -130,18 +133,19 @@ class COPA(Teleprompter):
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         journal: Path | str | None = None,
+        trials_at_once: int = 1,
         constraints: Mapping[str, Any] | Constraints | None = None,
         prefer: str | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         metric_arity(metric)
-        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds)
+        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds, trials_at_once=trials_at_once)
         at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
-        at_least(0, n_checkpoints=n_checkpoints)
+        at_least(0, n_checkpoints=n_checkpoints, n_reflected=n_reflected)
         in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
-        if sampler not in SAMPLERS:
-            raise ConfigurationError(f"got {sampler!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
+        check_sampler(sampler)
+        check_groundings(groundings)
         unknown = sorted(set(optimizer_kwargs or {}) - {*OPTIMIZER_NAMES, "ensemble"})
         if unknown:
             known = ", ".join(OPTIMIZER_NAMES)
@@ -162,13 +166,16 @@ class COPA(Teleprompter):
             threads=threads,
             max_cycles=max_cycles,
             epsilon=epsilon,
-            search=SearchSettings(sampler=sampler, patience=patience),
+            search=SearchSettings(sampler=sampler, patience=patience, trials_at_once=trials_at_once),
             proposals=ProposalSettings(
                 max_demos=max_demos,
                 n_demo_sets=n_demo_sets,
                 bootstrap=bootstrap,
                 min_score=min_score,
                 n_proposed=n_proposed,
+                groundings=tuple(groundings),
+                n_reflected=n_reflected,
+                transfer=transfer,
                 n_rounds=n_rounds,
             ),
             weights=WeightsSettings(
@@ -214,9 +221,9 @@ class COPA(Teleprompter):
             raise ConfigurationError(
                 f"got unknown argument(s) {', '.join(sorted(kwargs))}; compile takes trainset, valset and teacher"
             )
-        train, validation_examples = self._splits(trainset, valset)
+        train, validation_examples = splits_of(trainset, valset, steps=self.steps, seed=self.settings.seed)
         candidate = Candidate.of(thawed(student), lm=self.lm or dspy.settings.lm)
-        for lm in (*candidate.lms, *(() if self.prompt_lm is None else (self.prompt_lm,))):
+        for lm in self._all_lms(candidate):
             check_metered(lm)
         steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
         observe = self.constraints.measured or self.preference is not None
@@ -229,9 +236,13 @@ class COPA(Teleprompter):
             type(student).__name__, name, len(train), validation.n, self.budget.name,
         )  # fmt: skip
         about = {"strategy": name, "budget": self.budget.name}
+        identity = None if teacher is not None else identity_of(
+            candidate, steps, lms=self._all_lms(candidate), settings=settings, budget=self.budget, metric=self.metric,
+            splits=(train, validation_examples), further=(self.finetune_data, self.constraints, self.preference),
+        )  # fmt: skip
         with (
-            journal_at(self.journal, attributes=about) as journal,
-            open_scope(f"COPA {name}", budget=self.budget) as scope,
+            at_work(self.journal, identity=identity, budget=self.budget, attributes=about) as (journal, colleagues),
+            open_scope(f"COPA {name}", budget=self.budget, shared=admission(colleagues)) as scope,
             dspy.context(lm=candidate.lms[0]),
         ):
             run = Run(
@@ -247,6 +258,7 @@ class COPA(Teleprompter):
                 journal=journal,
                 progress=Progress(scope, write=self.on_progress),
                 constraints=self.constraints,
+                colleagues=colleagues,
             )
             if choice is not None:
                 run.note(str(choice))
@@ -257,6 +269,15 @@ class COPA(Teleprompter):
         program = run.incumbent.program()
         program.copa_result = result_of(run, strategy=name, program=program, front=front, credit=credit)
         return program
+
+    def can_be_shared(self, student: dspy.Module, *, n_train: int, n_validation: int) -> bool:
+        """Whether another process that compiles the same could help, with so many examples and a journal."""
+        candidate = Candidate.of(student, lm=self.lm or dspy.settings.lm)
+        steps, _, _ = self._resolved(candidate, n_train, n_validation)
+        return self.journal is not None and why_not_shared(steps, self._all_lms(candidate), self.budget) is None
+
+    def _all_lms(self, student: Candidate) -> tuple[Any, ...]:
+        return (*student.lms, *(() if self.prompt_lm is None else (self.prompt_lm,)))
 
     def _resolved(
         self, student: Candidate, n_train: int, n_validation: int
@@ -271,14 +292,3 @@ class COPA(Teleprompter):
         )  # fmt: skip
         kwargs = {**choice.optimizer_kwargs, **self.settings.optimizer_kwargs}
         return parse_strategy(choice.strategy), replace(self.settings, optimizer_kwargs=kwargs), choice
-
-    def _splits(
-        self, trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None
-    ) -> tuple[list[dspy.Example], list[dspy.Example]]:
-        check_examples(trainset, split="train")
-        if valset is not None:
-            check_examples(valset, split="validation")
-            return list(trainset), list(valset)
-        if [step.kind for step in self.steps] == [StepKind.NONE]:
-            return list(trainset), list(trainset)
-        return split_off_validation(trainset, share=VALIDATION_SHARE, seed=self.settings.seed)

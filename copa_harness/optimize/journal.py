@@ -6,8 +6,9 @@ What a search decides depends on its seed and on the answers alone, and every an
 optimization that is started again *replays*: it takes the same trials in the same order, pays only for answers it does
 not have yet, and ends with the same numbers as one that was never interrupted. The journal follows: a trial that stands
 in it already is compared and not written twice, new ones are appended, and one that differs (somebody edited the file)
-begins a new study beside the old one. A trial is written when it has ended, as one line, so a killed process
-leaves no half-run trial behind; half a line, which a full disk can leave, is cut off when the journal is opened.
+begins a new study beside the old one; processes that share an optimization so write each trial once. A trial is written
+when it has ended, as one line, so a killed process leaves no half-run trial behind; half a line, which a full disk can
+leave, is cut off when the journal is opened.
 
 No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnapshot`, which the file backend is not
 (checked when a journal is opened). Knows Optuna; knows nothing of programs, budgets or why a trial was made.
@@ -19,13 +20,12 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -33,7 +33,7 @@ from optuna.storages.journal._base import BaseJournalSnapshot
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from copa_harness.errors import CacheError, ConfigurationError
+from copa_harness.errors import CacheError
 from copa_harness.optimize.samplers import quiet_optuna
 
 logger = logging.getLogger("copa_harness")
@@ -91,7 +91,7 @@ def _mend(path: Path) -> None:
 
 
 class Journal:
-    """The journal of one optimization, written by one process at a time.
+    """The journal of one optimization; processes that make the same one write it together (see `sharing`).
 
     Args:
         path: The file.
@@ -102,48 +102,26 @@ class Journal:
         self.path = path
         self._attributes = dict(attributes or {})
         self._storage = open_journal(path)
+        self._lock = FileLock(path.with_name(path.name + ".adding"))
         self._names: Counter[str] = Counter()
 
     def study(self, name: str, *, attributes: Mapping[str, Any] | None = None) -> StudyJournal:
         """The record of one study; studies of equal names within one run are numbered."""
         self._names[name] += 1
         numbered = name if self._names[name] == 1 else f"{name} ({self._names[name]})"
-        return StudyJournal(self._storage, numbered, {**self._attributes, **(attributes or {})})
-
-
-@contextmanager
-def journal_at(path: Path | None, *, attributes: Mapping[str, Any] | None = None) -> Iterator[Journal | None]:
-    """The journal at `path` for the time of the block, or None for None.
-
-    Raises:
-        ConfigurationError: Another process is writing it.
-        CacheError: It cannot be used.
-    """
-    if path is None:
-        yield None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    owner = FileLock(path.with_name(path.name + ".owner"))
-    try:
-        owner.acquire(timeout=0)
-    except Timeout:
-        raise ConfigurationError(
-            f"got {path} as the journal, which another process is writing at this moment; wait for it, name another "
-            "file"
-        ) from None
-    try:
-        yield Journal(path, attributes=attributes)
-    finally:
-        owner.release()
+        return StudyJournal(self._storage, numbered, {**self._attributes, **(attributes or {})}, lock=self._lock)
 
 
 class StudyJournal:
     """Appends the trials of one study that are not in the journal yet."""
 
-    def __init__(self, storage: JournalStorage, name: str, attributes: Mapping[str, Any]) -> None:
-        self._storage, self._name, self._attributes = storage, name, attributes
+    def __init__(
+        self, storage: JournalStorage, name: str, attributes: Mapping[str, Any], *, lock: FileLock
+    ) -> None:
+        self._storage, self._name, self._attributes, self._lock = storage, name, attributes, lock
         self._taken: list[FrozenTrial] = []
-        self._open(name)
+        with lock:
+            self._open(name)
 
     def _open(self, name: str) -> None:
         with quiet_optuna():
@@ -192,10 +170,12 @@ class StudyJournal:
             intermediate_values={step: score for step, score in enumerate(scores) if score is not None},
         )
         self._taken.append(trial)
-        while number < len(self._known) and not _same(self._known[number], trial):
-            self._turn_to_next(number)
-        if number >= len(self._known):
-            self._study.add_trial(trial)
+        with self._lock:
+            self._known = self._study.get_trials(deepcopy=False)  # another process may have added it by now
+            while number < len(self._known) and not _same(self._known[number], trial):
+                self._turn_to_next(number)
+            if number >= len(self._known):
+                self._study.add_trial(trial)
 
     def _turn_to_next(self, number: int) -> None:
         """Go on in the next study of this name that agrees with all trials so far; made when there is none."""

@@ -16,13 +16,14 @@ import numpy as np
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.choices import GROUNDINGS
 from copa_harness.optimize.demos import NO_DEMOS, DemoSet, labelled_pool
 from copa_harness.optimize.instructions import InstructionOption, rule_based
 from copa_harness.optimize.knowledge import Knowledge, input_key
 from copa_harness.optimize.pools import bootstrapped, sets_from, settle, wants_bootstrap
 from copa_harness.optimize.reflection import Failure, find_failures
 from copa_harness.optimize.space import WEIGHTS, Point, WeightsLevel
-from copa_harness.optimize.writing import GROUNDINGS, InstructionWriter
+from copa_harness.optimize.writing import InstructionWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ProposalSettings:
             hold all of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
         min_score: Score from which a trace passes, 0..1.
         n_proposed: Instructions asked of the prompt LM, per predictor and phase.
-        groundings: What the prompt LM may be shown, see `writing.GROUNDINGS`; which of them is learned.
+        groundings: What the prompt LM may be shown, see `choices.GROUNDINGS`; which of them is learned.
         n_reflected: Training examples the incumbent is run on to find mistakes to reflect on; 0 turns reflection off.
         transfer: Whether bare instructions are tried on training examples to see which demonstrations they make
             redundant. Rules are followed without a model, and cost nothing either way.

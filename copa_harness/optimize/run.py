@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dspy
@@ -33,9 +34,11 @@ from copa_harness.optimize.progress import Progress, incumbent_text
 from copa_harness.optimize.proposals import propose_demos, propose_instructions
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
+from copa_harness.optimize.sharing import Colleagues
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
-from copa_harness.optimize.study import Watchers, search
+from copa_harness.optimize.study import search
+from copa_harness.optimize.trials import Watchers, nobody_ahead
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 
@@ -60,8 +63,9 @@ class Run:
         journal: Journal | None = None,
         progress: Progress | None = None,
         constraints: Constraints | None = None,
+        colleagues: Colleagues | None = None,
     ) -> None:
-        self.constraints = constraints or Constraints()
+        self.constraints, self.colleagues = constraints or Constraints(), colleagues
         self.journal, self.progress = journal, progress or Progress(scope)
         self.student = self.incumbent = student
         self.trainset, self.validation, self.metric = trainset, validation, metric
@@ -228,7 +232,8 @@ class Run:
         if self.journal is not None:
             attributes = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
             journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=attributes)
-        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids)
+        ahead = nobody_ahead if self.colleagues is None else partial(self.colleagues.ahead, validation=self.validation)
+        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids, ahead=ahead)
 
     def forbids(self, candidate: Candidate) -> str | None:
         """Which limit a candidate breaks, as far as is known, or None."""

@@ -14,34 +14,33 @@ from contextlib import contextmanager
 import optuna
 from optuna.samplers import BaseSampler
 
-from copa_harness.errors import ConfigurationError
+from copa_harness.optimize.choices import SAMPLERS, check_sampler
 
-SAMPLERS: tuple[str, ...] = ("tpe", "random", "gp")
+__all__ = ["SAMPLERS", "build_sampler", "quiet_optuna"]
 
-
-def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10) -> BaseSampler:
+def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10, at_once: int = 1) -> BaseSampler:
     """A seeded Optuna sampler.
 
     Args:
         name: One of `SAMPLERS`.
         seed: Of its random numbers.
         n_startup_trials: Trials before the surrogate is asked.
+        at_once: Trials asked for before the first of them is told.
 
     Raises:
         ConfigurationError: Unknown name.
     """
+    check_sampler(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "tpe":
-            # No constant liar: one trial runs at a time, and a lie would depend on what runs beside it.
+            # A trial that is not told yet counts as a bad one (constant liar), so that those beside it lie elsewhere.
             return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=False, n_startup_trials=n_startup_trials
+                seed=seed, multivariate=True, constant_liar=at_once > 1, n_startup_trials=n_startup_trials
             )
-        if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials, deterministic_objective=True)
-    raise ConfigurationError(f"got {name!r} as the sampler; expected one of {', '.join(SAMPLERS)}")
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials, deterministic_objective=True)
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def search(
     pruner = RacingPruner(p_threshold=settings.p_threshold, n_looks=n_looks)
     with quiet_optuna():
         study = optuna.create_study(
-            direction="maximize", sampler=build_sampler(settings.sampler, seed=settings.seed), pruner=pruner
+            direction="maximize",
+            sampler=build_sampler(settings.sampler, seed=settings.seed, at_once=settings.trials_at_once),
+            pruner=pruner,
         )
         race = _Study(space, study, pruner, validation, allowance, settings, phase, name, watchers or Watchers())
         return race.run(starts)
@@ -132,12 +134,13 @@ class _Study(Race):
         )
         return max(0, min(n, self.settings.max_trials - len(self.trials), self.space.size - len(self.seen)))
 
-    def _tournament(self, running: list[Running]) -> None:
+    def _tournament(self, running: list[Running], *, halving: bool = True) -> None:
         """Score all of them block by block, halving after every block; end those that fall out as dropped."""
         alive = list(running)
         out: list[tuple[Running, Outcome]] = []
         try:
             while alive:
+                self._ahead(alive)
                 going: list[Running] = []
                 for one in alive:
                     outcome = self.block(one)
@@ -146,7 +149,9 @@ class _Study(Race):
                     else:
                         out.append((one, outcome))
                         self.consider(one, outcome)
-                kept = survivors([self.validation.mean(one.candidate) for one in going], self.generator)
+                kept = tuple(range(len(going)))
+                if halving:
+                    kept = survivors([self.validation.mean(one.candidate) for one in going], self.generator)
                 out.extend((one, "dropped") for i, one in enumerate(going) if i not in kept)
                 alive = [] if self.is_perfect else [going[i] for i in kept]
         except (OutOfCalls, BudgetExhausted):
@@ -167,6 +172,14 @@ class _Study(Race):
             if self.is_perfect:
                 return "perfect score"
             before = self.incumbent
+            if self.settings.trials_at_once > 1:
+                n = self._several()
+                if n == 0:
+                    return "search space exhausted"
+                since_better = 0 if self.incumbent is not before else since_better + n
+                if self.settings.patience is not None and since_better >= self.settings.patience:
+                    return "no improvement"
+                continue
             if self.trials and not self._queue_waits():
                 point = self.space.unseen(self.seen, self.generator)
                 if point is None:
@@ -178,6 +191,41 @@ class _Study(Race):
             if self.settings.patience is not None and since_better >= self.settings.patience:
                 return "no improvement"
         return "trials"
+
+    def _several(self) -> int:
+        """Race as many new points as the settings say and the allowance pays for, all proposed before any is told.
+
+        Returns:
+            How many were raced; 0 when all points were seen.
+
+        Raises:
+            OutOfCalls: The allowance does not suffice for one.
+        """
+        affordable = self.allowance.remaining / (self.validation.n * self.validation.calls_per_example(self.incumbent))
+        if affordable < 1:
+            raise OutOfCalls
+        n = min(self.settings.trials_at_once, affordable, self.settings.max_trials - len(self.trials))
+        batch: list[Running] = []
+        while len(batch) + 1 <= n and (point := self.space.unseen(self.seen, self.generator)) is not None:
+            seen = set(self.seen)
+            one = self.begin()
+            if self.space.signature(one.point) in seen:  # a point twice is nothing to share: something new instead
+                self.study.tell(one.trial, state=TrialState.FAIL)
+                self.study.enqueue_trial(point)
+                one = self.begin()
+            batch.append(one)
+        if batch:
+            self._tournament(batch, halving=False)
+        return len(batch)
+
+    def _ahead(self, running: Sequence[Running]) -> None:
+        """Tell whoever can help which candidates are scored next."""
+        candidates = [
+            one.candidate
+            for one in running
+            if self.watchers.forbids(one.candidate) is None and not self.validation.is_complete(one.candidate)
+        ]
+        self.watchers.ahead(candidates, allowance=self.allowance, phase=self.phase)
 
     def _queue_waits(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

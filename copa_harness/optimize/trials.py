@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.journal import StudyJournal
 from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.space import Point
+from copa_harness.results import Phase
+
+
+class Ahead(Protocol):
+    """Whoever can do something about candidates that are about to be scored."""
+
+    def __call__(self, candidates: Sequence[Candidate], *, allowance: Allowance, phase: Phase) -> None:
+        """See `Colleagues.ahead`."""
+        ...
+
+
+def nobody_ahead(candidates: Sequence[Candidate], *, allowance: Allowance, phase: Phase) -> None:
+    """What a process that works alone does about them: nothing."""
+
 
 Stopped = Literal["budget", "perfect score", "no improvement", "no head-room", "search space exhausted", "trials"]
 Outcome = Literal["complete", "dropped", "failed", "forbidden"]
@@ -40,6 +55,8 @@ class SearchSettings:
         max_trials: Trials at most, free ones included.
         patience: Trials in a row without a new incumbent that end the study; None never does.
         p_threshold: Level of the racing rule, 0..1; 0 turns its statistical part off.
+        trials_at_once: Trials that race the incumbent together after the opening. What is found depends on it, not on
+            how many processes share the racing.
         opening_share: Share of the study's calls that its opening may use, 0..1; 0 races one by one from the start.
         stop_without_headroom: Whether a study ends when its opening shows nothing to gain.
     """
@@ -49,6 +66,7 @@ class SearchSettings:
     max_trials: int = 2000
     patience: int | None = 40
     p_threshold: float = 0.1
+    trials_at_once: int = 1
     opening_share: float = 0.5
     stop_without_headroom: bool = True
 
@@ -70,8 +88,10 @@ class Watchers:
         progress: Says how far it is.
         journal: Keeps every trial on disk.
         forbids: Says why a candidate must not be returned, or None; asked before it is scored and after every block.
+        ahead: Told which candidates will be scored on their next block, before the first of them is.
     """
 
     progress: Progress | None = None
     journal: StudyJournal | None = None
     forbids: Callable[[Candidate], str | None] = lambda candidate: None
+    ahead: Ahead = nobody_ahead

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("copa_harness")
 
-GROUNDINGS: tuple[str, ...] = ("all", "data", "program", "examples", "history", "weighty", "none")
-"""What the writer is shown beside the step and its current instruction: everything, one thing, or nothing."""
-
 _SHOWN_BY = {
     "data": ("data_summary",),
     "program": ("program_code", "program_description"),

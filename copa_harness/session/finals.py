@@ -14,9 +14,10 @@ from copa_harness.judge.gates import overall
 from copa_harness.results import GateResult, PhaseRecord, Usage
 from copa_harness.session.attributing import attributed, searches_both
 from copa_harness.session.blessing import baseline_name, candidate
+from copa_harness.session.checking import check_arguments
 from copa_harness.session.gating import ON_SCORES, Case
 from copa_harness.session.guarding import leakage_of
-from copa_harness.session.marker import GATES, check_arguments
+from copa_harness.session.marker import GATES
 from copa_harness.session.measuring import Measured, groups_of, measure
 from copa_harness.session.memory import Memory
 from copa_harness.session.optimizations import Optimized, fingerprints_of

@@ -1,21 +1,22 @@
-"""Arguments of the `copa` marker: checked by name and type, with a message that names the nearest known one.
+"""Arguments of the `copa` marker: which there are, what they mean, and which of them are gates.
 
-The same checks hold for gates given to `copa_run.check(...)` and, as defaults, in the ini file. Knows nothing of
-pytest, models or files; imports nothing heavy.
+Not reachable on purpose: what belongs to the task (`metric`, `finetune_data`, `teacher`), to the session (`journal`,
+`on_progress`), and `held_out_share`, which is a LoRA setting (`lora={"held_out_share": .1}`). Knows nothing of pytest,
+models or files; imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.budgets import parse_budget
+from copa_harness.optimize.choices import check_groundings, check_sampler
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.strategy import parse_strategy
+from copa_harness.session.checking import check_arguments
 from copa_harness.tune.settings import check_lora
 
 DEFAULT_STRATEGY = "p -> w -> p"
@@ -26,10 +27,17 @@ GATES = (
 )  # fmt: skip
 """Marker arguments that are gates; each has an ini default `copa_<name>`."""
 
+SEARCH = (
+    "max_cycles", "epsilon", "constraints", "prefer", "sampler", "patience", "trials_at_once", "max_demos",
+    "n_demo_sets", "bootstrap", "pass_score", "n_proposed", "groundings", "n_reflected", "transfer", "n_rounds",
+    "n_checkpoints", "epochs_with_demos", "epochs_bare", "bare_share", "optimizer_kwargs", "lora",
+)  # fmt: skip
+"""Marker arguments that are `COPA`'s and say how it searches."""
+
+_NAMES_IN_COPA = {"pass_score": "min_score"}  # a suite's min_score is a gate
+
 COMPARING = ("max_regression", "better_than")
 """Gates that compare example by example; those of a suite share one error rate."""
-
-
 
 
 def comparisons_in(code: Any) -> frozenset[str]:
@@ -73,6 +81,22 @@ class MarkerArguments:
         epsilon: Improvement per round below which an alternating strategy has converged, 0..1.
         constraints: Limits the returned program keeps: `{"max_prompt_tokens": 800, "forbidden_text": ["..."]}`.
         prefer: `"best"`, or `"cheapest within 1 point of best"` (also `shortest`, `fastest`).
+        sampler: Optuna's sampler: `"tpe"`, `"random"` or `"gp"`.
+        patience: Trials in a row without improvement that end a study.
+        trials_at_once: Candidates that race the best one together; more for processes that share a search.
+        max_demos: Demonstrations in the largest sets.
+        n_demo_sets: Demonstration sets proposed per predictor and round.
+        bootstrap: Whether demonstrations are taken from the program's own passing traces.
+        pass_score: Score from which a trace passes, 0..1 (`COPA`'s min_score).
+        n_proposed: Instructions asked of the prompt model per predictor and round.
+        groundings: What the prompt model may be shown: `["data", "history"]`; which of them is learned.
+        n_reflected: Examples whose wrong answers the prompt model reflects on; 0 does not.
+        transfer: Whether bare instructions are tried, to see which demonstrations they make redundant.
+        n_rounds: Rounds of proposing and searching in a prompt or joint step.
+        n_checkpoints: Earlier epochs of a training offered as weights besides its last.
+        epochs_with_demos: Passes over training rows that carry demonstrations.
+        epochs_bare: Passes over training rows without.
+        bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
         optimizer_kwargs: Arguments of DSPy optimizers by name: `{"miprov2": {"num_trials": 5}}`.
         lora: Settings of the fine-tuning by name: `{"rank": 8, "epochs": 3}`; see `LoraSettings`.
         undecided_fails: Whether gates that are undecided or not comparable fail the test.
@@ -99,6 +123,22 @@ class MarkerArguments:
     epsilon: float | None = None
     constraints: Mapping[str, Any] | None = None
     prefer: str | None = None
+    sampler: str | None = None
+    patience: int | None = None
+    trials_at_once: int | None = None
+    max_demos: int | None = None
+    n_demo_sets: int | None = None
+    bootstrap: bool | None = None
+    pass_score: float | None = None
+    n_proposed: int | None = None
+    groundings: Sequence[str] | None = None
+    n_reflected: int | None = None
+    transfer: bool | None = None
+    n_rounds: int | None = None
+    n_checkpoints: int | None = None
+    epochs_with_demos: int | None = None
+    epochs_bare: int | None = None
+    bare_share: float | None = None
     optimizer_kwargs: Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
     undecided_fails: bool | None = None
@@ -125,116 +165,15 @@ class MarkerArguments:
                 parse_budget(marker.budget)
             if marker.lora is not None:
                 check_lora(marker.lora)
+            if marker.sampler is not None:
+                check_sampler(marker.sampler)
+            if marker.groundings is not None:
+                check_groundings(marker.groundings)
         except ConfigurationError as error:
             raise ConfigurationError(f"copa marker: {error}") from None
         return marker
 
-
-def check_arguments(given: Mapping[str, Any], *, known: Sequence[str], where: str) -> None:
-    """Raise unless every argument is known and of a usable value; None is always usable.
-
-    Raises:
-        ConfigurationError: An unknown or ill-typed argument, by name, with the nearest known one.
-    """
-    for name, value in given.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigurationError(
-                f"{where}: unknown argument {name!r}.{meant} Known arguments: {', '.join(known)}."
-            )
-        accepts, expected = _CHECKS[name]
-        if value is not None and not accepts(value):
-            in_percent = accepts is _is_share and type(value) in (int, float) and 1 < value <= 100
-            meant = f"; write {value / 100:g} for {value:g} %" if in_percent else ""
-            raise ConfigurationError(f"{where}: {name}={value!r}; expected {expected}{meant}.")
-
-
-def parse_gate(name: str, text: str) -> Any:
-    """A gate's value as an ini file writes it.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    value: Any = text.strip()
-    if name == "undecided_fails":
-        value = {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}.get(value.lower(), value)
-    elif name != "better_than":
-        try:
-            number = float(value)
-            value = int(number) if name == "max_calls" and number.is_integer() else number
-        except ValueError:
-            pass  # the check below says what was expected
-    accepts, expected = _CHECKS[name]
-    if not accepts(value):
-        raise ConfigurationError(f"got {text!r}, expected {expected}.")
-    return value
-
-
-_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
-_SHARE = (_is_share, "a number from 0 to 1")
-_COUNT = (_is_count, "a whole number, 0 or more")
-_AMOUNT = (_is_amount, "a number, 0 or more")
-_POSITIVE = (_is_positive, "a whole number, 1 or more")
-_MODEL = (_is_text, "a model, for instance 'embedded', 'hf:<path>' or 'openai/<name>'")
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "strategy": (_is_text, "a strategy, for instance 'p -> w -> p'"),
-    "budget": (
-        lambda value: _is_text(value) or _is_positive(value),
-        "'light', 'medium', 'heavy', 'calls=500,usd=2' or a number",
-    ),
-    "min_score": _SHARE,
-    "max_regression": _SHARE,
-    "max_calls": _COUNT,
-    "max_tokens": _AMOUNT,
-    "max_usd": _AMOUNT,
-    "max_seconds": _AMOUNT,
-    "max_cost_per_answer": _AMOUNT,
-    "max_error_rate": _SHARE,
-    "min_pass_all": _SHARE,
-    "better_than": (_is_text, "the name of a strategy or baseline, for instance 'none'"),
-    "lm": _MODEL,
-    "prompt_lm": _MODEL,
-    "seed": _COUNT,
-    "threads": _POSITIVE,
-    "constrain": (lambda value: isinstance(value, bool), "True or False"),
-    "max_cycles": _POSITIVE,
-    "epsilon": _SHARE,
-    "constraints": (
-        lambda value: isinstance(value, Mapping) and bool(value),
-        "a dictionary of limits, for instance {'max_prompt_tokens': 800}",
-    ),
-    "prefer": (_is_text, "'best' or 'cheapest within 1 point of best'"),
-    "optimizer_kwargs": (
-        lambda value: isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values()),
-        "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",
-    ),
-    "lora": (
-        lambda value: isinstance(value, Mapping),
-        "a dictionary of LoRA settings, for instance {'rank': 8, 'epochs': 3}",
-    ),
-    "undecided_fails": (lambda value: isinstance(value, bool), "True or False"),
-}
+    def search_settings(self) -> dict[str, Any]:
+        """Arguments of `COPA` by name, and no word about what is left to the optimizer."""
+        given = {_NAMES_IN_COPA.get(name, name): getattr(self, name) for name in SEARCH}
+        return {name: value for name, value in given.items() if value is not None}

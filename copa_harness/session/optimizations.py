@@ -2,7 +2,8 @@
 
 The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
 package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
-made, under a lock that other processes wait for. One found on disk costs no call, no training step and no import of
+made: together with other processes that need it too where that can be (see `optimize.sharing`), under a lock that they
+wait for where not. One found on disk costs no call, no training step and no import of
 torch or Optuna. Knows nothing of gates, records or pytest, and never sees a test split.
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import dspy
 
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.optimize.copa import COPA
     from copa_harness.optimize.outcome import OptimizationResult
     from copa_harness.tasks.task import Task
 
@@ -86,7 +88,7 @@ class Optimizations:
         from copa_harness.store.stages import StageStore
 
         self._directory, self._on_progress = directory, on_progress
-        self._stages = StageStore(directory / "stages")
+        self._stages, self._locks = StageStore(directory / "stages"), directory / "stages" / "locks"
         self._made: dict[str, Optimized] = {}
 
     def get(
@@ -103,7 +105,7 @@ class Optimizations:
         """
         key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
         if key not in self._made:
-            with told_if_full(self._directory, task.name), alone(self._directory / "stages" / "locks", key):
+            with told_if_full(self._directory, task.name):
                 self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
         return self._made[key]
 
@@ -135,8 +137,8 @@ class Optimizations:
         settings: Settings,
         marker: MarkerArguments,
     ) -> Optimized:
+        """Made by this process: together with others that need the same, or by the first of them while they wait."""
         from copa_harness.optimize.copa import COPA
-        from copa_harness.store.stages import hash_json
 
         strategy = marker.strategy or DEFAULT_STRATEGY
         optimizer = COPA(
@@ -150,17 +152,25 @@ class Optimizations:
             finetune_data=task.finetune_data,
             journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
             on_progress=self._on_progress,
-            **_search_settings(marker),
+            **marker.search_settings(),
         )
+        if optimizer.can_be_shared(task.program, n_train=len(task.trainset), n_validation=len(task.valset)):
+            return self._made_by(optimizer, key, task, lm, settings)
+        with alone(self._locks, key):
+            return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
+
+    def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
+        from copa_harness.store.stages import hash_json
+
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
         cut_short = _cut_short(result, settings)
         if cut_short:
-            # Another session may have more to spend: this one's is kept apart and never taken for the finished one.
-            key = hash_json([key, "cut short", result.to_json()])
-        elif result.state is not None:
-            keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
-        finished = self._finished(key, task, program, lm, result, from_disk=False)
+            key = hash_json([key, "cut short", result.to_json()])  # another session may have more to spend
+        with alone(self._locks, f"keep-{key}"):
+            if result.state is not None and not cut_short and self._stages.get(key) is None:
+                keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
+            finished = self._finished(key, task, program, lm, result, from_disk=False)
         finished.cut_short = cut_short
         return finished
 
@@ -244,6 +254,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
     from copa_harness.report.surroundings import versions
     from copa_harness.store.stages import hash_json
 
+    lora = marker.lora and {**marker.lora, "processes": None}  # how many train together changes no result
     return hash_json(
         {
             "task": task_fingerprint(task),
@@ -253,7 +264,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
             "budget": settings.budget.ceilings,
             "seed": settings.seed,
-            "search": _search_settings(marker),
+            "search": {**marker.search_settings(), **({"lora": lora} if lora else {})},
             "versions": versions(PACKAGES),
             "source": _own_source(),
         }
@@ -263,14 +274,6 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
 def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
     """Whether the ceilings of the whole session, not the run's own, ended a search."""
     return settings.total_budget is not None and result.exhausted and result.charged_calls < settings.budget.calls
-
-
-def _search_settings(marker: MarkerArguments) -> dict[str, Any]:
-    """What the marker says about the search, and no word about what it leaves to the optimizer."""
-    names = ("max_cycles", "epsilon", "constraints", "prefer", "optimizer_kwargs")
-    lora = marker.lora and {**marker.lora, "processes": None}  # they change no result
-    given = {**{name: getattr(marker, name) for name in names}, "lora": lora}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 @cache

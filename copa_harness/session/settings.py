@@ -17,7 +17,8 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.local_devices import checked_device, checked_dtype
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.results import Budget
-from copa_harness.session.marker import DEFAULT_STRATEGY, GATES, MarkerArguments, parse_gate
+from copa_harness.session.checking import parse_gate
+from copa_harness.session.marker import DEFAULT_STRATEGY, GATES, MarkerArguments
 
 __all__ = ["DEFAULT_LM", "DEFAULT_STRATEGY", "MarkerArguments", "Setting", "Settings"]
 

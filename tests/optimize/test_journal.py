@@ -13,7 +13,8 @@ from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
-from copa_harness.optimize.journal import journal_at, open_journal
+from copa_harness.optimize.journal import open_journal
+from copa_harness.optimize.sharing import alone_at
 
 
 def optimized(toy, path, *, lm=None, **settings):
@@ -143,7 +144,7 @@ def test_something_else_in_its_place_is_refused(toy, tmp_path):
         optimized(toy, path)
 
 
-def test_two_processes_do_not_write_one_journal_at_once(toy, tmp_path):
+def test_a_journal_that_another_optimization_is_writing_is_refused(toy, tmp_path):
     path = tmp_path / "journal.jsonl"
-    with journal_at(path), pytest.raises(ConfigurationError, match="another process is writing"):
+    with alone_at(path), pytest.raises(ConfigurationError, match="another process is writing"):
         optimized(toy, path)

@@ -9,11 +9,12 @@ from copa_harness.lm.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.choices import GROUNDINGS
 from copa_harness.optimize.knowledge import Knowledge
 from copa_harness.optimize.learning import Evidence
 from copa_harness.optimize.proposals import ProposalSettings, propose_instructions
 from copa_harness.optimize.reflection import find_failures, suspects
-from copa_harness.optimize.writing import GROUNDINGS, TIPS, program_code
+from copa_harness.optimize.writing import TIPS, program_code
 from copa_harness.results import Phase
 
 
