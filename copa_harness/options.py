@@ -44,6 +44,8 @@ OPTIONS: dict[str, tuple[str, str]] = {
 SWITCHES: dict[str, str] = {
     "constrain": "output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated "
                  "text; local models only [default: off]",
+    "allow-pickled-weights": "read weights that come as a pickle only (pytorch_model.bin), once, with torch's "
+                             "restricted unpickler, and keep them as safetensors [default: off, they are refused]",
     "sequential": "evaluate examples in a random order and stop as soon as the gates are decided [default: off]",
 }  # fmt: skip
 """Name and help of options without a value that have twins too."""

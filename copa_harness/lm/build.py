@@ -33,6 +33,9 @@ HF_MAX_TOKENS = 512
 LORA_FOLDER = "lora"
 """Folder of the LoRA adapters inside the cache directory."""
 
+REWRITTEN_FOLDER = "safetensors"
+"""Folder, inside the cache directory, of models whose weights came as a pickle."""
+
 _KEYS = {
     "hosted_vllm": "HOSTED_VLLM_API_KEY",
     "ollama": "OLLAMA_API_KEY",
@@ -52,6 +55,7 @@ def build_lm(
     worker: int | None = None,
     dtype: str | None = None,
     chat_template: Path | None = None,
+    allow_pickled_weights: bool = False,
     constrain: bool = False,
     api_base: str | None = None,
     base_weights: str | None = None,
@@ -69,6 +73,9 @@ def build_lm(
             open, each gets one of its own. None if this process may use them all.
         dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
         chat_template: File with a Jinja template that replaces the model's own. Local models only.
+        allow_pickled_weights: Weights that come as a pickle only (`pytorch_model.bin`) are read once, by torch's
+            restricted unpickler, and kept as safetensors in the folder `safetensors` of the cache directory; otherwise
+            they are refused. Models with weights here only.
         constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constrained`. Local
             models only.
         api_base: URL of the endpoint. Endpoint models only.
@@ -81,6 +88,7 @@ def build_lm(
     Raises:
         ConfigurationError: The name means nothing, or a setting does not fit the kind of model.
     """
+    rewrite_in = Path(cache_dir) / REWRITTEN_FOLDER if allow_pickled_weights else None
     if spec == "embedded" or spec.startswith("hf:"):
         if api_base is not None:
             raise ConfigurationError(
@@ -97,10 +105,13 @@ def build_lm(
                 "worker": worker,
                 "dtype": dtype,
                 "chat_template": _template_text(chat_template),
+                "rewrite_pickled_in": rewrite_in,
             },
             lm_kwargs={"constrain": constrain, **lm_kwargs},
         )
-    local_only = {"device": device, "dtype": dtype, "chat_template": chat_template}
+    local_only: dict[str, Any] = {"device": device, "dtype": dtype, "chat_template": chat_template}
+    if allow_pickled_weights and base_weights is None:
+        local_only["allow_pickled_weights"] = True
     given = [f"{name}={value!r}" for name, value in local_only.items() if value is not None]
     if given:
         raise ConfigurationError(
@@ -131,6 +142,7 @@ def build_lm(
         lora_dir=Path(cache_dir) / LORA_FOLDER,
         served_lora_path=served_lora_path,
         worker=worker,
+        rewrite_pickled_in=rewrite_in,
     )
     return lm.copy(engine=engine)
 

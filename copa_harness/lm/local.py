@@ -43,6 +43,7 @@ class TransformersEngine:
         dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
         max_batch: most requests generated together.
         chat_template: Jinja text that replaces the folder's chat template.
+        rewrite_pickled_in: see `resolve_model_directory`.
     """
 
     can_constrain = True
@@ -58,6 +59,7 @@ class TransformersEngine:
         dtype: str | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
         chat_template: str | None = None,
+        rewrite_pickled_in: Path | None = None,
     ) -> None:
         if max_batch < 1:
             raise ConfigurationError(f"got max_batch={max_batch}; expected at least 1")
@@ -67,7 +69,7 @@ class TransformersEngine:
         self._path = path
         self._device, self._worker = checked_device(device), worker
         self._max_batch = max_batch
-        self._chat_template = chat_template
+        self._chat_template, self._rewrite_in = chat_template, rewrite_pickled_in
         self._lock = threading.RLock()
         self._directory: Path | None = None
         self._lora_directories: dict[str, Path] = {}
@@ -87,7 +89,7 @@ class TransformersEngine:
         """The model folder."""
         with self._lock:
             if self._directory is None:
-                self._directory = resolve_model_directory(self._path)
+                self._directory = resolve_model_directory(self._path, rewrite_pickled_in=self._rewrite_in)
             return self._directory
 
     @property

@@ -20,7 +20,7 @@ from copa_harness.errors import ArtifactError, ConfigurationError
 FINGERPRINT_SCHEMA = 1
 """Raise when the engine itself starts to answer differently from equal files."""
 
-_SHAPING_FILES = (
+SHAPING_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -34,6 +34,7 @@ _SHAPING_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+"""Files beside the weights that shape a model's answers, where a folder has them."""
 
 Stamp = tuple[tuple[int, int], ...]
 """(mtime in ns, size in bytes) of several paths."""
@@ -97,18 +98,36 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (status.st_mtime_ns, status.st_size)
 
 
-def resolve_model_directory(path: Path | str) -> Path:
+def resolve_model_directory(path: Path | str, *, rewrite_pickled_in: Path | None = None) -> Path:
     """The folder that holds a model: `path` itself, or the local snapshot of a Hugging Face id.
 
     An id that is not in the Hugging Face cache yet is fetched (safetensors, tokenizer and configuration
     only), unless `HF_HUB_OFFLINE=1`; that is the one place where this package may use the network.
 
+    Args:
+        path: a folder or an id.
+        rewrite_pickled_in: where weights that come as a pickle only are kept as safetensors (see `local_pickled`); None
+            leaves them alone, and they are refused when they are to be read.
+
     Raises:
-        ConfigurationError: neither a model folder nor an id that can be had.
+        ConfigurationError: neither a model folder nor an id that can be had, or a pickle that holds more than tensors.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
-        return directory.resolve()
+        directory = directory.resolve()
+    else:
+        directory = _snapshot(path, ())
+        if rewrite_pickled_in is not None and not any(directory.glob("*.safetensors")):
+            directory = _snapshot(path, ("pytorch_model*.bin",))
+    if rewrite_pickled_in is None:
+        return directory
+    from copa_harness.lm.local_pickled import rewritten
+
+    return rewritten(directory, keep_in=rewrite_pickled_in)
+
+
+def _snapshot(path: Path | str, more_patterns: Sequence[str]) -> Path:
+    directory = Path(path).expanduser()
     spec = os.fspath(path)
     if directory.is_absolute() or spec.count("/") != 1 or spec.startswith("."):
         raise ConfigurationError(
@@ -118,18 +137,32 @@ def resolve_model_directory(path: Path | str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", *more_patterns]
     try:
-        return Path(snapshot_download(spec, allow_patterns=patterns, local_files_only=True))
+        found = Path(snapshot_download(spec, allow_patterns=patterns, local_files_only=True))
+        if has_all_weights(found, more_patterns or ("*.safetensors",)):
+            return found
     except LocalEntryNotFoundError:
-        pass  # not fetched yet: the next call does
+        pass  # not fetched yet, or not to the end: the next call does
     try:
         return Path(snapshot_download(spec, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
-            f"got hf:{spec}, which is not in the Hugging Face cache and could not be fetched ({error}); "
-            "remedy: check the id and the connection, or download it and give the folder"
+            f"got hf:{spec}, which is not, or not completely, in the Hugging Face cache and could not be fetched "
+            f"({error}); remedy: check the id and the connection, or download it and give the folder"
         ) from error
+
+
+def has_all_weights(directory: Path, patterns: Sequence[str]) -> bool:
+    """Whether a folder has weights of such names and every file that an index of theirs lists."""
+    if not any(any(directory.glob(pattern)) for pattern in patterns):
+        return False
+    for pattern in patterns:
+        for index in directory.glob(f"{pattern}.index.json"):
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all((directory / name).exists() for name in set(listed)):
+                return False
+    return True
 
 
 def base_fingerprint(directory: Path, *, dtype: str, chat_template: str | None = None) -> str:
@@ -173,9 +206,11 @@ def _shaping_files(directory: Path) -> list[Path]:
         found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
         raise ConfigurationError(
             f"got the folder {directory} with {found}; expected config.json and *.safetensors "
-            "(pickled weights such as pytorch_model.bin are refused); remedy: convert with "
-            "`model.save_pretrained(folder)`, which writes safetensors"
+            "(pickled weights such as pytorch_model.bin can run code when they are read, and are refused); remedy: "
+            "rewrite them with `model.save_pretrained(folder)`, which writes safetensors, or insist with "
+            "--copa-allow-pickled-weights or build_lm(..., allow_pickled_weights=True): they are then read once by "
+            "torch's restricted unpickler and kept as safetensors"
         )
-    files = [*weights, *(directory / name for name in _SHAPING_FILES if (directory / name).is_file())]
+    files = [*weights, *(directory / name for name in SHAPING_FILES if (directory / name).is_file())]
     files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
     return files

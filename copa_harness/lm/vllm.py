@@ -258,7 +258,7 @@ def vllm_engine(
     clients: dict[str, Any],
     lora_dir: Path,
     served_lora_path: str | None = None,
-    worker: int | None = None,
+    **settings: Any,
 ) -> VllmEngine:
     """The engine of a served model whose weights can be tuned.
 
@@ -269,7 +269,7 @@ def vllm_engine(
         clients: Client settings of the LM (`api_base`, `api_key`).
         lora_dir: Where adapters are kept.
         served_lora_path: Where the server sees that folder.
-        worker: See `build_lm`.
+        **settings: More of the `TransformersEngine` that holds the weights.
 
     Raises:
         ConfigurationError: Nobody says where the server is.
@@ -288,7 +288,7 @@ def vllm_engine(
     return VllmEngine(
         endpoint,
         server=VllmServer(str(url), api_key=None if key is None else str(key)),
-        weights=TransformersEngine(base_weights, name=model, lora_dir=lora_dir, worker=worker),
+        weights=TransformersEngine(base_weights, name=model, lora_dir=lora_dir, **settings),
         source=str(base_weights),
         served_lora_path=served_lora_path,
     )

@@ -119,6 +119,8 @@ def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrai
         if _is_local(name)
         else {}
     )
+    if settings.allow_pickled_weights and (weights is not None or _is_local(name)):
+        of_local_models["allow_pickled_weights"] = True
     lm = build_lm(
         name,
         door=door,

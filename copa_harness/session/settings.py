@@ -53,6 +53,7 @@ class Settings:
         device: Where a local model runs; None leaves it to the engine.
         dtype: Arithmetic of a local model; None is float32.
         chat_template: File that replaces a local model's own chat template.
+        allow_pickled_weights: Read weights that come as a pickle only, once and restrictedly.
         api_base: URL of the endpoint, for models that have one.
         base_weights: `hf:<path or id>`: a copy of the weights that a vLLM server runs as `lm`, to be fine-tuned.
         served_lora_path: Where that server sees the folder of LoRA adapters; None if it sees it where it is.
@@ -84,6 +85,7 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     chat_template: Path | None = None
+    allow_pickled_weights: bool = False
     api_base: str | None = None
     base_weights: str | None = None
     served_lora_path: str | None = None
@@ -241,6 +243,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "device": checked_device,
     "dtype": checked_dtype,
     "chat_template": _text,
+    "allow_pickled_weights": _switch,
     "cache_dir": _text,
     "report_dir": _text,
     "baseline_dir": _text,
