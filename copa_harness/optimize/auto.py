@@ -58,7 +58,7 @@ def choose_strategy(
     said = f"{n} labelled example{'' if n == 1 else 's'}"
     if n < FEW:
         if not has_prompt_lm:
-            return Choice("p", f"{said} are too few to show, and MIPROv2 needs a prompt LM, which was not given")
+            return Choice("p", f"{said} are too few to show, and without a prompt LM MIPROv2 has no writer")
         zero_shot = {"max_bootstrapped_demos": 0, "max_labeled_demos": 0}
         return Choice("miprov2", f"{said} are too few to show: zero-shot", {"miprov2": zero_shot})
     if n < MANY:

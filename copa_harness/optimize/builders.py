@@ -16,8 +16,9 @@ from dspy import teleprompt
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize import writers
-from copa_harness.optimize.arguments import data_of, parameters_of, split_kwargs
+from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
 from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
+from copa_harness.optimize.schema import is_fully_labelled
 
 
 def build(job: OptimizerJob) -> Built:
@@ -65,10 +66,12 @@ def _random_search(job: OptimizerJob, *, calls: int | None = None) -> Built:
     optimizer, kwargs = split_kwargs(
         job, teleprompt.BootstrapFewShotWithRandomSearch, ours=ours, at_compile=data_of(job)
     )
-    return Built(optimizer, kwargs, note=f"sized to {n} + 3 candidate programs")
+    return Built(optimizer, kwargs, note=sized(job, f"{n} + 3 candidate programs", "num_candidate_programs"))
 
 
 def _optuna(job: OptimizerJob) -> Built:
+    from copa_harness.optimize.demo_study import SeededDemoStudy
+
     n = max(1, min(64, job.calls // job.val_cost))
     ours = {
         "metric": job.scored,
@@ -78,12 +81,10 @@ def _optuna(job: OptimizerJob) -> Built:
         "num_threads": job.threads,
     }
     optimizer, kwargs = split_kwargs(
-        job,
-        teleprompt.BootstrapFewShotWithOptuna,
-        ours=ours,
-        at_compile={**data_of(job), "max_demos": max(1, min(4, job.n_demos))},
+        job, SeededDemoStudy, ours=ours, at_compile={**data_of(job), "max_demos": max(1, min(4, job.n_demos))}
     )
-    return Built(optimizer, kwargs, note=f"sized to {n} trials")
+    optimizer.seed = job.seed
+    return Built(optimizer, kwargs, note=sized(job, f"{n} trials", "num_candidate_programs"))
 
 
 def _knn(job: OptimizerJob) -> Built:
@@ -93,11 +94,24 @@ def _knn(job: OptimizerJob) -> Built:
     unknown = sorted(set(job.kwargs) - known)
     if unknown:
         raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
-    k = int(job.kwargs.get("k", max(1, job.n_demos)))
+    k = min(int(job.kwargs.get("k", max(1, job.n_demos))), len(job.trainset))
+    # Labels show all there is unless a predictor has outputs that the examples lack (reasoning, an earlier stage's).
+    signatures = [predictor.signature for _, predictor in job.incumbent.template.named_predictors()]
+    wanted = 0 if all(is_fully_labelled(signature, job.trainset) for signature in signatures) else k
+    n_bootstrapped = int(job.kwargs.get("max_bootstrapped_demos", wanted))
+    affordable = job.train_cost <= job.calls
     optimizer = NeighboursOptimizer(
-        trainset=job.trainset, metric=job.scored, **{**job.kwargs, "k": min(k, len(job.trainset))}
+        job,
+        k=k,
+        vectorizer=job.kwargs.get("vectorizer"),
+        max_bootstrapped_demos=n_bootstrapped if affordable else 0,
+        max_labeled_demos=job.kwargs.get("max_labeled_demos"),
+        teacher=teacher_for(job),
     )
-    return Built(optimizer, structure=f"knn_fewshot {optimizer.name}")
+    note = optimizer.name
+    if n_bootstrapped and not affordable:
+        note += f" (running the {len(job.trainset)} training examples is not affordable)"
+    return Built(optimizer, structure=f"knn_fewshot {optimizer.name}", note=note)
 
 
 def _finetune(job: OptimizerJob) -> Built:
@@ -123,6 +137,7 @@ def _together(job: OptimizerJob) -> Built:
     optimizer = teleprompt.BetterTogether(metric=job.scored, p=PromptStep(prompt.optimizer), w=FinetuneStep(bare))
     kwargs = {
         **data_of(job),
+        "teacher": teacher_for(job),
         "strategy": strategy,
         "num_threads": job.threads,
         "max_errors": MAX_ERRORS,

@@ -33,6 +33,8 @@ def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], 
             "the budget does not pay for scoring the program as written: its costs could not be measured, and no limit "
             "on them can be kept; raise the budget"
         )
+    if not run.validation.is_complete(run.incumbent):  # the budget did not pay for a score; words can still be kept
+        run.incumbent = run.constraints.completed_candidate(run.incumbent)
     allowed = [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
     if run.forbids(run.incumbent) is not None:
         if not allowed:

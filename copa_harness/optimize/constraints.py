@@ -61,6 +61,22 @@ class Constraints:
         """The candidate with every instruction completed."""
         return candidate.with_instructions({p.predictor: self.completed(p.instruction) for p in candidate.parts})
 
+    def repaired(self, candidate: Candidate) -> Candidate:
+        """The candidate with every instruction completed, without demonstrations that hold a forbidden text."""
+        if not self.any:
+            return candidate
+        kept = {p.predictor: tuple(demo for demo in p.demos if self.allows(demo)) for p in candidate.parts}
+        return self.completed_candidate(candidate.with_demos(kept))
+
+    def allows(self, demo: Any) -> bool:
+        """Whether an example or demonstration holds no forbidden text."""
+        said = [str(plain(value)).casefold() for value in dict(demo).values()]
+        return not any(text.casefold() in one for text in self.forbidden_text for one in said)
+
+    def allowed_examples(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """The examples that may be shown; all of them when none may, so that what shows none can still learn."""
+        return [example for example in examples if self.allows(example)] or examples
+
     def broken_by_text(self, candidate: Candidate) -> str | None:
         """Which limit on words a candidate breaks, or None."""
         for part in candidate.parts:

@@ -38,6 +38,7 @@ from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.steps import execute
 from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, StepKind, parse_strategy
+from copa_harness.optimize.students import models_in
 from copa_harness.optimize.study import SearchSettings
 from copa_harness.optimize.weights import WeightsSettings, is_tunable
 from copa_harness.results import Budget
@@ -223,7 +224,7 @@ class COPA(Teleprompter):
             )
         train, validation_examples = splits_of(trainset, valset, steps=self.steps, seed=self.settings.seed)
         candidate = Candidate.of(thawed(student), lm=self.lm or dspy.settings.lm)
-        for lm in self._all_lms(candidate):
+        for lm in (*self._all_lms(candidate), *models_in(teacher)):
             check_metered(lm)
         steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
         observe = self.constraints.measured or self.preference is not None

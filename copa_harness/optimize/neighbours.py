@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import dspy
 import numpy as np
 from dspy.predict.knn import KNN
 from dspy.teleprompt.teleprompt import Teleprompter
-from dspy.utils.exceptions import AdapterParseError
 
-from copa_harness.optimize.demos import labelled_pool
+from copa_harness.evaluate.runner import run_examples
+from copa_harness.optimize.demos import labelled_pool, traced_pools
+from copa_harness.results import Phase
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.registry import OptimizerJob
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
@@ -58,91 +62,116 @@ def _numbers(text: str) -> list[float]:
 
 
 class _Neighbours:
-    """What a program needs to find its demonstrations; shared by copies of the program."""
+    """What a program needs to find its demonstrations; shared by copies of the program.
 
-    def __init__(self, knn: KNN, *, metric: Callable[..., Any], max_bootstrapped: int, max_labeled: int) -> None:
-        self.knn, self.metric = knn, metric
-        self.max_bootstrapped, self.max_labeled = max_bootstrapped, max_labeled
+    Attributes:
+        knn: Inputs to training examples.
+        traces: By identity of a training example, its demonstrations by predictor: what the program itself did with it.
+        n_traced: Neighbours whose traces are shown.
+        n_labeled: Demonstrations in all, labelled rows after the traces.
+        shows: Whether a demonstration may be shown.
+    """
+
+    def __init__(
+        self,
+        knn: KNN,
+        *,
+        traces: Mapping[int, Mapping[str, dspy.Example]],
+        n_traced: int,
+        n_labeled: int,
+        shows: Callable[[Any], bool],
+    ) -> None:
+        self.knn, self.traces, self.shows = knn, traces, shows
+        self.n_traced, self.n_labeled = n_traced, n_labeled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Neighbours:
         return self
 
+    def demos(self, name: str, signature: Any, inputs: Mapping[str, Any]) -> list[dspy.Example]:
+        """The demonstrations of one predictor for these inputs of the program; never the very same inputs."""
+        nearest = [one for one in self.knn(**inputs) if dict(one.inputs()) != dict(inputs)]
+        with_trace = [one for one in nearest if name in self.traces.get(id(one), {})][: self.n_traced]
+        traced = [self.traces[id(one)][name] for one in with_trace]
+        shown = {id(one) for one in with_trace}
+        others = [one for one in nearest if id(one) not in shown]
+        labelled = [demo for demo, _ in labelled_pool(signature, others)][: max(0, self.n_labeled - len(traced))]
+        return [demo for demo in (*traced, *labelled) if self.shows(demo)]
+
 
 def _forward(program: Any, **inputs: Any) -> Any:
-    """Answer with demonstrations chosen for these inputs."""
+    """Answer with demonstrations chosen for these inputs; the trace is told in the program's own predictors."""
     neighbours: _Neighbours = program._copa_neighbours
-    nearest = neighbours.knn(**inputs)
     plain = program.deepcopy()
     del plain.forward  # the class's own
-    made = _bootstrapped(plain, nearest, neighbours) if neighbours.max_bootstrapped else {}
+    own = dict(program.named_predictors())
+    outer_of = {}
     for name, predictor in plain.named_predictors():
-        own = made.get(name, [])
-        labelled = [demo for demo, _ in labelled_pool(predictor.signature, nearest[: neighbours.max_labeled])]
-        predictor.demos = [*own, *labelled[: max(0, neighbours.max_labeled - len(own))]]
-    return plain(**inputs)
-
-
-def _bootstrapped(
-    plain: dspy.Module, nearest: Sequence[dspy.Example], neighbours: _Neighbours
-) -> dict[str, list[dspy.Example]]:
-    """Demonstrations from the program's own answers to its neighbours, where the metric passes them."""
-    names = {id(predictor): name for name, predictor in plain.named_predictors()}
-    found: dict[str, list[dspy.Example]] = {name: [] for name in names.values()}
-    for example in nearest[: neighbours.max_bootstrapped]:
-        trace: list[Any] = []
+        predictor.demos = neighbours.demos(name, predictor.signature, inputs)
+        outer_of[id(predictor)] = own[name]
+    outer, trace = dspy.settings.trace, []  # type: Any, list[Any]
+    with dspy.context(trace=trace):
         try:
-            with dspy.context(trace=trace):
-                prediction = plain(**example.inputs())
-        except AdapterParseError:
-            continue
-        if neighbours.metric(example, prediction, trace) < 1.0:
-            continue
-        for predictor, given, outputs in trace:
-            if id(predictor) in names:
-                demo = dspy.Example(augmented=True, **given, **dict(outputs.items()))
-                found[names[id(predictor)]].append(demo)
-    return found
+            return plain(**inputs)
+        finally:
+            if outer is not None:
+                outer.extend((outer_of.get(id(predictor), predictor), *rest) for predictor, *rest in trace)
 
 
 class NeighboursOptimizer(Teleprompter):
     """KNNFewShot as an optimizer with the usual `compile(student)`.
 
-    DSPy's own runs a whole BootstrapFewShot, progress bars included, for every input; here its retriever is used and
-    the demonstrations are put in directly.
+    DSPy's own runs a whole BootstrapFewShot, progress bars included, for every input; here its retriever is used, the
+    program (or its teacher) is run on the training examples once, and their demonstrations are put in directly: in use
+    an answer costs no more calls than the program's own.
 
     Args:
-        trainset: Where neighbours come from.
-        metric: Decides which bootstrapped traces pass.
+        job: Examples, metric and threads.
         k: Neighbours per input.
         vectorizer: Texts to vectors; default `TextVectors`.
-        max_bootstrapped_demos: Demonstrations made by running the program on neighbours, one run each; 0 shows the
-            labels alone.
+        max_bootstrapped_demos: Neighbours shown as the program answered them, where that passed; 0 runs nothing.
         max_labeled_demos: Demonstrations in all, default `k`.
+        teacher: Program that is run on the training examples instead of the student; has the same predictors.
     """
 
     def __init__(
         self,
+        job: OptimizerJob,
         *,
-        trainset: Sequence[dspy.Example],
-        metric: Callable[..., Any],
         k: int,
         vectorizer: Callable[[list[str]], Any] | None = None,
         max_bootstrapped_demos: int = 0,
         max_labeled_demos: int | None = None,
+        teacher: dspy.Module | None = None,
     ) -> None:
         super().__init__()
-        texts = [" | ".join(f"{key}: {value}" for key, value in example.inputs().items()) for example in trainset]
+        self._job, self._teacher = job, teacher
+        texts = [" | ".join(f"{key}: {value}" for key, value in example.inputs().items()) for example in job.trainset]
         self.name = f"k={k}, {'own' if vectorizer is None else 'given'} vectors, {max_bootstrapped_demos} bootstrapped"
-        self._neighbours = _Neighbours(
-            KNN(k, list(trainset), vectorizer or TextVectors(texts)),
-            metric=metric,
-            max_bootstrapped=max_bootstrapped_demos,
-            max_labeled=k if max_labeled_demos is None else max_labeled_demos,
-        )
+        self._knn = KNN(k, list(job.trainset), vectorizer or TextVectors(texts))
+        self._n_traced, self._n_labeled = max_bootstrapped_demos, k if max_labeled_demos is None else max_labeled_demos
 
     def compile(self, student: dspy.Module, **kwargs: Any) -> dspy.Module:
         """The student with demonstrations chosen per input."""
         program = student.deepcopy()
-        program._copa_neighbours = self._neighbours
+        program._copa_neighbours = _Neighbours(
+            self._knn,
+            traces=self._traces(self._teacher or student) if self._n_traced else {},
+            n_traced=self._n_traced,
+            n_labeled=self._n_labeled,
+            shows=self._job.shows,
+        )
         program.forward = types.MethodType(_forward, program)
         return program
+
+    def _traces(self, program: dspy.Module) -> dict[int, dict[str, dspy.Example]]:
+        """By identity of a training example the demonstrations of a run that passed."""
+        job = self._job
+        runs = run_examples(
+            program, job.trainset, metric=job.scored, split="train", phase=Phase.BOOTSTRAP, threads=job.threads,
+            trace_to_metric=True, raise_if_nothing_works=False,
+        )  # fmt: skip
+        found: dict[int, dict[str, dspy.Example]] = {}
+        for example, run in zip(job.trainset, runs, strict=True):
+            pools = traced_pools(program, [example], [run], min_score=job.min_score)
+            found[id(example)] = {name: pool[0][0] for name, pool in pools.items() if pool}
+        return found

@@ -2,8 +2,8 @@
 
 What DSPy 3.4 does on its own, and what is done about it here:
 
-* Demo optimizers refuse a program marked compiled, and return programs whose predictors lost their model: the mark is
-  cleared, models are put back (a `p` after a `w` then works on the tuned model).
+* Demo optimizers refuse a program marked compiled, and drop the predictors' models: the mark is cleared and models are
+  kept (`students`), so a `p` after a `w` works on the tuned model, and every stage on its own.
 * A spent budget must stop an optimizer that swallows exceptions: `BudgetExhausted` is no `Exception`, and the best
   program of its complete evaluations is recovered through a callback.
 * BetterTogether logs a failed step and returns a program flagged `flag_compilation_error_occurred`: raised here.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,10 @@ from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.scope import current_scope
 from copa_harness.optimize.allowance import Allowance, step_scope
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.forgiving import ProposalCount, forgiving
 from copa_harness.optimize.quiet import quiet
+from copa_harness.optimize.students import models_in, ready
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")
@@ -58,6 +60,10 @@ class OptimizerJob:
         seed: Of the optimizer's random choices, where it has a seed.
         n_demos: Demonstrations per predictor at most.
         kwargs: The user's own arguments, which win over the sizes chosen here.
+        teacher: Program to bootstrap from, for optimizers that take one; the incumbent itself by default.
+        min_score: Score from which a bootstrapped answer passes, 0..1.
+        shows: Whether a demonstration may be shown, for programs that choose theirs per input.
+        proposals: Counts the instructions asked for, and those that could not be used.
     """
 
     name: str
@@ -72,6 +78,10 @@ class OptimizerJob:
     seed: int = 0
     n_demos: int = 9
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher: dspy.Module | None = None
+    min_score: float = 1.0
+    shows: Callable[[Any], bool] = lambda demo: True
+    proposals: ProposalCount = field(default_factory=ProposalCount)
 
     @property
     def task_lm(self) -> Any:
@@ -108,10 +118,17 @@ class OptimizerJob:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerOutcome:
-    """What an optimizer found (None when stopped before its first complete evaluation), and sentences about it."""
+    """What an optimizer found.
+
+    Attributes:
+        candidate: Its result, or the best program it had fully evaluated when the budget ended it; None without any.
+        notes: Sentences about it.
+        others: The other programs it fully evaluated, best first.
+    """
 
     candidate: Candidate | None
     notes: tuple[str, ...] = ()
+    others: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +152,32 @@ class Built:
     note: str = ""
 
 
-class _BestEvaluation(BaseCallback):
-    """Remembers the best program of the complete evaluations on the whole validation split."""
+class _Evaluations(BaseCallback):
+    """Remembers the programs of the complete evaluations: those on the largest part of the validation split so far.
+
+    Minibatches are left out that way, and an optimizer that takes a part of a large split for the whole (MIPROv2's
+    `auto`) is understood.
+    """
 
     def __init__(self, job: OptimizerJob) -> None:
         self._job, self._lock = job, threading.Lock()
         self._running: dict[str, tuple[Candidate, int]] = {}
+        self._validation = {id(example) for example in job.valset}
+        self._found: dict[str, tuple[float, Candidate]] = {}
+        self._n = 0
         self.keeps_lms = False
-        self.best: Candidate | None = None
-        self.score = float("-inf")
         self.n_complete = 0
+
+    @property
+    def best_first(self) -> tuple[Candidate, ...]:
+        """Different programs, the best first, of equals the earlier."""
+        return tuple(candidate for _, candidate in sorted(self._found.values(), key=lambda one: -one[0]))
 
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         program, devset = inputs.get("program"), inputs.get("devset") or instance.devset
-        if isinstance(program, dspy.Module) and program.named_predictors():
+        if not isinstance(program, dspy.Module) or not program.named_predictors():
+            return
+        if all(id(example) in self._validation for example in devset):
             with self._lock:
                 candidate = _settings_of(program, self._job, keep_lms=self.keeps_lms)
                 self._running[call_id] = (candidate, len(devset))
@@ -156,11 +185,15 @@ class _BestEvaluation(BaseCallback):
     def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         with self._lock:
             candidate, n = self._running.pop(call_id, (None, 0))
-            if candidate is None or outputs is None or exception is not None or n != len(self._job.valset):
+            if candidate is None or outputs is None or exception is not None or n < self._n:
                 return
+            if n > self._n:
+                self._n, self.n_complete = n, 0
+                self._found.clear()
             self.n_complete += 1
-            if float(outputs.score) > self.score:
-                self.best, self.score = candidate, float(outputs.score)
+            score = float(outputs.score)
+            if candidate.key not in self._found or score > self._found[candidate.key][0]:
+                self._found[candidate.key] = (score, candidate)
 
 
 def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
@@ -175,33 +208,36 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     """
     from copa_harness.optimize.builders import build
 
-    student = job.incumbent.program()
-    student._compiled = False
-    best = _BestEvaluation(job)
+    for lm in models_in(job.kwargs):
+        check_metered(lm)
+    student = ready(job.incumbent.program())
+    seen = _Evaluations(job)
     notes: list[str] = []
-    count = ProposalCount()
+    count = job.proposals
     adapter = forgiving(default_adapter(), program=student, count=count)
     with (
         current_scope().phase(Phase.SEARCH),
         step_scope(job.allowance, name=job.name),
         dspy.context(
-            lm=job.task_lm, adapter=adapter, callbacks=[*(dspy.settings.callbacks or []), best],
+            lm=job.task_lm, adapter=adapter, callbacks=[*(dspy.settings.callbacks or []), seen],
             num_threads=job.threads, max_errors=MAX_ERRORS, disable_history=True,
         ),
         quiet(job.name),
     ):  # fmt: skip
         built = build(job)
-        best.keeps_lms = built.tunes_weights
+        seen.keeps_lms = built.tunes_weights
         if built.note:
             notes.append(built.note)
         try:
             program = _compile(job, built, student)
         except BudgetExhausted:
+            found = seen.best_first
+            n, ending = seen.n_complete, "the best of them is kept" if found else "nothing to keep"
             notes.append(
-                f"its share of the budget ended it after {best.n_complete} complete evaluations on validation; "
-                + ("the best of them is kept" if best.best is not None else "nothing to keep")
+                f"its share of the budget ended it after {n} complete evaluation{'' if n == 1 else 's'} on validation; "
+                + ending
             )
-            return OptimizerOutcome(best.best, tuple(notes))
+            return OptimizerOutcome(found[0] if found else None, tuple(notes), found[1:])
     if count.n_unusable:
         notes.append(f"{count.n_unusable} of {count.n_asked} instruction proposals were unusable and left out")
     if getattr(program, "flag_compilation_error_occurred", False):
@@ -209,11 +245,11 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
             f"{job.name}: DSPy reports that a step failed (flag_compilation_error_occurred); its reason is in the "
             "copa_harness log at level DEBUG"
         )
-    if built.takes_best_evaluation and best.best is not None:
-        return OptimizerOutcome(best.best, tuple(notes))
+    if built.takes_best_evaluation and seen.best_first:
+        return OptimizerOutcome(seen.best_first[0], tuple(notes), seen.best_first[1:])
     program._compiled = False
     candidate = _settings_of(program, job, structure=built.structure, keep_lms=built.tunes_weights)
-    return OptimizerOutcome(candidate, tuple(notes))
+    return OptimizerOutcome(candidate, tuple(notes), tuple(o for o in seen.best_first if o.key != candidate.key))
 
 
 def _compile(job: OptimizerJob, built: Built, student: dspy.Module) -> dspy.Module:

@@ -113,6 +113,8 @@ class Run:
                 f"({cost} calls); it is returned as it is"
             )
             return False
+        if (broken := self.forbids(self.incumbent)) is not None:
+            self.note(f"the program as written breaks a limit ({broken}); only a program that keeps it is returned")
         self.progress.say(f"baseline: {incumbent_text(self.validation.scores(self.incumbent))}")
         return True
 
@@ -267,7 +269,9 @@ class Run:
     def adopt(self, candidate: Candidate, *, what: str) -> None:
         """Make a fully scored candidate the incumbent if it keeps all limits and is not worse."""
         difference = self.validation.difference(candidate, self.incumbent)
-        if (broken := self.forbids(candidate)) is not None:
+        if candidate.key == self.incumbent.key:
+            self.note(f"{what}: the program it began with")
+        elif (broken := self.forbids(candidate)) is not None:
             self.note(f"{what} not adopted: {broken}")
         elif difference >= -1e-9 or self.forbids(self.incumbent) is not None:
             self.note(f"{what} adopted ({difference:+.3f} on validation, {candidate.n_demos} demonstrations)")

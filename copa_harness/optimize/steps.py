@@ -41,6 +41,8 @@ PERFECT = 1.0 - 1e-9
 def execute(run: Run, steps: Sequence[Step]) -> None:
     """Score the student, then take the steps in order until they, the budget, or a perfect score end it."""
     if [step.kind for step in steps] == [StepKind.NONE]:
+        if run.constraints.any:
+            run.baseline()
         return
     if not run.baseline():
         return
@@ -143,10 +145,16 @@ def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool) -> None:
             break
         run.validation.complete(candidate, allowance=whole, phase=Phase.WEIGHTS)
         logger.info("w: tuned weights, %d demonstrations: %.3f", candidate.n_demos, run.validation.mean(candidate))
-        if best is None or run.validation.is_better(candidate, best):
+        if best is None or _goes_before(run, candidate, best):
             best = candidate
     if best is not None:
         run.adopt(best, what="w: tuned weights")
+
+
+def _goes_before(run: Run, candidate: Candidate, best: Candidate) -> bool:
+    """Whether a candidate is to be preferred: what keeps the limits to what does not, then the better one."""
+    breaks, best_breaks = run.forbids(candidate) is not None, run.forbids(best) is not None
+    return run.validation.is_better(candidate, best) if breaks == best_breaks else best_breaks
 
 
 def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
@@ -201,14 +209,18 @@ def _ensemble(run: Run) -> None:
 
 
 def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
-    """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation."""
+    """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation.
+
+    A result that breaks a limit is repaired where that can be done (required texts are appended, demonstrations with
+    forbidden ones left out), else the next best of the programs it evaluated takes its place.
+    """
     cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
     if not allowance.can_afford(2 * cost):
         raise OutOfCalls
     job = OptimizerJob(
         name=step.name,
         incumbent=run.incumbent,
-        trainset=run.trainset,
+        trainset=run.constraints.allowed_examples(run.trainset),
         valset=run.validation.examples,
         metric=run.metric,
         allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - cost),
@@ -218,11 +230,25 @@ def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
         seed=run.settings.seed,
         n_demos=run.settings.proposals.max_demos,
         kwargs=run.settings.optimizer_kwargs.get(step.name, {}),
+        teacher=run.teacher,
+        min_score=run.settings.proposals.min_score,
+        shows=run.constraints.allows,
     )
     found = run_optimizer(job)
     for note in found.notes:
         run.note(f"{step}: {note}")
-    if found.candidate is None:
-        return
-    run.validation.complete(found.candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
-    run.adopt(found.candidate, what=f"{step}: result")
+    ranked = [*([] if found.candidate is None else [found.candidate]), *found.others]
+    refused: list[str] = []
+    for i, candidate in enumerate(map(run.constraints.repaired, ranked)):
+        if (broken := run.forbids(candidate)) is None:
+            if i > 0 and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
+                break
+            run.validation.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+            broken = run.forbids(candidate)  # now with what its answers cost
+        if broken is None:
+            better = f"; {len(refused)} programs it liked better break a limit, the best: {refused[0]}" if refused else ""
+            run.adopt(candidate, what=f"{step}: result{better}")
+            return
+        refused.append(broken)
+    if refused:
+        run.note(f"{step}: result not adopted, nor any other program it evaluated: {refused[0]}")

@@ -16,7 +16,9 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.evaluate.runner import default_adapter, run_examples
+from copa_harness.optimize.arguments import teacher_for
 from copa_harness.optimize.candidate import model_name
+from copa_harness.optimize.students import ready
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
@@ -39,23 +41,29 @@ class FinetuneStep(Teleprompter):
             TrainingError: The program gets no training example right.
             ConfigurationError: A model cannot be fine-tuned.
         """
+        job = self._job
         student = student.deepcopy()
         student._compiled = False
+        # One object per model: DSPy trains a model once for every object it meets.
+        tuned_lms: dict[str, Any] = {}
         for _, predictor in student.named_predictors():
-            predictor.lm = finetunable(predictor.lm or dspy.settings.lm)
+            lm = predictor.lm or dspy.settings.lm
+            predictor.lm = tuned_lms.setdefault(model_name(lm), finetunable(lm))
+        teacher = teacher_for(job, given=teacher)
         runs = run_examples(
-            student, trainset, metric=self._job.scored, split="train", phase=Phase.BOOTSTRAP,
-            threads=self._job.threads, trace_to_metric=True, raise_if_nothing_works=False,
+            teacher or student, trainset, metric=job.scored, split="train", phase=Phase.BOOTSTRAP,
+            threads=job.threads, trace_to_metric=True, raise_if_nothing_works=False,
         )  # fmt: skip
-        passing = [example for example, run in zip(trainset, runs, strict=True) if run.result.score]
+        passing = [e for e, run in zip(trainset, runs, strict=True) if (run.result.score or 0.0) >= job.min_score]
         if not passing:
             raise TrainingError(
                 f"the program gets none of {len(trainset)} training examples right, so there is nothing to fine-tune "
                 "on; use a strategy that optimizes prompts first, or 'w', which trains on labels"
             )
-        ours = {"metric": self._job.scored, "num_threads": self._job.threads, "adapter": default_adapter()}
-        optimizer = teleprompt.BootstrapFinetune(**{**ours, **self._job.kwargs})
-        tuned: dspy.Module = optimizer.compile(student, trainset=passing)
+        # A thread per training, which is what it refuses to do without; "or there is nothing to fine-tune" was seen to.
+        ours = {"num_threads": max(job.threads, len(student.predictors())), "adapter": default_adapter()}
+        optimizer = teleprompt.BootstrapFinetune(**{**ours, **job.kwargs})
+        tuned: dspy.Module = optimizer.compile(student, trainset=passing, teacher=teacher)
         tuned._compiled = False
         return tuned
 
@@ -77,10 +85,10 @@ class PromptStep(Teleprompter):
         **kwargs: Any,
     ) -> dspy.Module:
         """The optimizer's result on the student's own models."""
-        student._compiled = False
         lms = {name: predictor.lm or dspy.settings.lm for name, predictor in student.named_predictors()}
+        given = {} if teacher is None else {"teacher": teacher[0] if isinstance(teacher, list) else teacher}
         with dspy.context(lm=next(iter(lms.values()))):
-            program: dspy.Module = self._optimizer.compile(student, trainset=trainset, valset=valset)
+            program: dspy.Module = self._optimizer.compile(ready(student), trainset=trainset, valset=valset, **given)
         program._compiled = False
         for name, predictor in program.named_predictors():
             predictor.lm = lms[name]

@@ -12,10 +12,12 @@ from typing import Any
 
 import dspy
 from dspy import teleprompt
+from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import takes_arguments
-from copa_harness.optimize.arguments import data_of, parameters_of, split_kwargs
+from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
+from copa_harness.optimize.forgiving import forgiving
 from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
 
 
@@ -50,7 +52,8 @@ def mipro(job: OptimizerJob) -> Built:
         at_compile.pop("num_trials")
     optimizer, kwargs = split_kwargs(job, teleprompt.MIPROv2, ours=ours, at_compile=at_compile)
     by = "by the task model itself (no prompt LM given)" if writes_itself else "by the prompt LM"
-    return Built(optimizer, kwargs, note=f"sized to {n_trials} trials, {n_candidates} candidates; instructions {by}")
+    size = sized(job, f"{n_trials} trials, {n_candidates} candidates", "auto", "num_trials", "num_candidates", "minibatch")
+    return Built(optimizer, kwargs, note=f"{size}; instructions {by}")
 
 
 def copro(job: OptimizerJob) -> Built:
@@ -65,7 +68,7 @@ def copro(job: OptimizerJob) -> Built:
         "eval_kwargs": {"num_threads": job.threads, "display_progress": False},
     }
     optimizer, kwargs = split_kwargs(job, teleprompt.COPRO, ours=ours, at_compile=at_compile)
-    return Built(optimizer, kwargs, note=f"sized to breadth {breadth}, depth {depth}")
+    return Built(optimizer, kwargs, note=sized(job, f"breadth {breadth}, depth {depth}", "breadth", "depth"))
 
 
 def gepa(job: OptimizerJob) -> Built:
@@ -83,11 +86,16 @@ def gepa(job: OptimizerJob) -> Built:
         "num_threads": job.threads,
         "seed": job.seed,
         "warn_on_score_mismatch": False,
+        # Its proposals come in JSON through an adapter of its own, and one that does not parse is only logged.
+        "instruction_proposer": InstructionProposer(
+            adapter=forgiving(dspy.JSONAdapter(), program=job.incumbent.template, count=job.proposals)
+        ),
     }
     if {"auto", "max_full_evals"} & set(job.kwargs):
         ours["max_metric_calls"] = None
     optimizer, kwargs = split_kwargs(job, dspy.GEPA, ours=ours, at_compile=data_of(job))
-    return Built(optimizer, kwargs, note=f"sized to {n_runs} program runs")
+    note = sized(job, f"{n_runs} program runs", "auto", "max_full_evals", "max_metric_calls")
+    return Built(optimizer, kwargs, note=note)
 
 
 def _with_feedback(job: OptimizerJob) -> Callable[..., Any]:
@@ -128,7 +136,8 @@ def simba(job: OptimizerJob) -> Built:
     optimizer, kwargs = split_kwargs(
         job, teleprompt.SIMBA, ours=ours, at_compile={"trainset": list(job.trainset), "seed": job.seed}
     )
-    return Built(optimizer, kwargs, note=f"sized to {steps} steps of {n} candidates on batches of {batch}")
+    size = f"{steps} steps of {n} candidates on batches of {batch}"
+    return Built(optimizer, kwargs, note=sized(job, size, "max_steps", "num_candidates", "bsize"))
 
 
 def infer_rules(job: OptimizerJob) -> Built:
@@ -142,6 +151,7 @@ def infer_rules(job: OptimizerJob) -> Built:
         "max_bootstrapped_demos": min(4, job.n_demos),
         "max_labeled_demos": job.n_demos,
         "max_errors": MAX_ERRORS,
+        "metric_threshold": job.min_score,
     }
     if job.prompt_lm is not None:
         ours["teacher_settings"] = {"lm": job.prompt_lm}
@@ -149,5 +159,7 @@ def infer_rules(job: OptimizerJob) -> Built:
     unknown = sorted(set(job.kwargs) - known)
     if unknown:
         raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
-    optimizer = teleprompt.InferRules(**{**ours, **job.kwargs})
-    return Built(optimizer, data_of(job), takes_best_evaluation=True, note=f"sized to {n} candidates")
+    given = {**ours, **job.kwargs}
+    kwargs = {**data_of(job), "teacher": teacher_for(job, settings=given.get("teacher_settings"))}
+    note = sized(job, f"{n} candidates", "num_candidates")
+    return Built(teleprompt.InferRules(**given), kwargs, takes_best_evaluation=True, note=note)

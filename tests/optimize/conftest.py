@@ -1,5 +1,6 @@
 """A toy task with a scripted model whose skill depends on its prompt and its weights, as a real model's does."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from dspy.clients.provider import Provider, TrainingJob
 
+from copa_harness import COPA
 from copa_harness.lm.scripted import ScriptedLM
 
 RULE = re.compile(r"If size is (below|at least) ([\d.]+) answer (\w+), otherwise answer (\w+)\.")
@@ -106,3 +108,72 @@ def make_toy():
         provider=provider,
         make_rows=make_rows,
     )
+
+
+class TwoStages(dspy.Module):
+    """A hint by one model, the answer by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = dspy.Predict(dspy.Signature("size, weight -> hint", "Say what strikes you."))
+        self.tell = dspy.Predict(dspy.Signature("hint, size -> kind", "Tell the kind."))
+
+    def forward(self, size, weight):
+        return self.tell(hint=self.look(size=size, weight=weight).hint, size=size)
+
+
+def first_stage(messages, model):
+    size = field(messages[-1]["content"], "size")
+    return {"hint": "large" if float(size) >= 5 else "little"} if size else "no idea"
+
+
+def second_stage(messages, model):
+    """Right when it is shown demonstrations, told how, or tuned; else always small."""
+    hint = field(messages[-1]["content"], "hint")
+    knows = len(messages) > 2 or "@" in model or "by the hint" in messages[0]["content"]
+    return {"kind": "big" if hint == "large" and knows else "small"} if hint else "no idea"
+
+
+def stage_writer():
+    """A prompt LM that answers whatever field it is asked for, in JSON where GEPA wants it."""
+
+    def answers(messages):
+        text = messages[-1]["content"]
+        if "JSON object" in text:
+            return json.dumps({"new_instruction": "Tell it by the hint."})
+        asked = [part.split(" ## ]]")[0] for part in text.split("Respond with")[-1].split("`[[ ## ")[1:]]
+        return {name: "Tell it by the hint." for name in asked if name != "completed"}
+
+    return ScriptedLM(answers, model="scripted/writer")
+
+
+@pytest.fixture
+def stages():
+    """A program of two stages on two models: `compiled(strategy, ...)`, `look_lm`, `tell_lm`, `writer`, `strays()`."""
+    look_lm = ScriptedLM(first_stage, model="scripted/look", fingerprint=lambda m: f"1{m}", provider=FakeProvider())
+    tell_lm = ScriptedLM(second_stage, model="scripted/tell", fingerprint=lambda m: f"2{m}", provider=FakeProvider())
+    writer = stage_writer()
+
+    def metric(example, prediction, trace=None):
+        return float(example.kind == prediction.kind)
+
+    def program():
+        program = TwoStages()
+        program.look.lm, program.tell.lm = look_lm, tell_lm
+        return program
+
+    def compiled(strategy, *, budget=150, n_train=16, n_val=8, teacher=None, student=None, **settings):
+        given = {"metric": metric, "prompt_lm": writer, "threads": 4, **settings}
+        return COPA(strategy=strategy, budget=budget, **given).compile(
+            student or program(), trainset=make_rows(n_train, seed=1), valset=make_rows(n_val, seed=2), teacher=teacher
+        )
+
+    def strays():
+        """Requests that went to the model of the other stage."""
+        wrong = [request for request in look_lm.requests if "`[[ ## hint ## ]]`" not in request.prompt]
+        return wrong + [request for request in tell_lm.requests if "`[[ ## kind ## ]]`" not in request.prompt]
+
+    return SimpleNamespace(
+        program=program, compiled=compiled, look_lm=look_lm, tell_lm=tell_lm, writer=writer, strays=strays,
+        metric=metric,
+    )  # fmt: skip
