@@ -52,7 +52,8 @@ def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], 
         if (cost := run.validation.cost(candidate).per_answer(objective)) is not None
     ]
     if len(points) < len(allowed) or not points:
-        run.note(f"prefer={str(preference)!r} was ignored: {objective.replace('_', ' ')} of the answers are not known")
+        what = objective.replace("_", " ")
+        run.note(f"prefer={str(preference)!r} was ignored: {what} of the answers are not known", headline=True)
         return ()
     before = run.validation.mean(run.student) if run.forbids(run.student) is None else float("-inf")
     chosen = preferred(points, within=preference.within, at_least=before)
@@ -61,7 +62,8 @@ def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], 
         what = f"{objective.replace('_', ' ')} per answer"
         run.note(
             f"{preference}: {points[chosen][0]:.3f} at {points[chosen][1]:.6g} {what} instead of "
-            f"{points[best][0]:.3f} at {points[best][1]:.6g}"
+            f"{points[best][0]:.3f} at {points[best][1]:.6g}",
+            headline=True,
         )
         run.incumbent = allowed[chosen]
     return tuple(_entry(run, allowed[i], objective) for i in pareto_front(points))
@@ -123,6 +125,7 @@ def result_of(
         charged_calls=run.scope.charged_calls,
         n_trials=run.n_trials,
         notes=tuple(run.notes),
+        headlines=tuple(run.headlines),
         front=front,
         credit=credit,
         learned=tuple(run.knowledge.report()),

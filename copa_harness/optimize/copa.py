@@ -262,7 +262,7 @@ class COPA(Teleprompter):
                 colleagues=colleagues,
             )
             if choice is not None:
-                run.note(str(choice))
+                run.note(str(choice), headline=True)
                 run.progress.say(str(choice))
             execute(run, steps)
             front = choose(run, self.preference)

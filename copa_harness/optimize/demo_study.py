@@ -13,7 +13,7 @@ import optuna
 from dspy import teleprompt
 
 
-class SeededDemoStudy(teleprompt.BootstrapFewShotWithOptuna):  # type: ignore[misc]
+class SeededDemoStudy(teleprompt.BootstrapFewShotWithOptuna):
     """As DSPy's: every trial shows each predictor one of the demonstrations that BootstrapFewShot made.
 
     Attributes:

@@ -1,9 +1,9 @@
 """A prompt adapter that survives writers who cannot write: for proposals made inside DSPy's optimizers.
 
 MIPROv2, COPRO and InferRules die of the first proposal that does not parse or whose prompt does not fit the model, GEPA
-asks again and again and says nothing, and a small model is seldom understood and soon full. Under this adapter such a proposal becomes the instruction it was to
-improve (no proposal), its other fields become empty, and it is counted. Answers of the user's own program stay as
-strict as ever. Knows signatures; knows nothing of optimizers.
+asks again and again and says nothing, and a small model is seldom understood and soon full. Under this adapter such a
+proposal becomes the instruction it was to improve (no proposal), its other fields become empty, and it is counted.
+Answers of the user's own program stay as strict as ever. Knows signatures; knows nothing of optimizers.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ class OptimizationResult:
         charged_calls: Distinct calls used, bought or replayed.
         n_trials: Candidates looked at.
         notes: Sentences worth telling: what was adopted or refused, and why.
+        headlines: Those of them that nobody should have to look for: what `auto` chose, what limits and preferences
+            did.
         front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
             which entry was returned.
         credit: Which part of which stage earned the gain on validation (`credit.assign_credit`); empty without one.
@@ -63,6 +65,7 @@ class OptimizationResult:
     charged_calls: int
     n_trials: int = 0
     notes: tuple[str, ...] = ()
+    headlines: tuple[str, ...] = ()
     front: tuple[Mapping[str, Any], ...] = ()
     credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
     learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -81,7 +84,7 @@ class OptimizationResult:
         fields = dict(record)
         fields["usage"] = Usage(**fields["usage"])
         fields["phases"] = tuple(PhaseRecord(**{**p, "usage": Usage(**p["usage"])}) for p in fields["phases"])
-        fields |= {name: tuple(fields.get(name, ())) for name in ("notes", "front", "learned", "trials")}
+        fields |= {name: tuple(fields.get(name, ())) for name in ("notes", "headlines", "front", "learned", "trials")}
         fields["budget_calls"] = float("inf") if fields["budget_calls"] is None else fields["budget_calls"]
         return cls(**fields)
 
@@ -114,8 +117,8 @@ def apply_state(program: dspy.Module, state: Mapping[str, Any], *, lm: Any) -> d
     Args:
         program: The program as written; it is not changed.
         state: What `to_state` gave.
-        lm: A model for every predictor; where the state names another one, `lm.copy(model=...)` is used, so a
-            fine-tuned model is found by its name.
+        lm: A model for every predictor without one of its own; where the state names another one, a copy of the
+            predictor's under that name is used, so a fine-tuned model is found by its name.
 
     Raises:
         ConfigurationError: The state is of another version, or of a program with other predictors.
@@ -129,16 +132,16 @@ def apply_state(program: dspy.Module, state: Mapping[str, Any], *, lm: Any) -> d
         raise ConfigurationError(
             f"got state for the predictors {sorted(stored)}; the program has {sorted(predictors)}: it changed since"
         )
-    models: dict[str, Any] = {model_name(lm): lm}
+    models: dict[tuple[int, str], Any] = {}
     for name, settings in stored.items():
         predictor = predictors[name]
         predictor.signature = predictor.signature.with_instructions(settings["instruction"])
         predictor.demos = [dict(demo) for demo in settings["demos"]]
-        model = settings["model"]
-        if model is None:
-            predictor.lm = lm
+        own, model = predictor.lm or lm, settings["model"]
+        if model is None or model == model_name(own):
+            predictor.lm = own
             continue
-        if model not in models:
-            models[model] = lm.copy(model=model)
-        predictor.lm = models[model]
+        if (id(own), model) not in models:
+            models[id(own), model] = own.copy(model=model)
+        predictor.lm = models[id(own), model]
     return copy

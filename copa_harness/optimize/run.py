@@ -74,6 +74,7 @@ class Run:
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
         self.phases: list[PhaseRecord] = []
         self.notes: list[str] = []
+        self.headlines: list[str] = []
         self.n_trials = 0
         self.stopped = "completed"
         self.tuned: Trained | None = None
@@ -114,7 +115,8 @@ class Run:
             )
             return False
         if (broken := self.forbids(self.incumbent)) is not None:
-            self.note(f"the program as written breaks a limit ({broken}); only a program that keeps it is returned")
+            text = f"the program as written breaks a limit ({broken}); only a program that keeps it is returned"
+            self.note(text, headline=True)
         self.progress.say(f"baseline: {incumbent_text(self.validation.scores(self.incumbent))}")
         return True
 
@@ -298,7 +300,9 @@ class Run:
                 )
             )
 
-    def note(self, text: str) -> None:
-        """Keep a sentence for the record, and log it."""
+    def note(self, text: str, *, headline: bool = False) -> None:
+        """Keep a sentence for the record, and log it; a headline is printed in the terminal as well."""
         self.notes.append(text)
+        if headline:
+            self.headlines.append(text)
         logger.info("%s", text)

@@ -246,8 +246,9 @@ def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
             run.validation.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
             broken = run.forbids(candidate)  # now with what its answers cost
         if broken is None:
-            better = f"; {len(refused)} programs it liked better break a limit, the best: {refused[0]}" if refused else ""
-            run.adopt(candidate, what=f"{step}: result{better}")
+            if refused:
+                run.note(f"{step}: {len(refused)} programs it liked better break a limit, the best: {refused[0]}")
+            run.adopt(candidate, what=f"{step}: result")
             return
         refused.append(broken)
     if refused:

@@ -70,9 +70,9 @@ def _keeping_its_model(kind: Any) -> Any:
 
         def reset(self) -> None:
             """As DSPy's, but for the model."""
-            lm = self.lm
+            kept: Any = vars(self)["lm"]
             super().reset()
-            self.lm = lm
+            self.lm = kept
 
     return _disguised(Keeping, kind)
 

@@ -52,7 +52,7 @@ def mipro(job: OptimizerJob) -> Built:
         at_compile.pop("num_trials")
     optimizer, kwargs = split_kwargs(job, teleprompt.MIPROv2, ours=ours, at_compile=at_compile)
     by = "by the task model itself (no prompt LM given)" if writes_itself else "by the prompt LM"
-    size = sized(job, f"{n_trials} trials, {n_candidates} candidates", "auto", "num_trials", "num_candidates", "minibatch")
+    size = sized(job, f"{n_trials} trials, {n_candidates} candidates", "auto", "num_trials", "num_candidates")
     return Built(optimizer, kwargs, note=f"{size}; instructions {by}")
 
 

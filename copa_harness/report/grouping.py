@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from copa_harness.judge.paired import PairedDifference, pair_up, paired_difference
 from copa_harness.report.records import RunRecord
@@ -81,3 +81,15 @@ def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
 def distinct(runs: Sequence[RunRecord]) -> list[str]:
     """The strategies of some runs, each once, in order."""
     return list(dict.fromkeys(run.strategy for run in runs))
+
+
+def told_once(runs: Sequence[RunRecord], attribute: str) -> list[RunRecord]:
+    """The runs that have something to tell; two tests may share one optimization, which tells it once."""
+    told: list[tuple[str, str, str, Any]] = []
+    found = []
+    for run in runs:
+        told_as = (run.task, run.model, run.strategy, getattr(run, attribute))
+        if getattr(run, attribute) and told_as not in told:
+            told.append(told_as)
+            found.append(run)
+    return found

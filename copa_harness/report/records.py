@@ -57,6 +57,8 @@ class RunRecord:
         groups: group by example id, where examples share one: paired comparisons keep them together.
         credit: which part of which stage earned the optimization's gain on validation; empty when nothing changed.
         learned: what the optimization learned about its proposals, one entry per arm.
+        front: programs on the front of validation score and cost per answer, cheapest first, when one was asked for.
+        notes: what the optimization did, in sentences.
     """
 
     test: str
@@ -91,6 +93,8 @@ class RunRecord:
     groups: Mapping[str, str] = field(default_factory=dict)
     credit: Mapping[str, Any] = field(default_factory=dict)
     learned: Sequence[Mapping[str, Any]] = ()
+    front: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
     @property
     def model(self) -> str:
@@ -195,6 +199,8 @@ class RunRecord:
             "groups": self.groups,
             "credit": self.credit,
             "learned": list(self.learned),
+            "front": list(self.front),
+            "notes": list(self.notes),
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -261,6 +267,8 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         groups=dict(document.get("groups", {})),
         credit=dict(document.get("credit", {})),
         learned=tuple(document.get("learned", ())),
+        front=tuple(document.get("front", ())),
+        notes=tuple(document.get("notes", ())),
     )
 
 

@@ -16,6 +16,7 @@ from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
 from copa_harness.report.tables_findings import attribution_table, flaky_table, ranking_table, sequential_table
 from copa_harness.report.tables_learning import credit_table, learned_table
+from copa_harness.report.tables_search import front_table, story_table
 from copa_harness.results import PhaseRecord, Usage
 
 _CELLS: tuple[tuple[str, Kind], ...] = (
@@ -168,11 +169,13 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
         ("weights, prompts, and both", copa_table(runs, style=style)),
         ("what weights and prompts gained", attribution_table(runs, style=style)),
         ("who earned it", credit_table(runs, style=style)),
+        ("score and cost", front_table(runs, style=style)),
         ("strategies compared", compare_table(crowded, style=style)),
         ("strategies ranked", ranking_table(crowded, style=style)),
         ("unstable examples", flaky_table(runs, style=style)),
         ("saved by stopping early", sequential_table(runs, style=style)),
         ("what the search learned about its proposals", learned_table(runs, style=style)),
+        ("what the optimizations did", story_table(runs, style=style)),
         ("what it cost", phase_table(runs, style=style)),
         ("answers without a usable result", failure_table(runs, style=style)),
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from copa_harness.judge.messages import number
+from copa_harness.report.grouping import told_once
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
 from copa_harness.results import Interval
@@ -21,7 +22,7 @@ TERMINAL_ARMS = 2
 def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """Who earned it: the gain of every part of every stage of the programs that optimizations ended on."""
     rows: list[list[str]] = []
-    for run in _distinct(runs, "credit"):
+    for run in told_once(runs, "credit"):
         credit: Mapping[str, Any] = run.credit
         parts = [*credit["parts"], {"predictor": "", "part": "all parts", "method": "measured", **credit["total"]}]
         for index, part in enumerate(parts):
@@ -52,7 +53,7 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
 def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What every optimization learned about its proposals: how often an arm was tried, and what it gained."""
     rows: list[list[str]] = []
-    for run in _distinct(runs, "learned"):
+    for run in told_once(runs, "learned"):
         shown: dict[str, int] = {}
         first = True
         for arm in run.learned:
@@ -74,18 +75,6 @@ def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
         "arm's share of it, by Bayesian regression [95 % credible interval], which decides what is proposed next"
     ]
     return with_notes(draw(rows, headers, style=style, n_text=4), notes, style=style)
-
-
-def _distinct(runs: Sequence[RunRecord], attribute: str) -> list[RunRecord]:
-    """The runs that have something to tell; two tests may share one optimization, which tells it once."""
-    told: list[tuple[str, str, str, Any]] = []
-    found = []
-    for run in runs:
-        told_as = (run.task, run.model, run.strategy, getattr(run, attribute))
-        if getattr(run, attribute) and told_as not in told:
-            told.append(told_as)
-            found.append(run)
-    return found
 
 
 def _stage(predictor: str) -> str:

@@ -110,6 +110,7 @@ def final_entry(
                 task, optimized, base=base, plain=plain, final=evaluation, settings=settings
             )
             notes += note
+    notes += tuple(f"{task.name}, {result.strategy}: {said}" for said in result.headlines)
     phases = optimized.phases()
     if case.leakage.near:
         notes += (f"{task.name}: {case.leakage.text()}",)

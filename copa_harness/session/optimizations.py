@@ -259,6 +259,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
         {
             "task": task_fingerprint(task),
             "lm": [lm.model, lm.fingerprint, lm.kwargs],
+            "own_lms": [[p.lm.model, getattr(p.lm, "fingerprint", None)] for p in task.program.predictors() if p.lm],
             "trained": getattr(lm.engine, "weights_fingerprint", None),  # a copy of what a server runs
             "prompt_lm": None if prompt_lm is None else [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
             "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],

@@ -105,6 +105,8 @@ def record_of(
             "exhausted": optimized.result.exhausted,
             "credit": optimized.result.credit,
             "learned": optimized.result.learned,
+            "front": optimized.result.front,
+            "notes": optimized.result.notes,
         }
     return RunRecord.from_evaluation(
         evaluation,
