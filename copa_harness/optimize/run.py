@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +18,6 @@ import dspy
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.evaluate.metrics import Metric
-from copa_harness.evaluate.runner import usage_since
 from copa_harness.lm.scope import Scope
 from copa_harness.optimize.allowance import Allowance, OutOfCalls, share_of
 from copa_harness.optimize.candidate import Candidate
@@ -36,16 +33,17 @@ from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.sharing import Colleagues
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
+from copa_harness.optimize.story import Story
 from copa_harness.optimize.strategy import Step, StepKind
 from copa_harness.optimize.study import search
 from copa_harness.optimize.trials import Watchers, nobody_ahead
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
-from copa_harness.results import Phase, PhaseRecord
+from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")
 
 
-class Run:
+class Run(Story):
     """The state of one optimization, changed by its steps."""
 
     def __init__(
@@ -65,16 +63,14 @@ class Run:
         constraints: Constraints | None = None,
         colleagues: Colleagues | None = None,
     ) -> None:
+        super().__init__(scope)
         self.constraints, self.colleagues = constraints or Constraints(), colleagues
         self.journal, self.progress = journal, progress or Progress(scope)
         self.student = self.incumbent = student
         self.trainset, self.validation, self.metric = trainset, validation, metric
-        self.scope, self.settings = scope, settings
+        self.settings = settings
         self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
-        self.phases: list[PhaseRecord] = []
-        self.notes: list[str] = []
-        self.headlines: list[str] = []
         self.n_trials = 0
         self.stopped = "completed"
         self.tuned: Trained | None = None
@@ -280,29 +276,3 @@ class Run:
             self.incumbent = candidate
         else:
             self.note(f"{what} not adopted ({difference:+.3f} on validation)")
-
-    # -- records
-
-    @contextmanager
-    def recorded(self, name: str, first_note: int) -> Iterator[None]:
-        """Record the block as a phase: what it spent, and what it did to the score."""
-        before, score_before, started = self.scope.usage(), self.score, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases.append(
-                PhaseRecord(
-                    phase=name,
-                    usage=usage_since(before, self.scope.usage(), wall_s=time.perf_counter() - started),
-                    score_before=None if math.isnan(score_before) else score_before,
-                    score_after=None if math.isnan(self.score) else self.score,
-                    note="; ".join(self.notes[first_note:]),
-                )
-            )
-
-    def note(self, text: str, *, headline: bool = False) -> None:
-        """Keep a sentence for the record, and log it; a headline is printed in the terminal as well."""
-        self.notes.append(text)
-        if headline:
-            self.headlines.append(text)
-        logger.info("%s", text)
