@@ -261,7 +261,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "lm": [lm.model, lm.fingerprint, lm.kwargs],
             "own_lms": [[p.lm.model, getattr(p.lm, "fingerprint", None)] for p in task.program.predictors() if p.lm],
             "trained": getattr(lm.engine, "weights_fingerprint", None),  # a copy of what a server runs
-            "prompt_lm": None if prompt_lm is None else [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
+            "prompt_lm": prompt_lm and [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
             "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
             "budget": settings.budget.ceilings,
             "seed": settings.seed,
@@ -297,5 +297,4 @@ def _lora_directory(lm: MeteredLM) -> Path | None:
 
 
 def _slug(text: str) -> str:
-    kept = "".join(character if character.isalnum() or character in "_." else "-" for character in text.lower())
-    return kept.strip("-").replace("--", "-")
+    return "".join(one if one.isalnum() or one in "_." else "-" for one in text.lower()).strip("-").replace("--", "-")
