@@ -1,9 +1,9 @@
 """`TransformersEngine`: answers requests with a Hugging Face causal language model in this process.
 
-Concurrent requests are generated together, behind one copy of the prefix they share, by the library's own
-`generate`. Exact in float32: every answer is the one a plain `generate` of that request alone gives, whoever
-else asked at the time. Greedy at temperature 0 or None; no setting of the folder's generation_config is used
-except its end tokens. Knows nothing of caching, budgets or training.
+Concurrent requests are generated together, behind one copy of the prefix they share. Exact in float32: every answer is
+the one a plain `generate` of that request alone gives, whoever else asked at the time. Greedy at temperature 0 or None;
+no setting of the folder's generation_config is used except its end tokens. Knows nothing of caching, budgets or
+training.
 """
 
 from __future__ import annotations
@@ -101,12 +101,10 @@ class TransformersEngine:
         """
         with self._lock:
             if self._chat is None:
-                import transformers
+                from copa_harness.lm.local_tokenizer import read_tokenizer
 
                 try:
-                    tokenizer = transformers.AutoTokenizer.from_pretrained(
-                        self.directory, trust_remote_code=False, local_files_only=True
-                    )
+                    tokenizer = read_tokenizer(self.directory)
                 except (OSError, ValueError, KeyError) as error:
                     raise ConfigurationError(
                         f"could not load the tokenizer of {self.name} from {self.directory}: {error}; "
@@ -117,7 +115,7 @@ class TransformersEngine:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer."""
+        """The Hugging Face tokenizer, or what stands for it (see `local_tokenizer`)."""
         return self.chat.tokenizer
 
     @property

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 NAME = "copa_cascade"
 """Name of the attention function in transformers."""
@@ -43,6 +44,15 @@ class RowGroup:
     states: Any
 
 
+class SharedStates(NamedTuple):
+    """Rows `start` to `stop` (exclusive) and their prefix's keys and values in one layer, [1, K, P, D]."""
+
+    start: int
+    stop: int
+    keys: Any
+    values: Any
+
+
 class CascadeCache:
     """The states of a batch: its prefixes once, and every row's own tokens.
 
@@ -53,12 +63,21 @@ class CascadeCache:
     """
 
     def __init__(self, n_layers: int, groups: Sequence[RowGroup], *, room: int) -> None:
-        from transformers.cache_utils import Cache
-
         self.groups = [group for group in groups if group.stop > group.start]
         self.layers = [OwnTokens(self, index, room) for index in range(n_layers)]
         self.latest = self.layers[0]
-        self.cache = Cache(layers=[_as_layer(layer) for layer in self.layers])
+
+    @cached_property
+    def cache(self) -> Any:
+        """These states as transformers' own models want them."""
+        from transformers.cache_utils import Cache
+
+        return Cache(layers=[_as_layer(layer) for layer in self.layers])
+
+    def prefixes(self, index: int) -> list[SharedStates]:
+        """The shared prefixes' states in one layer."""
+        shared = [(group, group.states.layers[index]) for group in self.groups if group.states is not None]
+        return [SharedStates(group.start, group.stop, layer.keys, layer.values) for group, layer in shared]
 
     @contextmanager
     def in_use(self, module: Any) -> Iterator[None]:
@@ -123,7 +142,9 @@ class OwnTokens:
         self.buffers = kept
 
 
-def attend(query: Any, keys: Any, values: Any, *, scale: float, bias: Any = None) -> tuple[Any, Any]:
+def attend(
+    query: Any, keys: Any, values: Any, *, scale: float, bias: Any = None, is_causal: bool = False
+) -> tuple[Any, Any]:
     """Attention with its log-sum-exp.
 
     Args:
@@ -132,6 +153,7 @@ def attend(query: Any, keys: Any, values: Any, *, scale: float, bias: Any = None
         values: [B, H, m, D].
         scale: factor on the scores.
         bias: added to the scores, broadcast to [B, H, n, m]; None for none.
+        is_causal: whether each of n = m queries sees the keys up to its own; then without a bias.
 
     Returns:
         Output [B, H, n, D] in the query's dtype, and log-sum-exp [B, H, n] in float32.
@@ -140,8 +162,10 @@ def attend(query: Any, keys: Any, values: Any, *, scale: float, bias: Any = None
 
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if fused is not None and query.device.type == "cpu":
-        output, total = fused(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+        output, total = fused(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=scale)
         return output, total
+    if is_causal:
+        bias = _causal_bias(query)
     scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
     if bias is not None:
         scores = scores + bias
@@ -149,42 +173,72 @@ def attend(query: Any, keys: Any, values: Any, *, scale: float, bias: Any = None
     return torch.matmul(torch.exp(scores - total[..., None]).to(values.dtype), values), total
 
 
-def _attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
-) -> tuple[Any, None]:
-    """The attention function as transformers calls it: own keys and values come in, prefixes from the cache in use."""
+def cascade_attention(
+    query: Any, keys: Any, values: Any, *, bias: Any, scale: float, prefixes: Sequence[SharedStates]
+) -> Any:
+    """Attention over [prefix | own] of every row, each prefix read once.
+
+    Args:
+        query: [B, H, n, D].
+        keys: own keys, [B, K, own, D].
+        values: own values, [B, K, own, D].
+        bias: added to the scores over own tokens, broadcast to [B, 1, n, own]; None where every one of n = own tokens
+            sees those up to itself.
+        scale: factor on the scores.
+        prefixes: which rows share which prefix.
+
+    Returns:
+        [B, n, H, D], contiguous.
+    """
     import torch
 
-    cascade = _in_use.get()
-    asked = sorted(name for name, setting in kwargs.items() if name not in _HARMLESS and setting is not None)
-    if cascade is None or asked:
-        raise Unfit(f"attention with {', '.join(asked) or 'no cascade in use'}")
     n_rows, n_heads, n_new, width = query.shape
-    n_kv, scale = key.shape[1], scaling if scaling is not None else width**-0.5
+    n_kv = keys.shape[1]
     n_shared = n_heads // n_kv
+    is_causal = bias is None and n_new > 1 and n_shared == 1
+    if bias is None and n_new > 1 and not is_causal:
+        bias = _causal_bias(query)
     # Heads that share keys are further queries of one head: nothing is expanded.
-    bias = attention_mask if n_shared == 1 or n_new == 1 else attention_mask.repeat(1, 1, n_shared, 1)
+    if bias is not None and n_shared > 1 and n_new > 1:
+        bias = bias.repeat(1, 1, n_shared, 1)
     folded = query.reshape(n_rows, n_kv, n_shared * n_new, width)
-    output, total = attend(folded, key, value, scale=scale, bias=bias)
-    index = cascade.latest.index
-    parts = [(group, group.states.layers[index]) for group in cascade.groups if group.states is not None]
-    merged = output if len(parts) == 1 and parts[0][0].stop - parts[0][0].start == n_rows else torch.empty_like(output)
-    if merged is not output:
-        merged.copy_(output)
-    for group, prefix in parts:
-        rows = slice(group.start, group.stop)
-        n = group.stop - group.start
+    output, total = attend(folded, keys, values, scale=scale, bias=bias, is_causal=is_causal)
+    whole = len(prefixes) == 1 and prefixes[0].stop - prefixes[0].start == n_rows
+    merged = output if whole or not prefixes else output.clone()
+    for prefix in prefixes:
+        rows, n = slice(prefix.start, prefix.stop), prefix.stop - prefix.start
         queries = folded[rows].transpose(0, 1).reshape(1, n_kv, n * n_shared * n_new, width)
         shared, shared_total = attend(queries, prefix.keys, prefix.values, scale=scale)
         shared = shared.reshape(n_kv, n, n_shared * n_new, -1).transpose(0, 1)
         shared_total = shared_total.reshape(n_kv, n, n_shared * n_new).transpose(0, 1)
         weight = torch.sigmoid(total[rows] - shared_total)[..., None].to(output.dtype)
-        blended = shared + (output[rows] - shared) * weight
-        if merged is output:
+        blended = torch.lerp(shared, output[rows], weight)
+        if whole:
             merged = blended
         else:
             merged[rows] = blended
-    return merged.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous(), None
+    return merged.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous()
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Any, None]:
+    """The attention function as transformers calls it: own keys and values come in, prefixes from the cache in use."""
+    cascade = _in_use.get()
+    asked = sorted(name for name, setting in kwargs.items() if name not in _HARMLESS and setting is not None)
+    if cascade is None or asked:
+        raise Unfit(f"attention with {', '.join(asked) or 'no cascade in use'}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    prefixes = cascade.prefixes(cascade.latest.index)
+    return cascade_attention(query, key, value, bias=attention_mask, scale=scale, prefixes=prefixes), None
+
+
+def _causal_bias(query: Any) -> Any:
+    """Added to the scores of n tokens over themselves, [1, 1, n, n]."""
+    import torch
+
+    n = query.shape[-2]
+    return torch.full((n, n), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)[None, None]
 
 
 def _register() -> None:

@@ -107,15 +107,16 @@ class BatchGenerator:
         return prefix, width, bool(prompt.choices)
 
     def _choose(self, waiting: Sequence[Job]) -> Sequence[Job]:
-        """The oldest job's group, and others of the same adapter that fit beside it.
+        """The oldest job's group, and others that fit beside it, those of one adapter side by side.
 
-        Jobs of one prefix are a group. Lone new prefixes are padded together without sharing. In the cascade, groups
-        of several prefixes share a batch, group by group.
+        Jobs of one adapter and prefix are a group. Lone new prefixes are padded together without sharing. In the
+        cascade, groups of several prefixes share a batch, and of several adapters where the decoder mixes them.
         """
         oldest = waiting[0].payload
+        family = self._family(oldest)
         groups: dict[tuple[PrefixKey, int, bool], list[Job]] = {}
         for job in waiting:
-            if lora_key(job.payload) == lora_key(oldest) and bool(job.payload.choices) == bool(oldest.choices):
+            if self._family(job.payload) == family and bool(job.payload.choices) == bool(oldest.choices):
                 groups.setdefault(self._group_key(job.payload), []).append(job)
         first = next(iter(groups.values()))
         if self._is_lone(first):
@@ -125,7 +126,12 @@ class BatchGenerator:
             picked = [g for g in groups.values() if not self._is_lone(g) and self._own_width(g) <= 2 * width]
         else:
             picked = [first]
+        places = {lora: place for place, lora in enumerate(dict.fromkeys(lora_key(g[0].payload) for g in picked))}
+        picked.sort(key=lambda group: places[lora_key(group[0].payload)])
         return self._within_limits([job for group in picked for job in group])
+
+    def _family(self, prompt: Prompt) -> str:
+        return self._paths.family(prompt) if self.cascades else f"one {lora_key(prompt)}"
 
     def _is_lone(self, group: Sequence[Job]) -> bool:
         return len(group) == 1 and self.model.pads and self._paths.prefix_key(group[0].payload) not in self.prefixes

@@ -7,12 +7,14 @@ is chosen by. Knows nothing of requests, adapters or where prefixes come from.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from copa_harness.lm.local_cascade import CascadeCache, RowGroup
 from copa_harness.lm.local_decoding import RowChooser, RowState, RowStopper
+from copa_harness.lm.local_llama import LoraRows
 
 SHRINK_SHARE = 0.125
 """Share of done rows from which they are dropped from the batch; copying the others' states costs about one step."""
@@ -28,31 +30,69 @@ class Suffixes:
         ids: own prompt tokens of each row, at least one.
         prefix_lengths: tokens of each row's shared prefix.
         groups: which rows share which prefix, in order.
+        loras: which rows are answered by which adapter, in order, where the reader mixes them.
     """
 
     ids: Sequence[Sequence[int]]
     prefix_lengths: Sequence[int]
     groups: Sequence[RowGroup]
+    loras: Sequence[LoraRows] = ()
+
+
+class Reader(Protocol):
+    """What reads new tokens into a batch's states; see `LlamaDecoder.read`."""
+
+    n_layers: int
+
+    def read(
+        self, ids: Any, *, positions: Any, bias: Any, cascade: CascadeCache, n_kept: int, loras: Sequence[LoraRows] = ()
+    ) -> Any:
+        """Logits of the last `n_kept` of the new tokens `ids` [rows, new]."""
+
+
+class LibraryReader:
+    """Any fitting model of transformers, with one adapter, or none, active for all rows."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.n_layers = int(module.config.get_text_config(decoder=True).num_hidden_layers)
+
+    def read(
+        self, ids: Any, *, positions: Any, bias: Any, cascade: CascadeCache, n_kept: int, loras: Sequence[LoraRows] = ()
+    ) -> Any:
+        """Logits of the last `n_kept` of the new tokens `ids` [rows, new]."""
+        if loras:
+            raise ValueError("got rows of several adapters; expected the one that is active in the module")
+        with cascade.in_use(self._module):
+            output = self._module(
+                input_ids=ids,
+                attention_mask=bias.to(self._module.dtype),
+                position_ids=positions,
+                past_key_values=cascade.cache,
+                use_cache=True,
+                logits_to_keep=n_kept,
+            )
+        return output.logits
 
 
 class CascadeRun:
     """One batch on its way: the suffixes are read at construction, then rows decode or continuations are scored.
 
     Args:
-        module: the model, with the right adapters active.
+        reader: the model.
         suffixes: the rows.
+        device: where it computes.
         pad_id: any token id.
         room: new tokens per row to make room for.
     """
 
-    def __init__(self, module: Any, suffixes: Suffixes, *, pad_id: int, room: int) -> None:
+    def __init__(self, reader: Reader, suffixes: Suffixes, *, device: Any, pad_id: int, room: int) -> None:
         import torch
 
-        self._module, self._pad_id = module, pad_id
+        self._reader, self._pad_id, self._loras = reader, pad_id, list(suffixes.loras)
         width = max(map(len, suffixes.ids))
         pads = [width - len(ids) for ids in suffixes.ids]
-        self._cascade = CascadeCache(_n_layers(module), suffixes.groups, room=width + room)
-        device = module.device
+        self._cascade = CascadeCache(reader.n_layers, suffixes.groups, room=width + room)
         self._first = torch.tensor([n - pad for n, pad in zip(suffixes.prefix_lengths, pads, strict=True)]).to(device)
         self._pads = torch.tensor(pads).to(device)
         self._is_padded = any(pads)
@@ -107,32 +147,23 @@ class CascadeRun:
         n_rows, n_new = ids.shape
         end = self._length + n_new
         new = torch.arange(self._length, end, device=ids.device)
-        bias = None
         if self._is_padded or n_new > 1:
             keys = torch.arange(end, device=ids.device)
             # A padding token sees itself, so that no row of the softmax is empty.
             seen = ((keys >= self._pads[:, None])[:, None, :] & (keys <= new[:, None])) | (keys == new[:, None])
-            bias = torch.zeros(seen.shape, dtype=self._module.dtype, device=ids.device)
-            bias = bias.masked_fill_(~seen, -torch.inf)[:, None]
+            bias = torch.zeros(seen.shape, device=ids.device).masked_fill_(~seen, -torch.inf)[:, None]
         else:
             # transformers takes a mask of four dimensions as it is; without one it would make its own
-            bias = torch.zeros(n_rows, 1, 1, end, dtype=self._module.dtype, device=ids.device)
-        with self._cascade.in_use(self._module):
-            output = self._module(
-                input_ids=ids,
-                attention_mask=bias,
-                position_ids=(self._first[:, None] + new).clamp(min=0),
-                past_key_values=self._cascade.cache,
-                use_cache=True,
-                logits_to_keep=n_kept,
-            )
+            bias = torch.zeros(n_rows, 1, 1, end, device=ids.device)
+        positions = (self._first[:, None] + new).clamp(min=0)
+        logits = self._reader.read(
+            ids, positions=positions, bias=bias, cascade=self._cascade, n_kept=n_kept, loras=self._loras
+        )
         self._length = end
-        return output.logits
+        return logits
 
     def _select(self, rows: Sequence[int]) -> None:
         self._cascade.select(rows)
         self._first, self._pads = self._first[list(rows)], self._pads[list(rows)]
-
-
-def _n_layers(module: Any) -> int:
-    return int(module.config.get_text_config(decoder=True).num_hidden_layers)
+        spans = [(span.lora, bisect_left(rows, span.start), bisect_left(rows, span.stop)) for span in self._loras]
+        self._loras = [LoraRows(start, stop, lora) for lora, start, stop in spans if stop > start]

@@ -18,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ConfigurationError, OutOfMemoryError
+from copa_harness.lm.embedded import embedded_model_path
+from copa_harness.lm.local_cascade import RowGroup, Unfit
+from copa_harness.lm.local_llama import FusedLora, LlamaDecoder
+from copa_harness.lm.local_llama_files import read_lora_tensors, read_shape, read_tensors
+from copa_harness.lm.local_loop import CascadeRun, LibraryReader, Reader, Suffixes
 from copa_harness.lm.local_lora import LoraFiles
 from copa_harness.lm.local_memory import Footprint, is_out_of_memory, last_words
 
@@ -30,7 +35,8 @@ class LocalModel:
     """A causal language model in memory.
 
     Attributes:
-        model: the base model as loaded, frozen, in evaluation mode.
+        decoder: our own forward, for models that `local_llama` computes; None for others. The embedded model has only
+            this until something asks for `model`, since importing transformers takes longer than all else.
         pads: whether prompts of different lengths may share a batch, padded on the left, without changing an answer.
         shares_prefix: whether a batch may start from the states of a prefix computed once.
         context_length: tokens of prompt and answer together that the model can hold.
@@ -47,53 +53,107 @@ class LocalModel:
 
     def __init__(self, directory: Path, *, device: str, dtype: str) -> None:
         import torch
-        import transformers
 
         self.directory = directory
         self.dtype = dtype
         self.device = torch.device(device)
+        self.lock = threading.Lock()
+        self._loading = threading.RLock()
+        self._library: Any = None
+        self._with_loras: Any = None
+        self._loras: OrderedDict[str, None] = OrderedDict()
+        self._fused: OrderedDict[str, FusedLora | None] = OrderedDict()
+        self.decoder: LlamaDecoder | None = None
+        shape = read_shape(directory) if dtype == "float32" and self.device.type == "cpu" else None
+        if shape is not None and directory == embedded_model_path().resolve():
+            self.decoder = LlamaDecoder(shape, read_tensors(directory))
+            self.context_length, self.eos_ids, self.pad_id = shape.max_position_embeddings, shape.eos_ids, shape.pad_id
+            self.footprint = Footprint.of(shape, item_bytes=4)
+            self.pads = self.shares_prefix = self.cascades = True
+        else:
+            model = self.model
+            config = model.config.get_text_config(decoder=True)
+            self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+            self.eos_ids, self.pad_id = self._special_ids
+            self.footprint = Footprint.of(config, item_bytes=model.dtype.itemsize)
+            self.pads, self.shares_prefix = self._batch_rules()
+            self.cascades = False
+            if self.pads and self.shares_prefix and self.device.type == "cpu":
+                if shape is not None:
+                    self.decoder = LlamaDecoder(shape, model.state_dict())
+                    if not self._cascade_is_exact(self.decoder):
+                        self.decoder = None
+                self.cascades = self.decoder is not None or self._cascade_is_exact(LibraryReader(model))
+        logger.info("loaded %s: %s", directory.name, self.describe())
+
+    @property
+    def model(self) -> Any:
+        """The base model as transformers loads it, frozen, in evaluation mode; loaded by the first who asks."""
+        with self._loading:
+            if self._library is None:
+                self._library = self._load()
+                if self.decoder is not None and not self._cascade_is_exact(self.decoder):
+                    logger.error(
+                        "%s: this package's own forward differs from that of transformers on this machine, and so may "
+                        "answers given so far; from here on transformers' is used",
+                        self.directory.name,
+                    )
+                    self.decoder, self.cascades = None, False
+            return self._library
+
+    def _load(self) -> Any:
+        import torch
+        import transformers
+
         try:
             with _quiet(transformers):
-                self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                    directory,
-                    dtype=getattr(torch, dtype),
+                model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.directory,
+                    dtype=getattr(torch, self.dtype),
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
                 )
-            self.model.to(self.device)
+            model.to(self.device)
         except (OSError, ValueError, KeyError, RuntimeError, AssertionError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
-                    f"memory on {self.device} does not suffice for the weights of {directory} in {dtype} "
+                    f"memory on {self.device} does not suffice for the weights of {self.directory} in {self.dtype} "
                     f"({last_words(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another --copa-device, or "
                     "less else in that memory"
                 ) from error
             raise ConfigurationError(
-                f"could not load {directory} on {self.device} as a causal language model in {dtype}: {error}; "
-                "expected a folder that AutoModelForCausalLM loads without trust_remote_code"
+                f"could not load {self.directory} on {self.device} as a causal language model in {self.dtype}: "
+                f"{error}; expected a folder that AutoModelForCausalLM loads without trust_remote_code"
             ) from error
-        self.model.eval().requires_grad_(False)
-        config = self.model.config.get_text_config(decoder=True)
-        self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
-        self.eos_ids, self.pad_id = self._special_ids()
+        model.eval().requires_grad_(False)
+        self._special_ids = _special_ids(model)
         # `generate` fills what a call leaves open from this object; a folder's sampling settings must not leak in.
-        self.model.generation_config = transformers.GenerationConfig(pad_token_id=self.pad_id)
-        self.lock = threading.Lock()
-        self.footprint = Footprint.of(config, item_bytes=self.model.dtype.itemsize)
-        self.pads, self.shares_prefix = self._batch_rules()
-        self.cascades = self.pads and self.shares_prefix and self.device.type == "cpu" and self._cascade_is_exact()
-        self._with_loras: Any = None
-        self._loras: OrderedDict[str, None] = OrderedDict()
-        logger.info("loaded %s: %s", directory.name, self.describe())
+        model.generation_config = transformers.GenerationConfig(pad_token_id=self._special_ids[1])
+        return model
 
     def describe(self) -> str:
         """Class, size, dtype and device."""
         import torch
 
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        n_parameters = sum(p.numel() for p in self.model.parameters())
-        return f"{type(self.model).__name__}, {n_parameters / 1e6:.1f}M, {self.dtype} on {self.device}{threads}"
+        if self.decoder is not None:
+            name, n_parameters = self.decoder.shape.architecture, self.decoder.n_parameters
+        else:
+            name, n_parameters = type(self.model).__name__, sum(p.numel() for p in self.model.parameters())
+        return f"{name}, {n_parameters / 1e6:.1f}M, {self.dtype} on {self.device}{threads}"
+
+    def fused(self, lora: LoraFiles) -> FusedLora | None:
+        """A LoRA adapter for the decoder, whose batches may hold several; None where it must be left to peft."""
+        if self.decoder is None:
+            return None
+        if lora.fingerprint not in self._fused:
+            tensors = read_lora_tensors(lora)
+            self._fused[lora.fingerprint] = None if tensors is None else FusedLora(tensors, self.decoder.shape)
+        self._fused.move_to_end(lora.fingerprint)
+        while len(self._fused) > MAX_LORAS_IN_MEMORY:
+            self._fused.popitem(last=False)
+        return self._fused[lora.fingerprint]
 
     def serving(self, lora: LoraFiles | None) -> Any:
         """The module to generate with: the base, or the shared tree with this LoRA adapter active.
@@ -130,14 +190,6 @@ class LocalModel:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
-
-    def _special_ids(self) -> tuple[frozenset[int], int]:
-        eos: set[int] = set()
-        for config in (self.model.generation_config, self.model.config):
-            value = getattr(config, "eos_token_id", None)
-            eos.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        pad = getattr(self.model.config, "pad_token_id", None)
-        return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
 
     def _batch_rules(self) -> tuple[bool, bool]:
         """(pads, shares_prefix): what is exact for this architecture's states, checked where it can be."""
@@ -181,22 +233,20 @@ class LocalModel:
             ).logits[:, -1]
         return self._same_logits(together, [torch.cat([head, tail], 1) for tail in (short, long)])
 
-    def _cascade_is_exact(self) -> bool:
+    def _cascade_is_exact(self, reader: Reader) -> bool:
         """Whether three rows, two of them behind a shared prefix kept once, give the logits they give alone."""
         import torch
-
-        from copa_harness.lm.local_cascade import RowGroup, Unfit
-        from copa_harness.lm.local_loop import CascadeRun, Suffixes
 
         head, short, long = self._probe(6)
         tails = [short[0].tolist(), long[0].tolist(), long[0].tolist()]
         try:
             with torch.inference_mode():
                 cache = self.new_cache()
-                self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
+                self._library(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
                 groups = [RowGroup(0, 2, cache), RowGroup(2, 3, None)]
-                run = CascadeRun(self.model, Suffixes(tails, [6, 6, 0], groups), pad_id=self.pad_id, room=1)
-        except (Unfit, TypeError, ValueError, RuntimeError, AttributeError) as reason:
+                suffixes = Suffixes(tails, [6, 6, 0], groups)
+                run = CascadeRun(reader, suffixes, device=self.device, pad_id=self._special_ids[1], room=1)
+        except (Unfit, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as reason:
             logger.info("%s goes without cascade attention: %s: %s", self.directory.name, type(reason).__name__, reason)
             return False
         alone = [torch.cat([head, short], 1), torch.cat([head, long], 1), long]
@@ -206,7 +256,7 @@ class LocalModel:
         """Random token ids of a shared prefix, a short and a long suffix (2 and 5 tokens), each [1, n]."""
         import torch
 
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = self._library.get_input_embeddings().num_embeddings
         draw = torch.Generator().manual_seed(0)
         return [torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (n_shared, 2, 5)]
 
@@ -216,11 +266,21 @@ class LocalModel:
 
         tolerance = 1e-3 if self.dtype == "float32" else 5e-2
         with torch.inference_mode():
-            alone = [self.model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1] for ids in prompts]
+            alone = [self._library(ids, attention_mask=torch.ones_like(ids)).logits[0, -1] for ids in prompts]
         return all(
             bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6))
             for a, b in zip(alone, together, strict=True)
         )
+
+
+def _special_ids(model: Any) -> tuple[frozenset[int], int]:
+    """Tokens that end an answer, and the padding token."""
+    eos: set[int] = set()
+    for config in (model.generation_config, model.config):
+        value = getattr(config, "eos_token_id", None)
+        eos.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    pad = getattr(model.config, "pad_token_id", None)
+    return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
 
 
 def _rope_depends_on_length(config: Any) -> bool:

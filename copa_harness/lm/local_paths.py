@@ -14,10 +14,11 @@ from typing import Any, Literal
 from copa_harness.lm.local_cascade import RowGroup
 from copa_harness.lm.local_chat import ChatFormat, PromptTokens
 from copa_harness.lm.local_decoding import DecodingRules, RowChooser, RowState, RowStopper, TokenScores
-from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS, CascadeRun, Suffixes
+from copa_harness.lm.local_llama import LoraRows, PrefixStates
+from copa_harness.lm.local_loop import FIRST_ROOM_TOKENS, CascadeRun, LibraryReader, Reader, Suffixes
 from copa_harness.lm.local_lora import LoraFiles
 from copa_harness.lm.local_model import LocalModel
-from copa_harness.lm.local_prefix import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, spread
+from copa_harness.lm.local_prefix import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, prefill, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +88,52 @@ class Paths:
             n_prefix = 0
         return (lora_key(prompt), prompt.tokens.ids[:n_prefix])
 
+    def family(self, prompt: Prompt) -> str:
+        """Prompts of one family may share a batch: all whose adapters the decoder mixes, else those of one adapter."""
+        if self.model.decoder is None or (prompt.lora is not None and self.model.fused(prompt.lora) is None):
+            return f"one {lora_key(prompt)}"
+        return "mixed"
+
     def cascade(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[RowState]:
         """Rows of a batch through the cascade loop.
 
         Args:
-            prompts: of one adapter.
+            prompts: of one family, those of one adapter side by side.
             is_cancelled: whether nobody waits for row i any more.
         """
-        module = self.model.serving(prompts[0].lora)
-        longest = max(prompt.rules.max_tokens for prompt in prompts)
-        run = CascadeRun(
-            module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=min(longest, FIRST_ROOM_TOKENS)
-        )
+        run = self._run(prompts, room=min(max(prompt.rules.max_tokens for prompt in prompts), FIRST_ROOM_TOKENS))
         rows = [RowState(prompt.rules) for prompt in prompts]
         run.decode(rows, RowChooser(rows, dtype=self.model.dtype), _stopper(prompts, rows, is_cancelled))
         return rows
 
-    def _suffixes(self, prompts: Sequence[Prompt], module: Any) -> Suffixes:
-        """The rows behind their prefixes; a prefix is shared if two rows have it, or if it is kept already."""
+    def _run(self, prompts: Sequence[Prompt], *, room: int) -> CascadeRun:
+        model = self.model
+        decoder = model.decoder
+        reader: Reader
+        if decoder is not None and self.family(prompts[0]) == "mixed":
+            loras = {key: model.fused(lora) for key, lora in {lora_key(p): p.lora for p in prompts}.items() if lora}
+            spans: list[LoraRows] = []
+            for i, prompt in enumerate(prompts):
+                lora = loras.get(lora_key(prompt))
+                if lora is not None and spans and spans[-1].stop == i and spans[-1].lora is lora:
+                    spans[-1] = LoraRows(spans[-1].start, i + 1, lora)
+                elif lora is not None:
+                    spans.append(LoraRows(i, i + 1, lora))
+            reader = decoder
+            suffixes = self._suffixes(prompts, lambda key: decoder.prefill(key[1], loras.get(key[0])), spans)
+        else:
+            module = model.serving(prompts[0].lora)
+            reader = LibraryReader(module)
+            suffixes = self._suffixes(prompts, lambda key: prefill(module, key[1], model.new_cache()), [])
+        return CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=room)
+
+    def _suffixes(
+        self, prompts: Sequence[Prompt], read: Callable[[PrefixKey], Any], loras: Sequence[LoraRows]
+    ) -> Suffixes:
+        """The rows behind their prefixes.
+
+        A prefix is shared if two rows have it, if it is kept already, or if its row is alone: the next may have it too.
+        """
         keys = [self.prefix_key(prompt) for prompt in prompts]
         counts = Counter(keys)
         groups: list[RowGroup] = []
@@ -113,12 +142,12 @@ class Paths:
             if i and key == keys[i - 1] and groups[-1].states is not None:
                 groups[-1].stop = i + 1
             else:
-                is_shared = key[1] and (counts[key] > 1 or key in self.prefixes)
-                states = self.prefixes.states(key, module, self.model.new_cache()) if is_shared else None
+                is_shared = key[1] and (counts[key] > 1 or len(keys) == 1 or key in self.prefixes)
+                states = self.prefixes.states(key, read) if is_shared else None
                 groups.append(RowGroup(i, i + 1, states))
             lengths.append(len(key[1]) if groups[-1].states is not None else 0)
         ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
-        return Suffixes(ids, lengths, groups)
+        return Suffixes(ids, lengths, groups, loras)
 
     def stock(
         self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool], plain: bool = False
@@ -142,7 +171,11 @@ class Paths:
         longest = max(prompt.rules.max_tokens for prompt in prompts)
         if n_prefix or (model.pads and model.shares_prefix and not plain):
             empty = model.new_cache()
-            states = self.prefixes.states(prefix, module, empty) if n_prefix else empty
+            states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], empty)) if n_prefix else empty
+            if isinstance(states, PrefixStates):
+                for i, layer in enumerate(states.layers):
+                    empty.update(layer.keys, layer.values, i)
+                states = empty
             shared["past_key_values"] = spread(states, len(prompts), width + min(longest, FIRST_ROOM_TOKENS))
         rows = [RowState(prompt.rules) for prompt in prompts]
         chooser = RowChooser(rows, dtype=model.dtype)
@@ -162,9 +195,7 @@ class Paths:
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Log-probability of every choice of every prompt, through the cascade loop."""
-        module = self.model.serving(prompts[0].lora)
-        room = max(len(choice) for prompt in prompts for choice in prompt.choices)
-        run = CascadeRun(module, self._suffixes(prompts, module), pad_id=self.model.pad_id, room=room)
+        run = self._run(prompts, room=max(len(choice) for prompt in prompts for choice in prompt.choices))
         return run.score([prompt.choices for prompt in prompts])
 
     def score_alone(self, prompt: Prompt) -> list[float]:

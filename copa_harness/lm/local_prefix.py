@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 PrefixKey = tuple[str, tuple[int, ...]]
@@ -40,30 +40,41 @@ class PrefixCache:
         """Bytes of the states kept now."""
         return self._bytes
 
-    def states(self, key: PrefixKey, module: Any, empty: Any) -> Any:
-        """The cache filled with this prefix (batch of one), computed now if it is not kept.
+    def states(self, key: PrefixKey, read: Callable[[PrefixKey], Any]) -> Any:
+        """The states of this prefix (batch of one), computed now if they are not kept.
 
         Args:
             key: whose `key[1]` are the tokens to prefill.
-            module: the model with the key's adapter active.
-            empty: an empty cache of the model's kind, filled when needed.
+            read: from a key to its states (with `layers`).
         """
-        import torch
-
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key][0]
-        ids = torch.tensor([key[1]], device=module.device)
-        module(ids, attention_mask=torch.ones_like(ids), past_key_values=empty, use_cache=True, logits_to_keep=1)
+        states = read(key)
         self.n_prefilled += 1
-        size = sum(tensor.nbytes for layer in empty.layers for tensor in _tensors(layer))
+        size = sum(tensor.nbytes for layer in states.layers for tensor in _tensors(layer))
         if size <= self.limit_bytes:
-            self._entries[key] = (empty, size)
+            self._entries[key] = (states, size)
             self._bytes += size
             while self._bytes > self.limit_bytes:
                 _, (_, dropped) = self._entries.popitem(last=False)
                 self._bytes -= dropped
-        return empty
+        return states
+
+
+def prefill(module: Any, ids: Sequence[int], empty: Any) -> Any:
+    """The states of a prefix by a model of transformers.
+
+    Args:
+        module: the model, with the right adapter active.
+        ids: the prefix.
+        empty: an empty cache of the model's kind, filled and returned.
+    """
+    import torch
+
+    tokens = torch.tensor([list(ids)], device=module.device)
+    module(tokens, attention_mask=torch.ones_like(tokens), past_key_values=empty, use_cache=True, logits_to_keep=1)
+    return empty
 
 
 def spread(states: Any, n_rows: int, n_new: int) -> Any:

@@ -13,17 +13,16 @@ from copa_harness.lm.local_lora import write_manifest
 from copa_harness.lm.local_tiny import write_tiny_model
 
 
-def write_lora(engine, folder, seed):
-    """A LoRA adapter with random weights, large enough to change answers."""
+def write_lora(engine, folder, seed, **settings):
+    """A LoRA adapter with random weights, large enough to change answers; returns the fine-tuned model's name."""
     import peft
     import torch
 
     from copa_harness.lm.local_model import quiet_peft, share_weights
 
     with quiet_peft():
-        tuned = peft.get_peft_model(
-            share_weights(engine.model), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+        tuned = peft.get_peft_model(share_weights(engine.model), config)
         draw = torch.Generator().manual_seed(seed)
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
@@ -88,3 +87,36 @@ def test_base_and_two_adapters_asked_at_once_answer_as_each_alone(architecture, 
             )
         assert [answers[i] for i in range(30)] == expected
     assert len(set(expected)) > 10
+
+
+def ask(engine, models, *, system="zebra 0.1 question " * 9):
+    requests = [
+        Request(model=model, system=system, messages=(Message.user(f"field {i}"),), config=Config(max_tokens=6))
+        for i, model in enumerate(models)
+    ]
+    with engine.generator.arriving(), ThreadPoolExecutor(len(requests)) as pool:
+        return requests, list(pool.map(lambda request: engine.complete(request, seed=0).text, requests))
+
+
+def test_adapters_of_several_kinds_and_the_base_share_one_batch(tmp_path):
+    folder = write_tiny_model(tmp_path / "tiny")
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=tmp_path)
+    engine.generator._batcher._window_s = 1.0
+    kinds = [{"r": 3, "use_rslora": True}, {"target_modules": ["v_proj", "up_proj"], "lora_alpha": 5}]
+    folders = [tmp_path / f"lora{i}" for i in range(len(kinds))]
+    adapters = {write_lora(engine, to, i, **kinds[i]): to for i, to in enumerate(folders)}
+    requests, answers = ask(engine, ["hf:tiny", *adapters] * 4)
+    assert answers == plain_answers(folder, requests, adapters)
+    assert engine.generator.n_batches <= 2
+    assert engine.generator.prefixes.n_prefilled == 3
+
+
+def test_an_adapter_beyond_low_rank_updates_is_left_to_peft(tmp_path):
+    folder = write_tiny_model(tmp_path / "tiny")
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=tmp_path)
+    kinds = [{"use_dora": True}, {"alpha_pattern": {"q_proj": 9}}, {"modules_to_save": ["norm"]}]
+    folders = [tmp_path / f"lora{i}" for i in range(len(kinds))]
+    adapters = {write_lora(engine, to, i, **kinds[i]): to for i, to in enumerate(folders)}
+    assert [engine.generator.model.fused(engine._lora(name)) for name in adapters] == [None] * 3
+    requests, answers = ask(engine, list(adapters) * 2)
+    assert answers == plain_answers(folder, requests, adapters)

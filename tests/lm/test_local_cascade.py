@@ -41,7 +41,7 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
     import torch
 
     from copa_harness.lm.local_cascade import RowGroup
-    from copa_harness.lm.local_loop import CascadeRun, Suffixes
+    from copa_harness.lm.local_loop import CascadeRun, LibraryReader, Suffixes
 
     model, draw = models(architecture), random.Random(5)
     prefixes = [[draw.randrange(10, 380) for _ in range(n)] for n in (20, 0, 11)]
@@ -56,11 +56,15 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
             states.append(cache if prefix else None)
         groups = [RowGroup(0, 3, states[0]), RowGroup(3, 5, None), RowGroup(5, 7, states[2])]
         suffixes = Suffixes(tails, [len(prefixes[i]) for i in owners], groups)
-        together = CascadeRun(model.model, suffixes, pad_id=model.pad_id, room=1).logits
+        readers = [LibraryReader(model.model), *([model.decoder] if model.decoder else [])]
+        together = [
+            CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=1).logits for reader in readers
+        ]
         alone = [
             model.model(torch.tensor([prefixes[i] + tail])).logits[0, -1] for i, tail in zip(owners, tails, strict=True)
         ]
-    assert (together - torch.stack(alone)).abs().max() < 1e-4
+    assert len(readers) == (2 if architecture in ("llama", "qwen2") else 1)
+    assert all((logits - torch.stack(alone)).abs().max() < 1e-4 for logits in together)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -68,13 +72,15 @@ def test_continuations_have_the_log_probabilities_they_have_alone(architecture, 
     import torch
 
     from copa_harness.lm.local_cascade import RowGroup
-    from copa_harness.lm.local_loop import CascadeRun, Suffixes
+    from copa_harness.lm.local_loop import CascadeRun, LibraryReader, Suffixes
 
     model, draw = models(architecture), random.Random(6)
     tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (4, 7)]
     choices = [[[20], [21, 22, 23]], [[30, 31], [32], [33, 34]]]
     with torch.inference_mode():
-        run = CascadeRun(model.model, Suffixes(tails, [0, 0], [RowGroup(0, 2, None)]), pad_id=0, room=3)
+        reader = model.decoder or LibraryReader(model.model)
+        suffixes = Suffixes(tails, [0, 0], [RowGroup(0, 2, None)])
+        run = CascadeRun(reader, suffixes, device=model.device, pad_id=0, room=3)
         scores = run.score(choices)
         for tail, row, given in zip(tails, choices, scores, strict=True):
             for choice, score in zip(row, given, strict=True):

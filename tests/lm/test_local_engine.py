@@ -16,6 +16,7 @@ from dspy.lm15 import Config, FunctionTool, Message, Request
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, OutOfMemoryError, ProviderError
 from copa_harness.lm.local import TransformersEngine
+from copa_harness.lm.local_llama import LlamaDecoder
 from copa_harness.lm.local_tiny import ARCHITECTURES, write_tiny_model
 
 WORDS = ["answer", "0.1", "question", "zebra", "field", "2.3", "[[ ## label ## ]]"]
@@ -313,14 +314,14 @@ def test_a_batch_too_large_for_memory_is_halved_and_one_prompt_too_large_is_an_e
     engine = TransformersEngine(tiny_folders("llama", 9), name="hf:tiny", lora_dir=tmp_path)
     requests = make_requests(8)
     expected = [engine.complete(request, seed=0).text for request in requests]
-    forward, limit = engine.model.forward, 2
+    read, limit = LlamaDecoder.read, 2
 
-    def little_memory(input_ids, **kwargs):
-        if len(input_ids) > limit:
+    def little_memory(decoder, ids, **kwargs):
+        if len(ids) > limit:
             raise RuntimeError("CUDA out of memory")
-        return forward(input_ids=input_ids, **kwargs)
+        return read(decoder, ids, **kwargs)
 
-    monkeypatch.setattr(engine.model, "forward", little_memory)
+    monkeypatch.setattr(LlamaDecoder, "read", little_memory)
     assert [r.text for r in ask_together(engine, requests, threads=8)] == expected
     limit = 0
     with pytest.raises(OutOfMemoryError, match="CUDA out of memory"):
@@ -333,7 +334,8 @@ def test_a_failing_model_is_a_provider_error_for_everyone_in_the_batch(tiny_fold
     def broken(*args, **kwargs):
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr(engine.model, "forward", broken)
+    assert engine.generator.model.decoder is not None
+    monkeypatch.setattr(LlamaDecoder, "read", broken)
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(engine.complete, request, seed=0) for request in make_requests(4)]
     for future in futures:

@@ -225,13 +225,19 @@ def llama(tmp_path_factory):
     return LocalModel(write_tiny_model(tmp_path_factory.mktemp("prefix") / "llama"), device="cpu", dtype="float32")
 
 
+def filled(cache, key, model):
+    from copa_harness.lm.local_prefix import prefill
+
+    return cache.states(key, lambda wanted: prefill(model.model, wanted[1], model.new_cache()))
+
+
 def test_prefix_states_stay_within_the_byte_limit_oldest_out_first(llama):
     from copa_harness.lm.local_prefix import PrefixCache
 
     one = 16 * llama.footprint.states
     cache = PrefixCache(limit_bytes=2 * one)
     for start in (10, 40, 70):
-        cache.states(("", tuple(range(start, start + 16))), llama.model, llama.new_cache())
+        filled(cache, ("", tuple(range(start, start + 16))), llama)
     assert cache.used_bytes == 2 * one
     assert ("", tuple(range(10, 26))) not in cache
     assert ("", tuple(range(70, 86))) in cache
@@ -241,9 +247,9 @@ def test_prefix_states_are_kept_apart_by_adapter_and_reused_by_key(llama):
     from copa_harness.lm.local_prefix import PrefixCache
 
     cache, tokens = PrefixCache(), tuple(range(10, 26))
-    first = cache.states(("", tokens), llama.model, llama.new_cache())
-    assert cache.states(("", tokens), llama.model, llama.new_cache()) is first
-    assert cache.states(("lora", tokens), llama.model, llama.new_cache()) is not first
+    first = filled(cache, ("", tokens), llama)
+    assert filled(cache, ("", tokens), llama) is first
+    assert filled(cache, ("lora", tokens), llama) is not first
     assert cache.n_prefilled == 2
 
 
@@ -252,7 +258,7 @@ def test_spreading_a_prefix_leaves_it_as_it_was_and_grows_as_needed(llama):
 
     from copa_harness.lm.local_prefix import PrefixCache, spread
 
-    states = PrefixCache().states(("", tuple(range(10, 26))), llama.model, llama.new_cache())
+    states = filled(PrefixCache(), ("", tuple(range(10, 26))), llama)
     before = states.layers[0].keys.clone()
     ids = torch.arange(30, 54).reshape(2, 12)
     with torch.inference_mode():

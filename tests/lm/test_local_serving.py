@@ -16,6 +16,7 @@ from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
 from copa_harness.lm.engines import time_left_s
 from copa_harness.lm.local import TransformersEngine
+from copa_harness.lm.local_llama import LlamaDecoder
 from copa_harness.lm.local_tiny import write_tiny_model
 from copa_harness.lm.scope import open_scope
 
@@ -81,13 +82,13 @@ def test_candidates_of_one_call_are_independent_cached_and_keep_their_places(lm)
 
 
 def test_an_answer_that_takes_longer_than_the_budget_leaves_is_given_up_and_the_engine_goes_on(engine, monkeypatch):
-    forward = engine.model.forward
+    read = LlamaDecoder.read
 
     def slow(*args, **kwargs):
         time.sleep(0.05)
-        return forward(*args, **kwargs)
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr(engine.model, "forward", slow)
+    monkeypatch.setattr(LlamaDecoder, "read", slow)
     token = time_left_s.set(0.08)
     try:
         with pytest.raises(ProviderTimeoutError, match="seconds"):
@@ -102,15 +103,15 @@ def test_an_answer_that_takes_longer_than_the_budget_leaves_is_given_up_and_the_
 
 def test_a_request_whose_caller_is_gone_is_dropped_from_the_queue(engine, monkeypatch):
     entered, release = threading.Event(), threading.Event()
-    forward = engine.model.forward
+    read = LlamaDecoder.read
 
     def gated(*args, **kwargs):
         entered.set()
         release.wait(10)
-        return forward(*args, **kwargs)
+        return read(*args, **kwargs)
 
     generator = engine.generator
-    monkeypatch.setattr(engine.model, "forward", gated)
+    monkeypatch.setattr(LlamaDecoder, "read", gated)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(engine.complete, request("first"), seed=0)
         assert entered.wait(10)

@@ -1,0 +1,245 @@
+"""A Llama-like model's forward in plain torch on the CPU, for batches of several prefixes and several LoRA adapters.
+
+Symbols: B rows, n new tokens each, T = B * n tokens, H query and K key-value heads of width D. What it does that the
+library's does not: the projections that read one input are one matrix product, with weights laid out once for oneDNN
+(small batches run two to three times as fast as with weights laid out anew at every call); rows of several adapters
+share every product of the base, x W, and each adapter adds (x A) B to its own rows (Sheng et al. 2023, "S-LoRA",
+arXiv:2311.03285); nothing of transformers is imported, which takes longer than reading a small model. The arithmetic
+is the library's up to rounding. Knows nothing of files, requests or decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from copa_harness.lm.local_cascade import CascadeCache, RowGroup, cascade_attention
+from copa_harness.lm.local_llama_files import LlamaShape, LoraTensors
+
+PACK_LIMIT_BYTES = 1 << 30
+"""Weights beyond this are used as they lie in memory: laid out anew they would be there twice."""
+_FUSED = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""Products of a layer and the projections in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Rows `start` to `stop` (exclusive) of a batch and the adapter that answers them."""
+
+    start: int
+    stop: int
+    lora: FusedLora
+
+
+class FusedLora:
+    """One adapter's updates: for every (layer, product) A' [in, r'] and B' [r', out], r' the sum over its projections.
+
+    B' is block diagonal, so one pair serves a product of several projections.
+    """
+
+    def __init__(self, tensors: LoraTensors, shape: LlamaShape) -> None:
+        import torch
+
+        widths = {"q": shape.num_attention_heads * shape.head_dim, "k": shape.num_key_value_heads * shape.head_dim}
+        widths |= {"v": widths["k"], "o": shape.hidden_size, "down": shape.hidden_size}
+        widths |= {"gate": shape.intermediate_size, "up": shape.intermediate_size}
+        self.updates: dict[tuple[int, str], tuple[Any, Any]] = {}
+        for layer in range(shape.num_hidden_layers):
+            for product, parts in _FUSED.items():
+                pairs = {part: tensors.pairs[layer, part] for part in parts if (layer, part) in tensors.pairs}
+                if not pairs:
+                    continue
+                inner = torch.cat([a for a, _ in pairs.values()]).t().contiguous()
+                outer = torch.zeros(inner.shape[1], sum(widths[part] for part in parts))
+                row = column = 0
+                for part in parts:
+                    if part in pairs:
+                        b = pairs[part][1]
+                        outer[row : row + b.shape[1], column : column + b.shape[0]] = b.t()
+                        row += b.shape[1]
+                    column += widths[part]
+                self.updates[layer, product] = (inner, outer)
+
+
+class _Product:
+    """x W + bias for T tokens, laid out for oneDNN where that is to be had and wanted."""
+
+    __slots__ = ("bias", "packed", "weight")
+
+    def __init__(self, weights: Sequence[Any], biases: Sequence[Any], *, packs: bool) -> None:
+        import torch
+
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        self.bias = None if biases[0] is None else torch.cat(list(biases))
+        self.packed = None
+        if packs:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32)
+            self.weight = None
+
+    def __call__(self, x: Any, residual: Any = None) -> Any:
+        import torch
+
+        if self.packed is None:
+            product = torch.nn.functional.linear(x, self.weight, self.bias)
+            return product if residual is None else product.add_(residual)
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    qkv: _Product
+    out: _Product
+    gate_up: _Product
+    down: _Product
+    attention_norm: Any
+    mlp_norm: Any
+
+
+class LlamaDecoder:
+    """A Llama-like model in float32 on the CPU, of `n_layers` layers and `n_parameters` weights.
+
+    Args:
+        shape: its sizes.
+        tensors: its weights by the names of the model's file; read, never changed.
+    """
+
+    def __init__(self, shape: LlamaShape, tensors: dict[str, Any]) -> None:
+        import torch
+
+        self.shape, self.n_layers = shape, shape.num_hidden_layers
+        self.n_parameters = sum(tensor.numel() for tensor in tensors.values())
+        packs = 4 * self.n_parameters <= PACK_LIMIT_BYTES and _packs()
+        self._embedding = tensors["model.embed_tokens.weight"]
+        head = self._embedding if shape.tie_word_embeddings else tensors["lm_head.weight"]
+        self._head = _Product([head], [None], packs=packs)
+        self._norm = tensors["model.norm.weight"]
+
+        def product(prefix: str, names: Sequence[str]) -> _Product:
+            places = [f"{prefix}.{name}_proj" for name in names]
+            biases = [tensors.get(f"{place}.bias") for place in places]
+            return _Product([tensors[f"{place}.weight"] for place in places], biases, packs=packs)
+
+        self._layers = []
+        for index in range(shape.num_hidden_layers):
+            place = f"model.layers.{index}"
+            attention, mlp = f"{place}.self_attn", f"{place}.mlp"
+            self._layers.append(
+                _Layer(
+                    product(attention, _FUSED["qkv"]),
+                    product(attention, _FUSED["out"]),
+                    product(mlp, _FUSED["gate_up"]),
+                    product(mlp, _FUSED["down"]),
+                    tensors[f"{place}.input_layernorm.weight"],
+                    tensors[f"{place}.post_attention_layernorm.weight"],
+                )
+            )
+        steps = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+        self._frequencies = 1.0 / (shape.rope_theta**steps)
+
+    def read(
+        self, ids: Any, *, positions: Any, bias: Any, cascade: CascadeCache, n_kept: int, loras: Sequence[LoraRows] = ()
+    ) -> Any:
+        """Append new tokens to a batch.
+
+        Args:
+            ids: [B, n].
+            positions: of the new tokens, [B, n].
+            bias: added to the scores of the new tokens over all own tokens, [B, 1, n, own]; None for none, then a
+                token sees all own tokens before it.
+            cascade: the batch's states, extended here.
+            n_kept: last tokens of each row to give logits for.
+            loras: which rows are answered by which adapter, in order; rows in none by the base.
+
+        Returns:
+            Logits [B, n_kept, vocabulary].
+        """
+        import torch
+
+        shape = self.shape
+        n_rows, n_new = ids.shape
+        n_rotated = shape.num_attention_heads + shape.num_key_value_heads
+        tokens = [(rows.lora.updates, rows.start * n_new, rows.stop * n_new) for rows in loras]
+        angles = positions[..., None, None] * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        hidden = torch.nn.functional.embedding(ids.reshape(-1), self._embedding)
+        for index, layer in enumerate(self._layers):
+
+            def run(name: str, x: Any, residual: Any = None, *, layer: _Layer = layer, index: int = index) -> Any:
+                y = getattr(layer, name)(x, residual)
+                for updates, start, stop in tokens:
+                    if (index, name) in updates:
+                        inner, outer = updates[index, name]
+                        y[start:stop].addmm_(x[start:stop] @ inner, outer)
+                return y
+
+            states = run("qkv", self._normed(hidden, layer.attention_norm)).view(n_rows, n_new, -1, shape.head_dim)
+            rotated = _rotate(states[:, :, :n_rotated], cos, sin).transpose(1, 2)
+            keys, values = cascade.layers[index].update(
+                rotated[:, shape.num_attention_heads :], states[:, :, n_rotated:].transpose(1, 2)
+            )
+            attended = cascade_attention(
+                rotated[:, : shape.num_attention_heads], keys, values, bias=bias, scale=shape.head_dim**-0.5,
+                prefixes=cascade.prefixes(index),
+            )  # fmt: skip
+            hidden = run("out", attended.reshape(n_rows * n_new, -1), hidden)
+            gate, up = run("gate_up", self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+            hidden = run("down", torch.nn.functional.silu(gate).mul_(up), hidden)
+        last = hidden.view(n_rows, n_new, -1)[:, -n_kept:].reshape(n_rows * n_kept, -1)
+        return self._head(self._normed(last, self._norm)).view(n_rows, n_kept, -1)
+
+    def prefill(self, ids: Sequence[int], lora: FusedLora | None = None) -> PrefixStates:
+        """Keys and values of a prefix."""
+        import torch
+
+        cascade = CascadeCache(self.n_layers, [RowGroup(0, 1, None)], room=len(ids))
+        rows = [] if lora is None else [LoraRows(0, 1, lora)]
+        self.read(torch.tensor([ids]), positions=torch.arange(len(ids))[None], bias=None, cascade=cascade, n_kept=1,
+                  loras=rows)  # fmt: skip
+        return PrefixStates([LayerStates(*layer.buffers) for layer in cascade.layers])
+
+    def _normed(self, x: Any, weight: Any) -> Any:
+        scale = x.pow(2).mean(-1, keepdim=True).add_(self.shape.rms_norm_eps).rsqrt_()
+        return (x * scale).mul_(weight)
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """Keys and values of one layer, [1, K, tokens, D]."""
+
+    keys: Any
+    values: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStates:
+    """States of a prefix, one entry a layer, as `RowGroup` wants them."""
+
+    layers: list[LayerStates]
+
+
+def _rotate(states: Any, cos: Any, sin: Any) -> Any:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) in Llama's layout: halves, not pairs."""
+    import torch
+
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.empty_like(states, memory_format=torch.contiguous_format)
+    half = first.shape[-1]
+    torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
+    return rotated
+
+
+def _packs() -> bool:
+    """Whether this torch has oneDNN's linear layers with weights laid out beforehand, and they work here."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        product = _Product([torch.ones(8, 8)], [None], packs=True)
+        return bool((product(torch.ones(2, 8), torch.ones(2, 8)) == 9).all())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False  # another build of torch: plain products do as well
