@@ -19,10 +19,10 @@ from typing import Any
 
 from copa_harness.errors import ConfigurationError, OutOfMemoryError
 from copa_harness.lm.embedded import embedded_model_path
-from copa_harness.lm.local_cascade import RowGroup, Unfit
+from copa_harness.lm.local_checks import ExactnessChecks
 from copa_harness.lm.local_llama import FusedLora, LlamaDecoder
 from copa_harness.lm.local_llama_files import read_lora_tensors, read_shape, read_tensors
-from copa_harness.lm.local_loop import CascadeRun, LibraryReader, Reader, Suffixes
+from copa_harness.lm.local_loop import LibraryReader
 from copa_harness.lm.local_lora import LoraFiles
 from copa_harness.lm.local_memory import Footprint, is_out_of_memory, last_words
 
@@ -76,14 +76,15 @@ class LocalModel:
             self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
             self.eos_ids, self.pad_id = self._special_ids
             self.footprint = Footprint.of(config, item_bytes=model.dtype.itemsize)
-            self.pads, self.shares_prefix = self._batch_rules()
+            checks = self._checks()
+            self.pads, self.shares_prefix = checks.batch_rules()
             self.cascades = False
             if self.pads and self.shares_prefix and self.device.type == "cpu":
                 if shape is not None:
                     self.decoder = LlamaDecoder(shape, model.state_dict())
-                    if not self._cascade_is_exact(self.decoder):
+                    if not checks.cascade_is_exact(self.decoder):
                         self.decoder = None
-                self.cascades = self.decoder is not None or self._cascade_is_exact(LibraryReader(model))
+                self.cascades = self.decoder is not None or checks.cascade_is_exact(LibraryReader(model))
         logger.info("loaded %s: %s", directory.name, self.describe())
 
     @property
@@ -92,7 +93,7 @@ class LocalModel:
         with self._loading:
             if self._library is None:
                 self._library = self._load()
-                if self.decoder is not None and not self._cascade_is_exact(self.decoder):
+                if self.decoder is not None and not self._checks().cascade_is_exact(self.decoder):
                     logger.error(
                         "%s: this package's own forward differs from that of transformers on this machine, and so may "
                         "answers given so far; from here on transformers' is used",
@@ -131,6 +132,12 @@ class LocalModel:
         # `generate` fills what a call leaves open from this object; a folder's sampling settings must not leak in.
         model.generation_config = transformers.GenerationConfig(pad_token_id=self._special_ids[1])
         return model
+
+    def _checks(self) -> ExactnessChecks:
+        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
+        return ExactnessChecks(
+            self._library, pad_id=self._special_ids[1], tolerance=tolerance, name=self.directory.name
+        )
 
     def describe(self) -> str:
         """Class, size, dtype and device."""
@@ -191,87 +198,6 @@ class LocalModel:
 
         return DynamicCache(config=self.model.config)
 
-    def _batch_rules(self) -> tuple[bool, bool]:
-        """(pads, shares_prefix): what is exact for this architecture's states, checked where it can be."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-
-        if getattr(self.model, "_is_stateful", False) or _rope_depends_on_length(self.model.config):
-            return False, False
-        kinds = {type(layer) for layer in self.new_cache().layers}
-        # A multi-token continuation from a convolution state is exact in LFM2; other state-space models differ.
-        if LinearAttentionLayer in kinds and kinds <= {DynamicLayer, LinearAttentionLayer}:
-            return False, self.model.config.model_type == "lfm2"
-        # A window holds only the prefix's last tokens, and padding behind it would push them out.
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            return False, False
-        rules = (True, kinds == {DynamicLayer})
-        if self._padding_is_exact(n_shared=6 if rules[1] else 0):
-            return rules
-        logger.warning(
-            "%s answers differently when padded; its requests are batched by equal length", self.directory.name
-        )
-        return False, False
-
-    def _padding_is_exact(self, *, n_shared: int) -> bool:
-        """Whether two short prompts behind `n_shared` shared tokens, padded, give the logits they give alone."""
-        import torch
-
-        head, short, long = self._probe(n_shared)
-        mask = torch.ones(2, n_shared + 5, dtype=torch.long, device=self.device)
-        mask[0, n_shared : n_shared + 3] = 0
-        with torch.inference_mode():
-            cache = self.new_cache()
-            if n_shared:
-                self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
-                cache.batch_repeat_interleave(2)
-            together = self.model(
-                torch.cat([torch.cat([torch.full((1, 3), self.pad_id, device=self.device), short], 1), long]),
-                past_key_values=cache,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, n_shared:],
-                use_cache=True,
-            ).logits[:, -1]
-        return self._same_logits(together, [torch.cat([head, tail], 1) for tail in (short, long)])
-
-    def _cascade_is_exact(self, reader: Reader) -> bool:
-        """Whether three rows, two of them behind a shared prefix kept once, give the logits they give alone."""
-        import torch
-
-        head, short, long = self._probe(6)
-        tails = [short[0].tolist(), long[0].tolist(), long[0].tolist()]
-        try:
-            with torch.inference_mode():
-                cache = self.new_cache()
-                self._library(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
-                groups = [RowGroup(0, 2, cache), RowGroup(2, 3, None)]
-                suffixes = Suffixes(tails, [6, 6, 0], groups)
-                run = CascadeRun(reader, suffixes, device=self.device, pad_id=self._special_ids[1], room=1)
-        except (Unfit, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as reason:
-            logger.info("%s goes without cascade attention: %s: %s", self.directory.name, type(reason).__name__, reason)
-            return False
-        alone = [torch.cat([head, short], 1), torch.cat([head, long], 1), long]
-        return self._same_logits(run.logits, alone)
-
-    def _probe(self, n_shared: int) -> Any:
-        """Random token ids of a shared prefix, a short and a long suffix (2 and 5 tokens), each [1, n]."""
-        import torch
-
-        vocab_size = self._library.get_input_embeddings().num_embeddings
-        draw = torch.Generator().manual_seed(0)
-        return [torch.randint(vocab_size, (1, n), generator=draw).to(self.device) for n in (n_shared, 2, 5)]
-
-    def _same_logits(self, together: Any, prompts: Any) -> bool:
-        """Whether the rows of `together` are the last logits of the prompts, each alone."""
-        import torch
-
-        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
-        with torch.inference_mode():
-            alone = [self._library(ids, attention_mask=torch.ones_like(ids)).logits[0, -1] for ids in prompts]
-        return all(
-            bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6))
-            for a, b in zip(alone, together, strict=True)
-        )
-
 
 def _special_ids(model: Any) -> tuple[frozenset[int], int]:
     """Tokens that end an answer, and the padding token."""
@@ -281,13 +207,6 @@ def _special_ids(model: Any) -> tuple[frozenset[int], int]:
         eos.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     pad = getattr(model.config, "pad_token_id", None)
     return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
-
-
-def _rope_depends_on_length(config: Any) -> bool:
-    """Whether a token's position is encoded differently in longer inputs, so that longer company would change it."""
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 @contextmanager

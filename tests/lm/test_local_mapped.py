@@ -84,8 +84,7 @@ def test_adapters_and_a_training_share_the_weights_in_memory(tiny, tmp_path):
     adapter = LoraTrainer(engine, directory=tmp_path).train(
         [row], settings=LoraSettings(rank=2, epochs=1), served_with="none"
     )
-    request = Request(model=adapter.model, messages=(Message.user("q"),), config=Config(max_tokens=1))
-    engine.complete(request, seed=0)
+    engine.generator.model.serving(engine._lora(adapter.model))
     tree = engine.generator.model._with_loras
     base = {tensor.data_ptr() for tensor in engine.model.parameters()}
     served = {p.data_ptr() for name, p in tree.named_parameters() if "lora_" not in name}

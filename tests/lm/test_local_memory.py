@@ -15,6 +15,7 @@ from copa_harness.evaluate import evaluate
 from copa_harness.lm.build import build_lm
 from copa_harness.lm.door import Door
 from copa_harness.lm.local import TransformersEngine
+from copa_harness.lm.local_llama import LlamaDecoder
 from copa_harness.lm.local_memory import is_out_of_memory, last_words
 from copa_harness.lm.local_model import LocalModel
 from copa_harness.lm.local_tiny import write_tiny_model
@@ -48,7 +49,8 @@ def fails(engine, monkeypatch):
         def forward(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(engine.model, "forward", forward)
+        assert engine.generator.model.decoder is not None
+        monkeypatch.setattr(LlamaDecoder, "read", forward)
 
     return set_failure
 
