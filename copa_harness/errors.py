@@ -109,6 +109,10 @@ class TrainingError(CopaError):
     """Fine-tuning cannot start or did not finish: no rows, over-long rows, diverging loss."""
 
 
+class NoTrainingRowsError(TrainingError):
+    """There is nothing to train on: no answer passed, every row is too long, or making rows is not affordable."""
+
+
 class TrainingInterruptedError(TrainingError):
     """Fine-tuning was cut short by what the same training need not meet again: a process killed, memory used up.
 

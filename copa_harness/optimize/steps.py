@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from copa_harness.errors import BudgetExhausted
+from copa_harness.errors import BudgetExhausted, NoTrainingRowsError
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
@@ -65,7 +65,8 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
     allowance = run.share(step, later)
     try:
         if step.kind is StepKind.WEIGHTS:
-            _weights(run, allowance, demos_ahead=any(s.kind is not StepKind.WEIGHTS for s in later))
+            demos_ahead = any(s.kind is not StepKind.WEIGHTS for s in later)
+            _weights(run, allowance, demos_ahead=demos_ahead, is_all=run.n_steps == 1 and not later)
         elif step.kind is StepKind.PROMPTS:
             _prompts(run, allowance)
         elif step.kind is StepKind.ALTERNATE:
@@ -133,9 +134,17 @@ def _alternate(run: Run, allowance: Allowance) -> None:
     run.note(f"stopped after max_cycles = {run.settings.max_cycles} cycles, the last of which still improved")
 
 
-def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool) -> None:
-    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse."""
-    trained = run.tuned = run.train(demos_ahead=demos_ahead)
+def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool, is_all: bool) -> None:
+    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse.
+
+    Where there is nothing to train on the program stays as it is, unless weights are all that was asked for.
+    """
+    if is_all:
+        trained = run.tuned = run.train(demos_ahead=demos_ahead)
+    elif (found := _trained(run, demos_ahead=demos_ahead, otherwise="the weights stay as they are")) is not None:
+        trained = run.tuned = found
+    else:
+        return
     run.note(f"w: {trained.note}")
     whole = Allowance(run.scope, math.inf)
     best: Candidate | None = None
@@ -174,6 +183,18 @@ def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
     return list({candidate.key: candidate for candidate in found}.values())
 
 
+def _trained(run: Run, *, demos_ahead: bool, otherwise: str) -> Trained | None:
+    """Tuned weights, or None and a note where there is nothing to train on."""
+    try:
+        return run.train(demos_ahead=demos_ahead)
+    except NoTrainingRowsError as error:
+        text = f"no weights were trained, {otherwise}: {error}"
+        if text not in run.notes:
+            run.note(text)
+            run.progress.say(text)
+        return None
+
+
 def _joint(run: Run, allowance: Allowance) -> None:
     """One study over weights and prompts at once.
 
@@ -182,7 +203,9 @@ def _joint(run: Run, allowance: Allowance) -> None:
     levels: list[WeightsLevel] = []
     others: list[WeightsLevel] = []
     for demos_ahead in (True, False):
-        trained = run.train(demos_ahead=demos_ahead)
+        trained = _trained(run, demos_ahead=demos_ahead, otherwise="prompts are searched without such weights")
+        if trained is None:
+            continue
         run.note(f"joint: {trained.note}")
         levels.append(level_of(run.incumbent.with_lms(trained.lms)))
         others.extend(checkpoint_levels(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
@@ -190,11 +213,8 @@ def _joint(run: Run, allowance: Allowance) -> None:
     def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
         first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
         bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
-        return [
-            {"weights": levels[0].name, **first},
-            {"weights": levels[-1].name, **bare},
-            *starting_points(instructions, demos),
-        ]
+        tuned = [{"weights": levels[0].name, **first}, {"weights": levels[-1].name, **bare}] if levels else []
+        return [*tuned, *starting_points(instructions, demos)]
 
     search_in_rounds(run, allowance, name="joint", levels=[*levels, *others], first_starts=starts)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 import numpy as np
 
-from copa_harness.errors import ConfigurationError, TrainingError
+from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
 from copa_harness.evaluate.metrics import Metric, call_metric
 from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.scope import current_scope
@@ -138,14 +138,14 @@ def train_weights(job: WeightsJob) -> Trained:
     predictor, and else from traces of training examples the program got right.
 
     Raises:
-        TrainingError: There are no rows to train on.
+        NoTrainingRowsError: There are no rows to train on.
         ConfigurationError: A model cannot be fine-tuned.
     """
     for lm in job.incumbent.lms:
         _check_tunable(lm)
     rows = _rows(job)
     if not any(rows.by_predictor.values()):
-        raise TrainingError(
+        raise NoTrainingRowsError(
             "got no rows to fine-tune on: no training example was answered well enough; give labels for every output, "
             "finetune_data=..., or a strategy that begins with 'p'"
         )
@@ -217,7 +217,7 @@ def _rendered(
         )
         return rows, len(job.trainset)
     if not job.can_afford_traces:
-        raise TrainingError(
+        raise NoTrainingRowsError(
             "the budget does not pay for a pass over the training examples, which the weights step needs here; "
             "raise the budget, or give finetune_data=..."
         )

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import TrainingError, TrainingInterruptedError
+from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingInterruptedError
 from copa_harness.lm.local_files import hash_mapping
 from copa_harness.lm.local_lora import read_lora
 from copa_harness.lm.scope import current_scope
@@ -272,7 +272,7 @@ class LoraTrainer:
         rows, n_long = self._encode(job.rows, longest=longest, learn_from_demos=job.settings.learn_from_demos)
         held_out, n_long_held_out = self._encode(job.held_out, longest=longest)
         if not rows:
-            raise TrainingError(
+            raise NoTrainingRowsError(
                 f"all {len(job.rows)} rows are longer than {longest} tokens; remedy: fewer demonstrations in the rows, "
                 f"or a larger max_length (the context of {self.engine.name} is {context_length})"
             )

@@ -260,6 +260,24 @@ def test_traces_that_never_pass_are_one_clear_error(two_steps):
         optimized(two_steps, "w", lm=two_steps.lm(provider=two_steps.provider), budget=600)
 
 
+@pytest.mark.parametrize("strategy", ["joint", "w -> p"])
+def test_without_rows_to_train_on_the_rest_is_searched_and_a_note_says_so(two_steps, strategy):
+    writer = ScriptedLM(lambda messages: {"proposed_instruction": "Tell big from small by size."})
+    two_steps.metric = lambda example, prediction, trace=None: 0.5 * (example.kind == prediction.kind)
+    lines = []
+    program = optimized(
+        two_steps, strategy, lm=two_steps.lm(provider=two_steps.provider), budget=900, on_progress=lines.append,
+        prompt_lm=writer, transfer=False,
+    )  # fmt: skip
+    result = program.copa_result
+    assert not two_steps.provider.trained
+    assert sum("no weights were trained" in note for note in result.notes) == 1
+    assert any("no weights were trained" in phase.note for phase in result.phases)
+    assert any("no training example was answered well enough" in line for line in lines)
+    assert result.n_trials > 0
+    assert "@" not in result.model
+
+
 # -- demos -> instructions
 
 
