@@ -92,6 +92,27 @@ def _entry(run: Run, candidate: Candidate, objective: str) -> dict[str, Any]:
     }
 
 
+def reason_of(run: Run) -> str:
+    """Why a run ended, in words for the report."""
+    if run.stopped == "budget":
+        return f"the budget: {run.scope.charged_calls:,} of {run.scope.budget.calls:,.0f} calls used"
+    if run.stopped == "converged":
+        return f"no improvement over a full cycle (epsilon {run.settings.epsilon:g}, or the noise)"
+    if run.stopped == "max_cycles":
+        return f"max_cycles = {run.settings.max_cycles}, the last of which still improved"
+    if run.stopped == "perfect score":
+        return f"perfect score on {run.validation.n:,} validation examples"
+    said = {
+        "no improvement": f"no improvement in {run.settings.search.patience} trials",
+        "no head-room": "no head-room",
+        "search space exhausted": "every combination was tried",
+        "trials": f"{run.settings.search.max_trials:,} trials",
+        "budget": "its share of the calls was used",
+        "perfect score": "perfect score",
+    }
+    return "all steps taken" + (f"; the last search: {said[run.last_search]}" if run.last_search else "")
+
+
 def result_of(
     run: Run,
     *,
@@ -126,6 +147,7 @@ def result_of(
         n_trials=run.n_trials,
         notes=tuple(run.notes),
         headlines=tuple(run.headlines),
+        reason=reason_of(run),
         front=front,
         credit=credit,
         learned=tuple(run.knowledge.report()),

@@ -26,7 +26,7 @@ from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
 from copa_harness.optimize.choices import GROUNDINGS, check_groundings, check_sampler
-from copa_harness.optimize.choosing import choose, result_of
+from copa_harness.optimize.choosing import choose, reason_of, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.credit import credit_of
 from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
@@ -264,9 +264,11 @@ class COPA(Teleprompter):
             if choice is not None:
                 run.note(str(choice), headline=True)
                 run.progress.say(str(choice))
-            execute(run, steps)
-            front = choose(run, self.preference)
-            credit = credit_of(run)
+            with run.progress.ticking():
+                execute(run, steps)
+                front = choose(run, self.preference)
+                credit = credit_of(run)
+            run.progress.say(f"{name} ended: {reason_of(run)}")
         program = run.incumbent.program()
         program.copa_result = result_of(run, strategy=name, program=program, front=front, credit=credit)
         return program

@@ -158,7 +158,8 @@ class StudyJournal:
             params: Option by dimension.
             options: All options by dimension.
             value: What the sampler was told, None for a failed trial.
-            scores: One per validation example seen, in their fixed order; None where there is none.
+            scores: One per validation example seen, in their fixed order; None where there is none. Kept as the mean so
+                far after every example, which a chart of intermediate values can show.
             attributes: Numbers and words shown beside it.
         """
         trial = create_trial(
@@ -166,8 +167,8 @@ class StudyJournal:
             value=value,
             params=dict(params),
             distributions={name: CategoricalDistribution(tuple(options[name])) for name in params},
-            user_attrs=dict(attributes),
-            intermediate_values={step: score for step, score in enumerate(scores) if score is not None},
+            user_attrs={key: round(v, 4) if isinstance(v, float) else v for key, v in attributes.items()},
+            intermediate_values=_means(scores),
         )
         self._taken.append(trial)
         with self._lock:
@@ -191,6 +192,17 @@ class StudyJournal:
         )  # fmt: skip
         for trial in self._taken[len(self._known) : -1]:
             self._study.add_trial(trial)
+
+
+def _means(scores: Sequence[float | None]) -> dict[int, float]:
+    """Mean so far by example, from 0; examples without a score are left out."""
+    known: dict[int, float] = {}
+    total = 0.0
+    for step, score in enumerate(scores):
+        if score is not None:
+            total += score
+            known[step] = round(total / (len(known) + 1), 4)
+    return known
 
 
 def _same(known: FrozenTrial, trial: FrozenTrial) -> bool:

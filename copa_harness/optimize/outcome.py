@@ -34,6 +34,7 @@ class OptimizationResult:
         score_after: The same for the returned program; never below `score_before`.
         n_validation: Validation examples behind both.
         stopped: Why it ended: "completed", "budget", "perfect score", "converged", "max_cycles", ...
+        reason: The same in words: the budget's numbers, how the last study ended.
         exhausted: Whether the budget cut the search short.
         usage: Everything the run spent.
         seed: Of all random choices.
@@ -66,6 +67,7 @@ class OptimizationResult:
     n_trials: int = 0
     notes: tuple[str, ...] = ()
     headlines: tuple[str, ...] = ()
+    reason: str = ""
     front: tuple[Mapping[str, Any], ...] = ()
     credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
     learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)

@@ -3,15 +3,19 @@
     p: trial 14, best 0.880 [0.70, 0.96] on 25 rows, 231 of 400 calls, 12 s, at most about 9 s to go
 
 Lines are limited by time, so a log of a long run stays readable; there are no control characters, so a CI log shows
-what a terminal shows. Knows numbers and a place to write; knows nothing of studies, programs or pytest.
+what a terminal shows. Where no trial ends for a while (an opening, a training, another optimizer) a line comes all the
+same: a CI job that says nothing is taken for dead. Knows numbers and a place to write; knows nothing of studies,
+programs or pytest.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.scope import Scope
@@ -42,6 +46,9 @@ class Progress:
     ) -> None:
         self._scope, self._write, self._every_s, self._clock = scope, write, every_s, clock
         self._started = self._last = clock()
+        self._lock = threading.Lock()
+        self._phase, self._number, self._ceiling = "baseline", 0, math.inf
+        self._scores: tuple[float | None, ...] = ()
 
     def trial(self, phase: str, number: int, *, scores: Sequence[float | None], ceiling: float = math.inf) -> None:
         """A trial has ended; says so when the last line is long enough ago.
@@ -52,11 +59,42 @@ class Progress:
             scores: The incumbent's, one per validation example seen.
             ceiling: Calls at which the phase ends, counted from the beginning of the run.
         """
+        self.at(phase, scores=scores, number=number, ceiling=ceiling)
+        self.tick()
+
+    def at(
+        self, phase: str, *, scores: Sequence[float | None], number: int = 0, ceiling: float = math.inf
+    ) -> None:
+        """What is running now, for the lines that follow; as `trial`, and no trial for the number 0."""
+        self._phase, self._number, self._scores, self._ceiling = phase, number, tuple(scores), ceiling
+
+    def tick(self) -> None:
+        """A line on what is running, if the last one is long enough ago."""
         now = self._clock()
-        if now - self._last < self._every_s:
-            return
-        self._last = now
-        self.say(f"{phase}: trial {number}, {incumbent_text(scores)}, {self._calls(min(ceiling, self._budget), now)}")
+        with self._lock:
+            if now - self._last < self._every_s:
+                return
+            self._last = now
+        trial = f"trial {self._number}, " if self._number else ""
+        calls = self._calls(min(self._ceiling, self._budget), now)
+        self.say(f"{self._phase}: {trial}{incumbent_text(self._scores)}, {calls}")
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """While the block runs, lines come also when nothing ends."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(min(1.0, self._every_s)):
+                self.tick()
+
+        thread = threading.Thread(target=tick, name="copa-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def say(self, text: str) -> None:
         """One line, at once."""

@@ -72,7 +72,7 @@ class Run(Story):
         self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
         self.n_trials = 0
-        self.stopped = "completed"
+        self.stopped, self.last_search = "completed", ""
         self.tuned: Trained | None = None
         self._past: dict[str, dict[str, float]] = defaultdict(dict)
         self.knowledge = Knowledge(seed=settings.seed)
@@ -200,9 +200,9 @@ class Run(Story):
             phase=phase,
             starts=starts,
             name=name,
-            watchers=self.watchers(name),
+            watchers=self.watchers(name, space),
         )
-        self.n_trials += len(outcome.trials)
+        self.n_trials, self.last_search = self.n_trials + len(outcome.trials), outcome.stopped
         tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
         scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}
         self.knowledge.note_study(name, space.incumbent, tried, scores)
@@ -226,12 +226,12 @@ class Run(Story):
             self.stopped = "budget"  # and not merely this step's share
         return outcome.stopped
 
-    def watchers(self, name: str) -> Watchers:
+    def watchers(self, name: str, space: Space) -> Watchers:
         """Who is told of the trials of a study."""
         journal = None
         if self.journal is not None:
-            attributes = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
-            journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=attributes)
+            about = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
+            journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=about | space.texts)
         ahead = nobody_ahead if self.colleagues is None else partial(self.colleagues.ahead, validation=self.validation)
         return Watchers(progress=self.progress, journal=journal, forbids=self.forbids, ahead=ahead)
 

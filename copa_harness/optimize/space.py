@@ -96,6 +96,15 @@ class Space:
         return {name: options for name, options in found.items() if len(options) > 1}
 
     @property
+    def texts(self) -> dict[str, str]:
+        """What the instructions say, by dimension and name: a stored study shows the names only."""
+        return {
+            f"{predictor}.instruction = {option.name}": option.text
+            for predictor, options in self.instructions.items()
+            for option in options
+        }
+
+    @property
     def size(self) -> int:
         """Number of points."""
         return math.prod(len(options) for options in self.dimensions.values())

@@ -55,7 +55,9 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
         before = len(run.notes)
         name = f"{i + 1}: {step}" if len(steps) > 1 else str(step)
         with run.recorded(name, before):
-            run.progress.say(f"step {name}: from {incumbent_text(run.validation.scores(run.incumbent))}")
+            scores = run.validation.scores(run.incumbent)
+            run.progress.say(f"step {name}: from {incumbent_text(scores)}")
+            run.progress.at(f"step {name}", scores=scores)
             _take(run, step, steps[i + 1 :])
     if run.score >= PERFECT and run.stopped == "completed":
         run.stopped = "perfect score"
@@ -190,7 +192,7 @@ def _trained(run: Run, *, demos_ahead: bool, otherwise: str) -> Trained | None:
     except NoTrainingRowsError as error:
         text = f"no weights were trained, {otherwise}: {error}"
         if text not in run.notes:
-            run.note(text)
+            run.note(text, headline=True)
             run.progress.say(text)
         return None
 

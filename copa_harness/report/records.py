@@ -59,6 +59,7 @@ class RunRecord:
         learned: what the optimization learned about its proposals, one entry per arm.
         front: programs on the front of validation score and cost per answer, cheapest first, when one was asked for.
         notes: what the optimization did, in sentences.
+        search: why the optimization ended (`reason`), its `n_trials` and distinct `calls`; empty without one.
     """
 
     test: str
@@ -95,6 +96,7 @@ class RunRecord:
     learned: Sequence[Mapping[str, Any]] = ()
     front: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -201,6 +203,7 @@ class RunRecord:
             "learned": list(self.learned),
             "front": list(self.front),
             "notes": list(self.notes),
+            "search": self.search,
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -269,6 +272,7 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         learned=tuple(document.get("learned", ())),
         front=tuple(document.get("front", ())),
         notes=tuple(document.get("notes", ())),
+        search=dict(document.get("search", {})),
     )
 
 

@@ -14,6 +14,7 @@ from copa_harness.judge.messages import number
 from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
+from copa_harness.report.tables_ending import ending_table
 from copa_harness.report.tables_findings import attribution_table, flaky_table, ranking_table, sequential_table
 from copa_harness.report.tables_learning import credit_table, learned_table
 from copa_harness.report.tables_search import front_table, story_table
@@ -174,6 +175,7 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
         ("strategies ranked", ranking_table(crowded, style=style)),
         ("unstable examples", flaky_table(runs, style=style)),
         ("saved by stopping early", sequential_table(runs, style=style)),
+        ("how the searches ended", ending_table(runs, style=style)),
         ("what the search learned about its proposals", learned_table(runs, style=style)),
         ("what the optimizations did", story_table(runs, style=style)),
         ("what it cost", phase_table(runs, style=style)),

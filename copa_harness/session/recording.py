@@ -19,6 +19,7 @@ from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.optimize.outcome import OptimizationResult
     from copa_harness.report.records import RunRecord
     from copa_harness.session.runs import CopaRun
     from copa_harness.store.baselines import Baseline
@@ -107,6 +108,7 @@ def record_of(
             "learned": optimized.result.learned,
             "front": optimized.result.front,
             "notes": optimized.result.notes,
+            "search": search_of(optimized.result),
         }
     return RunRecord.from_evaluation(
         evaluation,
@@ -122,6 +124,15 @@ def record_of(
         repeats=measured.repeats,
         **more,
     )
+
+
+def search_of(result: OptimizationResult) -> dict[str, Any]:
+    """Why an optimization ended, for the report; empty when there was nothing to search."""
+    if not result.phases:
+        return {}
+    return {
+        "reason": result.reason or result.stopped, "n_trials": result.n_trials, "calls": result.charged_calls,
+    }  # fmt: skip
 
 
 def shown_as(lm: MeteredLM) -> dict[str, str]:

@@ -55,6 +55,28 @@ def test_optuna_opens_it_with_readable_parameters_scores_and_attributes(toy, tmp
     assert study.user_attrs["strategy"] == "p"
 
 
+def test_optunas_own_loader_reads_it_as_the_dashboard_does(toy, tmp_path):
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = tmp_path / "journal.jsonl"
+    result = optimized(toy, path)
+    content = path.read_bytes()
+    with optuna_quiet():
+        study = optuna.load_study(study_name="step 1: p", storage=JournalStorage(JournalFileBackend(str(path))))
+        importances = optuna.importance.get_param_importances(study)
+    assert set(importances) == {"self.demos", "self.instruction"}
+    names = {name for trial in study.trials for name in trial.params.values()}
+    assert all(len(name) < 40 for name in names)
+    assert study.user_attrs["self.instruction = plain"] == "Tell the kind from the sizes."
+    assert "If size is" in study.user_attrs["self.instruction = rule"]
+    for trial in study.trials:
+        last = trial.intermediate_values[max(trial.intermediate_values)]
+        assert last == pytest.approx(trial.user_attrs["score"], abs=1e-3)
+    assert study.best_value == result.score_after
+    assert path.read_bytes() == content
+
+
 def test_every_line_is_json_and_none_of_it_is_a_pickle(toy, tmp_path, monkeypatch):
     path = tmp_path / "journal.jsonl"
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("a pickle was read"))

@@ -1,5 +1,9 @@
 """Lines of progress: what they say, how often, and in which characters."""
 
+import threading
+
+import pytest
+
 from copa_harness import COPA
 from copa_harness.lm.scope import open_scope
 from copa_harness.optimize.progress import Progress, duration_text, incumbent_text
@@ -36,6 +40,46 @@ def test_lines_are_limited_by_time_and_not_by_trials():
         assert len(lines) == 10
         progress.say("step\n over")
         assert lines[-1] == "step over"
+
+
+def test_a_line_comes_also_where_no_trial_ends_for_long():
+    lines, comes = [], threading.Event()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lambda line: (lines.append(line), comes.set()), every_s=0.01)
+        progress.at("step 2: w", scores=[1.0, 0.0])
+        with progress.ticking():
+            assert comes.wait(10)
+    assert lines[0].startswith("step 2: w: best 0.500 [")
+    assert " rows, 0 of 400 calls, " in lines[0]
+    assert not any(thread.name == "copa-progress" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("settings", "stopped", "reason"),
+    [
+        ({"strategy": "demos -> instructions", "budget": 2000}, "converged", "no improvement over a full cycle"),
+        ({"strategy": "demos -> instructions", "budget": 2000, "max_cycles": 1, "epsilon": 0.0}, "max_cycles",
+         "max_cycles = 1, the last of which still improved"),
+        ({"strategy": "p", "budget": 60}, "budget", "the budget: "),
+        ({"strategy": "p", "budget": 900, "patience": 2, "n_rounds": 1}, "completed",
+         "all steps taken; the last search: no improvement in 2 trials"),
+    ],
+)  # fmt: skip
+def test_the_record_and_the_last_line_say_why_it_ended(toy, settings, stopped, reason):
+    lines = []
+    optimizer = COPA(metric=toy.metric, lm=toy.lm(), on_progress=lines.append, **settings)
+    result = optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
+    assert result.stopped == stopped
+    assert result.reason.startswith(reason)
+    assert lines[-1].endswith(f" ended: {result.reason}")
+
+
+def test_a_perfect_score_ends_it_and_is_said(toy):
+    metric = lambda example, prediction, trace=None: 1.0  # noqa: E731
+    result = COPA(metric=metric, lm=toy.lm(), strategy="p").compile(
+        toy.program(), trainset=toy.train, valset=toy.val
+    ).copa_result  # fmt: skip
+    assert (result.stopped, result.reason) == ("perfect score", "perfect score on 16 validation examples")
 
 
 def test_a_run_tells_its_steps_without_control_characters(toy):
