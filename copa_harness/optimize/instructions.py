@@ -1,11 +1,10 @@
-"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows; and data in words.
+"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows.
 
 Knows signatures and examples; knows nothing of prompt LMs (see `writing`) or of how proposals are scored.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import dspy
 
 from copa_harness.optimize.rules import learn_rules
-from copa_harness.optimize.schema import columns_of, labelled_field, numbers_of, text_of
+from copa_harness.optimize.schema import columns_of, labelled_field, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +79,3 @@ def rule_based(
     labels = f"Answer with one of: {', '.join(field.categories)}."
     proposals.append(Proposal(InstructionOption("labels", joined(plain, labels)), "labels"))
     return tuple(proposals)
-
-
-def data_summary(signature: Any, trainset: Sequence[dspy.Example], *, n_rows: int = 5) -> str:
-    """The training data in a few lines, from counting alone: fields, ranges, categories and the first rows."""
-    lines = [f"{len(trainset)} examples."]
-    names = [name for name in signature.fields if all(name in example for example in trainset)]
-    for name in names:
-        values = [text_of(example[name]) for example in trainset]
-        counts = Counter(values)
-        if len(counts) <= 12:
-            said = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items()))
-            lines.append(f"{name}: one of {said}")
-        elif (numbers := numbers_of(values)) is not None:
-            given = [number for number in numbers if number is not None]
-            missing = f" ({len(numbers) - len(given)} missing)" if len(given) < len(numbers) else ""
-            lines.append(f"{name}: numbers from {min(given)} to {max(given)}{missing}")
-        else:
-            lines.append(f"{name}: {len(counts)} different values, for example {values[0][:80]}")
-    for example in trainset[:n_rows]:
-        lines.append("; ".join(f"{name}={text_of(example[name])[:80]}" for name in names))
-    return "\n".join(lines)

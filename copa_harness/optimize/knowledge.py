@@ -56,6 +56,7 @@ class Knowledge:
         self._n_draws = 0
         self._instructions: dict[tuple[str, str], tuple[str, ...]] = {}
         self._demos: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._proposed: dict[str, dict[str, Any]] = {}
         self._rows: list[dict[str, float]] = []
         self._gains: list[float] = []
         self._variances: list[float] = []
@@ -80,6 +81,11 @@ class Knowledge:
     def note_demos(self, predictor: str, demos: DemoSet, *arms: str) -> None:
         """Remember that the arms proposed a demonstration set."""
         self._demos.setdefault((predictor, _set_key(demos.demos)), arms)
+        self._proposed.setdefault(predictor, {}).update((demo_key(demo), demo) for demo in demos.demos)
+
+    def demos_of(self, predictor: str) -> list[Any]:
+        """Every demonstration proposed for a predictor so far, bootstrapped ones too, in the order they came."""
+        return list(self._proposed.get(predictor, {}).values())
 
     # -- what is tried
 

@@ -10,7 +10,7 @@ nothing of the writer or of how proposals are scored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -23,6 +23,7 @@ from copa_harness.lm.scope import booked_as
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.schema import strata_of, stratified_order, text_of
+from copa_harness.optimize.showing import short
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 5
 """Mistakes shown to the writer at once."""
-
-_LONGEST = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +41,20 @@ class Failure:
         inputs: What the predictor was given.
         outputs: What it answered; empty when its answer did not parse.
         feedback: What the metric said, or the score and the right answer.
+        ending: What the whole program answered, where that is not what the predictor did.
     """
 
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any]
     feedback: str
+    ending: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """In words, every value shortened."""
-        given = "\n".join(f"  {name}: {_short(value)}" for name, value in self.inputs.items())
-        said = "\n".join(f"  {name}: {_short(value)}" for name, value in self.outputs.items())
-        return f"inputs:\n{given}\nanswered:\n{said or '  nothing that parses'}\nfeedback: {self.feedback}"
+        given, said, ending = map(_lines, (self.inputs, self.outputs, self.ending))
+        after = f"the whole program then answered:\n{ending}\n" if ending else ""
+        return f"inputs:\n{given}\nanswered:\n{said or '  nothing that parses'}\n{after}feedback: {self.feedback}"
 
 
 def find_failures(
@@ -134,7 +135,9 @@ def _failure(program: dspy.Module, example: dspy.Example, run: ExampleRun, name:
     if run.prediction is None:
         return Failure(inputs, outputs, run.result.error or "the answer could not be used")
     said = metric_feedback(metric, example, run.prediction, trace=run.trace, predictor=name, own_trace=mine)
-    return Failure(inputs, outputs, said or expected_feedback(example, run.result.score or 0.0))
+    answered = dict(run.prediction.items())
+    ending = {} if all(outputs.get(key) == value for key, value in answered.items()) else answered
+    return Failure(inputs, outputs, said or expected_feedback(example, run.result.score or 0.0), ending)
 
 
 def metric_feedback(
@@ -162,10 +165,9 @@ def metric_feedback(
 
 def expected_feedback(example: dspy.Example, score: float) -> str:
     """The score and the right answer, for metrics that say nothing in words."""
-    said = ", ".join(f"{key} = {_short(value)}" for key, value in label_values(example).items())
+    said = ", ".join(f"{key} = {short(value)}" for key, value in label_values(example).items())
     return f"Score {score:g} of 1. The right answer: {said}."
 
 
-def _short(value: Any) -> str:
-    text = text_of(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+def _lines(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"  {name}: {short(value)}" for name, value in values.items())

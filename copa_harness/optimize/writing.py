@@ -9,7 +9,6 @@ memory; knows nothing of how proposals are scored.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,10 +21,19 @@ from copa_harness.lm.scope import current_scope
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import labelled_pool
-from copa_harness.optimize.instructions import InstructionOption, data_summary
+from copa_harness.optimize.instructions import InstructionOption
 from copa_harness.optimize.knowledge import Knowledge
 from copa_harness.optimize.reflection import MAX_SHOWN, Failure
-from copa_harness.optimize.schema import text_of
+from copa_harness.optimize.showing import (
+    cleaned,
+    data_summary,
+    demos_text,
+    is_bare,
+    other_steps_text,
+    program_code,
+    spread_out,
+    step_text,
+)
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ logger = logging.getLogger("copa_harness")
 
 _SHOWN_BY = {
     "data": ("data_summary",),
-    "program": ("program_code", "program_description"),
+    "program": ("program_code", "program_description", "other_steps"),
     "examples": ("step_examples",),
     "history": ("past_instructions",),
     "weighty": ("weighty_demonstrations",),
@@ -67,19 +75,23 @@ class DescribeProgram(dspy.Signature):
 class ProposeInstruction(dspy.Signature):
     """Write one better instruction for a step of a language-model program.
 
-    The instruction is put before the step's input, and its output is scored automatically. Say what the step has to do,
-    what decides between the possible answers, and how the answer must look. Do not repeat the data.
+    The instruction is put before the step's input; the step sees its own inputs only. What the whole program answers in
+    the end is scored automatically. Say what the step has to do, what decides between the possible answers, and how the
+    answer must look. Write general guidance that holds for inputs not seen here, and do not copy single examples.
     """
 
     program_step: str = dspy.InputField(desc="name, inputs and outputs of the step")
     program_code: str = dspy.InputField()
     program_description: str = dspy.InputField()
-    data_summary: str = dspy.InputField(desc="what the training data look like")
+    other_steps: str = dspy.InputField(desc="the other steps of the program and what they are told now")
+    data_summary: str = dspy.InputField(desc="what the whole program is given and has to answer")
     step_examples: str = dspy.InputField(desc="inputs and right outputs of the step")
     weighty_demonstrations: str = dspy.InputField(
         desc="demonstrations that raised the score most when they were shown: say in words what they teach"
     )
-    past_instructions: str = dspy.InputField(desc="instructions tried before, with their mean scores (0 to 1)")
+    past_instructions: str = dspy.InputField(
+        desc="instructions tried before, with the program's best mean score (0 to 1) under each; do better than them"
+    )
     current_instruction: str = dspy.InputField()
     tip: str = dspy.InputField(desc="how to go about it")
     proposed_instruction: str = dspy.OutputField(desc="the instruction alone")
@@ -89,12 +101,17 @@ class ReviseInstruction(dspy.Signature):
     """Revise the instruction of a step of a language-model program so that these mistakes are not made again.
 
     Find out what the mistakes have in common and what the feedback teaches about the task; keep what is right in the
-    current instruction; write general guidance, and no answers to single inputs.
+    current instruction; write general guidance, and no answers to single inputs. A step whose own answers are right as
+    they are may still tell the steps after it more.
     """
 
     program_step: str = dspy.InputField(desc="name, inputs and outputs of the step")
+    other_steps: str = dspy.InputField(desc="the other steps of the program and what they are told now")
     current_instruction: str = dspy.InputField()
-    mistakes: str = dspy.InputField(desc="what the step was given, what it answered, and the feedback")
+    right_answers: str = dspy.InputField(desc="answers of the step that were right: they must stay so")
+    mistakes: str = dspy.InputField(
+        desc="what the step was given, what it answered, what the whole program then answered, and the feedback"
+    )
     proposed_instruction: str = dspy.OutputField(desc="the revised instruction alone")
 
 
@@ -172,11 +189,8 @@ class InstructionWriter:
             else:
                 arms += [f"grounding: {grounding}", f"tip: {tip}"]
                 fields = self._grounds(predictor, current, grounding, tip, allowance)
-                hidden = [name for name in ProposeInstruction.input_fields if name not in fields]
-                signature: Any = ProposeInstruction
-                for name in hidden:
-                    signature = signature.delete(name)
-                text = self._asked(allowance, signature, config, **fields)
+                text = self._asked(allowance, ProposeInstruction, config, **fields)
+            text = cleaned(text)
             if text and text not in seen:
                 seen.add(text)
                 options.append(InstructionOption(f"{way} {rollout}", text))
@@ -184,9 +198,11 @@ class InstructionWriter:
         return tuple(options)
 
     def _asked(self, allowance: Allowance, signature: Any, config: dict[str, Any], **fields: str) -> str:
-        """The last output field of one call; "" when it is unusable or not affordable."""
+        """The last output field of one call that shows the fields given; "" when unusable or not affordable."""
         if not allowance.can_afford(1):
             return ""
+        for name in [name for name in signature.input_fields if name not in fields]:
+            signature = signature.delete(name)
         try:
             answer = dspy.Predict(signature)(**fields, config=config)
         except LMConfigurationError:
@@ -197,69 +213,65 @@ class InstructionWriter:
         return str(answer[list(signature.output_fields)[-1]] or "").strip()
 
     def _step(self, predictor: str) -> str:
-        signature = self._predictors[predictor].signature
-        return f"{predictor}: {', '.join(signature.input_fields)} -> {', '.join(signature.output_fields)}"
+        return step_text(predictor, self._predictors[predictor].signature)
+
+    def _others(self, predictor: str) -> dict[str, str]:
+        """The other steps, where there are any."""
+        signatures = {name: one.signature for name, one in self._predictors.items()}
+        text = other_steps_text(predictor, signatures, {p.predictor: p.instruction for p in self.incumbent.parts})
+        return {"other_steps": text} if text else {}
+
+    def _pool(self, predictor: str) -> list[tuple[dspy.Example, str]]:
+        """Demonstrations of a step: labelled rows, or where the data have none, what was bootstrapped for it so far."""
+        return labelled_pool(self._predictors[predictor].signature, self.trainset) or [
+            (demo, "") for demo in self.memory.demos_of(predictor)
+        ]
+
+    def _examples(self, predictor: str, n: int) -> str:
+        """The incumbent's own demonstrations, else some of the pool, one line each; "" without any."""
+        own = next(part.demos for part in self.incumbent.parts if part.predictor == predictor)
+        return demos_text(own[:n] or spread_out(self._pool(predictor), n), self._predictors[predictor].signature)
 
     def _mistakes(self, predictor: str, current: str, turn: int) -> dict[str, str]:
         """A window of the mistakes, moved on with every proposal: different mistakes teach different things."""
         failures = list(self.failures[predictor])
         start = turn * MAX_SHOWN % len(failures)
         shown = [*failures[start:], *failures[:start]][:MAX_SHOWN]
-        text = "\n\n".join(failure.text for failure in shown)
-        return {"program_step": self._step(predictor), "current_instruction": current, "mistakes": text}
+        fields = {"program_step": self._step(predictor), **self._others(predictor), "current_instruction": current}
+        if right := self._examples(predictor, 3):
+            fields["right_answers"] = right
+        return {**fields, "mistakes": "\n\n".join(failure.text for failure in shown)}
 
     def _grounds(
         self, predictor: str, current: str, grounding: str, tip: str, allowance: Allowance
     ) -> dict[str, str]:
         """The fields of `ProposeInstruction` that a grounding shows and that have something to say."""
-        signature = self._predictors[predictor].signature
         shown = [name for key, names in _SHOWN_BY.items() if grounding in ("all", key) for name in names]
-        pool = [demo for demo, _ in labelled_pool(signature, self.trainset)]
         fields = {"program_step": self._step(predictor), "current_instruction": current, "tip": TIPS[tip]}
         if "data_summary" in shown and self.trainset:
-            fields["data_summary"] = data_summary(signature, self.trainset)
+            fields["data_summary"] = data_summary(self.trainset)
         if "program_code" in shown:
             fields["program_code"] = program_code(self.incumbent.template)
+            fields |= self._others(predictor)
             if description := self._described(allowance):
                 fields["program_description"] = description
-        if "step_examples" in shown:
-            own = next(part.demos for part in self.incumbent.parts if part.predictor == predictor)
-            fields["step_examples"] = _demos_text(list(own)[:3] or pool[:3]) or "none"
-        if "weighty_demonstrations" in shown and (weighty := self.memory.weighty_demos(predictor, pool)):
-            fields["weighty_demonstrations"] = _demos_text(weighty)
-        if "past_instructions" in shown:
-            best_last = sorted(self.past.get(predictor, ()), key=lambda one: one[1])[-8:]
-            fields["past_instructions"] = "\n".join(f"{score:.2f}: {text}" for text, score in best_last) or "none yet"
+        if "step_examples" in shown and (examples := self._examples(predictor, 4)):
+            fields["step_examples"] = examples
+        if "weighty_demonstrations" in shown:
+            pool = [*(demo for demo, _ in self._pool(predictor)), *self.memory.demos_of(predictor)]
+            if weighty := self.memory.weighty_demos(predictor, pool):
+                fields["weighty_demonstrations"] = demos_text(weighty, self._predictors[predictor].signature)
+        if "past_instructions" in shown and (past := self.past.get(predictor)):
+            best_last = sorted(past, key=lambda one: one[1])[-8:]
+            fields["past_instructions"] = "\n".join(f"{score:.2f}: {text}" for text, score in best_last)
         return fields
 
     def _described(self, allowance: Allowance) -> str:
         """The program in the prompt LM's words, asked for once; "" for a bare predictor, whose step says it all."""
-        if _is_bare(self.incumbent.template):
+        if is_bare(self.incumbent.template):
             return ""
         if self._description is None:
             steps = "\n".join(self._step(name) for name in self._predictors)
             fields = {"program_code": program_code(self.incumbent.template), "program_steps": steps}
             self._description = self._asked(allowance, DescribeProgram, {}, **fields)
         return self._description
-
-
-def program_code(program: dspy.Module) -> str:
-    """The source of a program's class; of a bare predictor, or where there is no source, its steps in one line each."""
-    if not _is_bare(program):
-        try:
-            return inspect.getsource(type(program))
-        except (OSError, TypeError):  # defined in a session without source files
-            pass
-    return "\n".join(
-        f"{name} = {type(program).__name__ if name == 'self' else 'dspy.Predict'}"
-        f"({', '.join(predictor.signature.input_fields)} -> {', '.join(predictor.signature.output_fields)})"
-        for name, predictor in program.named_predictors()
-    )
-
-
-def _is_bare(program: dspy.Module) -> bool:
-    return type(program).__module__.startswith("dspy.")
-
-
-def _demos_text(demos: Sequence[Any]) -> str:
-    return "\n".join("; ".join(f"{key}={text_of(value)[:120]}" for key, value in dict(demo).items()) for demo in demos)

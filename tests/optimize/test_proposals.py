@@ -9,7 +9,7 @@ from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import labelled_pool, random_sets, set_counts, traced_pools
-from copa_harness.optimize.instructions import data_summary, rule_based
+from copa_harness.optimize.instructions import rule_based
 from copa_harness.optimize.proposals import ProposalSettings, propose_demos, starting_points
 
 
@@ -100,12 +100,6 @@ def test_free_text_outputs_get_the_plain_instruction_alone(toy):
     rows = [dspy.Example(q=str(i), a=f"text {i}").with_inputs("q") for i in range(8)]
     proposals = rule_based("self", dspy.Signature("q -> a"), "Answer.", trainset=rows, seed=0)
     assert [proposal.option.name for proposal in proposals] == ["plain"]
-
-
-def test_the_data_summary_counts_categories(toy):
-    summary = data_summary(toy.program().signature, toy.train)
-    assert summary.startswith("24 examples.")
-    assert "kind: one of big (" in summary
 
 
 def test_starting_points_try_every_instruction_with_and_without_demonstrations(toy):

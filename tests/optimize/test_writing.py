@@ -14,7 +14,8 @@ from copa_harness.optimize.knowledge import Knowledge
 from copa_harness.optimize.learning import Evidence
 from copa_harness.optimize.proposals import ProposalSettings, propose_instructions
 from copa_harness.optimize.reflection import find_failures, suspects
-from copa_harness.optimize.writing import TIPS, program_code
+from copa_harness.optimize.showing import program_code
+from copa_harness.optimize.writing import TIPS
 from copa_harness.results import Phase
 
 
@@ -67,8 +68,8 @@ def test_unusable_repeated_and_empty_proposals_are_left_out(toy):
 @pytest.mark.parametrize("grounding", GROUNDINGS)
 def test_every_grounding_shows_its_own_part(toy, grounding):
     marks = {
-        "data": "kind: one of big", "program": "class TwoSteps", "examples": "[[ ## step_examples ## ]]",
-        "history": "0.25: Guess.",
+        "data": "kind (to be answered): one of big", "program": "class TwoSteps",
+        "examples": "[[ ## step_examples ## ]]", "history": "0.25: Guess.",
     }  # fmt: skip
     student = Candidate.of(TwoSteps(), lm=two_steps())
     lm = ScriptedLM(lambda messages: {"proposed_instruction": "New.", "program_description": "It sorts things."})
@@ -170,3 +171,43 @@ def test_the_learner_decides_how_instructions_are_written(toy):
 def test_the_code_of_a_bare_predictor_is_its_signature():
     assert program_code(dspy.Predict("question -> answer")) == "self = Predict(question -> answer)"
     assert "class TwoSteps" in program_code(TwoSteps())
+
+
+# -- what the writer of one stage is shown of the others
+
+
+def shown_to(stages, signature_field):
+    stages.compiled("p", budget=200)
+    return [request.prompt for request in stages.writer.requests if f"## {signature_field} ## ]]" in request.prompt]
+
+
+def test_the_writer_of_a_stage_sees_what_the_other_stages_are_told(stages):
+    prompts = shown_to(stages, "mistakes")
+    assert any("look: size, weight -> hint" in p and "its instruction: Tell the kind." in p for p in prompts)
+
+
+def test_a_mistake_of_an_early_stage_is_shown_with_what_came_of_it(stages):
+    early = [p for p in shown_to(stages, "mistakes") if p.startswith("[[ ## program_step ## ]]\nlook")]
+    assert early
+    assert "hint: large\nthe whole program then answered:\n  kind: small\nfeedback: Score 0 of 1." in early[0]
+
+
+def test_a_stage_the_data_have_no_rows_for_is_shown_what_was_bootstrapped(stages):
+    prompts = shown_to(stages, "step_examples")
+    ours = [p for p in prompts if p.startswith("[[ ## program_step ## ]]\ntell")]
+    assert ours
+    assert all("hint=little; size=" in p and "augmented" not in p for p in ours)
+
+
+def test_the_writer_of_a_stage_sees_what_the_whole_program_has_to_answer(stages):
+    early = [p for p in shown_to(stages, "data_summary") if p.startswith("[[ ## program_step ## ]]\nlook")]
+    assert early
+    assert "kind (to be answered): one of big" in early[0]
+
+
+def test_what_stands_around_an_instruction_is_taken_off(toy):
+    answers = ['"Look at size."', "```\nMind the size.\n```", "**Proposed instruction:** Size decides.", "Instruct."]
+    lm = ScriptedLM([{"proposed_instruction": text} for text in answers])
+    options, _ = write(Candidate.of(toy.program(), lm=toy.lm()), toy, lm, n_reflected=0)
+    written = [option.text for option in options["self"] if "written" in option.name]
+    assert written == ["Look at size.", "Mind the size.", "Size decides.", "Instruct."]
