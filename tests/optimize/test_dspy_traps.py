@@ -141,3 +141,30 @@ def test_own_demonstrations_do_not_end_up_in_the_students(stages):
     student = stages.program()
     stages.compiled("labeled_fewshot -> bootstrap_fewshot", student=student)
     assert all(predictor.demos == [] for predictor in student.predictors())
+
+
+def test_infer_rules_gives_its_best_candidate_and_not_its_last(stages):
+    asked = []
+
+    def rules(messages):
+        asked.append(messages[-1]["content"])
+        return {"reasoning": "-", "natural_language_rules": "Tell it by the hint." if len(asked) < 3 else "Guess."}
+
+    writer = ScriptedLM(rules, model="scripted/rules")
+    kwargs = {"num_candidates": 3, **ZERO_SHOT, "teacher_settings": {"lm": writer}}
+    with_rules = stages.compiled("infer_rules", prompt_lm=None, optimizer_kwargs={"infer_rules": kwargs})
+    assert len(asked) > 3
+    assert with_rules.copa_result.score_after > with_rules.copa_result.score_before
+    assert "Tell it by the hint." in with_rules.tell.signature.instructions
+
+
+@pytest.mark.parametrize("name", ["bootstrap_fewshot", "bootstrap_fewshot_random_search", "miprov2"])
+def test_ten_answers_that_do_not_parse_do_not_end_an_optimizer(stages, name):
+    good = stages.tell_lm.engine._answers
+
+    def answers(messages, model):
+        return "no idea" if "[[ ## hint ## ]]\nlittle" in messages[-1]["content"] else good(messages, model)
+
+    stages.tell_lm.engine._answers = answers
+    program = stages.compiled(name, n_train=24)
+    assert program.copa_result.score_after > program.copa_result.score_before

@@ -104,3 +104,11 @@ def test_tuned_weights_under_long_prompts_give_way_to_tuned_weights_under_short_
     program = compiled(toy, "labeled_fewshot -> w", lm=lm, constraints={"max_prompt_tokens": 120})
     assert longest_prompt(toy, program) <= 120
     assert "@" in program.lm.model
+
+
+def test_neighbours_with_forbidden_texts_are_not_shown(stages):
+    program = stages.compiled("knn_fewshot", constraints={"forbidden_text": "little"})
+    neighbours = program._copa_neighbours
+    demos = neighbours.demos("tell", program.tell.signature, {"size": "2.2", "weight": "3.3"})
+    assert "little" not in str(demos)
+    assert any("little" in str(trace) for trace in neighbours.traces.values())

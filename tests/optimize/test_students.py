@@ -7,6 +7,7 @@ import pytest
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.optimize.outcome import apply_state
 from copa_harness.optimize.students import models_in, ready
 
 DROPPING = [
@@ -92,3 +93,10 @@ def test_a_model_whose_calls_are_not_counted_is_refused_wherever_it_comes_in(sta
     }[way]
     with pytest.raises(ConfigurationError, match="cannot be bounded or cached"):
         stages.compiled(**{"strategy": "bootstrap_fewshot", **kwargs})
+
+
+def test_a_stored_program_of_several_models_gets_them_back(stages):
+    made = stages.compiled("bootstrap_finetune")
+    stored = apply_state(stages.program(), made.copa_result.state, lm=stages.look_lm)
+    assert [one.lm.model for one in stored.predictors()] == [one.lm.model for one in made.predictors()]
+    assert stored.tell.lm.engine is stages.tell_lm.engine
