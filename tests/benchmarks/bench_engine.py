@@ -6,9 +6,10 @@
 Random Llama models made on the spot; a prefix of 600 tokens (12 demonstrations) shared by all requests, suffixes of
 30-50 tokens, 8-24 new tokens. Rows: one-by-one `generate`; padded `generate`; transformers' continuous batching with
 prefix sharing; this package's stock path and cascade path, through the engine's queue from as many threads as
-requests; llama-cpp-python where it is installed. Beside each figure the floor: the arithmetic a method cannot avoid
-(FLOPs over the GEMM rate measured here), with the prefix computed once, or once per request where a method does so.
-Also a second LoRA adapter, bf16, evaluation through dspy, start-up. Answers are compared with one-by-one `generate`.
+requests; llama-cpp-python where it is installed (see `bench_engine_llama`). Beside each figure the floor: the
+arithmetic a method cannot avoid (FLOPs over the GEMM rate measured here), with the prefix computed once, or once per
+request where a method does so. Also a second LoRA adapter, bf16, evaluation through dspy, start-up. Answers are
+compared with one-by-one `generate`.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; ratios are of medians over rounds in one run.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -34,8 +34,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SCRATCH = tempfile.TemporaryDirectory(prefix="bench_engine_")
 os.environ["DSPY_CACHEDIR"] = f"{SCRATCH.name}/dspy"
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+import bench_engine_llama  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -212,7 +213,7 @@ class Peak:
         self.mb = self.most - self.before
 
 
-def methods(size, folder, work, alone_model, generator):
+def methods(size, work, alone_model, generator, llama):
     """Name -> (function giving answers, indices answered, whether the prefix is computed once)."""
     every = list(range(len(work)))
     some = every[: N_ALONE[size]]
@@ -224,11 +225,19 @@ def methods(size, folder, work, alone_model, generator):
         "ours, stock": (lambda: ours(generator, work, cascades=False), every, True),
         "ours, cascade": (lambda: ours(generator, work, cascades=True), every, True),
     }
-    if importlib.util.find_spec("llama_cpp") is None:
-        print("llama-cpp-python is not installed: its row is left out")
-    else:
-        print("llama-cpp-python is installed, but the random model has no GGUF file here: its row is left out")
+    if llama is not None:
+        rows["llama-cpp-python"] = (lambda: llama.answers(work), every, True)
     return rows
+
+
+def llama_cpp_of(model, size, work, threads):
+    """The same weights in llama.cpp, or None with a line that says why not."""
+    if absent := bench_engine_llama.missing():
+        print(f"  the row of llama-cpp-python is left out: {' and '.join(absent)} not installed")
+        return None
+    file = bench_engine_llama.write_gguf(model, Path(SCRATCH.name) / f"{size}.gguf")
+    n_own = max(len(suffix) + n for suffix, n in zip(work.suffixes, work.n_new, strict=True))
+    return bench_engine_llama.LlamaCpp(file, threads=threads, n_prefix=PREFIX_TOKENS, n_own=n_own)
 
 
 def speed(size, threads, rounds):
@@ -239,7 +248,8 @@ def speed(size, threads, rounds):
     generator = BatchGenerator(LocalModel(folder, device="cpu", dtype="float32"))
     floors = {shares: floor_ms(size, work, shares=shares) for shares in (True, False)}
     print(f"\n{size}, {threads} thread(s), {len(work)} requests; GEMM {floors[True][1]:.0f} GFLOP/s")
-    rows = methods(size, folder, work, model, generator)
+    llama = llama_cpp_of(model, size, work, threads)
+    rows = methods(size, work, model, generator, llama)
     expected = alone(model, work, range(N_ALONE[size]))
     times, memory, exact = {name: [] for name in rows}, {}, {}
     for turn in range(rounds):
@@ -269,6 +279,8 @@ def speed(size, threads, rounds):
     verdict = "met" if base / mine >= target else "MISSED"
     print(f"  cascade: {base / mine:.1f}x one by one (target {target}x: {verdict}); {others[best] / mine:.1f}x the "
           f"best other, {best}; near-ties answered alone: {generator.n_near_ties}")  # fmt: skip
+    if llama is not None:
+        llama.close()
     return {"size": size, "threads": threads, "ms": medians, "floor_ms": {str(k): v[0] for k, v in floors.items()},
             "memory_mb": memory, "exact": exact}  # fmt: skip
 
