@@ -153,7 +153,10 @@ Outcome = Literal["ok", "unparsed", "provider_error", "metric_error"]
 
 @dataclass(frozen=True, slots=True)
 class ExampleResult:
-    """One example's score. `score` is None exactly when no score exists (provider or metric failure)."""
+    """One example's score. `score` is None exactly when no score exists (provider or metric failure).
+
+    `label_scores`: of a constrained answer, by output field, the log-probability of every allowed value.
+    """
 
     example_id: str
     score: float | None
@@ -162,6 +165,7 @@ class ExampleResult:
     expected: Mapping[str, Any] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    label_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

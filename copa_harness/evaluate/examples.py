@@ -1,6 +1,6 @@
 """Names for examples: a stable id from an example's content, the same in every process and on every machine.
 
-Knows DSPy's `Example` and nothing of programs, metrics or models.
+Also what a program's trace tells of an example's answer. Knows nothing of metrics or models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import dspy
 
 from copa_harness.errors import TaskError
+from copa_harness.lm.constrained import output_fields
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -100,3 +101,26 @@ def check_examples(examples: Sequence[dspy.Example], *, split: str) -> None:
                 "expected dspy.Example(...).with_inputs('field', ...)"
             )
         input_values(example)
+
+
+def label_scores_of(trace: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """By output field, the log-probability of every allowed value of a program's last constrained answer.
+
+    Args:
+        trace: (predictor, inputs, prediction) of every call, as DSPy keeps it.
+
+    Returns:
+        Nothing when no answer was constrained or nobody asked for log-probabilities.
+    """
+    for predictor, _, prediction in reversed(trace):
+        told = prediction.get("logprobs", None) if isinstance(prediction, dspy.Example) else None
+        signature = getattr(predictor, "signature", None)
+        if signature is None:
+            continue
+        listed = [field.name for field in output_fields(signature) if field.choices is not None]
+        if told and len(told["content"]) == len(listed):
+            return {
+                name: {str(one["token"]): float(one["logprob"]) for one in entry["top_logprobs"]}
+                for name, entry in zip(listed, told["content"], strict=True)
+            }
+    return {}

@@ -40,9 +40,10 @@ from copa_harness.errors import (
     ProviderError,
     TaskError,
 )
-from copa_harness.evaluate.examples import check_examples, example_ids, input_values, plain
+from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.lm.constrained import label_scores_wanted
 from copa_harness.lm.prompts import PromptAdapter
 from copa_harness.lm.scope import current_scope
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
@@ -129,7 +130,11 @@ def evaluate(
     """
     scope = current_scope()
     before, started = scope.usage(), time.perf_counter()
-    runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
+    token = label_scores_wanted.set(True)
+    try:
+        runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
+    finally:
+        label_scores_wanted.reset(token)
     usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
     results = tuple(run.result for run in runs)
     scores = [result.score for result in results if result.score is not None]
@@ -244,7 +249,10 @@ def _run_one(
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything; it is recorded, never dropped
         said = f"the program raised {_said(error)}"
         return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=said), trace=tuple(trace))
-    base = replace(base, predicted=_fields(prediction))
+    fields, label_scores = _fields(prediction), label_scores_of(trace)
+    if label_scores:
+        fields.pop("logprobs", None)  # the same in DSPy's shape, and long
+    base = replace(base, predicted=fields, label_scores=label_scores)
     try:
         score = call_metric(
             metric, example, prediction=prediction, trace=trace if trace_to_metric else None, arity=arity

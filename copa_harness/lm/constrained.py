@@ -9,7 +9,8 @@ models or tokens.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,6 +21,10 @@ from copa_harness.errors import ConfigurationError
 
 EXTENSION = "copa_constrain"
 """Name in `Request.config.extensions`."""
+
+
+label_scores_wanted: ContextVar[bool] = ContextVar("copa_label_scores_wanted", default=False)
+"""Whether predictions shall carry the log-probability of every allowed value, as with the LM's own `logprobs=True`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,14 @@ def output_fields(signature: Any) -> tuple[OutputField, ...]:
     return tuple(OutputField(name, choices_of(field.annotation)) for name, field in signature.output_fields.items())
 
 
-def constraint_of_call(messages: Sequence[Mapping[str, Any]] | None) -> tuple[OutputField, ...] | None:
+def constraint_of_call(
+    messages: Sequence[Mapping[str, Any]] | None, settings: MutableMapping[str, Any]
+) -> tuple[OutputField, ...] | None:
     """The output fields of the predictor that is calling; None when none of them has a list of allowed values.
+
+    Args:
+        messages: Of the call.
+        settings: Of the call; told so where label scores are wanted, and DSPy hands them on to the prediction.
 
     Raises:
         ConfigurationError: It has one, and the prompt is not in `dspy.ChatAdapter`'s layout.
@@ -70,16 +81,21 @@ def constraint_of_call(messages: Sequence[Mapping[str, Any]] | None) -> tuple[Ou
             f"got a prompt by {adapter} for the fields {', '.join(field.name for field in fields)}; constrained "
             "answers expect dspy.ChatAdapter's layout; remedy: use dspy.ChatAdapter, or drop constrain=True"
         )
+    if label_scores_wanted.get():
+        settings["logprobs"] = True
     return fields
 
 
 def with_constraint(request: Request, fields: Sequence[OutputField] | None) -> Request:
-    """The request with its fields and their allowed values inside; as it is for None."""
+    """The request with its fields and their allowed values inside; as it is for None.
+
+    The answer carries the log-probabilities of the allowed values whether or not any are asked for.
+    """
     if fields is None:
         return request
     listed = [[field.name, None if field.choices is None else list(field.choices)] for field in fields]
     extensions = {**(request.config.extensions or {}), EXTENSION: listed}
-    return replace(request, config=replace(request.config, extensions=extensions))
+    return replace(request, config=replace(request.config, extensions=extensions, logprobs=None))
 
 
 def constraint_of(request: Request) -> tuple[OutputField, ...] | None:

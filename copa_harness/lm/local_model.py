@@ -148,7 +148,8 @@ class LocalModel:
             name, n_parameters = self.decoder.shape.architecture, self.decoder.n_parameters
         else:
             name, n_parameters = type(self.model).__name__, sum(p.numel() for p in self.model.parameters())
-        return f"{name}, {n_parameters / 1e6:.1f}M, {self.dtype} on {self.device}{threads}"
+        size = f"{n_parameters / 1e6:,.1f}M" if n_parameters >= 1e6 else f"{n_parameters / 1e3:.0f}k"
+        return f"{name}, {size}, {self.dtype} on {self.device}{threads}"
 
     def fused(self, lora: LoraFiles) -> FusedLora | None:
         """A LoRA adapter for the decoder, whose batches may hold several; None where it must be left to peft."""

@@ -208,7 +208,7 @@ class MeteredLM(dspy.LM):
         rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
         if (repeat := current_repeat()) != 0:
             rollout_id = {"repeat": repeat, "rollout": rollout_id}
-        token = _call.set(_Call(rollout_id, fields=constraint_of_call(messages) if self.constrain else None))
+        token = _call.set(_Call(rollout_id, fields=constraint_of_call(messages, kwargs) if self.constrain else None))
         try:
             yield
         except LMUnexpectedError as error:

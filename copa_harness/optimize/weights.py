@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("copa_harness")
 
+LEFT_OUT = "and were left out"
+"""How the clause of a phase's note ends that tells of rows too long to be trained on."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsSettings:
@@ -287,4 +290,4 @@ def _over_long_note(adapter: LoraAdapter, *, n_rows: int) -> str:
     if not adapter.n_over_long:
         return ""
     limit = f"the {adapter.max_tokens:,} tokens a row may have" if adapter.max_tokens else "a row may be"
-    return f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} and were left out"
+    return f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} {LEFT_OUT}"

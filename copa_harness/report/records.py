@@ -60,6 +60,7 @@ class RunRecord:
         front: programs on the front of validation score and cost per answer, cheapest first, when one was asked for.
         notes: what the optimization did, in sentences.
         search: why the optimization ended (`reason`), its `n_trials` and distinct `calls`; empty without one.
+        label_scores: of constrained answers, by example id and output field: every allowed value's log-probability.
     """
 
     test: str
@@ -97,6 +98,7 @@ class RunRecord:
     front: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
+    label_scores: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -150,6 +152,7 @@ class RunRecord:
             n_metric_errors=sum(row.outcome == "metric_error" for row in rows),
             gates=tuple(gates),
             scores=scores_by_id(evaluation) if evaluation is not None else {},
+            label_scores={row.example_id: row.label_scores for row in rows if row.label_scores},
             **more,
         )
 
@@ -204,6 +207,7 @@ class RunRecord:
             "front": list(self.front),
             "notes": list(self.notes),
             "search": self.search,
+            "label_scores": self.label_scores,
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -273,6 +277,7 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         front=tuple(document.get("front", ())),
         notes=tuple(document.get("notes", ())),
         search=dict(document.get("search", {})),
+        label_scores=dict(document.get("label_scores", {})),
     )
 
 

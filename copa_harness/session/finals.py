@@ -6,7 +6,7 @@ of pytest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
@@ -112,6 +112,7 @@ def final_entry(
             notes += note
     notes += tuple(f"{task.name}, {result.strategy}: {said}" for said in result.headlines)
     phases = optimized.phases()
+    notes += _over_long(phases, where=f"{task.name}, {result.strategy}")
     if case.leakage.near:
         notes += (f"{task.name}: {case.leakage.text()}",)
 
@@ -181,6 +182,17 @@ def _attribution(
         where = f"{task.name}, {optimized.result.strategy}"
         return None, (), (f"{where}: what weights and prompts gained was not measured: {error}",)
     return answer, phases, ()
+
+
+def _over_long(phases: Sequence[PhaseRecord], *, where: str) -> tuple[str, ...]:
+    """Training rows that were too long: who sees only scores would not know that part of the data was not used."""
+    from copa_harness.optimize.weights import LEFT_OUT
+
+    clauses = [clause for phase in phases for clause in phase.note.split("; ") if clause.endswith(LEFT_OUT)]
+    return tuple(
+        f"{where}: {clause} of the training; remedy: fewer or shorter demonstrations, or a larger max_length in lora="
+        for clause in clauses
+    )
 
 
 def notes_of(measured: Measured) -> tuple[str, ...]:

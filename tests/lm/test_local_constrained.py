@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 import random
 from typing import Literal
@@ -11,6 +12,8 @@ import dspy
 import pytest
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.evaluate import evaluate
+from copa_harness.evaluate.runner import run_examples
 from copa_harness.lm.build import build_lm
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.constrained import choices_of
@@ -18,6 +21,7 @@ from copa_harness.lm.door import Door
 from copa_harness.lm.local_tiny import write_tiny_model
 from copa_harness.lm.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.report.records import RunRecord
 
 
 class Colour(enum.Enum):
@@ -166,3 +170,31 @@ def test_choices_are_written_as_prompts_write_them():
     assert choices_of(Colour) == ("dark red", "blue")
     assert choices_of(bool) == ("True", "False")
     assert choices_of(str) is None
+
+
+def test_an_evaluation_has_a_score_for_every_label_and_pays_nothing_more_for_them(make_lm):
+    program = dspy.ChainOfThought(dspy.Signature("question -> label: Literal['red', 'blue'], sure: bool"))
+    rows = [dspy.Example(question=f"zebra {i}", label="red").with_inputs("question") for i in range(4)]
+    lm = make_lm()
+    with open_scope("search") as scope:
+        searched = run_examples(program, rows, metric=is_red, split="validation", lm=lm)
+    assert scope.usage().paid_calls == 4
+    assert all(run.result.label_scores == {} and "logprobs" not in run.prediction for run in searched)
+    with open_scope("test") as scope:
+        evaluation = evaluate(program, rows, metric=is_red, split="test", lm=lm)
+    assert (scope.usage().paid_calls, scope.usage().cached_calls) == (0, 4)
+    for result in evaluation.results:
+        assert list(result.label_scores) == ["label", "sure"]
+        scores = result.label_scores["label"]
+        assert result.predicted["label"] == max(scores, key=scores.get)
+        assert set(scores) == {"red", "blue"}
+        assert "logprobs" not in result.predicted
+    record = RunRecord.from_evaluation(
+        evaluation, test="t", task="colour", strategy="none", lm="hf:tiny", split="test"
+    )
+    told = RunRecord.from_json(json.loads(json.dumps(record.to_json()))).label_scores
+    assert told[evaluation.results[0].example_id] == evaluation.results[0].label_scores
+
+
+def is_red(example, prediction, trace=None):
+    return prediction.label == "red"

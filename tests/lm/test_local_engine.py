@@ -278,6 +278,20 @@ def test_pickled_weights_are_refused(tiny_folders, tmp_path):
         TransformersEngine(folder, name="m", lora_dir=tmp_path).fingerprint("m")
 
 
+def test_code_that_comes_with_a_model_is_never_run(tiny_folders, tmp_path):
+    folder = tmp_path / "own-code"
+    shutil.copytree(tiny_folders("llama", 5), folder)
+    mark = tmp_path / "it-ran"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=tmp_path)
+    with pytest.raises(ConfigurationError, match="without trust_remote_code"):
+        engine.complete(make_requests(1)[0], seed=0)
+    assert not mark.exists()
+
+
 def test_a_path_that_is_no_model_is_a_clear_error(tmp_path):
     with pytest.raises(ConfigurationError, match="folder"):
         TransformersEngine(tmp_path / "nowhere", name="m", lora_dir=tmp_path).fingerprint("m")

@@ -329,6 +329,23 @@ def test_a_step_that_memory_does_not_hold_says_what_takes_less_and_keeps_the_epo
     assert trainer.train(ROWS, settings=QUICK, served_with="none").steps_now == 2
 
 
+def test_gradients_are_clipped_before_every_step(trainer, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def measured(self, *args):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.cat([each.flatten() for each in gradients]))))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    trainer.train(ROWS, settings=QUICK.replaced({"max_grad_norm": 1e6}), served_with="none")
+    assert max(norms) > 0.02
+    norms.clear()
+    trainer.train(ROWS, settings=QUICK.replaced({"max_grad_norm": 0.01}), served_with="none")
+    assert len(norms) == 4
+    assert max(norms) <= 0.01001
+
+
 def test_progress_is_told_in_plain_lines_with_the_time_to_go(trainer, monkeypatch, caplog):
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
     with caplog.at_level("INFO"):
