@@ -80,7 +80,7 @@ class COPA(Teleprompter):
         bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
         held_out_share: Share of the rows held out for early stopping, 0..1; 0 trains all epochs.
         n_checkpoints: Earlier epochs of a training that are offered as weights besides its last, in `joint` and in
-            prompt steps after a `w`; 0 offers none.
+            prompt steps after a `w`; 0 offers none. Measured: see `levels`.
         min_score: Score from which a trace counts as passing, 0..1.
         max_cycles: Cycles of ``demos -> instructions`` at most.
         epsilon: Improvement below which a cycle has converged.

@@ -49,6 +49,7 @@ class Progress:
         self._lock = threading.Lock()
         self._phase, self._number, self._ceiling = "baseline", 0, math.inf
         self._scores: tuple[float | None, ...] = ()
+        self._doing = ""
 
     def trial(self, phase: str, number: int, *, scores: Sequence[float | None], ceiling: float = math.inf) -> None:
         """A trial has ended; says so when the last line is long enough ago.
@@ -77,7 +78,13 @@ class Progress:
             self._last = now
         trial = f"trial {self._number}, " if self._number else ""
         calls = self._calls(min(self._ceiling, self._budget), now)
+        if self._doing:  # what takes the time is no call: their number says nothing of the time to go
+            calls = f"{calls.split(', at most')[0]}, {self._doing}"
         self.say(f"{self._phase}: {trial}{incumbent_text(self._scores)}, {calls}")
+
+    def doing(self, what: str) -> None:
+        """Something other than calls takes the time now, a training for instance; "" when it is over."""
+        self._doing = what
 
     @contextmanager
     def ticking(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ from copa_harness.optimize.study import search
 from copa_harness.optimize.trials import Watchers, nobody_ahead
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase
+from copa_harness.tune.progress import telling
 
 logger = logging.getLogger("copa_harness")
 
@@ -250,19 +251,23 @@ class Run(Story):
     def train(self, *, demos_ahead: bool) -> Trained:
         """Tuned weights for the incumbent's prompts; see `train_weights`."""
         n_calls = len(self.trainset) * self.validation.calls_per_example(self.incumbent)
-        return train_weights(
-            WeightsJob(
-                incumbent=self.incumbent,
-                trainset=self.trainset,
-                metric=self.metric,
-                settings=self.settings.weights,
-                demos_ahead=demos_ahead,
-                seed=self.settings.seed,
-                threads=self.settings.threads,
-                can_afford_traces=n_calls <= self.scope.remaining_calls,
-                finetune_data=self.finetune_data,
-            )
-        )
+        try:
+            with telling(self.progress.doing):
+                return train_weights(
+                    WeightsJob(
+                        incumbent=self.incumbent,
+                        trainset=self.trainset,
+                        metric=self.metric,
+                        settings=self.settings.weights,
+                        demos_ahead=demos_ahead,
+                        seed=self.settings.seed,
+                        threads=self.settings.threads,
+                        can_afford_traces=n_calls <= self.scope.remaining_calls,
+                        finetune_data=self.finetune_data,
+                    )
+                )
+        finally:
+            self.progress.doing("")
 
     def adopt(self, candidate: Candidate, *, what: str) -> None:
         """Make a fully scored candidate the incumbent if it keeps all limits and is not worse."""

@@ -8,11 +8,27 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+
+
+_told: ContextVar[Callable[[str], None] | None] = ContextVar("copa_training_told", default=None)
+
+
+@contextmanager
+def telling(listener: Callable[[str], None]) -> Iterator[None]:
+    """Tell `listener` after every step of this thread's trainings how far they are: `LoRA step 3 of 16, 20 s to go`."""
+    token = _told.set(listener)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 class StepListener(Protocol):
@@ -56,6 +72,8 @@ class Progress:
         """One optimizer step is done; `loss` is its batch's, in nats per answer token."""
         self._n += 1
         now_s = time.monotonic()
+        if (listener := _told.get()) is not None:
+            listener(f"LoRA step {self._n:,} of {self._n_total:,}, {duration(self._remaining_s(now_s))} to go")
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}")

@@ -52,7 +52,10 @@ class LoraSettings:
             k + 1 answers, behind 0 to k demonstrations, for the price of one; held-out loss is on the last one only.
         demonstrations: what the weights step does with the demonstrations that will be served: `mix` (rows behind them
             and a share of bare ones), `keep` (only behind them) or `drop` (only bare ones). A `LoraTrainer` takes
-            its rows as they are.
+            its rows as they are. Measured with `p -> w -> p`, a light budget and the embedded model on the four
+            development tasks, 3 draws of each: mean test score .913, .913, .914; paired differences to `mix`
+            .000 [-.010, +.010] and +.001 [-.023, +.027]. No difference is shown, so `mix` stays the default: it serves
+            programs with and without demonstrations.
         held_out_share: share of the rows, 0..1, the weights step keeps for early stopping; 0 trains all epochs.
         precision: `float32`, or `bfloat16`: products are computed in bfloat16 (autocast), LoRA weights and optimizer
             stay in float32. Faster on GPUs and on CPUs with bfloat16 units; other weights come out.

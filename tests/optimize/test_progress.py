@@ -8,6 +8,8 @@ from copa_harness import COPA
 from copa_harness.lm.scope import open_scope
 from copa_harness.optimize.progress import Progress, duration_text, incumbent_text
 from copa_harness.results import Budget
+from copa_harness.tune.progress import Progress as Training
+from copa_harness.tune.progress import telling
 
 
 class Clock:
@@ -28,6 +30,24 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
         progress.trial("p", 7, scores=[1.0] * 20 + [0.0] * 5, ceiling=300)
     (line,) = lines
     assert line == "p: trial 7, best 0.800 [0.61, 0.91] on 25 rows, 100 of 300 calls, 20 s, at most about 40 s to go"
+
+
+def test_while_weights_are_trained_the_time_to_go_is_the_trainings():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        scope.reserve("request")
+        progress = Progress(scope, write=lines.append, clock=clock)
+        progress.at("step 2: w", scores=[1.0] * 5)
+        with telling(progress.doing):
+            Training(16).step(1, 0.5)
+        clock.now += 20
+        progress.tick()
+        progress.doing("")
+        clock.now += 20
+        progress.tick()
+    assert lines[0].startswith("step 2: w: best 1.000 [")
+    assert " on 5 rows, 1 of 400 calls, 20 s, LoRA step 1 of 16, " in lines[0]
+    assert lines[1].endswith("s, at most about 4.4 h to go")
 
 
 def test_lines_are_limited_by_time_and_not_by_trials():
