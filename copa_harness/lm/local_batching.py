@@ -42,6 +42,8 @@ class Batcher(Generic[Payload, Answer]):
     Args:
         choose: picks the jobs of the next batch out of all that wait, oldest first; at least one.
         run: answers a batch: must set every job's future. What it raises goes to all jobs left open.
+        prepare: does what those that wait need before they can be answered, where it takes long: who comes meanwhile
+            may still join their batch. Raises nothing.
         window_s: longest time the oldest job waits for company, in seconds.
     """
 
@@ -50,10 +52,12 @@ class Batcher(Generic[Payload, Answer]):
         choose: Callable[[Sequence[Job[Payload, Answer]]], Sequence[Job[Payload, Answer]]],
         run: Callable[[Sequence[Job[Payload, Answer]]], None],
         *,
+        prepare: Callable[[Sequence[Job[Payload, Answer]]], None] = lambda waiting: None,
         window_s: float = DEFAULT_WINDOW_S,
     ) -> None:
         self._choose = choose
         self._run = run
+        self._prepare = prepare
         self._window_s = window_s
         self._condition = threading.Condition()
         self._waiting: list[Job[Payload, Answer]] = []
@@ -102,6 +106,11 @@ class Batcher(Generic[Payload, Answer]):
                 if not self._condition.wait_for(lambda: self._waiting, timeout=IDLE_S):
                     self._worker = None
                     return
+                first = [job for job in self._waiting if not job.cancelled]
+            if first:
+                self._prepare(first)
+            del first
+            with self._condition:
                 self._collect()
                 waiting = [job for job in self._waiting if not job.cancelled]
                 self._waiting = []
@@ -126,6 +135,7 @@ class Batcher(Generic[Payload, Answer]):
 
     def _collect(self) -> None:
         """Wait for company until the oldest job's deadline, if any is to be expected."""
+        # A job that waited while others were answered, or prepared, has waited for company long enough.
         deadline = self._waiting[0].arrived_s + self._window_s
         while (left := deadline - time.monotonic()) > 0 and (self._n_arriving or self._had_company):
             self._condition.wait(left)

@@ -203,20 +203,27 @@ def cascade_attention(
         bias = bias.repeat(1, 1, n_shared, 1)
     folded = query.reshape(n_rows, n_kv, n_shared * n_new, width)
     output, total = attend(folded, keys, values, scale=scale, bias=bias, is_causal=is_causal)
-    whole = len(prefixes) == 1 and prefixes[0].stop - prefixes[0].start == n_rows
-    merged = output if whole or not prefixes else output.clone()
-    for prefix in prefixes:
-        rows, n = slice(prefix.start, prefix.stop), prefix.stop - prefix.start
-        queries = folded[rows].transpose(0, 1).reshape(1, n_kv, n * n_shared * n_new, width)
-        shared, shared_total = attend(queries, prefix.keys, prefix.values, scale=scale)
-        shared = shared.reshape(n_kv, n, n_shared * n_new, -1).transpose(0, 1)
-        shared_total = shared_total.reshape(n_kv, n, n_shared * n_new).transpose(0, 1)
-        weight = torch.sigmoid(total[rows] - shared_total)[..., None].to(output.dtype)
-        blended = torch.lerp(shared, output[rows], weight)
-        if whole:
-            merged = blended
-        else:
-            merged[rows] = blended
+    merged = output
+    if prefixes:
+        queries = folded.transpose(0, 1)
+        parts = []
+        for prefix in prefixes:
+            n = prefix.stop - prefix.start
+            asked = queries[:, prefix.start : prefix.stop].reshape(1, n_kv, n * n_shared * n_new, width)
+            shared, shared_total = attend(asked, prefix.keys, prefix.values, scale=scale)
+            parts.append((shared.view(n_kv, n, n_shared * n_new, -1), shared_total.view(n_kv, n, n_shared * n_new)))
+        if sum(part.shape[1] for part, _ in parts) == n_rows:
+            shared, shared_total = (
+                torch.cat(both, 1) if len(both) > 1 else both[0] for both in zip(*parts, strict=True)
+            )
+        else:  # rows without a prefix: nothing, of no weight
+            shared = output.new_zeros(n_kv, n_rows, n_shared * n_new, output.shape[-1])
+            shared_total = total.new_full(shared.shape[:3], -torch.inf)
+            for prefix, (part, part_total) in zip(prefixes, parts, strict=True):
+                shared[:, prefix.start : prefix.stop] = part
+                shared_total[:, prefix.start : prefix.stop] = part_total
+        weight = torch.sigmoid(total - shared_total.transpose(0, 1))[..., None].to(output.dtype)
+        merged = torch.lerp(shared.transpose(0, 1), output, weight)
     return merged.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous()
 
 

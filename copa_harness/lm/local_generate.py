@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +78,7 @@ class BatchGenerator:
         self.prefixes = PrefixCache()
         self._paths = Paths(model, self.prefixes)
         self.n_batches = self.n_rows = self.n_near_ties = 0
-        self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run)
+        self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run, prepare=self._read_prefix)
 
     def describe(self) -> str:
         """One line on the model, the path its batches take, and what was answered since loading."""
@@ -165,6 +165,23 @@ class BatchGenerator:
         )
 
     # -- running a batch
+
+    def _read_prefix(self, waiting: Sequence[Job]) -> None:
+        """Read the oldest job's prefix if it is to be shared, before its batch is closed.
+
+        It takes as long as many rows do: the rows of a batch that begins with one caller come while it is read.
+        """
+        import torch
+
+        oldest = waiting[0].payload
+        key = self._paths.prefix_key(oldest)
+        if not self.cascades or not key[1] or key in self.prefixes:
+            return
+        if len(waiting) > 1 and sum(self._paths.prefix_key(job.payload) == key for job in waiting) < 2:
+            return  # a lone prefix among others: they are padded together
+        with self.model.lock, torch.inference_mode(), suppress(RuntimeError, MemoryError):
+            # What fails here, for want of memory, fails again with the batch, and is reported there.
+            self._paths.read_prefix(oldest)
 
     def _run(self, batch: Sequence[Job]) -> None:
         import torch

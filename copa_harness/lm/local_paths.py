@@ -106,25 +106,34 @@ class Paths:
         run.decode(rows, RowChooser(rows, dtype=self.model.dtype), _stopper(prompts, rows, is_cancelled))
         return rows
 
+    def read_prefix(self, prompt: Prompt) -> None:
+        """Compute and keep the states of a prompt's prefix, for the cascade."""
+        self.prefixes.states(self.prefix_key(prompt), self._prefix_reader([prompt]))
+
+    def _prefix_reader(self, prompts: Sequence[Prompt]) -> Callable[[PrefixKey], Any]:
+        """What reads the prefixes of a batch."""
+        model, decoder = self.model, self.model.decoder
+        if decoder is not None and self.family(prompts[0]) == "mixed":
+            loras = {lora_key(prompt): model.fused(prompt.lora) for prompt in prompts if prompt.lora}
+            return lambda key: decoder.prefill(key[1], loras.get(key[0]))
+        module = model.serving(prompts[0].lora)
+        return lambda key: prefill(module, key[1], model.new_cache())
+
     def _run(self, prompts: Sequence[Prompt], *, room: int) -> CascadeRun:
         model = self.model
-        decoder = model.decoder
         reader: Reader
-        if decoder is not None and self.family(prompts[0]) == "mixed":
-            loras = {key: model.fused(lora) for key, lora in {lora_key(p): p.lora for p in prompts}.items() if lora}
-            spans: list[LoraRows] = []
+        spans: list[LoraRows] = []
+        if model.decoder is not None and self.family(prompts[0]) == "mixed":
+            reader = model.decoder
             for i, prompt in enumerate(prompts):
-                lora = loras.get(lora_key(prompt))
+                lora = model.fused(prompt.lora) if prompt.lora else None
                 if lora is not None and spans and spans[-1].stop == i and spans[-1].lora is lora:
                     spans[-1] = LoraRows(spans[-1].start, i + 1, lora)
                 elif lora is not None:
                     spans.append(LoraRows(i, i + 1, lora))
-            reader = decoder
-            suffixes = self._suffixes(prompts, lambda key: decoder.prefill(key[1], loras.get(key[0])), spans)
         else:
-            module = model.serving(prompts[0].lora)
-            reader = LibraryReader(module)
-            suffixes = self._suffixes(prompts, lambda key: prefill(module, key[1], model.new_cache()), [])
+            reader = LibraryReader(model.serving(prompts[0].lora))
+        suffixes = self._suffixes(prompts, self._prefix_reader(prompts), spans)
         return CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=room)
 
     def _suffixes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import numpy as np
@@ -266,3 +267,24 @@ def test_spreading_a_prefix_leaves_it_as_it_was_and_grows_as_needed(llama):
         whole = llama.model(torch.cat([torch.arange(10, 26).repeat(2, 1), ids], 1)).logits[:, 16:]
     assert torch.allclose(roomy, whole, atol=1e-5)
     assert torch.equal(states.layers[0].keys, before)
+
+
+def test_who_comes_while_the_first_is_prepared_joins_its_batch():
+    log, prepared, go_on = [], threading.Event(), threading.Event()
+
+    def run(batch):
+        log.append([job.payload for job in batch])
+        for job in batch:
+            job.future.set_result(job.payload)
+
+    def prepare(waiting):
+        prepared.set()
+        go_on.wait(5)
+
+    batcher = Batcher(lambda waiting: waiting, run, prepare=prepare)
+    first = batcher.submit("a")
+    assert prepared.wait(5)
+    second = batcher.submit("b")
+    go_on.set()
+    assert (batcher.wait(first), batcher.wait(second)) == ("a", "b")
+    assert log == [["a", "b"]]
