@@ -18,7 +18,7 @@ from copa_harness.lm.local_cascade import CascadeCache, RowGroup, cascade_attent
 from copa_harness.lm.local_llama_files import LlamaShape, LoraTensors
 
 PACK_LIMIT_BYTES = 1 << 30
-"""Weights beyond this are used as they lie in memory: laid out anew they would be there twice."""
+"""More weights are used as they lie in memory: laid out anew, they are there twice."""
 _FUSED = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Products of a layer and the projections in each."""
 
@@ -63,29 +63,29 @@ class FusedLora:
 
 
 class _Product:
-    """x W + bias for T tokens, laid out for oneDNN where that is to be had and wanted."""
+    """x [W1 | W2 | ..] + bias for T tokens: one product of weights laid out for oneDNN, or one of each as it lies."""
 
-    __slots__ = ("bias", "packed", "weight")
+    __slots__ = ("biases", "packed", "weights")
 
     def __init__(self, weights: Sequence[Any], biases: Sequence[Any], *, packs: bool) -> None:
         import torch
 
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.bias = None if biases[0] is None else torch.cat(list(biases))
-        self.packed = None
+        self.weights, self.biases, self.packed = list(weights), list(biases), None
         if packs:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32)
-            self.weight = None
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(self.weights), 32)
+            self.biases = [None if self.biases[0] is None else torch.cat(self.biases)]
+            self.weights = []
 
     def __call__(self, x: Any, residual: Any = None) -> Any:
         import torch
 
         if self.packed is None:
-            product = torch.nn.functional.linear(x, self.weight, self.bias)
+            parts = [torch.nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+            product = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             return product if residual is None else product.add_(residual)
         if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.biases[0], "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.biases[0], "add")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class LlamaDecoder:
         import torch
 
         self.shape, self.n_layers = shape, shape.num_hidden_layers
-        self.n_parameters = sum(tensor.numel() for tensor in tensors.values())
+        self.n_parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
         packs = 4 * self.n_parameters <= PACK_LIMIT_BYTES and _packs()
         self._embedding = tensors["model.embed_tokens.weight"]
         head = self._embedding if shape.tie_word_embeddings else tensors["lm_head.weight"]

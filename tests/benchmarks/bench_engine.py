@@ -74,8 +74,8 @@ class Workload:
     def __init__(self, size: str, n_requests: int | None = None) -> None:
         draw, vocabulary = random.Random(0), SIZES[size]["vocab_size"]
         self.prefix = [draw.randrange(5, vocabulary) for _ in range(PREFIX_TOKENS)]
-        n_requests = n_requests or N_REQUESTS[size]
-        self.suffixes = [[draw.randrange(5, vocabulary) for _ in range(draw.randint(30, 50))] for _ in range(n_requests)]
+        lengths = (draw.randint(30, 50) for _ in range(n_requests or N_REQUESTS[size]))
+        self.suffixes = [[draw.randrange(5, vocabulary) for _ in range(length)] for length in lengths]
         self.n_new = [draw.randint(8, 24) for _ in self.suffixes]
 
     def __len__(self) -> int:

@@ -128,3 +128,25 @@ def test_rope_that_depends_on_length_is_never_padded(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     model = LocalModel(folder, device="cpu", dtype="float32")
     assert (model.pads, model.shares_prefix, model.cascades) == (False, False, False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architecture, models, monkeypatch):
+    import torch
+
+    from copa_harness.lm import local_llama
+    from copa_harness.lm.local_cascade import RowGroup
+    from copa_harness.lm.local_loop import CascadeRun, Suffixes
+
+    model = models(architecture)
+    monkeypatch.setattr(local_llama, "PACK_LIMIT_BYTES", 0)
+    decoder = local_llama.LlamaDecoder(model.decoder.shape, model.model.state_dict())
+    own = {tensor.data_ptr() for tensor in model.model.parameters()}
+    layer = decoder._layers[0]
+    assert {weight.data_ptr() for weight in [*layer.qkv.weights, *layer.gate_up.weights]} <= own
+    ids = [20, 31, 42, 53]
+    with torch.inference_mode():
+        run = CascadeRun(decoder, Suffixes([ids], [0], [RowGroup(0, 1, None)]), device="cpu", pad_id=0, room=1)
+        alone = model.model(torch.tensor([ids])).logits[0, -1]
+    assert (run.logits[0] - alone).abs().max() < 1e-4
+    assert decoder.n_parameters == sum(parameter.numel() for parameter in model.model.parameters())
