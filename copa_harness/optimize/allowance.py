@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import dspy
 
 from copa_harness.errors import BudgetExhausted
+from copa_harness.lm.meter import Meter
 from copa_harness.lm.scope import SETTING, Reservation, Scope
 from copa_harness.results import Budget, Phase, Usage
 
@@ -84,6 +85,10 @@ class StepScope(Scope):
     def add_train_steps(self, n: int, wall_s: float) -> None:
         """Booked with the parent."""
         self._run.add_train_steps(n, wall_s)
+
+    def add_payments(self, other: Meter) -> None:
+        """Booked with the parent."""
+        self._run.add_payments(other)
 
     @property
     def charged_calls(self) -> int:

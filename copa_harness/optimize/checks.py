@@ -57,7 +57,7 @@ def in_unit_interval(**values: float) -> None:
 def splits_of(
     trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, *, steps: Sequence[Step], seed: int
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:
-    """Training and validation examples; without a validation split a seeded third of the training examples is it.
+    """Training and validation examples, the latter split off by `seed` when none are given and something is to decide.
 
     Raises:
         TaskError: A split is empty or too small.

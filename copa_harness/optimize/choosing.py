@@ -150,6 +150,7 @@ def result_of(
         reason=reason_of(run),
         front=front,
         credit=credit,
+        evidence=run.evidence,
         learned=tuple(run.knowledge.report()),
         trials=tuple(run.knowledge.records),
         state=None if run.incumbent.structure else to_state(program),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
 from copa_harness.lm.scope import open_scope
-from copa_harness.optimize.auto import Choice, choose_strategy
+from copa_harness.optimize.auto import Choice, resolved
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
@@ -29,6 +28,7 @@ from copa_harness.optimize.choices import GROUNDINGS, check_groundings, check_sa
 from copa_harness.optimize.choosing import choose, reason_of, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.credit import credit_of
+from copa_harness.optimize.evidence import decide, planned, setting_aside
 from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
@@ -37,10 +37,10 @@ from copa_harness.optimize.run import Run
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.steps import execute
-from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, StepKind, parse_strategy
+from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, parse_strategy
 from copa_harness.optimize.students import models_in
 from copa_harness.optimize.study import SearchSettings
-from copa_harness.optimize.weights import WeightsSettings, is_tunable
+from copa_harness.optimize.weights import WeightsSettings
 from copa_harness.results import Budget
 from copa_harness.tune.settings import check_lora
 
@@ -65,7 +65,7 @@ class COPA(Teleprompter):
         sampler: Optuna sampler of the study: "tpe", "random" or "gp".
         max_demos: Demonstrations in the largest sets proposed; also what weights are tuned behind when the program has
             none yet but a prompt step follows.
-        n_demo_sets: Demonstration sets proposed per predictor and phase.
+        n_demo_sets: Demonstration sets proposed per predictor and round; None: as many as the round can look at.
         bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
             lack a predictor's outputs.
         n_proposed: Instructions asked of `prompt_lm` per predictor and round.
@@ -85,6 +85,8 @@ class COPA(Teleprompter):
         max_cycles: Cycles of ``demos -> instructions`` at most.
         epsilon: Improvement below which a cycle has converged.
         patience: Trials in a row without improvement that end a study; None never does.
+        adoption_p: Level of the paired test the result must pass against the program as written, 0..1, or that is
+            returned; see `evidence`. 1 keeps whatever is no worse, as is always done for DSPy's optimizers alone.
         finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
         optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
         journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
@@ -114,7 +116,7 @@ class COPA(Teleprompter):
         threads: int = DEFAULT_THREADS,
         sampler: str = "tpe",
         max_demos: int = 9,
-        n_demo_sets: int = 12,
+        n_demo_sets: int | None = None,
         bootstrap: bool | None = None,
         n_proposed: int = 4,
         groundings: Sequence[str] = GROUNDINGS,
@@ -131,6 +133,7 @@ class COPA(Teleprompter):
         max_cycles: int = 3,
         epsilon: float = 0.01,
         patience: int | None = 40,
+        adoption_p: float = 0.2,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         journal: Path | str | None = None,
@@ -142,9 +145,10 @@ class COPA(Teleprompter):
         super().__init__()
         metric_arity(metric)
         at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds, trials_at_once=trials_at_once)
-        at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets, n_proposed=n_proposed)
+        at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets or 0, n_proposed=n_proposed)
         at_least(0, n_checkpoints=n_checkpoints, n_reflected=n_reflected)
         in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
+        in_unit_interval(adoption_p=adoption_p)
         check_sampler(sampler)
         check_groundings(groundings)
         unknown = sorted(set(optimizer_kwargs or {}) - {*OPTIMIZER_NAMES, "ensemble"})
@@ -189,6 +193,7 @@ class COPA(Teleprompter):
                 min_score=min_score,
             ),
             n_checkpoints=n_checkpoints,
+            adoption_p=adoption_p,
             optimizer_kwargs=dict(optimizer_kwargs or {}),
         )
 
@@ -228,9 +233,10 @@ class COPA(Teleprompter):
             check_metered(lm)
         steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
         observe = self.constraints.measured or self.preference is not None
-        validation = Validation(
+        whole = Validation(
             validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed, observe=observe
         )
+        validation, look = planned(whole, candidate, steps, settings, n_training=len(train), calls=self.budget.calls)
         name = " -> ".join(map(str, self.steps))
         logger.info(
             "optimizing %s with %s: %d training and %d validation examples, budget %s",
@@ -265,7 +271,9 @@ class COPA(Teleprompter):
                 run.note(str(choice), headline=True)
                 run.progress.say(str(choice))
             with run.progress.ticking():
-                execute(run, steps)
+                with setting_aside(run, look):
+                    execute(run, steps)
+                run.evidence = decide(run, look)
                 front = choose(run, self.preference)
                 credit = credit_of(run)
             run.progress.say(f"{name} ended: {reason_of(run)}")
@@ -285,13 +293,7 @@ class COPA(Teleprompter):
     def _resolved(
         self, student: Candidate, n_train: int, n_validation: int
     ) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
-        """Steps and settings, with `auto` replaced by what it stands for here."""
-        if self.steps[0].kind is not StepKind.AUTO:
-            return self.steps, self.settings, None
-        choice = choose_strategy(
-            n_train=n_train, n_validation=n_validation, calls=self.budget.calls,
-            calls_per_example=len(student.parts), tunable=all(is_tunable(lm) for lm in student.lms),
+        return resolved(
+            self.steps, self.settings, student, n_train=n_train, n_validation=n_validation, calls=self.budget.calls,
             has_prompt_lm=self.prompt_lm is not None,
         )  # fmt: skip
-        kwargs = {**choice.optimizer_kwargs, **self.settings.optimizer_kwargs}
-        return parse_strategy(choice.strategy), replace(self.settings, optimizer_kwargs=kwargs), choice

@@ -20,7 +20,7 @@ MIN_LOOKS = 60
 """Scores of other candidates on examples that could be gained; fewer prove nothing."""
 
 Sheet = Sequence[float | None]
-"""One candidate's scores in the fixed order of the validation examples, as far as it got."""
+"""One candidate's scores in the fixed order of the validation examples, None where it has none."""
 
 
 def gained_examples(incumbent: Sheet, others: Sequence[Sheet]) -> int:
@@ -48,6 +48,7 @@ def has_headroom(incumbent: Sheet, others: Sequence[Sheet]) -> bool:
         incumbent: The incumbent's full scores, the incumbent being the best found so far.
         others: What the candidates scored, the incumbent's own sheet among them or not.
     """
-    if sum(1 for sheet in others if sheet) < MIN_CANDIDATES or looks(incumbent, others) < MIN_LOOKS:
+    tried = sum(any(score is not None for score in sheet) for sheet in others)
+    if tried < MIN_CANDIDATES or looks(incumbent, others) < MIN_LOOKS:
         return True
     return gained_examples(incumbent, others) > 0

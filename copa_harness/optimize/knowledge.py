@@ -21,6 +21,7 @@ from copa_harness.evaluate.examples import plain
 from copa_harness.optimize.candidate import Candidate, model_name
 from copa_harness.optimize.demos import DemoSet
 from copa_harness.optimize.learning import BETWEEN_SD, Evidence, Learner, Posterior, normal_posterior, paired_gain
+from copa_harness.optimize.sheets import mean_score
 
 DEMO_SD = 0.05
 """Prior size of what one demonstration adds to the score of a set."""
@@ -95,6 +96,8 @@ class Knowledge:
         reference: Candidate,
         trials: Iterable[tuple[Candidate, str]],
         scores: Mapping[str, Sequence[float | None]],
+        *,
+        values: Mapping[str, float | None] | None = None,
     ) -> None:
         """Learn from a study's trials.
 
@@ -103,11 +106,17 @@ class Knowledge:
             reference: The incumbent it began with, whom gains are measured against.
             trials: Candidates tried, in order, each with how it ended ("complete", "dropped", "failed").
             scores: Validation scores so far by candidate key, in one fixed order of examples.
+            values: Mean over all examples by candidate key, estimated where a race left some out; without it the
+                mean over those seen counts, which flatters candidates that saw their hardest examples only.
         """
         self._n_studies += 1
+        level = mean_score(scores.get(reference.key, ()))
         for candidate, outcome in trials:
             self.n_trials += 1
             found = paired_gain(scores.get(candidate.key, ()), scores.get(reference.key, ()))
+            value = (values or {}).get(candidate.key)
+            if found is not None and value is not None:
+                found = (value - level, *found[1:])
             features = self.features_of(candidate, reference)
             if len(self.records) < MAX_RECORDS:
                 self.records.append(_record(name, features, found, outcome))

@@ -1,19 +1,18 @@
-"""The opening of a study: many points looked at briefly, the promising half looked at longer, until few are left.
+"""The opening of a study: which points are looked at before the sampler chooses by itself.
 
-A surrogate model knows nothing before it has seen every option at least once, and a race against a weak incumbent drops
-nobody; so a small budget spent one candidate at a time ends among the first few it happened to try. The opening spends
-its share on breadth instead: a *balanced* set of points, in which every option of every dimension occurs about equally
-often, is halved after every block of examples (successive halving; Karnin et al. 2013, Jamieson & Talwalkar 2016).
-Before it, a few starting points race alone (`SCOUTS`), so that a good program is there early and sets the bar.
+A surrogate model knows nothing before it has seen every option at least once. After the starting points, which others
+thought of, comes a *balanced* set of points, in which every option of every dimension occurs about equally often. They
+race the incumbent one by one like any other: since a trial sees first what the incumbent gets wrong, a look costs few
+examples, and a point that shows nothing there is over.
 
-Symbols: n = points, b = examples per block, V = all validation examples. Halving every block costs at most 2 n b
-example evaluations plus what the last few still need. Knows points and numbers; knows nothing of programs or models.
+A tournament over all of them (successive halving; Karnin et al. 2013, Jamieson & Talwalkar 2016) was tried and is not
+used: beside a good incumbent it spends whole blocks on points that a few examples rule out for certain.
+Knows points and numbers; knows nothing of programs or models.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
@@ -22,27 +21,17 @@ from copa_harness.optimize.space import Point, Space
 MAX_POINTS = 48
 """Points of an opening at most: more only delay the surrogate, which learns from every one of them."""
 
-MIN_POINTS = 4
-"""Below this an opening is no tournament, and racing one by one is cheaper."""
-
-SCOUTS = 2
-"""So many starting points race alone before the tournament: the best of them is what all others have to beat."""
-
-SURVIVORS = 3
-"""So many are always completed: the last halvings would decide on too few differing examples."""
+MIN_POINTS = 16
+"""Points of an opening at least."""
 
 
-def n_opening_points(n_examples: float, *, block_size: int, n_options: int) -> int:
-    """How many points an opening of so many example evaluations can carry; 0 when too few for a tournament.
+def n_opening_points(n_options: int) -> int:
+    """How many points the sampler is to see before it chooses by itself.
 
     Args:
-        n_examples: Example evaluations it may use, `inf` for no bound.
-        block_size: Examples per block.
         n_options: Options of the largest dimension; twice as many points show each of them twice.
     """
-    wanted = min(MAX_POINTS, max(2 * n_options, 16))
-    n = wanted if math.isinf(n_examples) else min(wanted, int(n_examples // (2 * block_size)))
-    return n if n >= MIN_POINTS else 0
+    return min(MAX_POINTS, max(2 * n_options, MIN_POINTS))
 
 
 def balanced_points(
@@ -74,18 +63,3 @@ def balanced_points(
             seen.add(signature)
             points.append(point)
     return tuple(points)
-
-
-def survivors(means: Sequence[float], generator: np.random.Generator) -> tuple[int, ...]:
-    """Which of the candidates go on: the better half, at least `SURVIVORS`, drawn by lot when means are equal.
-
-    Ties are common, as a first block may be easy for all; the lot keeps the points nobody thought of in the game.
-
-    Args:
-        means: Mean score of each on the same examples, nan for none.
-        generator: Source of the lots.
-    """
-    lots = generator.permutation(len(means))
-    alive = [i for i, mean in enumerate(means) if not math.isnan(mean)]
-    n = max(SURVIVORS, math.ceil(len(alive) / 2))
-    return tuple(sorted(sorted(alive, key=lambda i: (-means[i], lots[i]))[:n]))

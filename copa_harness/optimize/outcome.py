@@ -47,6 +47,7 @@ class OptimizationResult:
         front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
             which entry was returned.
         credit: Which part of which stage earned the gain on validation (`credit.assign_credit`); empty without one.
+        evidence: What speaks for the returned program against the one that came in (`evidence.decide`).
         learned: What every kind of proposal gained (`Learner.report`).
         trials: What every trial used and gained, shortened (`Knowledge.records`).
         state: The program's settings as JSON (see `apply_state`); None when an optimizer changed the program itself.
@@ -70,6 +71,7 @@ class OptimizationResult:
     reason: str = ""
     front: tuple[Mapping[str, Any], ...] = ()
     credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
     learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     state: Mapping[str, Any] | None = field(default=None, repr=False)

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("copa_harness")
 
+DEFAULT_SETS = 12
+"""Sets per pool where nobody says how many."""
+
 BOOTSTRAP_SHARE = 0.2
 """At most this share of a step's calls goes into bootstrapping; the rest is for finding out what is good."""
 
@@ -67,7 +70,8 @@ def sets_from(
     generator: np.random.Generator,
 ) -> list[DemoSet]:
     """Sets from one pool, sized and chosen by what is known."""
-    sizes = [size for size, n in set_counts(settings.max_demos, settings.n_demo_sets).items() for _ in range(n)]
+    n_sets = DEFAULT_SETS if settings.n_demo_sets is None else settings.n_demo_sets
+    sizes = [size for size, n in set_counts(settings.max_demos, n_sets).items() for _ in range(n)]
     if not sizes:
         return []
     known = _known_of(

@@ -6,8 +6,9 @@ nothing of scores, samplers or how long the search will go on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
@@ -25,6 +26,12 @@ from copa_harness.optimize.reflection import Failure, find_failures
 from copa_harness.optimize.space import WEIGHTS, Point, WeightsLevel
 from copa_harness.optimize.writing import InstructionWriter
 
+LOOK_SHARE = 0.6
+"""Of a full score, what a look at a candidate costs on average, raced."""
+
+MIN_DEMO_SETS, MAX_DEMO_SETS = 6, 32
+"""Bounds of how many demonstration sets are proposed at once where the number is not given."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProposalSettings:
@@ -32,7 +39,7 @@ class ProposalSettings:
 
     Attributes:
         max_demos: Demonstrations in the largest sets; 0 proposes none.
-        n_demo_sets: Random sets per predictor and source.
+        n_demo_sets: Sets per predictor and source; None proposes about as many as the round can look at.
         bootstrap: Run the program on training examples for demonstrations from passing traces. None does so exactly
             when a predictor has an output that the examples do not hold (reasoning, intermediate steps): where they
             hold all of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
@@ -46,7 +53,7 @@ class ProposalSettings:
     """
 
     max_demos: int = 9
-    n_demo_sets: int = 12
+    n_demo_sets: int | None = None
     bootstrap: bool | None = None
     min_score: float = 1.0
     n_proposed: int = 4
@@ -54,6 +61,20 @@ class ProposalSettings:
     n_reflected: int = 8
     transfer: bool = True
     n_rounds: int = 2
+
+
+def sized(settings: ProposalSettings, *, calls: float, full_score: float) -> ProposalSettings:
+    """The settings with a number of demonstration sets, in proportion to what can be looked at unless it is given.
+
+    Args:
+        settings: What is proposed.
+        calls: What the search over the proposals may use, `inf` for no bound.
+        full_score: Calls of scoring a candidate in full.
+    """
+    if settings.n_demo_sets is not None:
+        return settings
+    n = MAX_DEMO_SETS if math.isinf(calls) else round(calls / (LOOK_SHARE * full_score))
+    return replace(settings, n_demo_sets=min(MAX_DEMO_SETS, max(MIN_DEMO_SETS, n)))
 
 
 def propose_demos(
@@ -196,8 +217,8 @@ def starting_points(
 ) -> tuple[Point, ...]:
     """Points worth trying before the sampler knows anything, for all predictors alike.
 
-    For every weights level: the first demonstration set under every instruction, then every instruction without
-    demonstrations.
+    For every weights level: every instruction with a demonstration set of its own, then every instruction without
+    demonstrations. No two of the former share a set, as a start that fails says nothing about either alone.
     """
     n_instructions = max((len(options) for options in instructions.values()), default=0)
     points: list[Point] = []
@@ -210,6 +231,7 @@ def starting_points(
                     if options:
                         point[f"{name}.instruction"] = options[min(i, len(options) - 1)].name
                 for name, sets in demos.items():
-                    point[f"{name}.demos"] = sets[0].name if with_demos else NO_DEMOS.name
+                    shown = [one for one in sets if one.demos] or [NO_DEMOS]
+                    point[f"{name}.demos"] = shown[i % len(shown)].name if with_demos else NO_DEMOS.name
                 points.append(point)
     return tuple(points)

@@ -1,7 +1,8 @@
 """A trial's life in a study: asked for, scored block by block, raced against the incumbent, told, shown.
 
-Only a fully scored trial becomes the incumbent. One that was dropped is told to the sampler with its paired estimate
-(the incumbent's full score plus the mean difference on the examples both have seen), which uses what it did show.
+Only a fully scored trial becomes the incumbent. A trial sees first what the incumbent gets wrong: there it must gain
+something, and one that gains nothing is over after these few examples. One that was dropped is told to the sampler with
+its paired estimate (see `sheets.estimated_difference`), which uses what it did show.
 Knows nothing of the order in which trials are taken or of when a study ends.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Running:
     point: Point
     candidate: Candidate
     n_known: int
-    reported: int = 0
+    reported: set[int] = field(default_factory=set)
 
 
 class Race:
@@ -94,10 +95,14 @@ class Race:
         point = {name: trial.suggest_categorical(name, options) for name, options in self.space.dimensions.items()}
         self.seen.add(self.space.signature(point))
         candidate = self.space.candidate(point)
-        return Running(trial, point, candidate, len(self.validation.scores(candidate)))
+        return Running(trial, point, candidate, self.validation.n_seen(candidate))
 
-    def block(self, one: Running) -> Outcome | None:
+    def block(self, one: Running, *, against: Candidate | None = None) -> Outcome | None:
         """Score the next block and report it; how the trial ended, or None while it goes on.
+
+        Args:
+            one: The trial.
+            against: Whose mistakes come first; by default the incumbent's.
 
         Raises:
             OutOfCalls: The allowance does not suffice for the block; nothing was run.
@@ -106,13 +111,16 @@ class Race:
         if self.watchers.forbids(candidate) is not None:
             return "forbidden"
         if not self.validation.is_complete(candidate):
-            self.validation.advance(candidate, allowance=self.allowance, phase=self.phase)
-        scores = self.validation.scores(candidate)
-        for step in range(one.reported, len(scores)):
-            score = scores[step]
-            if score is not None:
+            self.validation.advance(
+                candidate,
+                allowance=self.allowance,
+                phase=self.phase,
+                against=None if self.is_forbidden else against or self.incumbent,
+            )
+        for step, score in enumerate(self.validation.scores(candidate)):
+            if score is not None and step not in one.reported:
                 one.trial.report(score, step)
-        one.reported = len(scores)
+                one.reported.add(step)
         if math.isnan(self.validation.mean(candidate)):
             return "failed"
         if self.watchers.forbids(candidate) is not None:
@@ -134,20 +142,23 @@ class Race:
     def end(self, one: Running, outcome: Outcome) -> TrialRecord:
         """Tell the sampler, and everybody who watches."""
         scores, mean = self.validation.scores(one.candidate), self.validation.mean(one.candidate)
+        if outcome == "dropped" and math.isnan(mean):
+            outcome = "failed"
+        value: float | None = None
+        if outcome == "complete":
+            value = mean
+        elif outcome == "dropped":
+            # Told as complete: Optuna would take the last example's score for a pruned trial's value.
+            value = self.validation.mean(self.incumbent) + self.validation.estimate(one.candidate, self.incumbent)
         record = TrialRecord(
             number=len(self.trials),
             point=one.point,
-            n_scored=len(scores),
+            n_scored=self.validation.n_seen(one.candidate),
             score=None if math.isnan(mean) else mean,
-            outcome="failed" if math.isnan(mean) and outcome == "dropped" else outcome,
-            n_new=len(scores) - one.n_known,
+            outcome=outcome,
+            n_new=self.validation.n_seen(one.candidate) - one.n_known,
+            value=value,
         )
-        value: float | None = None
-        if record.outcome == "complete":
-            value = mean
-        elif record.outcome == "dropped":
-            # Told as complete: Optuna would take the last example's score for a pruned trial's value.
-            value = self.validation.mean(self.incumbent) + self.validation.difference(one.candidate, self.incumbent)
         attributes: dict[str, Any] = {"n_scored": record.n_scored, "outcome": record.outcome, "score": record.score}
         for key, attribute in attributes.items():
             one.trial.set_user_attr(key, attribute)
@@ -156,15 +167,15 @@ class Race:
         else:
             self.study.tell(one.trial, value)
         self.trials.append(record)
-        self._show(record, value, scores, attributes)
+        self._show(record, scores, attributes)
         return record
 
     def _show(
-        self, record: TrialRecord, value: float | None, scores: Sequence[float | None], attributes: dict[str, Any]
+        self, record: TrialRecord, scores: Sequence[float | None], attributes: dict[str, Any]
     ) -> None:
         if self.watchers.journal is not None:
             self.watchers.journal.add(
-                record.number, params=record.point, options=self.space.dimensions, value=value, scores=scores,
+                record.number, params=record.point, options=self.space.dimensions, value=record.value, scores=scores,
                 attributes={**attributes, "calls": self.allowance.scope.charged_calls},
             )  # fmt: skip
         if self.watchers.progress is not None:

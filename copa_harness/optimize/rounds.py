@@ -20,6 +20,9 @@ from copa_harness.results import Phase
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run
 
+MIN_FULL_SCORES = 3
+"""Full scores a round must be able to pay for: less teaches nothing that the next round could use."""
+
 InstructionSets = Mapping[str, Sequence[InstructionOption]]
 DemoSets = Mapping[str, Sequence[DemoSet]]
 
@@ -34,8 +37,8 @@ def search_in_rounds(
 ) -> None:
     """Search instructions, demonstrations and weights in `n_rounds` studies.
 
-    Every round may use half of what is left, the last one all of it; a round whose half does not pay for one full score
-    is the last.
+    Every round may use half of what is left, the last one all of it; a round whose half does not pay for
+    `MIN_FULL_SCORES` is the last.
 
     Args:
         run: Proposes, searches and adopts.
@@ -46,11 +49,11 @@ def search_in_rounds(
     """
     n_rounds = run.settings.proposals.n_rounds
     for number in range(1, n_rounds + 1):
-        cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
+        cost = run.full_score_cost
         if run.score >= PERFECT or (number > 1 and not allowance.can_afford(cost)):
             return
         half = run.fraction(allowance, 1 / 2)
-        share = half if number < n_rounds and half.can_afford(cost) else allowance
+        share = half if number < n_rounds and half.can_afford(MIN_FULL_SCORES * cost) else allowance
         demos = run.demo_options(share)
         instructions = run.instruction_options(share)
         starts = first_starts(instructions, demos) if number == 1 else _fresh_starts(instructions, demos)

@@ -28,7 +28,7 @@ from copa_harness.optimize.journal import Journal
 from copa_harness.optimize.knowledge import Knowledge
 from copa_harness.optimize.levels import checkpoint_levels
 from copa_harness.optimize.progress import Progress, incumbent_text
-from copa_harness.optimize.proposals import propose_demos, propose_instructions
+from copa_harness.optimize.proposals import propose_demos, propose_instructions, sized
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.sharing import Colleagues
@@ -72,6 +72,7 @@ class Run(Story):
         self.settings = settings
         self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
+        self.evidence: Mapping[str, Any] = {}
         self.n_trials = 0
         self.stopped, self.last_search = "completed", ""
         self.tuned: Trained | None = None
@@ -119,9 +120,14 @@ class Run(Story):
 
     # -- shares of the budget
 
+    @property
+    def full_score_cost(self) -> int:
+        """Upper estimate of the calls that scoring a fresh candidate in full takes."""
+        return self.validation.n * self.validation.calls_per_example(self.incumbent)
+
     def weights_cost(self) -> int:
         """Calls a weights step wants: three full scores."""
-        return 3 * self.validation.n * self.validation.calls_per_example(self.incumbent)
+        return 3 * self.full_score_cost
 
     def share(self, step: Step, later: Sequence[Step]) -> Allowance:
         """Equal shares for this and every later step that searches, after weights steps have what they need."""
@@ -157,7 +163,7 @@ class Run(Story):
             self.incumbent,
             trainset=self.trainset,
             metric=self.metric,
-            settings=self.settings.proposals,
+            settings=sized(self.settings.proposals, calls=allowance.remaining, full_score=self.full_score_cost),
             allowance=allowance,
             threads=self.settings.threads,
             seed=(self.settings.seed, self.n_steps, self._n_proposals),
@@ -206,23 +212,17 @@ class Run(Story):
         self.n_trials, self.last_search = self.n_trials + len(outcome.trials), outcome.stopped
         tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
         scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}
-        self.knowledge.note_study(name, space.incumbent, tried, scores)
+        values = {space.candidate(trial.point).key: trial.value for trial in outcome.trials}
+        self.knowledge.note_study(name, space.incumbent, tried, scores, values=values)
         for trial in outcome.trials:
             if trial.outcome == "complete" and trial.score is not None:
                 for part in space.candidate(trial.point).parts:
                     known = self._past[part.predictor].get(part.instruction, -1.0)
                     self._past[part.predictor][part.instruction] = max(known, trial.score)
         self.incumbent = outcome.best
-        saved = sum(self.validation.n - t.n_scored for t in outcome.trials if t.outcome == "dropped")
-        self.note(
-            f"{name}: {len(outcome.trials)} candidates of {space.size}, stopped: {outcome.stopped}; racing left out "
-            f"{saved} of {len(outcome.trials) * self.validation.n} example evaluations"
-        )
-        if outcome.stopped == "no head-room":
-            self.note(
-                f"{name}: no head-room: none of {len(outcome.trials)} candidates got an example right that the "
-                f"incumbent gets wrong; stopped with {self.scope.charged_calls:,} calls used"
-            )
+        n = self.validation.n
+        for sentence in outcome.sentences(name, size=space.size, n=n, calls=self.scope.charged_calls):
+            self.note(sentence)
         if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
             self.stopped = "budget"  # and not merely this step's share
         return outcome.stopped

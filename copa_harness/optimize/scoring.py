@@ -1,7 +1,9 @@
-"""Scores of candidates on validation examples, block by block in one fixed order, remembered by content.
+"""Scores of candidates on validation examples, block by block, remembered by content.
 
-A candidate that was scored before costs nothing again. Before a block is started the allowance is asked whether it can
-be finished. Knows programs, metrics and budgets; knows nothing of samplers or proposals.
+The examples have one fixed order. A candidate raced against another sees first the examples on which that other has
+something to gain on (see `sheets`), then the rest in the fixed order. One that was scored before costs nothing again.
+Before a block is started the allowance is asked whether it can be finished. Knows programs, metrics and budgets; knows
+nothing of samplers or proposals.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import dspy
 import numpy as np
@@ -24,6 +25,7 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.costs import AnswerCost
 from copa_harness.optimize.schema import strata_of, stratified_order
+from copa_harness.optimize.sheets import estimated_difference, mean_score, next_rows, paired_differences
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")
@@ -31,11 +33,8 @@ logger = logging.getLogger("copa_harness")
 MAX_DEAD_CANDIDATES = 3
 """So many candidates in a row without a single answer mean the provider is down, not that the candidates are bad."""
 
-
-def mean_score(scores: Sequence[float | None]) -> float:
-    """Mean over the examples that have a score; nan when none has."""
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else math.nan
+MIN_DEAD_ROWS = 5
+"""So many examples they must have tried: blocks can be as small as one."""
 
 
 class Validation:
@@ -60,6 +59,7 @@ class Validation:
         block_size: int | None = None,
         observe: bool = False,
     ) -> None:
+        self._seed, self._given_block_size = seed, block_size
         order = stratified_order(strata_of(examples), np.random.default_rng([seed, 202]))
         ids = example_ids(examples)
         self.examples = [examples[i] for i in order]
@@ -67,12 +67,23 @@ class Validation:
         self.metric = metric
         self.threads = threads
         self.block_size = block_size or min(32, max(5, math.ceil(len(examples) / 4)))
-        self._sheets: dict[str, list[float | None]] = {}
+        self._sheets: dict[str, dict[int, float | None]] = {}
         self._candidates: dict[str, Candidate] = {}
         self._costs: dict[str, AnswerCost] = {}
         self._observe = observe
         self._calls_per_example = 0
-        self._n_dead = 0
+        self._n_dead = self._n_dead_rows = 0
+
+    def part(self, rows: Sequence[int]) -> Validation:
+        """Some of the examples by themselves, with no scores yet."""
+        return self.over([self.examples[row] for row in rows])
+
+    def over(self, examples: Sequence[dspy.Example]) -> Validation:
+        """Other examples, scored in the same way."""
+        return Validation(
+            examples, metric=self.metric, threads=self.threads, seed=self._seed,
+            block_size=self._given_block_size, observe=self._observe,
+        )  # fmt: skip
 
     @property
     def n(self) -> int:
@@ -88,17 +99,22 @@ class Validation:
         return max(len(candidate.parts) * retries, self._calls_per_example)
 
     def scores(self, candidate: Candidate) -> tuple[float | None, ...]:
-        """The candidate's scores so far, a prefix of the fixed order."""
-        return tuple(self._sheets.get(candidate.key, ()))
+        """The candidate's score on every example in the fixed order; None where it has none (yet)."""
+        sheet = self._sheets.get(candidate.key, {})
+        return tuple(sheet.get(row) for row in range(self.n))
+
+    def n_seen(self, candidate: Candidate) -> int:
+        """On how many examples the candidate has been run."""
+        return len(self._sheets.get(candidate.key, ()))
 
     def mistakes(self, candidate: Candidate) -> list[dspy.Example]:
         """The examples scored so far that the candidate did not get fully right."""
-        scored = zip(self.examples, self.scores(candidate), strict=False)
+        scored = zip(self.examples, self.scores(candidate), strict=True)
         return [example for example, score in scored if score is not None and score < 1.0 - 1e-9]
 
     def is_complete(self, candidate: Candidate) -> bool:
-        """Whether every validation example has been scored."""
-        return len(self._sheets.get(candidate.key, ())) == self.n
+        """Whether the candidate has been run on every validation example."""
+        return self.n_seen(candidate) == self.n
 
     def completed(self) -> tuple[Candidate, ...]:
         """All fully scored candidates, in the order in which they were first scored."""
@@ -114,36 +130,49 @@ class Validation:
 
     def cost_to_complete(self, candidate: Candidate) -> int:
         """Upper estimate of the calls a full score still needs."""
-        return (self.n - len(self.scores(candidate))) * self.calls_per_example(candidate)
+        return (self.n - self.n_seen(candidate)) * self.calls_per_example(candidate)
 
-    def advance(self, candidate: Candidate, *, allowance: Allowance, phase: Phase) -> tuple[float | None, ...]:
+    def advance(
+        self,
+        candidate: Candidate,
+        *,
+        allowance: Allowance,
+        phase: Phase,
+        against: Candidate | None = None,
+    ) -> tuple[float | None, ...]:
         """Score the next block.
 
+        Args:
+            candidate: Who is scored.
+            allowance: What pays for it.
+            phase: Stamped on the calls.
+            against: A fully scored candidate this one has to beat: the examples on which it can be beaten come first.
+
         Returns:
-            The candidate's scores so far.
+            The candidate's scores so far, see `scores`.
 
         Raises:
             OutOfCalls: The allowance does not suffice for the block; nothing was run.
             BudgetExhausted: The estimate was too low and the budget ended within the block, which is then forgotten.
             ProviderError: Several candidates in a row got no answer at all.
         """
-        sheet = self._sheets.setdefault(candidate.key, [])
+        sheet = self._sheets.setdefault(candidate.key, {})
         self._candidates.setdefault(candidate.key, candidate)
-        start, stop = len(sheet), min(self.n, len(sheet) + self.block_size)
-        if start == stop:
-            return tuple(sheet)
-        if not allowance.can_afford((stop - start) * self.calls_per_example(candidate)):
+        rows = self.next_block(candidate, against=against)
+        if not rows:
+            return self.scores(candidate)
+        if not allowance.can_afford(len(rows) * self.calls_per_example(candidate)):
             raise OutOfCalls
         charged = allowance.scope.charged_calls
         with observing() if self._observe else nullcontext() as observer:
             runs = run_examples(
                 candidate.program(),
-                self.examples[start:stop],
+                [self.examples[row] for row in rows],
                 metric=self.metric,
                 split="validation",
                 phase=phase,
                 threads=self.threads,
-                ids=self.ids[start:stop],
+                ids=tuple(self.ids[row] for row in rows),
                 # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
                 raise_if_nothing_works=self._calls_per_example == 0,
             )
@@ -154,13 +183,20 @@ class Validation:
         # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
         dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
         self._n_dead = self._n_dead + 1 if dead else 0
-        if self._n_dead >= MAX_DEAD_CANDIDATES:
+        self._n_dead_rows = self._n_dead_rows + len(rows) if dead else 0
+        if self._n_dead >= MAX_DEAD_CANDIDATES and self._n_dead_rows >= MIN_DEAD_ROWS:
             raise ProviderError(
                 f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
                 f"{runs[0].result.error}"
             )
-        sheet.extend(run.result.score for run in runs)
-        return tuple(sheet)
+        sheet.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
+        return self.scores(candidate)
+
+    def next_block(self, candidate: Candidate, *, against: Candidate | None = None) -> list[int]:
+        """The rows `advance` scores next."""
+        bar = (None,) * self.n if against is None else self.scores(against)
+        seen = self._sheets.get(candidate.key, {})
+        return next_rows(bar, seen=seen, size=self.block_size)
 
     def complete(self, candidate: Candidate, *, allowance: Allowance, phase: Phase) -> float:
         """Score what is missing; the mean score.
@@ -189,15 +225,16 @@ class Validation:
 
     def standard_error(self, candidate: Candidate, other: Candidate) -> float:
         """Standard error of the mean paired difference of two fully scored candidates; 0 when they differ nowhere."""
-        pairs = zip(self.scores(candidate), self.scores(other), strict=False)
-        differences = [new - old for new, old in pairs if new is not None and old is not None]
+        differences = paired_differences(self.scores(candidate), self.scores(other))
         return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
     def difference(self, candidate: Candidate, incumbent: Candidate) -> float:
         """Mean paired difference over the examples both have scores for; nan when there are none."""
-        pairs: list[tuple[Any, Any]] = [
-            (new, old)
-            for new, old in zip(self.scores(candidate), self.scores(incumbent), strict=False)
-            if new is not None and old is not None
-        ]
-        return sum(new - old for new, old in pairs) / len(pairs) if pairs else math.nan
+        differences = paired_differences(self.scores(candidate), self.scores(incumbent))
+        return sum(differences) / len(differences) if differences else math.nan
+
+    def estimate(self, candidate: Candidate, incumbent: Candidate) -> float:
+        """What the paired difference over all examples will be, estimated from those seen; nan when there are none."""
+        if self.is_complete(candidate):
+            return self.difference(candidate, incumbent)
+        return estimated_difference(self.scores(candidate), self.scores(incumbent))

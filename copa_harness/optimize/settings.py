@@ -23,4 +23,5 @@ class RunSettings:
     proposals: ProposalSettings
     weights: WeightsSettings
     n_checkpoints: int = 1
+    adoption_p: float = 0.2
     optimizer_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -113,7 +113,13 @@ class Colleagues:
         return sorted({self._name, *_alive(self._folder)})
 
     def ahead(
-        self, candidates: Sequence[Candidate], *, validation: Validation, allowance: Allowance, phase: Phase
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        bar: Candidate,
+        validation: Validation,
+        allowance: Allowance,
+        phase: Phase,
     ) -> None:
         """Buy the next block of candidates that all will be scored now, each process from a place of its own.
 
@@ -125,24 +131,23 @@ class Colleagues:
         if len(names) < 2:
             return
         left = allowance.remaining
-        waiting: list[tuple[Candidate, int, int]] = []
+        waiting: list[tuple[Candidate, list[int]]] = []
         for candidate in {one.key: one for one in candidates}.values():
-            start = len(validation.scores(candidate))
-            stop = min(validation.n, start + validation.block_size)
-            left -= (stop - start) * validation.calls_per_example(candidate)
+            rows = validation.next_block(candidate, against=bar)
+            left -= len(rows) * validation.calls_per_example(candidate)
             if left < 0:
                 break
-            waiting.append((candidate, start, stop))
+            waiting.append((candidate, rows))
         first = names.index(self._name) * len(waiting) // len(names)
         run = allowance.scope
         scope = Scope(f"{run.name}: ahead", budget=Budget(allowance.remaining), parent=run, shared=self.calls.admit)
         try:
             with dspy.context(**{SETTING: scope}):
-                for candidate, start, stop in (*waiting[first:], *waiting[:first]):
+                for candidate, rows in (*waiting[first:], *waiting[:first]):
                     run_examples(
-                        candidate.program(), validation.examples[start:stop], metric=validation.metric,
-                        split="validation", phase=phase, threads=validation.threads, ids=validation.ids[start:stop],
-                        raise_if_nothing_works=False,
+                        candidate.program(), [validation.examples[row] for row in rows], metric=validation.metric,
+                        split="validation", phase=phase, threads=validation.threads,
+                        ids=tuple(validation.ids[row] for row in rows), raise_if_nothing_works=False,
                     )  # fmt: skip
         except BudgetExhausted as error:
             logger.debug("working ahead ended early: %s", error)  # the common order meets the same end, and says so

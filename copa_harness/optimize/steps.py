@@ -105,7 +105,7 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         before, first = run.score, run.incumbent
         # Every cycle may use half of what is left, the last one all of it, and so may one whose half is too little to
         # score a single candidate; demonstrations have more to choose from.
-        cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
+        cost = run.full_score_cost
         half = run.fraction(allowance, 1 / 2)
         cycle_share = half if cycle + 1 < run.settings.max_cycles and half.can_afford(cost) else allowance
         two_thirds = run.fraction(cycle_share, 2 / 3)
@@ -120,7 +120,7 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         if run.score >= PERFECT:
             run.stopped = "perfect score"
             return
-        if not allowance.can_afford(run.validation.n * run.validation.calls_per_example(run.incumbent)):
+        if not allowance.can_afford(run.full_score_cost):
             run.stopped = "budget"
             return
         noise = run.validation.standard_error(run.incumbent, first) if run.settings.epsilon else 0.0
@@ -236,7 +236,7 @@ def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
     A result that breaks a limit is repaired where that can be done (required texts are appended, demonstrations with
     forbidden ones left out), else the next best of the programs it evaluated takes its place.
     """
-    cost = run.validation.n * run.validation.calls_per_example(run.incumbent)
+    cost = run.full_score_cost
     if not allowance.can_afford(2 * cost):
         raise OutOfCalls
     job = OptimizerJob(

@@ -1,9 +1,9 @@
-"""The study: an Optuna search over one space, opened with a tournament and continued by racing the incumbent.
+"""The study: an Optuna search over one space, opened with a balanced set of points, every trial raced.
 
-A trial is one point of the space, scored on blocks of validation examples in one fixed order. The opening looks at many
-points at once and halves them after every block (see `opening`); from then on the sampler proposes one point at a
-time, which is dropped as soon as `RacingPruner` finds it hopeless. A point that was scored before, in this study or an
-earlier one, costs nothing. Knows nothing of where the options come from.
+A trial is one point of the space, scored on blocks of validation examples, first those that the incumbent gets wrong;
+it is dropped as soon as `RacingPruner` finds it hopeless. The opening shows the sampler every option (see `opening`);
+from then on it proposes. A point that was scored before, in this study or an earlier one, costs nothing. Knows nothing
+of where the options come from.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from optuna.trial import TrialState
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
+from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.headroom import has_headroom
-from copa_harness.optimize.opening import SCOUTS, balanced_points, n_opening_points, survivors
+from copa_harness.optimize.opening import balanced_points, n_opening_points
 from copa_harness.optimize.race import Race, Running
 from copa_harness.optimize.racing import RacingPruner
 from copa_harness.optimize.samplers import build_sampler, quiet_optuna
@@ -77,7 +78,8 @@ class _Study(Race):
         if not self.space.dimensions:
             return SearchOutcome(self.incumbent, (), "search space exhausted")
         try:
-            stopped = "perfect score" if self.is_perfect else self._open(starts) or self._continue()
+            self._open(starts)
+            stopped = self._continue()
         except (OutOfCalls, BudgetExhausted):
             stopped = "budget"
         logger.info(
@@ -88,115 +90,49 @@ class _Study(Race):
 
     # -- the two parts of a study
 
-    def _open(self, starts: Sequence[Point]) -> Stopped | None:
-        """The tournament over the starting points and a balanced set; why the study is over, or None."""
+    def _open(self, starts: Sequence[Point]) -> None:
+        """Queue the starting points, then a balanced set: every option is seen before the sampler chooses."""
         own = self.space.point_of_incumbent()
-        first: list[Point] = []
+        points: list[Point] = []
         for start in ({}, *starts):
             # Options of equal content are kept once, so a start may name one that is gone.
             known = {name: option for name, option in start.items() if option in self.space.dimensions.get(name, ())}
-            if {**own, **known} not in first:
-                first.append({**own, **known})
-        rest = first
-        if self._n_opening() and len(first) <= self.settings.max_trials:
-            # A weak incumbent drops nobody; beside a good one the hopeless are known after a block.
-            for point in first[: 1 + SCOUTS]:
-                self.study.enqueue_trial(point)
-                self.one()
-                if self.is_perfect:
-                    return "perfect score"
-            rest = first[1 + SCOUTS :]
-        n = self._n_opening() if rest is not first else 0
-        if n == 0:
-            for point in rest:
-                self.study.enqueue_trial(point, skip_if_exists=True)
-            return None
-        first = rest[: max(2, n - n // 3)]  # a third of the tournament is for what nobody thought of
-        taken = self.seen | {self.space.signature(point) for point in first}
-        points = [*first, *balanced_points(self.space, n - len(first), self.generator, taken=taken)]
-        for point in points:
+            if {**own, **known} not in points:
+                points.append({**own, **known})
+        n = n_opening_points(max(len(options) for options in self.space.dimensions.values())) - len(points)
+        taken = self.seen | {self.space.signature(point) for point in points}
+        for point in (*points, *balanced_points(self.space, n, self.generator, taken=taken)):
             self.study.enqueue_trial(point)
-        self._tournament([self.begin() for _ in points])
-        if self.is_perfect:
-            return "perfect score"
-        sheets = [self.validation.scores(self.space.candidate(record.point)) for record in self.trials]
-        can_stop = self.settings.stop_without_headroom and not self.is_forbidden
-        if can_stop and not has_headroom(self.validation.scores(self.incumbent), sheets):
-            return "no head-room"
-        return None
-
-    def _n_opening(self) -> int:
-        """How many points a tournament could have now; 0 for none."""
-        n = n_opening_points(
-            self.settings.opening_share * self.allowance.remaining / self.validation.calls_per_example(self.incumbent),
-            block_size=self.validation.block_size,
-            n_options=max(len(options) for options in self.space.dimensions.values()),
-        )
-        return max(0, min(n, self.settings.max_trials - len(self.trials), self.space.size - len(self.seen)))
-
-    def _tournament(self, running: list[Running], *, halving: bool = True) -> None:
-        """Score all of them block by block, halving after every block; end those that fall out as dropped."""
-        alive = list(running)
-        out: list[tuple[Running, Outcome]] = []
-        try:
-            while alive:
-                self._ahead(alive)
-                going: list[Running] = []
-                for one in alive:
-                    outcome = self.block(one)
-                    if outcome is None:
-                        going.append(one)
-                    else:
-                        out.append((one, outcome))
-                        self.consider(one, outcome)
-                kept = tuple(range(len(going)))
-                if halving:
-                    kept = survivors([self.validation.mean(one.candidate) for one in going], self.generator)
-                out.extend((one, "dropped") for i, one in enumerate(going) if i not in kept)
-                alive = [] if self.is_perfect else [going[i] for i in kept]
-        except (OutOfCalls, BudgetExhausted):
-            self._end_all(running, out)
-            raise
-        self._end_all(running, out)
-
-    def _end_all(self, running: list[Running], out: list[tuple[Running, Outcome]]) -> None:
-        """Told in the order they were asked for, so that the sampler's view does not depend on who fell out first."""
-        ended = {id(one): outcome for one, outcome in out}
-        for one in running:
-            self.end(one, ended.get(id(one), "dropped"))
 
     def _continue(self) -> Stopped:
-        """Race what the sampler proposes, one by one."""
+        """Race what waits and then what the sampler proposes, one by one or several at once."""
         since_better = 0
         while len(self.trials) < self.settings.max_trials:
             if self.is_perfect:
                 return "perfect score"
-            before = self.incumbent
+            before, n_before = self.incumbent, len(self.trials)
             if self.settings.trials_at_once > 1:
-                n = self._several()
-                if n == 0:
-                    return "search space exhausted"
-                since_better = 0 if self.incumbent is not before else since_better + n
-                if self.settings.patience is not None and since_better >= self.settings.patience:
-                    return "no improvement"
-                continue
-            if self.trials and not self._queue_waits():
+                self._several()
+            elif self.trials and not self._queue_waits():
                 point = self.space.unseen(self.seen, self.generator)
                 if point is None:
                     return "search space exhausted"
                 if self.trials[-1].n_new == 0:
                     self.study.enqueue_trial(point)  # the sampler repeats itself: show it something new
-            self.one()
-            since_better = 0 if self.incumbent is not before else since_better + 1
+                self.one()
+            else:
+                self.one()
+            if len(self.trials) == n_before:
+                return "search space exhausted"
+            since_better = 0 if self.incumbent is not before else since_better + len(self.trials) - n_before
+            if self._is_headless():
+                return "no head-room"
             if self.settings.patience is not None and since_better >= self.settings.patience:
                 return "no improvement"
         return "trials"
 
-    def _several(self) -> int:
+    def _several(self) -> None:
         """Race as many new points as the settings say and the allowance pays for, all proposed before any is told.
-
-        Returns:
-            How many were raced; 0 when all points were seen.
 
         Raises:
             OutOfCalls: The allowance does not suffice for one.
@@ -215,17 +151,44 @@ class _Study(Race):
                 one = self.begin()
             batch.append(one)
         if batch:
-            self._tournament(batch, halving=False)
-        return len(batch)
+            self._together(batch)
 
-    def _ahead(self, running: Sequence[Running]) -> None:
+    def _together(self, running: Sequence[Running]) -> None:
+        """Score all of them block by block against the incumbent they start with.
+
+        They are told in the order in which they were asked for, so that the sampler's view does not depend on who fell
+        out first.
+        """
+        alive, bar = list(running), self.incumbent
+        ended: dict[int, Outcome] = {}
+        try:
+            while alive:
+                self._ahead(alive, bar)
+                for one in alive:
+                    outcome = self.block(one, against=bar)
+                    if outcome is not None:
+                        ended[id(one)] = outcome
+                        self.consider(one, outcome)
+                alive = [] if self.is_perfect else [one for one in alive if id(one) not in ended]
+        finally:
+            for one in running:
+                self.end(one, ended.get(id(one), "dropped"))
+
+    def _ahead(self, running: Sequence[Running], bar: Candidate) -> None:
         """Tell whoever can help which candidates are scored next."""
         candidates = [
             one.candidate
             for one in running
             if self.watchers.forbids(one.candidate) is None and not self.validation.is_complete(one.candidate)
         ]
-        self.watchers.ahead(candidates, allowance=self.allowance, phase=self.phase)
+        self.watchers.ahead(candidates, bar=bar, allowance=self.allowance, phase=self.phase)
+
+    def _is_headless(self) -> bool:
+        """Whether nothing looked at so far gets an example right that the incumbent gets wrong, after enough looks."""
+        if not self.settings.stop_without_headroom or self.is_forbidden:
+            return False
+        sheets = [self.validation.scores(self.space.candidate(record.point)) for record in self.trials]
+        return not has_headroom(self.validation.scores(self.incumbent), sheets)
 
     def _queue_waits(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

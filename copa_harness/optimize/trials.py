@@ -17,12 +17,14 @@ from copa_harness.results import Phase
 class Ahead(Protocol):
     """Whoever can do something about candidates that are about to be scored."""
 
-    def __call__(self, candidates: Sequence[Candidate], *, allowance: Allowance, phase: Phase) -> None:
+    def __call__(
+        self, candidates: Sequence[Candidate], *, bar: Candidate, allowance: Allowance, phase: Phase
+    ) -> None:
         """See `Colleagues.ahead`."""
         ...
 
 
-def nobody_ahead(candidates: Sequence[Candidate], *, allowance: Allowance, phase: Phase) -> None:
+def nobody_ahead(candidates: Sequence[Candidate], *, bar: Candidate, allowance: Allowance, phase: Phase) -> None:
     """What a process that works alone does about them: nothing."""
 
 
@@ -35,7 +37,17 @@ PERFECT = 1.0 - 1e-9
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """One trial: its point, how many validation examples it was scored on, its mean on them, and how it ended."""
+    """One trial.
+
+    Attributes:
+        number: 0 for the first of the study.
+        point: What was tried.
+        n_scored: On how many validation examples it was run.
+        score: Its mean on those with a score, None without any. Of a dropped trial: on its hardest examples.
+        outcome: How it ended.
+        n_new: Examples it was run on in this study.
+        value: What the sampler was told: the mean over all examples, estimated when the trial was dropped.
+    """
 
     number: int
     point: Point
@@ -43,6 +55,7 @@ class TrialRecord:
     score: float | None
     outcome: Outcome
     n_new: int
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +68,9 @@ class SearchSettings:
         max_trials: Trials at most, free ones included.
         patience: Trials in a row without a new incumbent that end the study; None never does.
         p_threshold: Level of the racing rule, 0..1; 0 turns its statistical part off.
-        trials_at_once: Trials that race the incumbent together after the opening. What is found depends on it, not on
-            how many processes share the racing.
-        opening_share: Share of the study's calls that its opening may use, 0..1; 0 races one by one from the start.
-        stop_without_headroom: Whether a study ends when its opening shows nothing to gain.
+        trials_at_once: Trials that race the incumbent together. What is found depends on it, not on how many processes
+            share the racing.
+        stop_without_headroom: Whether a study ends when enough looks have shown nothing to gain.
     """
 
     sampler: str = "tpe"
@@ -67,7 +79,6 @@ class SearchSettings:
     patience: int | None = 40
     p_threshold: float = 0.1
     trials_at_once: int = 1
-    opening_share: float = 0.5
     stop_without_headroom: bool = True
 
 
@@ -78,6 +89,28 @@ class SearchOutcome:
     best: Candidate
     trials: tuple[TrialRecord, ...] = field(repr=False)
     stopped: Stopped
+
+    def sentences(self, name: str, *, size: int, n: int, calls: int) -> list[str]:
+        """What is worth telling.
+
+        Args:
+            name: The study's.
+            size: Points of its space.
+            n: Validation examples.
+            calls: Calls used by now.
+        """
+        n_trials = len(self.trials)
+        saved = sum(n - trial.n_scored for trial in self.trials if trial.outcome == "dropped")
+        told = [
+            f"{name}: {n_trials} candidates of {size}, stopped: {self.stopped}; racing left out {saved} of "
+            f"{n_trials * n} example evaluations"
+        ]
+        if self.stopped == "no head-room":
+            told.append(
+                f"{name}: no head-room: none of {n_trials} candidates got an example right that the incumbent gets "
+                f"wrong; stopped with {calls:,} calls used"
+            )
+        return told
 
 
 @dataclass(frozen=True, slots=True)

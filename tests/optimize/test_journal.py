@@ -124,7 +124,7 @@ def _answers(messages, model):
 
 def test_a_killed_run_goes_on_in_its_journal_to_the_numbers_of_one_that_was_not(toy, tmp_path):
     path, cache = tmp_path / "journal.jsonl", tmp_path / "responses"
-    process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(_answers, toy, path, cache, 110))
+    process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(_answers, toy, path, cache, 70))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -50,7 +50,7 @@ def test_a_lora_adapter_is_trained_and_says_what_it_is_served_with(toy, tiny_lm,
 
 
 def test_weights_alone_are_trained_on_bare_prompts(toy, tiny_lm, tmp_path):
-    program = optimized(toy, tiny_lm(), "w")
+    program = optimized(toy, tiny_lm(), "w", adoption_p=1.0)
     (manifest,) = manifests(tmp_path / "loras")
     assert '"served_with": "none"' in json.dumps(manifest)
     assert program.lm.model.startswith("hf:tiny@")

@@ -69,8 +69,8 @@ class Bench:
             metric=task.metric, budget=cell.budget + held_back, seed=cell.seed, lm=self.lm, threads=N_THREADS,
             **arguments,
         )  # fmt: skip
-        if cell.method in CONTROLS:  # no tournament at the start either
-            search = replace(copa.settings.search, opening_share=0.0, stop_without_headroom=False)
+        if cell.method in CONTROLS:
+            search = replace(copa.settings.search, stop_without_headroom=False)
             copa.settings = replace(copa.settings, search=search)
         began, began_cpu = time.perf_counter(), time.process_time()
         with watched(n_validation=len(task.valset)) as curve, _racing(cell.method not in CONTROLS):

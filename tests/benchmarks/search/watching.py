@@ -67,7 +67,7 @@ def watched(*, n_validation: int) -> Iterator[Curve]:
     def advance_and_tell(self: Validation, candidate: Any, **kwargs: Any) -> Any:
         was_complete = self.is_complete(candidate)
         scores = advance(self, candidate, **kwargs)
-        curve.candidates[candidate.key] = len(scores)
+        curve.candidates[candidate.key] = self.n_seen(candidate)
         if not was_complete and self.is_complete(candidate) and self.n == n_validation:
             curve.scored(kwargs["allowance"].scope.charged_calls, self.mean(candidate), candidate.program())
         return scores
