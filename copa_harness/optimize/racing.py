@@ -21,7 +21,13 @@ replacement makes the sign test conservative (a difference of zero over all exam
 simulation over sizes, looks and numbers of differing pairs finds at most 0.06 for level 0.1 with right/wrong scores
 (`tests/optimize/test_racing.py` repeats it). The order is one draw, so this is a rate over trials, not a promise for
 one; and a wrongly dropped trial costs an opportunity, never a wrong result, since only fully scored trials can become
-the incumbent. The rule is an Optuna pruner over reports ``trial.report(score, step=example index)``; knows nothing of
+the incumbent.
+
+A study shows a trial the incumbent's mistakes first (see `sheets`). For right/wrong scores all gains are then seen
+before any loss, so the exact rule decides everything and nothing is dropped wrongly; for graded scores the order
+favours the trial, which makes the test drop less than its level allows.
+
+The rule is an Optuna pruner over reports ``trial.report(score, step=example index)``; knows nothing of
 programs or models.
 """
 

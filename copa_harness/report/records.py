@@ -61,6 +61,7 @@ class RunRecord:
         notes: what the optimization did, in sentences.
         search: why the optimization ended (`reason`), its `n_trials` and distinct `calls`; empty without one.
         label_scores: of constrained answers, by example id and output field: every allowed value's log-probability.
+        evidence: what speaks for the optimized program against the one that came in, paired on validation.
     """
 
     test: str
@@ -99,6 +100,7 @@ class RunRecord:
     notes: Sequence[str] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
     label_scores: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -208,6 +210,7 @@ class RunRecord:
             "notes": list(self.notes),
             "search": self.search,
             "label_scores": self.label_scores,
+            "evidence": dict(self.evidence),
         }
         masked: dict[str, Any] = mask_secrets(to_jsonable(document))
         return masked
@@ -278,6 +281,7 @@ def _from_json(document: Mapping[str, Any]) -> RunRecord:
         notes=tuple(document.get("notes", ())),
         search=dict(document.get("search", {})),
         label_scores=dict(document.get("label_scores", {})),
+        evidence=document.get("evidence", {}),
     )
 
 

@@ -16,7 +16,7 @@ from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
 from copa_harness.report.tables_ending import ending_table
 from copa_harness.report.tables_findings import attribution_table, flaky_table, ranking_table, sequential_table
-from copa_harness.report.tables_learning import credit_table, learned_table
+from copa_harness.report.tables_learning import credit_table, evidence_table, learned_table
 from copa_harness.report.tables_search import front_table, story_table
 from copa_harness.results import PhaseRecord, Usage
 
@@ -176,6 +176,7 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
         ("unstable examples", flaky_table(runs, style=style)),
         ("saved by stopping early", sequential_table(runs, style=style)),
         ("how the searches ended", ending_table(runs, style=style)),
+        ("whether the result is better than the program as written, on validation", evidence_table(runs, style=style)),
         ("what the search learned about its proposals", learned_table(runs, style=style)),
         ("what the optimizations did", story_table(runs, style=style)),
         ("what it cost", phase_table(runs, style=style)),

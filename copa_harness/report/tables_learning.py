@@ -50,6 +50,30 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
     return with_notes(draw(rows, headers, style=style, n_text=4, last_text=True), notes, style=style)
 
 
+def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """What speaks for each result against the program as written, paired by example, and what was returned."""
+    rows: list[list[str]] = []
+    for run in told_once(runs, "evidence"):
+        found: Mapping[str, Any] = run.evidence
+        interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
+        rows.append(
+            [run.task, run.strategy, f"{found['n_tried']:,}", f"{found['n']:,}",
+             f"{found['unseen']:,}" if found["unseen"] else "-", f"{found['gained']:,}", f"{found['lost']:,}",
+             number(found["difference"], signed=True), interval, f"{found['p_value']:.2g}",
+             "the result" if found["adopted"] else "the program as written"]
+        )  # fmt: skip
+    if not rows:
+        return ""
+    headers = ["task", "strategy", "scored", "n", "unseen", "better", "worse", "difference", "95 % interval", "p",
+               "returned"]  # fmt: skip
+    notes = ["scored: candidates with a full score, among which the result was chosen; p: one-sided sign-flip test"]
+    if any(run.evidence["unseen"] for run in told_once(runs, "evidence")):
+        notes.append("unseen: validation rows the search did not use; where there are some, the difference is theirs")
+    if not all(run.evidence["unseen"] for run in told_once(runs, "evidence")):
+        notes.append("without unseen rows, difference and p are of the rows that chose the result, and flatter it")
+    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+
+
 def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What every optimization learned about its proposals: how often an arm was tried, and what it gained."""
     rows: list[list[str]] = []

@@ -114,6 +114,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "sampler": (_is_text, "'tpe', 'random' or 'gp'"),
     "patience": _POSITIVE,
+    "adoption_p": _SHARE,
     "trials_at_once": _POSITIVE,
     "max_demos": _COUNT,
     "n_demo_sets": _COUNT,

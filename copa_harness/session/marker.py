@@ -28,9 +28,9 @@ GATES = (
 """Marker arguments that are gates; each has an ini default `copa_<name>`."""
 
 SEARCH = (
-    "max_cycles", "epsilon", "constraints", "prefer", "sampler", "patience", "trials_at_once", "max_demos",
-    "n_demo_sets", "bootstrap", "pass_score", "n_proposed", "groundings", "n_reflected", "transfer", "n_rounds",
-    "n_checkpoints", "epochs_with_demos", "epochs_bare", "bare_share", "optimizer_kwargs", "lora",
+    "max_cycles", "epsilon", "constraints", "prefer", "sampler", "patience", "adoption_p", "trials_at_once",
+    "max_demos", "n_demo_sets", "bootstrap", "pass_score", "n_proposed", "groundings", "n_reflected", "transfer",
+    "n_rounds", "n_checkpoints", "epochs_with_demos", "epochs_bare", "bare_share", "optimizer_kwargs", "lora",
 )  # fmt: skip
 """Marker arguments that are `COPA`'s and say how it searches."""
 
@@ -83,6 +83,7 @@ class MarkerArguments:
         prefer: `"best"`, or `"cheapest within 1 point of best"` (also `shortest`, `fastest`).
         sampler: Optuna's sampler: `"tpe"`, `"random"` or `"gp"`.
         patience: Trials in a row without improvement that end a study.
+        adoption_p: Level of the paired test that the result must pass against the program as written, 0..1.
         trials_at_once: Candidates that race the best one together; more for processes that share a search.
         max_demos: Demonstrations in the largest sets.
         n_demo_sets: Demonstration sets proposed per predictor and round.
@@ -125,6 +126,7 @@ class MarkerArguments:
     prefer: str | None = None
     sampler: str | None = None
     patience: int | None = None
+    adoption_p: float | None = None
     trials_at_once: int | None = None
     max_demos: int | None = None
     n_demo_sets: int | None = None

@@ -109,6 +109,7 @@ def record_of(
             "front": optimized.result.front,
             "notes": optimized.result.notes,
             "search": search_of(optimized.result),
+            "evidence": optimized.result.evidence,
         }
     return RunRecord.from_evaluation(
         evaluation,

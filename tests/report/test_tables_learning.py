@@ -2,7 +2,7 @@
 
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
-from copa_harness.report.tables_learning import credit_table, learned_table
+from copa_harness.report.tables_learning import credit_table, evidence_table, learned_table
 from copa_harness.results import Usage
 
 
@@ -65,3 +65,26 @@ def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
     assert "who earned it" in titles
     assert "what the search learned about its proposals" in titles
     assert credit_table([run()]) == learned_table([run()]) == ""
+
+
+def evidence(**given):
+    return {
+        "n": 25, "unseen": 0, "n_tried": 7, "difference": 0.24, "low": 0.06, "high": 0.42, "gained": 7, "lost": 1,
+        "p_value": 0.0352, "level": 0.2, "adopted": True, **given,
+    }  # fmt: skip
+
+
+def test_the_evidence_table_says_on_which_rows_and_what_was_returned():
+    text = evidence_table([run(evidence=evidence()), run(evidence=evidence(unseen=20, adopted=False))])
+    first, second = [line for line in text.splitlines() if "0.035" in line]
+    assert "the result" in first
+    assert "the program as written" in second
+    assert "flatter" in text
+    assert "did not use" in text
+    assert "flatter" not in evidence_table([run(evidence=evidence(unseen=20))])
+    assert evidence_table([run()]) == ""
+
+
+def test_evidence_survives_the_report():
+    record = RunRecord.from_json(run(evidence=evidence()).to_json())
+    assert dict(record.evidence) == evidence()
