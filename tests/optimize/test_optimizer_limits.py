@@ -101,7 +101,7 @@ def test_required_texts_are_kept_also_when_the_budget_pays_for_nothing(toy):
 
 def test_tuned_weights_under_long_prompts_give_way_to_tuned_weights_under_short_ones(toy):
     lm = toy.lm(provider=toy.provider)
-    program = compiled(toy, "labeled_fewshot -> w", lm=lm, constraints={"max_prompt_tokens": 120})
+    program = compiled(toy, "labeled_fewshot -> w", lm=lm, constraints={"max_prompt_tokens": 120}, adoption_p=1.0)
     assert longest_prompt(toy, program) <= 120
     assert "@" in program.lm.model
 
