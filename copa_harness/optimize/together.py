@@ -60,7 +60,7 @@ class FinetuneStep(Teleprompter):
                 f"the program gets none of {len(trainset)} training examples right, so there is nothing to fine-tune "
                 "on; use a strategy that optimizes prompts first, or 'w', which trains on labels"
             )
-        # A thread per training, which is what it refuses to do without; "or there is nothing to fine-tune" was seen to.
+        # It refuses to train with fewer threads than there are models. No metric: what comes in has passed.
         ours = {"num_threads": max(job.threads, len(student.predictors())), "adapter": default_adapter()}
         optimizer = teleprompt.BootstrapFinetune(**{**ours, **job.kwargs})
         tuned: dspy.Module = optimizer.compile(student, trainset=passing, teacher=teacher)

@@ -77,6 +77,11 @@ def gepa(job: OptimizerJob) -> Built:
         raise ConfigurationError(
             "gepa reflects with a prompt LM and none is given; pass prompt_lm=... (or --copa-prompt-lm)"
         )
+    if job.kwargs.get("log_dir") is not None:
+        raise ConfigurationError(
+            "got log_dir for gepa, which keeps its state there as a pickle; leave it out: a run that is started again "
+            "replays its answers from the cache and pays only for what is missing"
+        )
     # Its own budget counts program runs, not calls, and overshoots by a few minibatches.
     n_runs = max(len(job.valset) + 6, int(0.9 * job.calls / job.calls_per_example) - 6)
     ours: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import pytest
 from dspy.teleprompt import mipro_optimizer_v2
 
+from copa_harness.errors import ConfigurationError
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA
 from copa_harness.optimize.allowance import Allowance
@@ -46,6 +47,11 @@ def test_gepas_unusable_proposals_are_counted_and_said(stages):
     program = stages.compiled("gepa")
     assert notes_of(program, "gepa")[1].endswith("instruction proposals were unusable and left out")
     assert program.copa_result.score_after == program.copa_result.score_before
+
+
+def test_gepas_pickled_state_is_refused(stages, tmp_path):
+    with pytest.raises(ConfigurationError, match="as a pickle"):
+        stages.compiled("gepa", optimizer_kwargs={"gepa": {"log_dir": str(tmp_path)}})
 
 
 def test_gepa_improves_with_a_writer_that_speaks_json(stages):
