@@ -52,12 +52,24 @@ def load_generator(directory: Path, *, device: str, dtype: str, fingerprint: str
     """The process's one generator for this folder, device and dtype; the first call loads the weights.
 
     Other weights at the same place have another fingerprint and are loaded anew; nobody is given the old ones.
+
+    Raises:
+        ConfigurationError, OutOfMemoryError: see `LocalModel`.
     """
     with _generators_lock:
         key = (directory, device, dtype)
         loaded, generator = _generators.get(key, ("", None))
         if generator is None or loaded != fingerprint:
-            generator = BatchGenerator(LocalModel(directory, device=device, dtype=dtype))
+            try:
+                generator = BatchGenerator(LocalModel(directory, device=device, dtype=dtype))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"memory on {device} holds the weights of {directory} in {dtype}, but not what is made of them to "
+                    f"answer ({last_words(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another "
+                    "--copa-device, or less else in that memory"
+                ) from error
             _generators[key] = (fingerprint, generator)
         return generator
 

@@ -118,3 +118,13 @@ def test_weights_that_do_not_fit_are_no_mistake_in_the_folder(folder, monkeypatc
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", too_large)
     with pytest.raises(OutOfMemoryError, match=r"weights of .*tiny in float32 .*remedy: a smaller model"):
         LocalModel(folder, device="cpu", dtype="float32")
+
+
+def test_neither_is_what_is_made_of_the_weights_while_they_are_loaded(folder, tmp_path, monkeypatch):
+    def too_large(*args, **kwargs):
+        raise TORCH_ON_A_CPU
+
+    monkeypatch.setattr("copa_harness.lm.local_generate.LocalModel", too_large)
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=tmp_path, dtype="float16")
+    with pytest.raises(OutOfMemoryError, match=r"holds the weights of .*tiny in float16, but not what is made of them"):
+        engine.complete(request(), seed=0)
