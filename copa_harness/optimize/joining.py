@@ -6,6 +6,7 @@ others that want the same journal are refused. Knows strategies, models and file
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,11 +75,16 @@ def identity_of(
     return hash_json(
         [
             [student.key, hash_source(type(student.template)), [str(step) for step in steps]],
-            [[model_name(lm), str(getattr(lm, "fingerprint", "")), repr(sorted(lm.kwargs.items()))] for lm in lms],
-            [repr(replace(settings, threads=1)), budget.ceilings, hash_source(metric)],
-            [[hash_examples(split) for split in splits], repr(further)],
+            [[model_name(lm), str(getattr(lm, "fingerprint", "")), _lasting(sorted(lm.kwargs.items()))] for lm in lms],
+            [_lasting(replace(settings, threads=1)), budget.ceilings, hash_source(metric)],
+            [[hash_examples(split) for split in splits], _lasting(further)],
         ]
     )
+
+
+def _lasting(value: Any) -> str:
+    """A `repr` without addresses in memory, which are others in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def admission(colleagues: Colleagues | None) -> Callable[[str], bool] | None:

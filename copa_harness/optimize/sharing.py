@@ -36,7 +36,8 @@ from copa_harness.results import Budget, Phase
 
 logger = logging.getLogger("copa_harness")
 
-_ENTER_S = 2.0
+ENTER_S = 10.0
+"""Seconds to wait for others who come and go, which takes milliseconds, before the journal is taken for occupied."""
 _BUSY_S = 60.0
 _numbers = itertools.count()
 
@@ -194,7 +195,7 @@ def colleagues_at(journal: Path, *, identity: str, budget: Budget) -> Iterator[C
 
 
 @contextmanager
-def owner_of(journal: Path, *, timeout_s: float = _ENTER_S) -> Iterator[None]:
+def owner_of(journal: Path, *, timeout_s: float | None = None) -> Iterator[None]:
     """While the block runs nobody else comes or goes.
 
     Raises:
@@ -203,7 +204,7 @@ def owner_of(journal: Path, *, timeout_s: float = _ENTER_S) -> Iterator[None]:
     journal.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(journal.with_name(journal.name + ".owner"))
     try:
-        lock.acquire(timeout=timeout_s, poll_interval=0.01)
+        lock.acquire(timeout=ENTER_S if timeout_s is None else timeout_s, poll_interval=0.01)
     except Timeout:
         raise in_use(journal) from None
     try:

@@ -166,7 +166,8 @@ def test_something_else_in_its_place_is_refused(toy, tmp_path):
         optimized(toy, path)
 
 
-def test_a_journal_that_another_optimization_is_writing_is_refused(toy, tmp_path):
+def test_a_journal_that_another_optimization_is_writing_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("copa_harness.optimize.sharing.ENTER_S", 0.1)
     path = tmp_path / "journal.jsonl"
     with alone_at(path), pytest.raises(ConfigurationError, match="another process is writing"):
         optimized(toy, path)

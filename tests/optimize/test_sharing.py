@@ -14,7 +14,8 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.joining import why_not_shared
+from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.joining import identity_of, why_not_shared
 from copa_harness.optimize.journal import open_journal
 from copa_harness.optimize.sharing import SharedCalls, alone_at, colleagues_at
 from copa_harness.optimize.strategy import parse_strategy
@@ -121,7 +122,8 @@ def test_trials_at_once_change_the_search_and_none_of_them_comes_twice(toy, tmp_
         assert max(points.values()) == 1
 
 
-def test_another_optimization_does_not_join(toy, tmp_path):
+def test_another_optimization_does_not_join(tmp_path, monkeypatch):
+    monkeypatch.setattr("copa_harness.optimize.sharing.ENTER_S", 0.1)
     path = tmp_path / "journal.jsonl"
     with colleagues_at(path, identity="a" * 64, budget=Budget(10)) as first:
         with colleagues_at(path, identity="a" * 64, budget=Budget(10)) as second:
@@ -134,6 +136,22 @@ def test_another_optimization_does_not_join(toy, tmp_path):
             pass
         with pytest.raises(ConfigurationError, match="another process is writing"), alone_at(path):
             pass
+
+
+def test_processes_know_each_other_by_what_they_search(toy, tmp_path):
+    def identity(**changes):
+        lm = ScriptedLM([], door=Door(cache=ResponseCache(tmp_path / "responses")), fingerprint="toy")
+        given = {"strategy": "p", "budget": 100, "seed": 0, "metric": toy.metric, "constraints": None, **changes}
+        optimizer = COPA(lm=lm, **given)
+        student = Candidate.of(toy.program(), lm=lm)
+        return identity_of(
+            student, optimizer.steps, lms=[lm], settings=optimizer.settings, budget=optimizer.budget,
+            metric=optimizer.metric, splits=(toy.train, toy.val), further=(object(),),
+        )  # fmt: skip
+
+    assert identity() == identity()
+    other = [identity(seed=1), identity(budget=101), identity(max_demos=3), identity(metric=lambda *_: 0.0)]
+    assert len({identity(), *other}) == 5
 
 
 def test_distinct_calls_of_all_processes_never_pass_the_budget(tmp_path):
