@@ -143,9 +143,10 @@ def decide(run: Run, look: LastLook) -> Mapping[str, Any]:
         return {}
     allowed = [one for one in validation.completed() if run.forbids(one) is None and one.key != student.key]
     sheets = [validation]
-    if look.cost or look.held_back is not None or look.n_training:
+    finalists = finalists_of(validation, allowed, run.incumbent)
+    if look.held_back is not None or (look.n_training and len(finalists) > 1):
         with run.recorded("last look", len(run.notes)):
-            sheets.extend(_look_again(run, look, finalists_of(validation, allowed, run.incumbent)))
+            sheets.extend(_look_again(run, look, finalists))
     found, p_value = _compared(student, run.incumbent, sheets), _p_value(student, run.incumbent, sheets)
     fresh = _compared(student, run.incumbent, sheets[1:])
     loses_unseen = fresh.n > 0 and fresh.difference < -1e-9
@@ -180,7 +181,7 @@ def _look_again(run: Run, look: LastLook, finalists: Sequence[Candidate]) -> lis
         fresh, scored, what = look.held_back, (run.student, *finalists), "validation rows the search did not use"
     else:
         rows = unshown(run.trainset, finalists)[: look.n_training]
-        if len(finalists) < 2 or len(rows) < MIN_TRAINING_ROWS:
+        if len(rows) < MIN_TRAINING_ROWS:
             return []
         fresh = run.validation.over([run.trainset[i] for i in rows])
         scored, what = (*finalists,), "training rows none shows"
