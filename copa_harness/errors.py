@@ -113,6 +113,10 @@ class NoTrainingRowsError(TrainingError):
     """There is nothing to train on: no answer passed, every row is too long, or making rows is not affordable."""
 
 
+class TrainingDivergedError(TrainingError):
+    """The loss became infinite or far larger than it was; the message names a setting to try."""
+
+
 class TrainingInterruptedError(TrainingError):
     """Fine-tuning was cut short by what the same training need not meet again: a process killed, memory used up.
 

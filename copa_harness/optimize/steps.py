@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from copa_harness.errors import BudgetExhausted, NoTrainingRowsError
+from copa_harness.errors import BudgetExhausted, NoTrainingRowsError, TrainingDivergedError
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
@@ -186,10 +186,10 @@ def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
 
 
 def _trained(run: Run, *, demos_ahead: bool, otherwise: str) -> Trained | None:
-    """Tuned weights, or None and a note where there is nothing to train on."""
+    """Tuned weights, or None and a note where there is nothing to train on or the training went astray."""
     try:
         return run.train(demos_ahead=demos_ahead)
-    except NoTrainingRowsError as error:
+    except (NoTrainingRowsError, TrainingDivergedError) as error:
         text = f"no weights were trained, {otherwise}: {error}"
         if text not in run.notes:
             run.note(text, headline=True)

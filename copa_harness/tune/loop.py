@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.errors import TrainingError
+from copa_harness.errors import TrainingDivergedError, TrainingError
 from copa_harness.lm.local_model import quiet_peft
 from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
 from copa_harness.tune.encoding import EncodedRow
@@ -158,7 +158,7 @@ class Training:
         """Train one epoch and measure the held-out rows; `before_step` is called before every optimizer step.
 
         Raises:
-            TrainingError: the loss is not a number any more, or has grown instead of fallen.
+            TrainingDivergedError: the loss is not a number any more, or has grown instead of fallen.
         """
         import torch
 
@@ -208,7 +208,7 @@ class Training:
             batch_loss = add_up_gradients(self._peers, list(self._trainable.values()), batch_loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), self.settings.max_grad_norm))
         if not math.isfinite(batch_loss) or not math.isfinite(norm):
-            raise TrainingError(
+            raise TrainingDivergedError(
                 f"the loss is {batch_loss} (gradient norm {norm}) at step {self.n_steps + 1} of {self.n_total}; "
                 f"{self._remedy()}"
             )
@@ -227,7 +227,7 @@ class Training:
             else (f"{self.losses[0]:.3f} in the first epoch", 2 * self.losses[0] + 0.1)
         )
         if self.losses[-1] > limit:
-            raise TrainingError(
+            raise TrainingDivergedError(
                 f"training diverged: mean loss {before}, {self.losses[-1]:.3f} in epoch {self.n_epochs}; "
                 f"{self._remedy()}"
             )

@@ -29,7 +29,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from copa_harness.errors import ConfigurationError, TrainingError, TrainingInterruptedError, TrainingMemoryError
+from copa_harness.errors import (
+    ConfigurationError,
+    TrainingDivergedError,
+    TrainingError,
+    TrainingInterruptedError,
+    TrainingMemoryError,
+)
 from copa_harness.tune.epochs import Outcome
 from copa_harness.tune.job import TrainingJob, write_job
 from copa_harness.tune.progress import StepListener
@@ -43,7 +49,7 @@ some ten seconds in which processes start and load the weights."""
 FAILURE_GRACE_S = 2.0
 """How long the other workers may take to say why they failed too: the first to be heard need not be the cause."""
 
-_CAUSES = ("training", "memory", "ended", "error", "peer")
+_CAUSES = ("diverged", "training", "memory", "ended", "error", "peer")
 """What failed, the likeliest cause of all others first."""
 
 
@@ -217,8 +223,8 @@ def _failure(failures: Mapping[int, Mapping[str, Any]], workers: Sequence[_Worke
     i = min(failures, key=lambda each: (_CAUSES.index(failures[each]["cause"]), each))
     event = failures[i]
     cause = event["cause"]
-    if cause == "training":
-        return TrainingError(event["text"])
+    if cause in ("diverged", "training"):
+        return (TrainingDivergedError if cause == "diverged" else TrainingError)(event["text"])
     if cause == "ended":
         what = _ending(int(event["status"]))
     elif cause == "memory":

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from copa_harness.errors import OutOfMemoryError, TrainingError
+from copa_harness.errors import OutOfMemoryError, TrainingDivergedError, TrainingError
 from copa_harness.lm.local_memory import is_out_of_memory, last_words
 from copa_harness.tune.epochs import Outcome, run_epochs
 from copa_harness.tune.job import TrainingJob, read_job
@@ -134,15 +134,17 @@ def main(folder: Path) -> None:
 
 
 def _text(error: BaseException, *, kind: str) -> str:
-    if kind == "training":
+    if kind in ("diverged", "training"):
         return str(error)
     return last_words(error) if kind == "memory" else f"{type(error).__name__}: {error}"
 
 
 def _kind(error: BaseException) -> str:
-    """`training`, `memory`, `peer` or `error`."""
+    """`diverged`, `training`, `memory`, `peer` or `error`."""
     if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
         return "memory"
+    if isinstance(error, TrainingDivergedError):
+        return "diverged"
     if isinstance(error, TrainingError):
         return "training"
     return "peer" if isinstance(error, PeerLost) else "error"

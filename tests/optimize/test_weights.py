@@ -6,6 +6,7 @@ from pathlib import Path
 import dspy
 import pytest
 
+from copa_harness.errors import TrainingDivergedError
 from copa_harness.lm.door import Door
 from copa_harness.lm.local import TransformersEngine
 from copa_harness.lm.local_tiny import write_tiny_model
@@ -138,3 +139,15 @@ def test_a_program_of_two_stages_is_trained_on_gold_labels_where_the_rows_hold_t
     answers = [row["messages"][-1]["content"] for row in trained]
     assert len(answers) == 12
     assert sum("upper" in answer for answer in answers) == 6
+
+
+def test_a_training_that_goes_astray_leaves_the_rest_of_the_search(toy, tiny_lm, monkeypatch):
+    from copa_harness.tune.batches import BatchLoss
+
+    real = BatchLoss.sum
+    monkeypatch.setattr(BatchLoss, "sum", lambda self, rows: real(self, rows) * float("nan"))
+    result = optimized(toy, tiny_lm(), "joint").copa_result
+    assert any("no weights were trained" in note and "loss is nan" in note for note in result.notes)
+    assert result.n_trials > 0
+    with pytest.raises(TrainingDivergedError, match="remedy"):
+        optimized(toy, tiny_lm(), "w")

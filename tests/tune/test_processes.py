@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from copa_harness.errors import (
     BudgetExhausted,
     ConfigurationError,
+    TrainingDivergedError,
     TrainingError,
     TrainingInterruptedError,
     TrainingMemoryError,
@@ -184,7 +185,8 @@ def test_what_stops_a_step_ends_the_processes(scripted, stop):
 @pytest.mark.parametrize(
     ("script", "error", "words"),
     [
-        ('say("failed", cause="training", text="the loss is nan")', TrainingError, "^the loss is nan$"),
+        ('say("failed", cause="training", text="no such module")', TrainingError, "^no such module$"),
+        ('say("failed", cause="diverged", text="the loss is nan")', TrainingDivergedError, "^the loss is nan$"),
         (
             'say("failed", cause="peer", text="gone") if first else say("failed", cause="memory", text="2 GB")',
             TrainingMemoryError,

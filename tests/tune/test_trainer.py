@@ -13,7 +13,14 @@ import torch
 import transformers
 from dspy.lm15 import Config, Message, Request
 
-from copa_harness.errors import ArtifactError, ConfigurationError, ProviderError, TrainingError, TrainingMemoryError
+from copa_harness.errors import (
+    ArtifactError,
+    ConfigurationError,
+    ProviderError,
+    TrainingDivergedError,
+    TrainingError,
+    TrainingMemoryError,
+)
 from copa_harness.lm import local_model
 from copa_harness.lm.door import Door
 from copa_harness.lm.local import TransformersEngine
@@ -293,7 +300,7 @@ def test_rows_of_a_program_train_and_serve_end_to_end(engine, trainer, program, 
 def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(trainer, monkeypatch):
     real = BatchLoss.sum
     monkeypatch.setattr(BatchLoss, "sum", lambda self, rows: real(self, rows) * float("nan"))
-    with pytest.raises(TrainingError, match=r"loss is nan .* step 1 of 4; remedy: a learning rate below 0.003, say"):
+    with pytest.raises(TrainingDivergedError, match=r"loss is nan .* step 1 of 4; remedy: a learning rate below 0.003"):
         trainer.train(ROWS, settings=QUICK, served_with="none")
 
 
@@ -301,7 +308,7 @@ def test_a_loss_that_grows_stops_the_training_at_the_end_of_that_epoch(trainer, 
     real, factors = BatchLoss.sum, iter(2.0**n for n in range(50))
     monkeypatch.setattr(BatchLoss, "sum", lambda self, rows: real(self, rows) * next(factors))
     settings = LoraSettings(rank=4, epochs=50, batch_size=8)
-    with open_scope("run") as scope, pytest.raises(TrainingError, match=r"diverged: .* in epoch [234]; remedy"):
+    with open_scope("run") as scope, pytest.raises(TrainingDivergedError, match=r"diverged: .* in epoch [234]; remedy"):
         trainer.train(ROWS, settings=settings, served_with="none")
     assert scope.usage().train_steps <= 4
 
