@@ -8,7 +8,8 @@ not have yet, and ends with the same numbers as one that was never interrupted. 
 in it already is compared and not written twice, new ones are appended, and one that differs (somebody edited the file)
 begins a new study beside the old one; processes that share an optimization so write each trial once. A trial is written
 when it has ended, as one line, so a killed process leaves no half-run trial behind; half a line, which a full disk can
-leave, is cut off when the journal is opened.
+leave, is cut off when the journal is opened. It is a by-product, so a damaged one ends no run: it is moved aside
+(`....jsonl.damaged`) and a new one is begun.
 
 No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnapshot`, which the file backend is not
 (checked when a journal is opened). Knows Optuna; knows nothing of programs, budgets or why a trial was made.
@@ -17,10 +18,12 @@ No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnaps
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,12 @@ from copa_harness.errors import CacheError
 from copa_harness.optimize.samplers import quiet_optuna
 
 logger = logging.getLogger("copa_harness")
+
+_BEGINNING = b'{"op_code":'
+"""Of every line as Optuna writes it."""
+
+_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError)
+"""What Optuna raises on a journal that it cannot replay."""
 
 
 class _ProcessLock(BaseJournalFileLock):
@@ -56,26 +65,40 @@ class _ProcessLock(BaseJournalFileLock):
 def open_journal(path: Path) -> JournalStorage:
     """Optuna storage in one file of JSON lines; made when it is not there, mended when its last line is half a line.
 
+    A journal with a damaged line is moved aside, with a warning in the log, and a new one takes its place.
+
     Raises:
-        CacheError: The file is no journal, or cannot be written.
+        CacheError: The file is no journal and never was, or cannot be written.
     """
     lock = _ProcessLock(path.with_name(path.name + ".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
+        with _held(lock):
             _mend(path)
-        finally:
-            lock.release()
+            _check(path)
         backend = JournalFileBackend(str(path), lock_obj=lock)
         if isinstance(backend, BaseJournalSnapshot):
             raise CacheError("this version of Optuna pickles snapshots of journal files; expected one that does not")
-        return JournalStorage(backend)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
+        try:
+            return JournalStorage(backend)
+        except _UNREADABLE as error:  # lines that are whole and tell of studies or trials that are not there
+            with _held(lock):
+                _move_aside(path, f"{type(error).__name__}: {error}")
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except (OSError, *_UNREADABLE) as error:
         raise CacheError(
             f"got {path} as the journal, which cannot be used ({type(error).__name__}: {error}); delete it, or name "
             "another file"
         ) from error
+
+
+@contextmanager
+def _held(lock: _ProcessLock) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _mend(path: Path) -> None:
@@ -88,6 +111,39 @@ def _mend(path: Path) -> None:
         if whole < len(content):
             logger.warning("%s: the last line was only half written; it is cut off", path)
             file.truncate(whole)
+
+
+def _check(path: Path) -> None:
+    """Move the file aside if one of its lines is damaged: Optuna itself stumbles over it only some writes later.
+
+    Raises:
+        ValueError: Not one line is, or was, a journal's: it is somebody's file, and stays where it is.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    damaged = [i for i, line in enumerate(lines, start=1) if not _is_entry(line)]
+    if not damaged:
+        return
+    if not any(line.startswith(_BEGINNING) or not line.strip(b"\0") for line in lines):
+        raise ValueError("no line of it is one of Optuna's journal")
+    _move_aside(path, f"line {damaged[0]} of {len(lines)} is not JSON as Optuna writes it")
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int) and "worker_id" in entry
+
+
+def _move_aside(path: Path, why: str) -> None:
+    numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    target = next(one for n in numbers if not (one := path.with_name(f"{path.name}.damaged{n}")).exists())
+    path.replace(target)
+    logger.warning(
+        "the journal %s is damaged (%s); it was moved to %s and a new one is begun: nothing is lost but the record of "
+        "earlier trials, answers come from the cache", path, why, target.name,
+    )  # fmt: skip
 
 
 class Journal:
@@ -109,16 +165,19 @@ class Journal:
         """The record of one study; studies of equal names within one run are numbered."""
         self._names[name] += 1
         numbered = name if self._names[name] == 1 else f"{name} ({self._names[name]})"
-        return StudyJournal(self._storage, numbered, {**self._attributes, **(attributes or {})}, lock=self._lock)
+        attributes = {**self._attributes, **(attributes or {})}
+        with _told(self.path):
+            return StudyJournal(self._storage, numbered, attributes, lock=self._lock, path=self.path)
 
 
 class StudyJournal:
     """Appends the trials of one study that are not in the journal yet."""
 
     def __init__(
-        self, storage: JournalStorage, name: str, attributes: Mapping[str, Any], *, lock: FileLock
+        self, storage: JournalStorage, name: str, attributes: Mapping[str, Any], *, lock: FileLock, path: Path
     ) -> None:
         self._storage, self._name, self._attributes, self._lock = storage, name, attributes, lock
+        self._path = path
         self._taken: list[FrozenTrial] = []
         with lock:
             self._open(name)
@@ -171,7 +230,7 @@ class StudyJournal:
             intermediate_values=_means(scores),
         )
         self._taken.append(trial)
-        with self._lock:
+        with self._lock, _told(self._path):
             self._known = self._study.get_trials(deepcopy=False)  # another process may have added it by now
             while number < len(self._known) and not _same(self._known[number], trial):
                 self._turn_to_next(number)
@@ -192,6 +251,18 @@ class StudyJournal:
         )  # fmt: skip
         for trial in self._taken[len(self._known) : -1]:
             self._study.add_trial(trial)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Damage done to the file while it is in use, in our words instead of Optuna's."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise CacheError(
+            f"the journal {path} was damaged while it was being written ({error}); run again: it is then moved aside, "
+            "a new one is begun, and every answer comes from the cache"
+        ) from error
 
 
 def _means(scores: Sequence[float | None]) -> dict[int, float]:

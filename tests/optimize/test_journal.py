@@ -13,7 +13,7 @@ from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
-from copa_harness.optimize.journal import open_journal
+from copa_harness.optimize.journal import Journal, open_journal
 from copa_harness.optimize.sharing import alone_at
 
 
@@ -148,6 +148,44 @@ def test_half_a_line_is_cut_off(toy, tmp_path):
     path.write_bytes(content + b'{"op_code": 4, "wor')
     optimized(toy, path, lm=lm)
     assert path.read_bytes() == content
+
+
+def _damaged(path):
+    path.write_bytes(path.read_bytes()[:500] + b"garbage{{\n")
+    return path.read_bytes()
+
+
+def test_a_damaged_journal_is_moved_aside_and_the_run_ends_as_ever(toy, tmp_path, caplog):
+    path, lm = tmp_path / "journal.jsonl", toy.lm()
+    first = optimized(toy, path, lm=lm)
+    for aside in ("journal.jsonl.damaged", "journal.jsonl.damaged-2"):
+        caplog.clear()
+        damaged = _damaged(path)
+        again = optimized(toy, path, lm=lm)
+        assert (again.score_after, again.n_trials) == (first.score_after, first.n_trials)
+        assert (tmp_path / aside).read_bytes() == damaged
+        assert len(trials(path)) == first.n_trials
+        said = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+        assert len(said) == 1
+        assert f"moved to {aside} and a new one is begun" in said[0]
+
+
+def test_whole_lines_that_tell_of_studies_which_are_not_there_are_damage_too(tmp_path, caplog):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"op_code":4,"worker_id":"w"}\n')
+    assert studies(path) == []
+    assert (tmp_path / "journal.jsonl.damaged").exists()
+    assert "moved to journal.jsonl.damaged" in caplog.text
+
+
+def test_damage_done_while_it_is_being_written_is_told_in_our_words(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    with optuna_quiet():
+        study = journal.study("p")
+    path.write_bytes(path.read_bytes() + b"garbage{{\n" * 2)
+    with pytest.raises(CacheError, match="was damaged while it was being written .* run again"):
+        study.add(0, params={"a": "b"}, options={"a": ["b"]}, value=1.0, scores=[1.0], attributes={})
 
 
 def test_a_journal_that_tells_another_story_is_kept_and_a_new_study_begun(toy, tmp_path, caplog):
