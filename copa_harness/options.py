@@ -57,12 +57,16 @@ GATE_NAMES = (
 """Gates with a default in the ini file, `copa_<name>`; a marker overrules it."""
 
 MARKER = (
-    "copa(strategy='p -> w -> p', budget=None, min_score=None, max_regression=None, better_than=None, max_calls=None, "
-    "max_tokens=None, max_usd=None, max_seconds=None, max_cost_per_answer=None, max_error_rate=None, "
-    "min_pass_all=None, undecided_fails=False, lm=None, prompt_lm=None, seed=None, threads=None, constrain=None, "
-    "max_cycles=None, epsilon=None, optimizer_kwargs=None): optimize the task's program before the test and gate the "
-    "result."
+    "copa(strategy='p -> w -> p', ...): optimize the task's program before the test and gate the result; keywords "
+    "only. What: strategy, budget, lm, prompt_lm, seed, threads, constrain. "
+    "Gates: min_score, max_regression, better_than, max_calls, max_tokens, max_usd, max_seconds, max_cost_per_answer, "
+    "max_error_rate, min_pass_all, undecided_fails. "
+    "Search: max_cycles, epsilon, constraints, prefer, sampler, patience, adoption_p, trials_at_once, max_demos, "
+    "n_demo_sets, bootstrap, pass_score, n_proposed, groundings, n_reflected, transfer, n_rounds, n_checkpoints, "
+    "epochs_with_demos, epochs_bare, bare_share, optimizer_kwargs, lora. "
+    "What each means: copa_harness.session.marker.MarkerArguments."
 )
+"""What `pytest --markers` says; the names are those of `MarkerArguments`, which this module must not import."""
 
 RUN_ID = pytest.StashKey[str]()
 

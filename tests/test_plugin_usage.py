@@ -1,9 +1,14 @@
 """Using the plugin wrongly, or not at all: one clear error each, and no trace where no copa test ran."""
 
+import re
+from dataclasses import fields
+
 import pytest
 
 # pytester forgets what an inner run imported; this is imported once, here, for all of them.
 import copa_harness.session.settings  # noqa: F401
+from copa_harness.options import MARKER
+from copa_harness.session.marker import MarkerArguments
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
@@ -27,6 +32,11 @@ def test_help_states_every_option_with_its_default(run):
 
 def test_the_marker_is_documented(run):
     run("--markers").stdout.fnmatch_lines(["@pytest.mark.copa(strategy=*"])
+
+
+def test_the_marker_is_documented_with_every_argument_it_takes():
+    named = re.findall(r"\w+", re.sub(r"^.*?What: |What each means.*|(Gates|Search):", "", MARKER))
+    assert sorted(named) == sorted(entry.name for entry in fields(MarkerArguments))
 
 
 def test_wrong_marker_arguments_are_one_usage_error_that_names_them_all(pytester, run):

@@ -81,6 +81,13 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"transfer": 1}, "transfer=1; expected True or False"),
         ({"pass_score": 2}, "pass_score=2; expected a number from 0 to 1"),
         ({"n_chekpoints": 2}, "Did you mean 'n_checkpoints'"),
+        ({"constraints": {"max_tokens": 3}}, r"copa marker: .*\['max_tokens'\]; expected some of max_prompt_tokens"),
+        ({"constraints": {"forbidden_text": [3]}}, r"copa marker: got forbidden_text=\[3\]; expected a text or a list"),
+        ({"constraints": {"max_prompt_tokens": 0.5}}, "max_prompt_tokens=0.5; expected a whole number of at least 1"),
+        ({"optimizer_kwargs": {"gepaa": {}}}, r"copa marker: .*'gepaa'.*Did you mean 'gepa'\?"),
+        ({"optimizer_kwargs": {"ensemble": {"sise": 3}}}, r"'sise'\] for ensemble; .* Did you mean 'size'\?"),
+        ({"optimizer_kwargs": {"knn_fewshot": {"n": 3}}}, "for knn_fewshot; expected some of k, max_boot"),
+        ({"optimizer_kwargs": {"gepa": {3: 1}}}, "for gepa; expected a dictionary of its arguments by name"),
         ({"undecided_fails": 1}, "undecided_fails=1; expected True or False"),
     ],
 )

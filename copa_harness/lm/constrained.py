@@ -55,6 +55,20 @@ def output_fields(signature: Any) -> tuple[OutputField, ...]:
     return tuple(OutputField(name, choices_of(field.annotation)) for name, field in signature.output_fields.items())
 
 
+def nothing_to_constrain(program: dspy.Module, lm: object) -> bool:
+    """Whether constrained answers are asked for, and no field of the program that they concern has a list of values.
+
+    Args:
+        program: Its predictors' own models win.
+        lm: The model of the others.
+    """
+    models = [(predictor, predictor.lm or lm) for predictor in program.predictors()] or [(None, lm)]
+    concerned = [predictor for predictor, model in models if getattr(model, "constrain", False)]
+    return bool(concerned) and not any(
+        field.choices for predictor in concerned if predictor for field in output_fields(predictor.signature)
+    )
+
+
 def constraint_of_call(
     messages: Sequence[Mapping[str, Any]] | None, settings: MutableMapping[str, Any]
 ) -> tuple[OutputField, ...] | None:

@@ -17,6 +17,7 @@ from dspy import teleprompt
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize import writers
 from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
+from copa_harness.optimize.limits import KNN_KWARGS, check_kwargs
 from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
 from copa_harness.optimize.schema import is_fully_labelled
 
@@ -90,10 +91,7 @@ def _optuna(job: OptimizerJob) -> Built:
 def _knn(job: OptimizerJob) -> Built:
     from copa_harness.optimize.neighbours import NeighboursOptimizer
 
-    known = {"k", "vectorizer", "max_bootstrapped_demos", "max_labeled_demos"}
-    unknown = sorted(set(job.kwargs) - known)
-    if unknown:
-        raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
+    check_kwargs(job.name, job.kwargs, known=KNN_KWARGS)
     k = min(int(job.kwargs.get("k", max(1, job.n_demos))), len(job.trainset))
     # Labels show all there is unless a predictor has outputs that the examples lack (reasoning, an earlier stage's).
     signatures = [predictor.signature for _, predictor in job.incumbent.template.named_predictors()]
@@ -124,9 +122,7 @@ def _together(job: OptimizerJob) -> Built:
     from copa_harness.optimize.together import FinetuneStep, PromptStep
 
     known = parameters_of(inspect.unwrap(teleprompt.BetterTogether.compile)) - {"student", "trainset", "valset"}
-    unknown = sorted(set(job.kwargs) - known)
-    if unknown:
-        raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
+    check_kwargs(job.name, job.kwargs, known=known)
     strategy = str(job.kwargs.get("strategy", "p -> w -> p"))
     n_prompt_steps = max(1, strategy.split(" -> ").count("p"))
     # It scores every intermediate program itself, and the weights step traces the training examples.

@@ -10,16 +10,15 @@ tomorrow) is not promised. Knows candidates and costs; knows nothing of scores o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.examples import plain
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.costs import AnswerCost
 from copa_harness.optimize.instructions import joined
+from copa_harness.optimize.limits import parse_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,38 +118,4 @@ def parse_constraints(given: Mapping[str, Any] | Constraints | None) -> Constrai
     """
     if given is None:
         return Constraints()
-    if isinstance(given, Constraints):
-        return given
-    known = [entry.name for entry in fields(Constraints)]
-    if not isinstance(given, Mapping):
-        raise ConfigurationError(f"got constraints={given!r}; expected a dictionary with some of {', '.join(known)}")
-    if unknown := sorted(set(given) - set(known)):
-        raise ConfigurationError(f"got constraints {unknown}; expected some of {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        values[name] = _texts(name, value) if name.endswith("_text") else _limit(name, value)
-    for text in values.get("required_text", ()):
-        for forbidden in values.get("forbidden_text", ()):
-            if forbidden.casefold() in text.casefold():
-                raise ConfigurationError(
-                    f"got {text!r} as required and {forbidden!r} as forbidden text: no prompt keeps both"
-                )
-    return Constraints(**values)
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigurationError(f"got {name}={value!r}; expected a text or a list of texts, none of them empty")
-    return texts
-
-
-def _limit(name: str, value: Any) -> float:
-    whole = name == "max_prompt_tokens"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    if not number or (whole and not (isinstance(value, int) and value >= 1)):
-        wanted = "a whole number of at least 1" if whole else "a number of at least 0"
-        raise ConfigurationError(f"got {name}={value!r}; expected {wanted}")
-    return value  # type: ignore[no-any-return]
+    return given if isinstance(given, Constraints) else Constraints(**parse_limits(given))

@@ -30,6 +30,7 @@ from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.credit import credit_of
 from copa_harness.optimize.evidence import decide, planned, setting_aside
 from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
+from copa_harness.optimize.limits import check_optimizer_kwargs
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.progress import Progress
 from copa_harness.optimize.proposals import ProposalSettings
@@ -37,7 +38,7 @@ from copa_harness.optimize.run import Run
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
 from copa_harness.optimize.steps import execute
-from copa_harness.optimize.strategy import OPTIMIZER_NAMES, Step, parse_strategy
+from copa_harness.optimize.strategy import Step, parse_strategy
 from copa_harness.optimize.students import models_in
 from copa_harness.optimize.study import SearchSettings
 from copa_harness.optimize.weights import WeightsSettings
@@ -151,10 +152,7 @@ class COPA(Teleprompter):
         in_unit_interval(adoption_p=adoption_p)
         check_sampler(sampler)
         check_groundings(groundings)
-        unknown = sorted(set(optimizer_kwargs or {}) - {*OPTIMIZER_NAMES, "ensemble"})
-        if unknown:
-            known = ", ".join(OPTIMIZER_NAMES)
-            raise ConfigurationError(f"got optimizer_kwargs for {unknown}; expected some of {known}")
+        check_optimizer_kwargs(optimizer_kwargs or {})
         if lora is not None and not hasattr(lora, "replaced"):
             check_lora(lora)
         self.metric = metric

@@ -16,6 +16,7 @@ from dspy import teleprompt
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.limits import ENSEMBLE_KWARGS, check_kwargs
 
 SIZE = 3
 """Members unless said otherwise: the fewest that can outvote one."""
@@ -31,9 +32,8 @@ def ensemble_of(candidates: Sequence[Candidate], *, kwargs: Mapping[str, Any] | 
     Raises:
         ConfigurationError: Fewer than two candidates, or an argument that cannot be used.
     """
+    check_kwargs("ensemble", kwargs or {}, known=ENSEMBLE_KWARGS)
     given = {"size": SIZE, "reduce": "majority", **(kwargs or {})}
-    if unknown := sorted(set(given) - {"size", "reduce"}):
-        raise ConfigurationError(f"got optimizer_kwargs {unknown} for ensemble; expected some of size, reduce")
     size, reduce = given["size"], given["reduce"]
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ConfigurationError(f"got size={size!r} for ensemble; expected a whole number of at least 2")

@@ -18,6 +18,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import takes_arguments
 from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
 from copa_harness.optimize.forgiving import forgiving
+from copa_harness.optimize.limits import check_kwargs
 from copa_harness.optimize.registry import MAX_ERRORS, Built, OptimizerJob
 
 
@@ -161,9 +162,7 @@ def infer_rules(job: OptimizerJob) -> Built:
     if job.prompt_lm is not None:
         ours["teacher_settings"] = {"lm": job.prompt_lm}
     known = parameters_of(teleprompt.InferRules.__init__) | parameters_of(teleprompt.BootstrapFewShot.__init__)
-    unknown = sorted(set(job.kwargs) - known)
-    if unknown:
-        raise ConfigurationError(f"got optimizer_kwargs {unknown} for {job.name}; expected some of {sorted(known)}")
+    check_kwargs(job.name, job.kwargs, known=known)
     given = {**ours, **job.kwargs}
     kwargs = {**data_of(job), "teacher": teacher_for(job, settings=given.get("teacher_settings"))}
     note = sized(job, f"{n} candidates", "num_candidates")

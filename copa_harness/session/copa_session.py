@@ -159,7 +159,8 @@ class CopaSession:
             "gates": too_many_errors(measured.evaluation, settings.gates_of(marker)),
         }
         record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **more)
-        self.entries.append(Entry(record, failures=measured.failures, notes=notes_of(measured), standing=standing))
+        notes = notes_of(measured, program or task.program, lm)
+        self.entries.append(Entry(record, failures=measured.failures, notes=notes, standing=standing))
         return measured.evaluation
 
     def run(

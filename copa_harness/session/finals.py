@@ -85,7 +85,7 @@ def final_entry(
     evaluation = measured.evaluation
     early = accepted = attribution = None
     more_phases: tuple[PhaseRecord, ...] = ()
-    notes = notes_of(measured)
+    notes = notes_of(measured, optimized.program, optimized.lm)
     if watch is not None:
         early, answers = case.finished(watch, evaluation, gates)
     else:
@@ -195,11 +195,26 @@ def _over_long(phases: Sequence[PhaseRecord], *, where: str) -> tuple[str, ...]:
     )
 
 
-def notes_of(measured: Measured) -> tuple[str, ...]:
-    """What the summary has to say about an evaluation beyond its score."""
+def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[str, ...]:
+    """What the summary has to say about an evaluation beyond its score.
+
+    Args:
+        measured: The evaluation.
+        program: What was run.
+        lm: Model of every predictor without one.
+    """
+    from copa_harness.lm.constrained import nothing_to_constrain
+
+    notes: tuple[str, ...] = ()
+    if nothing_to_constrain(program, lm):
+        notes += (
+            f"{measured.evaluation.task}: constrain: no output field of {type(program).__name__} has a list of allowed "
+            "values (Literal, enum, bool); answers are generated.",
+        )
     if not measured.n_metric_calls:
-        return ()
+        return notes
     return (
+        *notes,
         f"{measured.evaluation.title}: the metric made {measured.n_metric_calls:,} calls of a model of its own on the "
         f"{measured.evaluation.split} split; they are paid for and counted, in a phase apart.",
     )

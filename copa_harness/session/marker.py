@@ -14,6 +14,7 @@ from typing import Any
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.choices import check_groundings, check_sampler
+from copa_harness.optimize.limits import check_optimizer_kwargs, parse_limits
 from copa_harness.optimize.pareto import parse_preference
 from copa_harness.optimize.strategy import parse_strategy
 from copa_harness.session.checking import check_arguments
@@ -171,6 +172,10 @@ class MarkerArguments:
                 check_sampler(marker.sampler)
             if marker.groundings is not None:
                 check_groundings(marker.groundings)
+            if marker.constraints is not None:
+                parse_limits(marker.constraints)
+            if marker.optimizer_kwargs is not None:
+                check_optimizer_kwargs(marker.optimizer_kwargs)
         except ConfigurationError as error:
             raise ConfigurationError(f"copa marker: {error}") from None
         return marker

@@ -1,6 +1,7 @@
 """Hard limits: what is returned keeps them all, whatever they are, or nothing is returned."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,12 @@ from copa_harness.lm.observing import observing
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.costs import AnswerCost
+from copa_harness.optimize.limits import LIMITS
 from copa_harness.optimize.outcome import OptimizationResult
+
+
+def test_every_limit_has_a_name_that_is_checked_before_anything_is_loaded():
+    assert tuple(entry.name for entry in fields(Constraints)) == LIMITS
 
 
 def compiled(toy, *, lm=None, budget=150, **given):

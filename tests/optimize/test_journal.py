@@ -184,7 +184,7 @@ def test_damage_done_while_it_is_being_written_is_told_in_our_words(tmp_path):
     with optuna_quiet():
         study = journal.study("p")
     path.write_bytes(path.read_bytes() + b"garbage{{\n" * 2)
-    with pytest.raises(CacheError, match="was damaged while it was being written .* run again"):
+    with pytest.raises(CacheError, match=r"was damaged while it was being written .* run again"):
         study.add(0, params={"a": "b"}, options={"a": ["b"]}, value=1.0, scores=[1.0], attributes={})
 
 
