@@ -155,7 +155,7 @@ Outcome = Literal["ok", "unparsed", "provider_error", "metric_error"]
 class ExampleResult:
     """One example's score. `score` is None exactly when no score exists (provider or metric failure).
 
-    `label_scores`: of a constrained answer, by output field, the log-probability of every allowed value.
+    `label_scores`: of constrained answers, by output field (of all predictors), every allowed value's log-probability.
     """
 
     example_id: str

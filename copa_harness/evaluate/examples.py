@@ -104,7 +104,9 @@ def check_examples(examples: Sequence[dspy.Example], *, split: str) -> None:
 
 
 def label_scores_of(trace: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """By output field, the log-probability of every allowed value of a program's last constrained answer.
+    """By output field of every predictor, the log-probability of every allowed value of its last constrained answer.
+
+    Of predictors with fields of one name, the one that answered last counts.
 
     Args:
         trace: (predictor, inputs, prediction) of every call, as DSPy keeps it.
@@ -112,15 +114,16 @@ def label_scores_of(trace: Sequence[Any]) -> dict[str, dict[str, float]]:
     Returns:
         Nothing when no answer was constrained or nobody asked for log-probabilities.
     """
-    for predictor, _, prediction in reversed(trace):
+    scores: dict[str, dict[str, float]] = {}
+    for predictor, _, prediction in trace:
         told = prediction.get("logprobs", None) if isinstance(prediction, dspy.Example) else None
         signature = getattr(predictor, "signature", None)
         if signature is None:
             continue
         listed = [field.name for field in output_fields(signature) if field.choices is not None]
         if told and len(told["content"]) == len(listed):
-            return {
+            scores |= {
                 name: {str(one["token"]): float(one["logprob"]) for one in entry["top_logprobs"]}
                 for name, entry in zip(listed, told["content"], strict=True)
             }
-    return {}
+    return scores

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _rewrite(directory: Path, kept: list[Path], target: Path) -> None:
         )
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
-            f"the pickled weights of {directory} hold more than tensors ({last_words(error)}) and are refused; remedy: "
+            f"the pickled weights of {directory} hold more than tensors ({_found(error)}) and are refused; remedy: "
             "get them as safetensors from whoever made them"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
@@ -100,3 +101,12 @@ def _rewrite(directory: Path, kept: list[Path], target: Path) -> None:
         shutil.copyfile(file, target / file.name)
     if (directory / "additional_chat_templates").is_dir():
         shutil.copytree(directory / "additional_chat_templates", target / "additional_chat_templates")
+
+
+def _found(error: pickle.UnpicklingError) -> str:
+    """What the unpickler would not take, without torch's advice to take it all the same."""
+    text = str(error)
+    if match := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {match[1]}"
+    match = re.search(r"WeightsUnpickler error: (.{1,300})", text)
+    return match[1].strip() if match else "the restricted unpickler refuses it"

@@ -26,6 +26,11 @@ EVERY_S = 15.0
 """Seconds between two lines, unless something begins or ends."""
 
 
+def titled(title: str, write: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    """Where to write lines so that each begins with `title: `; None where nobody listens."""
+    return None if write is None else lambda line: write(f"{title}: {line}")
+
+
 class Progress:
     """Says how far a run is.
 

@@ -26,6 +26,8 @@ from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
+    import dspy
+
     from copa_harness.judge.attribution import Attribution
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.tasks.task import Task

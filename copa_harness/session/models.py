@@ -36,7 +36,9 @@ class Models:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._cache = ResponseCache(directory / "responses")
-        except (OSError, CacheError) as error:
+        except CacheError as error:  # names the folder and the ways out
+            raise ConfigurationError(f"the cache directory {directory} cannot be used: {error}") from error
+        except OSError as error:
             raise ConfigurationError(
                 f"the cache directory {directory} cannot be used ({error}); make it writable, or name another one "
                 f"with --copa-cache-dir."

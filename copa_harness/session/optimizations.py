@@ -3,8 +3,8 @@
 The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
 package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
 made: together with other processes that need it too where that can be (see `optimize.sharing`), under a lock that they
-wait for where not. One found on disk costs no call, no training step and no import of
-torch or Optuna. Knows nothing of gates, records or pytest, and never sees a test split.
+wait for where not. One found on disk costs no call, no training step and no import of torch or Optuna. Knows nothing of
+gates, records or pytest, and never sees a test split.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ class Optimized:
         result: What the optimizer reported when it was made.
         artifact: Folder with program, LoRA adapter and manifest.
         from_disk: It was found finished, not made by this process.
-        told: What it spent stands in a record already; further records of it spend nothing, so that the sums of a
-            report are what was really spent.
-        cut_short: The ceilings of the whole session ended the search; what it found is no result.
+        told: What it spent stands in a record already; further records spend nothing: a report sums up right.
+        cut_short: The session's ceilings ended the search; what it found is no result.
     """
 
     key: str
@@ -139,6 +138,7 @@ class Optimizations:
     ) -> Optimized:
         """Made by this process: together with others that need the same, or by the first of them while they wait."""
         from copa_harness.optimize.copa import COPA
+        from copa_harness.optimize.progress import titled
 
         strategy = marker.strategy or DEFAULT_STRATEGY
         optimizer = COPA(
@@ -151,7 +151,7 @@ class Optimizations:
             threads=settings.threads,
             finetune_data=task.finetune_data,
             journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
-            on_progress=self._on_progress,
+            on_progress=titled(task.name, self._on_progress),
             **marker.search_settings(),
         )
         if optimizer.can_be_shared(task.program, n_train=len(task.trainset), n_validation=len(task.valset)):

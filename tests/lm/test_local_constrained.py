@@ -196,5 +196,23 @@ def test_an_evaluation_has_a_score_for_every_label_and_pays_nothing_more_for_the
     assert told[evaluation.results[0].example_id] == evaluation.results[0].label_scores
 
 
+class TwoStages(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = dspy.Predict(dspy.Signature("question -> state: Literal['on', 'off']"))
+        self.second = dspy.Predict(dspy.Signature("state -> label: Literal['red', 'blue']"))
+
+    def forward(self, question):
+        return self.second(state=self.first(question=question).state)
+
+
+def test_every_stage_of_a_program_has_its_scores(make_lm):
+    rows = [dspy.Example(question="zebra", label="red").with_inputs("question")]
+    result = evaluate(TwoStages(), rows, metric=is_red, split="test", lm=make_lm()).results[0]
+    assert {name: set(scores) for name, scores in result.label_scores.items()} == {
+        "state": {"on", "off"}, "label": {"red", "blue"},
+    }  # fmt: skip
+
+
 def is_red(example, prediction, trace=None):
     return prediction.label == "red"

@@ -83,11 +83,12 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(pickl
     mark = tmp_path / "it-ran"
     weights = torch.load(pickled / "pytorch_model.bin", weights_only=True)
     torch.save({**weights, "surprise": Malicious(mark)}, pickled / "pytorch_model.bin")
-    with pytest.raises(ConfigurationError, match="hold more than tensors"):
+    with pytest.raises(ConfigurationError, match=r"hold more than tensors .*it names .*system") as first:
         build(pickled, tmp_path / "cache", allow_pickled_weights=True)("zebra")
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(mark), protocol=2))
-    with pytest.raises(ConfigurationError, match=r"hold more than tensors|could not load the pickled weights"):
+    with pytest.raises(ConfigurationError, match=r"more than tensors|could not load the pickled weights") as second:
         build(pickled, tmp_path / "cache", allow_pickled_weights=True)("zebra")
+    assert "weights_only" not in str(first.value) + str(second.value)  # torch's advice to read it unrestricted
     assert not mark.exists()
     assert [path for path in (tmp_path / "cache" / "safetensors").iterdir() if path.is_dir()] == []
 
