@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dspy
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.candidate import Candidate
+from copa_harness.optimize.evidence import LastLook, decide, look_again, reference_of
 from copa_harness.optimize.outcome import OptimizationResult, to_state
 from copa_harness.optimize.pareto import Preference, pareto_front, preferred
 
@@ -22,12 +24,21 @@ if TYPE_CHECKING:
     from copa_harness.optimize.run import Run
 
 
-def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:
-    """Make the preferred program the incumbent; the front of score and cost, cheapest first, when costs are known.
+def conclude(run: Run, look: LastLook, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:
+    """End a run whose steps are over: finalists, limits, preference, evidence; the front of score and cost.
 
     Raises:
         ConfigurationError: No program that was fully scored keeps every limit.
     """
+    fresh = look_again(run, look)
+    _keep_limits(run)
+    is_cheaper = preference is not None and _prefer(run, preference)
+    run.evidence = decide(run, replace(look, level=1.0) if is_cheaper else look, fresh)
+    return _front(run, preference)
+
+
+def _keep_limits(run: Run) -> None:
+    """Make sure that the incumbent keeps every limit, where the best of the others has to take its place."""
     if run.constraints.measured and not run.validation.is_complete(run.incumbent):
         raise ConfigurationError(
             "the budget does not pay for scoring the program as written: its costs could not be measured, and no limit "
@@ -35,38 +46,60 @@ def choose(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], 
         )
     if not run.validation.is_complete(run.incumbent):  # the budget did not pay for a score; words can still be kept
         run.incumbent = run.constraints.completed_candidate(run.incumbent)
-    allowed = [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
     if run.forbids(run.incumbent) is not None:
+        allowed = _allowed(run)
         if not allowed:
             raise ConfigurationError(
                 f"no program keeps the constraints: {run.forbids(run.incumbent)}; {len(run.validation.completed())} "
                 "were scored; loosen the limit, raise the budget, or change the program"
             )
         run.incumbent = max(allowed, key=run.validation.mean)
-    if preference is None:
-        return ()
+
+
+def _prefer(run: Run, preference: Preference) -> bool:
+    """Make the preferred program the incumbent; whether it costs less than the program as written.
+
+    Finalists that lost the last look are out of the choice.
+    """
+    allowed = [one for one in _allowed(run) if one.key not in run.passed_over]
     objective = _objective(preference, allowed, run)
-    points = [
-        (run.validation.mean(candidate), cost)
-        for candidate in allowed
-        if (cost := run.validation.cost(candidate).per_answer(objective)) is not None
-    ]
+    costs = {one.key: run.validation.cost(one).per_answer(objective) for one in allowed}
+    points = [(run.validation.mean(one), cost) for one in allowed if (cost := costs[one.key]) is not None]
+    what = f"{objective.replace('_', ' ')} per answer"
     if len(points) < len(allowed) or not points:
-        what = objective.replace("_", " ")
-        run.note(f"prefer={str(preference)!r} was ignored: {what} of the answers are not known", headline=True)
-        return ()
-    before = run.validation.mean(run.student) if run.forbids(run.student) is None else float("-inf")
-    chosen = preferred(points, within=preference.within, at_least=before)
-    if allowed[chosen].key != run.incumbent.key:
-        best = [allowed[i].key for i in range(len(allowed))].index(run.incumbent.key)
-        what = f"{objective.replace('_', ' ')} per answer"
+        run.note(f"prefer={str(preference)!r} was ignored: {what} is not known", headline=True)
+        return False
+    reference = reference_of(run)
+    before = float("-inf") if reference is None else run.validation.mean(reference)
+    i = preferred(points, within=preference.within, at_least=before)
+    if allowed[i].key != run.incumbent.key:
+        best = [one.key for one in allowed].index(run.incumbent.key)
         run.note(
-            f"{preference}: {points[chosen][0]:.3f} at {points[chosen][1]:.6g} {what} instead of "
+            f"{preference}: {points[i][0]:.3f} at {points[i][1]:.6g} {what} instead of "
             f"{points[best][0]:.3f} at {points[best][1]:.6g}",
             headline=True,
         )
-        run.incumbent = allowed[chosen]
+        run.incumbent = allowed[i]
+    written = None if reference is None else costs.get(reference.key)
+    return written is not None and points[i][1] < written
+
+
+def _front(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:
+    """The front of score and cost, cheapest first, when a preference asked for it and costs are known."""
+    if preference is None:
+        return ()
+    allowed = _allowed(run)
+    objective = _objective(preference, allowed, run)
+    costs = [run.validation.cost(one).per_answer(objective) for one in allowed]
+    points = [(run.validation.mean(one), cost) for one, cost in zip(allowed, costs, strict=True) if cost is not None]
+    if len(points) < len(allowed):
+        return ()
     return tuple(_entry(run, allowed[i], objective) for i in pareto_front(points))
+
+
+def _allowed(run: Run) -> list[Candidate]:
+    """Everything fully scored that keeps the limits."""
+    return [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
 
 
 def _objective(preference: Preference, allowed: list[Candidate], run: Run) -> str:
@@ -100,6 +133,8 @@ def reason_of(run: Run) -> str:
         return f"no improvement over a full cycle (epsilon {run.settings.epsilon:g}, or the noise)"
     if run.stopped == "max_cycles":
         return f"max_cycles = {run.settings.max_cycles}, the last of which still improved"
+    if run.stopped == "out of reach":
+        return "too few mistakes on validation for any result to be adopted"
     if run.stopped == "perfect score":
         return f"perfect score on {run.validation.n:,} validation examples"
     said = {
@@ -127,7 +162,7 @@ def result_of(
         run: The run.
         strategy: As parsed.
         program: The incumbent as a program.
-        front: What `choose` gave.
+        front: What `conclude` gave.
         credit: What `credit_of` gave.
     """
     before, after = run.validation.mean(run.student), run.score

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ from copa_harness.optimize.budgets import parse_budget
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
 from copa_harness.optimize.choices import GROUNDINGS, check_groundings, check_sampler
-from copa_harness.optimize.choosing import choose, reason_of, result_of
+from copa_harness.optimize.choosing import conclude, reason_of, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.credit import credit_of
-from copa_harness.optimize.evidence import decide, planned, setting_aside
+from copa_harness.optimize.evidence import out_of_reach, planned, setting_aside
 from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
 from copa_harness.optimize.limits import check_optimizer_kwargs
 from copa_harness.optimize.pareto import parse_preference
@@ -270,9 +271,8 @@ class COPA(Teleprompter):
                 run.progress.say(str(choice))
             with run.progress.ticking():
                 with setting_aside(run, look):
-                    execute(run, steps)
-                run.evidence = decide(run, look)
-                front = choose(run, self.preference)
+                    execute(run, steps, why_not=None if self.preference else partial(out_of_reach, run, look))
+                front = conclude(run, look, self.preference)
                 credit = credit_of(run)
             run.progress.say(f"{name} ended: {reason_of(run)}")
         program = run.incumbent.program()

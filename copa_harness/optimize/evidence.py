@@ -1,11 +1,11 @@
 """The last look: which finalist is returned, and whether it is better than what came in.
 
-Where there are enough validation examples and calls, a share of the rows is held back from the search. At the end the
-finalists and the program as written are scored on them, the best finalist is taken (see `finalists`), and it must not
-lose to the program as written there. Where there are too few, training rows that no finalist shows decide among the
-finalists alone. Either way the program as written is only given up on paired evidence: the exact one-sided sign-flip
-test of the differences (for right/wrong scores the sign test, McNemar's) must reach a level. Where no validation rows
-are held back the test flatters the winner, and the record says so.
+Where there are enough validation examples and calls, a share of the rows is held back from the search. At the end
+the finalists and the program as written are scored on them, and the best finalist is taken (see `finalists`). Where
+there are too few, training rows that no finalist shows decide among the finalists. Either way the result must not lose
+to the program as written on these rows, and that is only given up on paired evidence (see `significance`): on the rows
+held back, where there are some, else on the validation rows that chose the result, corrected for the candidates with a
+full score it was chosen among. That correction cannot count the candidates a race dropped early.
 
 Knows runs, candidates and their scores; knows nothing of how candidates were found.
 """
@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted
+from copa_harness.judge.messages import counted
 from copa_harness.judge.paired import PairedDifference, paired_difference
 from copa_harness.optimize.allowance import Allowance, OutOfCalls, step_scope
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.finalists import N_FINALISTS, chosen, finalists_of, unshown
-from copa_harness.optimize.racing import worse_p_value
 from copa_harness.optimize.schema import strata_of, stratified_order
 from copa_harness.optimize.scoring import Validation
 from copa_harness.optimize.settings import RunSettings
+from copa_harness.optimize.significance import chosen_p_value, least_p_value
 from copa_harness.optimize.strategy import Step, StepKind
 from copa_harness.results import Phase
 
@@ -44,6 +45,9 @@ MIN_HELD_BACK = 20
 MIN_TRAINING_ROWS = 12
 """Fewer training rows do not tell finalists apart."""
 
+N_SCORED = N_FINALISTS + 1
+"""The finalists and the program as written."""
+
 BUDGET_SHARE = 0.2
 """Of the budget, what the last look may cost at most."""
 
@@ -56,7 +60,7 @@ def n_held_back(n_validation: int, *, calls: float, calls_per_example: int) -> i
         calls: The budget, `inf` for none.
         calls_per_example: Upper estimate of what one row costs.
     """
-    n = _affordable(int(n_validation * HELD_BACK_SHARE), calls, (N_FINALISTS + 1) * calls_per_example)
+    n = _affordable(int(n_validation * HELD_BACK_SHARE), calls, N_SCORED * calls_per_example)
     return n if n >= MIN_HELD_BACK else 0
 
 
@@ -105,12 +109,12 @@ def planned(
     cost = whole.calls_per_example(student)
     n = n_held_back(whole.n, calls=calls, calls_per_example=cost)
     if n == 0:
-        n = _affordable(n_training, calls, N_FINALISTS * cost)
+        n = _affordable(n_training, calls, N_SCORED * cost)
         n = n if n >= MIN_TRAINING_ROWS else 0
-        return whole, LastLook(None, n, N_FINALISTS * n * cost, settings.adoption_p)
+        return whole, LastLook(None, n, N_SCORED * n * cost, settings.adoption_p)
     order = [int(i) for i in stratified_order(strata_of(whole.examples), np.random.default_rng([settings.seed, 606]))]
     held_back = whole.part(sorted(order[:n]))
-    return whole.part(sorted(order[n:])), LastLook(held_back, 0, (N_FINALISTS + 1) * n * cost, settings.adoption_p)
+    return whole.part(sorted(order[n:])), LastLook(held_back, 0, N_SCORED * n * cost, settings.adoption_p)
 
 
 @contextmanager
@@ -127,94 +131,129 @@ def setting_aside(run: Run, look: LastLook) -> Iterator[None]:
         run.scope = whole
 
 
-def decide(run: Run, look: LastLook) -> Mapping[str, Any]:
-    """Choose among the finalists, and keep the choice or go back to the program as written; the evidence.
+def reference_of(run: Run) -> Candidate | None:
+    """What the result has to be better than: the program as written, with required texts appended where it lacks them.
 
-    Args:
-        run: A run whose steps are over.
-        look: What was set aside.
+    None when that has no score or breaks a limit: then any program that keeps the limits is better.
+    """
+    for candidate in (run.student, run.constraints.completed_candidate(run.student)):
+        if run.forbids(candidate) is None and run.validation.is_complete(candidate):
+            return candidate
+    return None
+
+
+def out_of_reach(run: Run, look: LastLook) -> str | None:
+    """Why no search could find a result that is adopted, or None: the program as written makes too few mistakes."""
+    reference = reference_of(run)
+    if reference is None or look.level >= 1 or look.held_back is not None:
+        return None
+    scores, wrong = run.validation.scores(reference), len(run.validation.mistakes(reference))
+    least = least_p_value(scores)
+    if least <= look.level or not wrong:
+        return None
+    return (
+        f"nothing was searched: the program as written falls short on {wrong} of {counted(run.validation.n, 'row')}, "
+        f"so even a result with full marks would have p = {least:.3g}, above adoption_p = {look.level:g}; give more "
+        "validation examples, or adopt without a test (adoption_p=1)"
+    )
+
+
+def look_again(run: Run, look: LastLook) -> Validation | None:
+    """Score the finalists on rows that did not choose them and make the best of them the incumbent.
 
     Returns:
-        A record of plain numbers; empty when nothing was found, or when the program as written is no alternative
-        because it breaks a limit or has no score.
+        These rows, on which the program as written was scored too; None without such a look.
     """
-    student, validation, level = run.student, run.validation, look.level
-    if run.forbids(student) is not None or not validation.is_complete(student) or run.incumbent.key == student.key:
-        return {}
-    allowed = [one for one in validation.completed() if run.forbids(one) is None and one.key != student.key]
-    sheets = [validation]
-    finalists = finalists_of(validation, allowed, run.incumbent)
-    if look.held_back is not None or (look.n_training and len(finalists) > 1):
-        with run.recorded("last look", len(run.notes)):
-            sheets.extend(_look_again(run, look, finalists))
-    found, p_value = _compared(student, run.incumbent, sheets), _p_value(student, run.incumbent, sheets)
-    fresh = _compared(student, run.incumbent, sheets[1:])
-    loses_unseen = fresh.n > 0 and fresh.difference < -1e-9
-    adopted = p_value <= level and not loses_unseen
-    shown = fresh if fresh.n else found
-    what = f"{found.n_better} of {found.n} rows better, {found.n_worse} worse, p = {p_value:.2g}, paired and one-sided"
-    if fresh.n:
-        what += f"; {fresh.difference:+.3f} on the {fresh.n} rows the search did not use"
-    elif len(allowed) > 1:
-        what += f"; on rows that chose it among {len(allowed)}, so it flatters"
-    if adopted:
-        run.note(f"evidence for the result: {what}")
-    else:
-        why = "it loses on rows the search did not use" if loses_unseen else f"p is above adoption_p = {level:g}"
-        told = f"the program as written is returned: the best found has {what}, which is no evidence ({why})"
-        run.note(told, headline=True)
-        run.incumbent = student
-    return {
-        "n": found.n, "unseen": fresh.n, "n_tried": len(allowed), "difference": shown.difference,
-        "low": shown.interval.low, "high": shown.interval.high, "gained": found.n_better, "lost": found.n_worse,
-        "p_value": p_value, "level": level, "adopted": adopted,
-    }  # fmt: skip
-
-
-def _look_again(run: Run, look: LastLook, finalists: Sequence[Candidate]) -> list[Validation]:
-    """Score the finalists on other rows and make the best of them the incumbent.
-
-    Returns:
-        The rows held back, if the student was scored on them as well: they are evidence.
-    """
+    reference = reference_of(run)
+    if reference is None or run.incumbent.key == reference.key:
+        return None
+    found = [one for one in run.validation.completed() if run.forbids(one) is None and one.key != reference.key]
+    finalists = finalists_of(run.validation, found, run.incumbent, reference=reference)
     if look.held_back is not None:
-        fresh, scored, what = look.held_back, (run.student, *finalists), "validation rows the search did not use"
+        fresh, what = look.held_back, "validation rows the search did not use"
     else:
         rows = unshown(run.trainset, finalists)[: look.n_training]
         if len(rows) < MIN_TRAINING_ROWS:
-            return []
-        fresh = run.validation.over([run.trainset[i] for i in rows])
-        scored, what = (*finalists,), "training rows none shows"
+            return None
+        fresh, what = run.validation.over([run.trainset[i] for i in rows]), "training rows none of them shows"
+    with run.recorded("last look", len(run.notes)):
+        try:
+            for candidate in (reference, *finalists):
+                fresh.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+        except (OutOfCalls, BudgetExhausted):
+            run.note(f"the budget does not pay for scoring {counted(len(finalists), 'finalist')} on {fresh.n} {what}")
+            return None
+        kept = [one for one in finalists if run.forbids(one) is None] or list(finalists)
+        run.incumbent = chosen(kept, search=run.validation, fresh=fresh)
+        run.passed_over = frozenset(one.key for one in finalists if one.key != run.incumbent.key)
+        run.note(
+            f"{counted(len(finalists), 'finalist')} scored on {fresh.n} {what}: "
+            + ", ".join(f"{run.validation.mean(one):.3f} -> {fresh.mean(one):.3f}" for one in finalists)
+            + f" (as written: {run.validation.mean(reference):.3f} -> {fresh.mean(reference):.3f})"
+        )
+    return fresh
+
+
+def decide(run: Run, look: LastLook, fresh: Validation | None) -> Mapping[str, Any]:
+    """Keep what the run found or go back to the program as written; the evidence.
+
+    Args:
+        run: A run that has made its choice.
+        look: What was set aside.
+        fresh: The rows of the last look.
+
+    Returns:
+        A record of plain numbers; empty when nothing was found, or when there is nothing to compare it with.
+    """
+    reference, result = reference_of(run), run.incumbent
+    if reference is None or result.key == reference.key:
+        return {}
+    held_back = fresh if look.held_back is not None else None
+    if held_back is not None and not _is_scored(run, held_back, result):
+        held_back = fresh = None
+    sheet = held_back or run.validation
+    tried = [one for one in sheet.completed() if one.key != reference.key and run.forbids(one) is None]
+    p_value = chosen_p_value(sheet.scores(reference), sheet.scores(result), [sheet.scores(one) for one in tried])
+    pair = _compared(reference, result, sheet)
+    lost = fresh.difference(result, reference) if fresh is not None else math.nan
+    what = f"{pair.n_better} of {counted(pair.n, 'row')} better, {pair.n_worse} worse"
+    tested = look.level < 1
+    why = ""
+    if tested and lost < -1e-9 and fresh is not None:
+        where = "the search did not use" if held_back is not None else "of the training split that it does not show"
+        why = f"it loses {-lost:.3f} on {fresh.n} rows {where}"
+    elif tested and p_value > look.level:
+        why = f"p = {p_value:.3g} is above adoption_p = {look.level:g}"
+    if why:
+        run.note(f"the program as written is returned, the result is not adopted: {what}; {why}", headline=True)
+        run.incumbent = reference
+    elif tested:
+        run.note(f"better than the program as written: {what}, p = {p_value:.3g}")
+    else:
+        run.note(f"kept without a test: {what}")
+    return {
+        "n": pair.n, "unseen": 0 if held_back is None else held_back.n, "n_tried": len(tried),
+        "difference": pair.difference, "low": pair.interval.low, "high": pair.interval.high,
+        "gained": pair.n_better, "lost": pair.n_worse, "p_value": p_value, "level": look.level, "tested": tested,
+        "adopted": not why, "why": why,
+    }  # fmt: skip
+
+
+def _is_scored(run: Run, sheet: Validation, candidate: Candidate) -> bool:
+    """Whether the candidate has a full score on these rows, or the budget pays for one."""
     try:
-        for candidate in scored:
-            fresh.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+        sheet.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
     except (OutOfCalls, BudgetExhausted):
-        run.note(f"the budget does not pay for scoring {len(finalists)} finalists on {fresh.n} {what}")
-        return []
-    run.note(
-        f"{len(finalists)} finalists scored on {fresh.n} {what}: "
-        + ", ".join(f"{run.validation.mean(one):.3f} -> {fresh.mean(one):.3f}" for one in finalists)
-    )
-    run.incumbent = chosen(finalists, search=run.validation, fresh=fresh)
-    return [fresh] if look.held_back is not None else []
+        run.note(f"the budget does not pay for scoring the result on {sheet.n} rows the search did not use")
+        return False
+    return True
 
 
-def _pairs(before: Candidate, after: Candidate, sheets: Sequence[Validation]) -> tuple[list[float], list[float]]:
+def _compared(before: Candidate, after: Candidate, sheet: Validation) -> PairedDifference:
     pairs = [
         (old, new)
-        for sheet in sheets
         for old, new in zip(sheet.scores(before), sheet.scores(after), strict=True)
         if old is not None and new is not None
     ]
-    return [old for old, _ in pairs], [new for _, new in pairs]
-
-
-def _compared(before: Candidate, after: Candidate, sheets: Sequence[Validation]) -> PairedDifference:
-    old, new = _pairs(before, after, sheets)
-    return paired_difference(old, new, ids=[str(i) for i in range(len(old))])
-
-
-def _p_value(before: Candidate, after: Candidate, sheets: Sequence[Validation]) -> float:
-    """One-sided, of "no better than before"."""
-    old, new = _pairs(before, after, sheets)
-    return worse_p_value(new, old)
+    old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return paired_difference(old, new, ids=[str(i) for i in range(len(pairs))])

@@ -30,13 +30,16 @@ MAX_ERRORS_BEHIND = 2.0
 """Standard errors of the paired difference by which a finalist may be behind the best on the search's rows."""
 
 
-def finalists_of(validation: Validation, candidates: Sequence[Candidate], best: Candidate) -> tuple[Candidate, ...]:
-    """The incumbent, and the best others that are not clearly worse; fully scored ones only.
+def finalists_of(
+    validation: Validation, candidates: Sequence[Candidate], best: Candidate, *, reference: Candidate
+) -> tuple[Candidate, ...]:
+    """The incumbent, and the best others: fully scored, not clearly worse, and not below the reference.
 
     Args:
         validation: The search's rows.
         candidates: Who may be returned.
         best: The incumbent.
+        reference: The program as written.
     """
     others = {one.key: one for one in candidates if one.key != best.key and validation.is_complete(one)}
     ranked = sorted(others.values(), key=lambda one: (-validation.mean(one), one.size))
@@ -44,6 +47,7 @@ def finalists_of(validation: Validation, candidates: Sequence[Candidate], best: 
         one
         for one in ranked
         if validation.difference(one, best) >= -MAX_ERRORS_BEHIND * validation.standard_error(one, best) - 1e-9
+        and validation.difference(one, reference) >= -1e-9
     ]
     return (best, *close[: N_FINALISTS - 1])
 

@@ -73,6 +73,7 @@ class Run(Story):
         self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
         self.evidence: Mapping[str, Any] = {}
+        self.passed_over: frozenset[str] = frozenset()  # finalists that lost the last look
         self.n_trials = 0
         self.stopped, self.last_search = "completed", ""
         self.tuned: Trained | None = None

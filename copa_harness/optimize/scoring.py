@@ -75,8 +75,10 @@ class Validation:
         self._n_dead = self._n_dead_rows = 0
 
     def part(self, rows: Sequence[int]) -> Validation:
-        """Some of the examples by themselves, with no scores yet."""
-        return self.over([self.examples[row] for row in rows])
+        """Some of the examples by themselves, with no scores yet; what answers cost is known to all parts."""
+        part = self.over([self.examples[row] for row in rows])
+        part._costs = self._costs
+        return part
 
     def over(self, examples: Sequence[dspy.Example]) -> Validation:
         """Other examples, scored in the same way."""

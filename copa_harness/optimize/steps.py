@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,13 +38,23 @@ PERFECT = 1.0 - 1e-9
 """A mean score from here on is perfect; sums of floats are not exact."""
 
 
-def execute(run: Run, steps: Sequence[Step]) -> None:
-    """Score the student, then take the steps in order until they, the budget, or a perfect score end it."""
+def execute(run: Run, steps: Sequence[Step], *, why_not: Callable[[], str | None] | None = None) -> None:
+    """Score the student, then take the steps in order until they, the budget, or a perfect score end it.
+
+    Args:
+        run: A fresh run.
+        steps: What is to be done.
+        why_not: Asked once the student is scored: why nothing needs to be done, or None.
+    """
     if [step.kind for step in steps] == [StepKind.NONE]:
         if run.constraints.any:
             run.baseline()
         return
     if not run.baseline():
+        return
+    if why_not is not None and run.score < PERFECT and (reason := why_not()) is not None:
+        run.stopped = "out of reach"
+        run.note(reason, headline=True)
         return
     for i, step in enumerate(steps):
         if run.score >= PERFECT:

@@ -52,26 +52,31 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
 
 def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What speaks for each result against the program as written, paired by example, and what was returned."""
+    told = told_once(runs, "evidence")
     rows: list[list[str]] = []
-    for run in told_once(runs, "evidence"):
+    for run in told:
         found: Mapping[str, Any] = run.evidence
         interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
+        returned = "the result" if found["adopted"] else "the program as written"
         rows.append(
-            [run.task, run.strategy, f"{found['n_tried']:,}", f"{found['n']:,}",
-             f"{found['unseen']:,}" if found["unseen"] else "-", f"{found['gained']:,}", f"{found['lost']:,}",
-             number(found["difference"], signed=True), interval, f"{found['p_value']:.2g}",
-             "the result" if found["adopted"] else "the program as written"]
+            [run.task, run.strategy, f"{found['n']:,} {'unseen' if found['unseen'] else 'validation'}",
+             f"{found['n_tried']:,}", f"{found['gained']:,}", f"{found['lost']:,}",
+             number(found["difference"], signed=True), interval, f"{found['p_value']:.3g}",
+             returned if found["tested"] else f"{returned}, no test"]
         )  # fmt: skip
     if not rows:
         return ""
-    headers = ["task", "strategy", "scored", "n", "unseen", "better", "worse", "difference", "95 % interval", "p",
+    headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p",
                "returned"]  # fmt: skip
-    notes = ["scored: candidates with a full score, among which the result was chosen; p: one-sided sign-flip test"]
-    if any(run.evidence["unseen"] for run in told_once(runs, "evidence")):
-        notes.append("unseen: validation rows the search did not use; where there are some, the difference is theirs")
-    if not all(run.evidence["unseen"] for run in told_once(runs, "evidence")):
-        notes.append("without unseen rows, difference and p are of the rows that chose the result, and flatter it")
-    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+    notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
+    if any(run.evidence["unseen"] for run in told):
+        notes.append("unseen: validation rows held back from the search")
+    if not all(run.evidence["unseen"] for run in told):
+        notes.append("validation: the rows that chose the result; difference and interval flatter it")
+    if not all(run.evidence["tested"] for run in told):
+        notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
+    notes.extend(f"{run.task}, {run.strategy}: {run.evidence['why']}" for run in told if run.evidence["why"])
+    return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
 
 
 def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:

@@ -70,18 +70,22 @@ def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
 def evidence(**given):
     return {
         "n": 25, "unseen": 0, "n_tried": 7, "difference": 0.24, "low": 0.06, "high": 0.42, "gained": 7, "lost": 1,
-        "p_value": 0.0352, "level": 0.2, "adopted": True, **given,
+        "p_value": 0.0352, "level": 0.2, "tested": True, "adopted": True, "why": "", **given,
     }  # fmt: skip
 
 
 def test_the_evidence_table_says_on_which_rows_and_what_was_returned():
-    text = evidence_table([run(evidence=evidence()), run(evidence=evidence(unseen=20, adopted=False))])
-    first, second = [line for line in text.splitlines() if "0.035" in line]
+    held_back = evidence(unseen=25, adopted=False, why="it loses 0.100 on 25 rows")
+    text = evidence_table([run(evidence=evidence()), run(evidence=held_back), run(evidence=evidence(tested=False))])
+    first, second, third = [line for line in text.splitlines() if "0.0352" in line]
+    assert "25 validation" in first
     assert "the result" in first
+    assert "25 unseen" in second
     assert "the program as written" in second
+    assert "the result, no test" in third
     assert "flatter" in text
-    assert "did not use" in text
-    assert "flatter" not in evidence_table([run(evidence=evidence(unseen=20))])
+    assert "it loses 0.100 on 25 rows" in text
+    assert "flatter" not in evidence_table([run(evidence=evidence(unseen=25))])
     assert evidence_table([run()]) == ""
 
 
