@@ -38,6 +38,17 @@ class Allowance:
         return n_calls <= self.remaining
 
 
+class Replays(Allowance):
+    """For work whose requests the scope has counted already, and which is free therefore.
+
+    It asks for no estimate: what is new after all is refused by the scope when it is one too many.
+    """
+
+    def can_afford(self, n_calls: float) -> bool:
+        """True: it costs nothing."""
+        return True
+
+
 class OutOfCalls(Exception):
     """A step's allowance does not suffice for the work it was about to begin. Caught by the step itself."""
 

@@ -9,10 +9,12 @@ overshoots is stopped by the step's scope with the best program kept. Knows cons
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from dspy import teleprompt
+from dspy.teleprompt import mipro_optimizer_v2
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize import writers
@@ -31,6 +33,22 @@ def build(job: OptimizerJob) -> Built:
     if job.name not in _BUILDERS:
         raise ConfigurationError(f"got {job.name!r}; expected one of {', '.join(_BUILDERS)}")
     return _BUILDERS[job.name](job)
+
+
+def scores_its_result(name: str, kwargs: Mapping[str, Any], *, n_validation: int) -> bool:
+    """Whether an optimizer returns a program that it has evaluated on the whole validation split itself.
+
+    Scoring its result afterwards then costs no further call.
+
+    Args:
+        name: Registered name.
+        kwargs: The user's own arguments for it.
+        n_validation: Validation examples; MIPROv2's `auto` draws some of many.
+    """
+    if name == "miprov2" and kwargs.get("auto") is not None:
+        sizes = mipro_optimizer_v2.AUTO_RUN_SETTINGS.get(str(kwargs["auto"]), {"val_size": 0})
+        return n_validation <= int(sizes["val_size"])
+    return name in _SCORE_THEIR_RESULT
 
 
 def _labeled(job: OptimizerJob) -> Built:
@@ -142,6 +160,15 @@ def _together(job: OptimizerJob) -> Built:
     }
     return Built(optimizer, kwargs, tunes_weights=True, note=f"{strategy}; each p {prompt.note}")
 
+
+_SCORE_THEIR_RESULT = frozenset(
+    {
+        "bootstrap_fewshot_random_search", "bootstrap_fewshot_optuna", "miprov2", "copro", "gepa", "infer_rules",
+        "better_together",
+    }
+)  # fmt: skip
+"""Not LabeledFewShot, BootstrapFewShot, KNNFewShot and BootstrapFinetune, which evaluate nothing, and not SIMBA, which
+evaluates on training examples."""
 
 _BUILDERS: dict[str, Callable[[OptimizerJob], Built]] = {
     "labeled_fewshot": _labeled,

@@ -18,13 +18,11 @@ Knows how to run an optimizer; how each is built and sized is in `builders`.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
-from dspy.utils.callback import BaseCallback
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.evaluate.metrics import Metric, call_metric
@@ -33,6 +31,7 @@ from copa_harness.lm.scope import current_scope
 from copa_harness.optimize.allowance import Allowance, step_scope
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.checks import check_metered
+from copa_harness.optimize.evaluations import Evaluations
 from copa_harness.optimize.forgiving import ProposalCount, forgiving
 from copa_harness.optimize.quiet import quiet
 from copa_harness.optimize.students import models_in, ready
@@ -64,6 +63,7 @@ class OptimizerJob:
         min_score: Score from which a bootstrapped answer passes, 0..1.
         shows: Whether a demonstration may be shown, for programs that choose theirs per input.
         proposals: Counts the instructions asked for, and those that could not be used.
+        known: Keys of the candidates that were scored on the whole validation split before.
     """
 
     name: str
@@ -82,6 +82,7 @@ class OptimizerJob:
     min_score: float = 1.0
     shows: Callable[[Any], bool] = lambda demo: True
     proposals: ProposalCount = field(default_factory=ProposalCount)
+    known: frozenset[str] = frozenset()
 
     @property
     def task_lm(self) -> Any:
@@ -124,11 +125,15 @@ class OptimizerOutcome:
         candidate: Its result, or the best program it had fully evaluated when the budget ended it; None without any.
         notes: Sentences about it.
         others: The other programs it fully evaluated, best first.
+        evaluated: Keys of all it fully evaluated.
+        covers_all: Whether that was on every validation example: their scores there then cost no further call.
     """
 
     candidate: Candidate | None
     notes: tuple[str, ...] = ()
     others: tuple[Candidate, ...] = ()
+    evaluated: frozenset[str] = frozenset()
+    covers_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,50 +157,6 @@ class Built:
     note: str = ""
 
 
-class _Evaluations(BaseCallback):
-    """Remembers the programs of the complete evaluations: those on the largest part of the validation split so far.
-
-    Minibatches are left out that way, and an optimizer that takes a part of a large split for the whole (MIPROv2's
-    `auto`) is understood.
-    """
-
-    def __init__(self, job: OptimizerJob) -> None:
-        self._job, self._lock = job, threading.Lock()
-        self._running: dict[str, tuple[Candidate, int]] = {}
-        self._validation = {id(example) for example in job.valset}
-        self._found: dict[str, tuple[float, Candidate]] = {}
-        self._n = 0
-        self.keeps_lms = False
-        self.n_complete = 0
-
-    @property
-    def best_first(self) -> tuple[Candidate, ...]:
-        """Different programs, the best first, of equals the earlier."""
-        return tuple(candidate for _, candidate in sorted(self._found.values(), key=lambda one: -one[0]))
-
-    def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        program, devset = inputs.get("program"), inputs.get("devset") or instance.devset
-        if not isinstance(program, dspy.Module) or not program.named_predictors():
-            return
-        if all(id(example) in self._validation for example in devset):
-            with self._lock:
-                candidate = _settings_of(program, self._job, keep_lms=self.keeps_lms)
-                self._running[call_id] = (candidate, len(devset))
-
-    def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        with self._lock:
-            candidate, n = self._running.pop(call_id, (None, 0))
-            if candidate is None or outputs is None or exception is not None or n < self._n:
-                return
-            if n > self._n:
-                self._n, self.n_complete = n, 0
-                self._found.clear()
-            self.n_complete += 1
-            score = float(outputs.score)
-            if candidate.key not in self._found or score > self._found[candidate.key][0]:
-                self._found[candidate.key] = (score, candidate)
-
-
 def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     """Run a DSPy optimizer within its allowance.
 
@@ -211,10 +172,14 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     for lm in models_in(job.kwargs):
         check_metered(lm)
     student = ready(job.incumbent.program())
-    seen = _Evaluations(job)
     notes: list[str] = []
     count = job.proposals
     adapter = forgiving(default_adapter(), program=student, count=count)
+    keeps_lms = False
+    seen = Evaluations(
+        job.valset, allowance=job.allowance, calls_per_example=job.calls_per_example, known=job.known,
+        settings_of=lambda program: _settings_of(program, job, keep_lms=keeps_lms),
+    )  # fmt: skip
     with (
         current_scope().phase(Phase.SEARCH),
         step_scope(job.allowance, name=job.name),
@@ -225,7 +190,7 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
         quiet(job.name),
     ):  # fmt: skip
         built = build(job)
-        seen.keeps_lms = built.tunes_weights
+        keeps_lms = built.tunes_weights
         if built.note:
             notes.append(built.note)
         try:
@@ -237,7 +202,7 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
                 f"its share of the budget ended it after {n} complete evaluation{'' if n == 1 else 's'} on validation; "
                 + ending
             )
-            return OptimizerOutcome(found[0] if found else None, tuple(notes), found[1:])
+            return _outcome(found[0] if found else None, notes, seen)
     if count.n_unusable:
         notes.append(f"{count.n_unusable} of {count.n_asked} instruction proposals were unusable and left out")
     if getattr(program, "flag_compilation_error_occurred", False):
@@ -246,10 +211,18 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
             "copa_harness log at level DEBUG"
         )
     if built.takes_best_evaluation and seen.best_first:
-        return OptimizerOutcome(seen.best_first[0], tuple(notes), seen.best_first[1:])
+        return _outcome(seen.best_first[0], notes, seen)
     program._compiled = False
     candidate = _settings_of(program, job, structure=built.structure, keep_lms=built.tunes_weights)
-    return OptimizerOutcome(candidate, tuple(notes), tuple(o for o in seen.best_first if o.key != candidate.key))
+    return _outcome(candidate, notes, seen)
+
+
+def _outcome(candidate: Candidate | None, notes: Sequence[str], seen: Evaluations) -> OptimizerOutcome:
+    found = seen.best_first
+    others = tuple(one for one in found if candidate is None or one.key != candidate.key)
+    return OptimizerOutcome(
+        candidate, tuple(notes), others, evaluated=frozenset(one.key for one in found), covers_all=seen.covers_all
+    )
 
 
 def _compile(job: OptimizerJob, built: Built, student: dspy.Module) -> dspy.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -74,7 +74,8 @@ class Run(Story):
         self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
         self.evidence: Mapping[str, Any] = {}
         self.passed_over: frozenset[str] = frozenset()  # finalists that lost the last look
-        self.n_trials = 0
+        self.n_trials = self._n_searched = 0
+        self._elsewhere: set[str] = set()  # candidates that DSPy's optimizers evaluated
         self.stopped, self.last_search = "completed", ""
         self.tuned: Trained | None = None
         self._past: dict[str, dict[str, float]] = defaultdict(dict)
@@ -94,6 +95,17 @@ class Run(Story):
         self.stopped = "budget"
         self.note(f"the budget ended step {step}; the best program so far is kept")
 
+    def count_candidates(self, keys: Iterable[str]) -> None:
+        """Count programs that DSPy's optimizers evaluated, each once, as candidates looked at."""
+        new = set(keys) - self._elsewhere - {self.student.key, self.incumbent.key}
+        self.n_trials += len(new)
+        self._elsewhere |= new
+
+    @property
+    def n_evaluated_elsewhere(self) -> int:
+        """Programs that DSPy's optimizers evaluated in full and that have no full score here."""
+        return len(self._elsewhere - {one.key for one in self.validation.completed()})
+
     def baseline(self) -> bool:
         """Score the student; False when the budget does not reach that far."""
         cost = self.validation.cost_to_complete(self.incumbent)
@@ -110,7 +122,8 @@ class Run(Story):
             self.stopped = "budget"
             self.note(
                 f"the budget of {self.scope.budget.calls:g} calls does not pay for scoring the program as written "
-                f"({cost} calls); it is returned as it is"
+                f"({cost} calls); it is returned as it is",
+                headline=True,
             )
             return False
         if (broken := self.forbids(self.incumbent)) is not None:
@@ -137,7 +150,9 @@ class Run(Story):
             return Allowance(self.scope, math.inf) if not searching else self.capped(self.weights_cost())
         wanted = self.weights_cost() * sum(s.kind is StepKind.WEIGHTS for s in later)
         reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
-        searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
+        if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for a last look at other rows
+            reserved += min(self.full_score_cost, 0.1 * self.scope.remaining_calls)
+        searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)
         return share_of(self.scope, 1, 1 + searching, reserved=reserved)
 
     def capped(self, calls: float) -> Allowance:
@@ -199,7 +214,7 @@ class Run(Story):
     ) -> str:
         """Run one study and adopt its best; why it stopped."""
         space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
-        settings = replace(self.settings.search, seed=1000 * self.settings.seed + self.n_trials)
+        settings = replace(self.settings.search, seed=1000 * self.settings.seed + self._n_searched)
         outcome = search(
             space,
             validation=self.validation,
@@ -210,6 +225,7 @@ class Run(Story):
             name=name,
             watchers=self.watchers(name, space),
         )
+        self._n_searched += len(outcome.trials)
         self.n_trials, self.last_search = self.n_trials + len(outcome.trials), outcome.stopped
         tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
         scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted, NoTrainingRowsError, TrainingDivergedError
-from copa_harness.optimize.allowance import Allowance, OutOfCalls
+from copa_harness.optimize.allowance import Allowance, OutOfCalls, Replays
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
 from copa_harness.optimize.ensemble import ensemble_of
 from copa_harness.optimize.levels import checkpoint_levels
+from copa_harness.optimize.optimizer_step import optimizer_step
 from copa_harness.optimize.progress import incumbent_text
 from copa_harness.optimize.proposals import starting_points
-from copa_harness.optimize.registry import OptimizerJob, run_optimizer
 from copa_harness.optimize.rounds import DemoSets, InstructionSets, instruction_starts, search_in_rounds
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
@@ -88,7 +88,7 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
         elif step.kind is StepKind.ENSEMBLE:
             _ensemble(run)
         else:
-            _optimizer(run, step, allowance)
+            optimizer_step(run, step, allowance)
     except (OutOfCalls, BudgetExhausted):
         run.budget_note(step)
 
@@ -236,52 +236,5 @@ def _ensemble(run: Run) -> None:
     found = sorted(run.validation.completed(), key=run.validation.mean, reverse=True)
     allowed = [candidate for candidate in found if run.forbids(candidate) is None]
     candidate = ensemble_of(allowed, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
-    run.validation.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+    run.validation.complete(candidate, allowance=Replays(run.scope, math.inf), phase=Phase.SEARCH)
     run.adopt(candidate, what=candidate.structure)
-
-
-def _optimizer(run: Run, step: Step, allowance: Allowance) -> None:
-    """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation.
-
-    A result that breaks a limit is repaired where that can be done (required texts are appended, demonstrations with
-    forbidden ones left out), else the next best of the programs it evaluated takes its place.
-    """
-    cost = run.full_score_cost
-    if not allowance.can_afford(2 * cost):
-        raise OutOfCalls
-    job = OptimizerJob(
-        name=step.name,
-        incumbent=run.incumbent,
-        trainset=run.constraints.allowed_examples(run.trainset),
-        valset=run.validation.examples,
-        metric=run.metric,
-        allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - cost),
-        calls_per_example=run.validation.calls_per_example(run.incumbent),
-        prompt_lm=run.prompt_lm,
-        threads=run.settings.threads,
-        seed=run.settings.seed,
-        n_demos=run.settings.proposals.max_demos,
-        kwargs=run.settings.optimizer_kwargs.get(step.name, {}),
-        teacher=run.teacher,
-        min_score=run.settings.proposals.min_score,
-        shows=run.constraints.allows,
-    )
-    found = run_optimizer(job)
-    for note in found.notes:
-        run.note(f"{step}: {note}")
-    ranked = [*([] if found.candidate is None else [found.candidate]), *found.others]
-    refused: list[str] = []
-    for i, candidate in enumerate(map(run.constraints.repaired, ranked)):
-        if (broken := run.forbids(candidate)) is None:
-            if i > 0 and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
-                break
-            run.validation.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
-            broken = run.forbids(candidate)  # now with what its answers cost
-        if broken is None:
-            if refused:
-                run.note(f"{step}: {len(refused)} programs it liked better break a limit, the best: {refused[0]}")
-            run.adopt(candidate, what=f"{step}: result")
-            return
-        refused.append(broken)
-    if refused:
-        run.note(f"{step}: result not adopted, nor any other program it evaluated: {refused[0]}")

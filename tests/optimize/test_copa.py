@@ -87,6 +87,7 @@ def test_whatever_the_budget_the_result_is_no_worse_and_the_budget_holds(toy, ca
         assert result.stopped == "budget"
         assert result.exhausted
         assert "does not pay for scoring the program as written" in result.notes[0]
+        assert result.headlines == result.notes[:1]
     else:
         assert result.score_after >= result.score_before
 

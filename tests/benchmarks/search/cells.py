@@ -32,7 +32,7 @@ METHODS = (*COPA, *CONTROLS, *RIVALS)
 WRITTEN_FOR = ("miprov2 light", "gepa")
 """Methods that are given the rule-based writer as their prompt LM."""
 
-_RIVAL_SOURCES = ("registry", "builders", "writers", "together", "forgiving", "arguments", "quiet")
+_RIVAL_SOURCES = ("registry", "evaluations", "builders", "writers", "together", "forgiving", "arguments", "quiet")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from copa_harness.lm.build import build_lm
 from copa_harness.lm.cache import ResponseCache
 from copa_harness.lm.door import Door
 from copa_harness.lm.scope import open_scope
+from copa_harness.optimize.builders import scores_its_result
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.outcome import apply_state
 from copa_harness.optimize.racing import RacingPruner
@@ -62,9 +63,12 @@ class Bench:
         if cell.method == "gepa":
             # It counts program runs, repeated ones too, and would stop at half of its distinct calls.
             arguments["optimizer_kwargs"] = {"gepa": {"max_metric_calls": 4 * cell.budget}}
-        # COPA holds one scoring of the result back from DSPy's optimizers; here they may use all of theirs, and that
-        # last scoring, if it is one at all, comes on top.
-        held_back = len(task.valset) * len(task.program.predictors()) if cell.method in RIVALS else 0
+        # All that DSPy's optimizers may use is theirs. One that has not evaluated its result on all of validation has a
+        # scoring of it held back, which comes on top here.
+        step, given = str(arguments["strategy"]), arguments.get("optimizer_kwargs", {})
+        held_back = 0
+        if cell.method in RIVALS and not scores_its_result(step, given.get(step, {}), n_validation=len(task.valset)):
+            held_back = len(task.valset) * len(task.program.predictors())
         copa = COPA(
             metric=task.metric, budget=cell.budget + held_back, seed=cell.seed, lm=self.lm, threads=N_THREADS,
             **arguments,
