@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
+from copa_harness.judge.messages import counted
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
@@ -170,7 +171,7 @@ def _baseline_list(options: argparse.Namespace) -> tuple[str, int]:
             lines.append(f"{entry.path}: {entry.problem}")
         else:
             name = f"{found.task}/{found.name}"
-            measured = f"{found.score:.3f} on {len(found.scores):,} {found.split} examples"
+            measured = f"{found.score:.3f} on {counted(len(found.scores), found.split + ' example')}"
             lines.append(f"{name:<32} {measured}  {found.origin}")
     return "\n".join(lines), int(any(entry.baseline is None for entry in entries))
 

@@ -87,6 +87,8 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"optimizer_kwargs": {"gepaa": {}}}, r"copa marker: .*'gepaa'.*Did you mean 'gepa'\?"),
         ({"optimizer_kwargs": {"ensemble": {"sise": 3}}}, r"'sise'\] for ensemble; .* Did you mean 'size'\?"),
         ({"optimizer_kwargs": {"knn_fewshot": {"n": 3}}}, "for knn_fewshot; expected some of k, max_boot"),
+        ({"optimizer_kwargs": {"miprov2": {"nonsense": 1}}}, r"\['nonsense'\] for miprov2; expected some of auto, "),
+        ({"optimizer_kwargs": {"gepa": {"use_marge": 1}}}, r"Did you mean 'use_merge'\?"),
         ({"optimizer_kwargs": {"gepa": {3: 1}}}, "for gepa; expected a dictionary of its arguments by name"),
         ({"undecided_fails": 1}, "undecided_fails=1; expected True or False"),
     ],

@@ -17,6 +17,7 @@ from dspy import teleprompt
 from dspy.teleprompt import mipro_optimizer_v2
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.messages import counted
 from copa_harness.optimize import writers
 from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
 from copa_harness.optimize.limits import KNN_KWARGS, check_kwargs
@@ -103,7 +104,7 @@ def _optuna(job: OptimizerJob) -> Built:
         job, SeededDemoStudy, ours=ours, at_compile={**data_of(job), "max_demos": max(1, min(4, job.n_demos))}
     )
     optimizer.seed = job.seed
-    return Built(optimizer, kwargs, note=sized(job, f"{n} trials", "num_candidate_programs"))
+    return Built(optimizer, kwargs, note=sized(job, counted(n, "trial"), "num_candidate_programs"))
 
 
 def _knn(job: OptimizerJob) -> Built:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.messages import counted
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.evidence import LastLook, decide, look_again, reference_of
 from copa_harness.optimize.outcome import OptimizationResult, to_state
@@ -50,8 +51,9 @@ def _keep_limits(run: Run) -> None:
         allowed = _allowed(run)
         if not allowed:
             raise ConfigurationError(
-                f"no program keeps the constraints: {run.forbids(run.incumbent)}; {len(run.validation.completed())} "
-                "were scored; loosen the limit, raise the budget, or change the program"
+                f"no program keeps the constraints: {run.forbids(run.incumbent)}; "
+                f"{counted(len(run.validation.completed()), 'program')} scored in full; loosen the limit, raise the "
+                "budget, or change the program"
             )
         run.incumbent = max(allowed, key=run.validation.mean)
 
@@ -136,12 +138,12 @@ def reason_of(run: Run) -> str:
     if run.stopped == "out of reach":
         return "too few mistakes on validation for any result to be adopted"
     if run.stopped == "perfect score":
-        return f"perfect score on {run.validation.n:,} validation examples"
+        return f"perfect score on {counted(run.validation.n, 'validation example')}"
     said = {
-        "no improvement": f"no improvement in {run.settings.search.patience} trials",
+        "no improvement": f"no improvement in {counted(run.settings.search.patience or 0, 'trial')}",
         "no head-room": "no head-room",
         "search space exhausted": "every combination was tried",
-        "trials": f"{run.settings.search.max_trials:,} trials",
+        "trials": counted(run.settings.search.max_trials, "trial"),
         "budget": "its share of the calls was used",
         "perfect score": "perfect score",
     }

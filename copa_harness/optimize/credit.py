@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted
+from copa_harness.judge.messages import counted
 from copa_harness.judge.paired import difference_interval
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate, model_name
@@ -210,4 +211,4 @@ def _from_trials(
     if effect is None:
         return {"gain": None, "low": None, "high": None, "method": "not measured"}
     mean, sd, n = effect
-    return {"gain": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd, "method": f"{n} trials"}
+    return {"gain": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd, "method": counted(n, "trial")}

@@ -2,7 +2,7 @@
 
 Plain Python, so that a wrong name or value is refused before anything heavy is loaded (a marker is read when tests are
 collected). Knows what may be said; knows nothing of prompts, costs or how an optimizer is run. Keyword names of DSPy's
-own classes are DSPy's to know, and are checked when one is built (`arguments`).
+own classes are read from its source (`keywords`), and checked again when one is built (`arguments`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.optimize.keywords import keywords_of
 from copa_harness.optimize.strategy import OPTIMIZER_NAMES
 
 LIMITS: tuple[str, ...] = (
@@ -61,7 +62,7 @@ def parse_limits(given: Any) -> dict[str, Any]:
 def check_optimizer_kwargs(given: Mapping[str, Any]) -> None:
     """Raise unless every name is a known optimizer's and its arguments are a dictionary with names.
 
-    Names of arguments are checked for what is ours (`knn_fewshot`, `ensemble`); the others' need DSPy.
+    Names of arguments are checked as far as they are known without DSPy: all of ours, and what `keywords` can read.
 
     Raises:
         ConfigurationError: The first that is not, with the nearest known one.
@@ -76,8 +77,9 @@ def check_optimizer_kwargs(given: Mapping[str, Any]) -> None:
             raise ConfigurationError(
                 f"got optimizer_kwargs {arguments!r} for {name}; expected a dictionary of its arguments by name"
             )
-        if name in _OURS:
-            check_kwargs(name, arguments, known=_OURS[name])
+        known_here = _OURS.get(name) or keywords_of(name)
+        if known_here is not None:
+            check_kwargs(name, arguments, known=known_here)
 
 
 def check_kwargs(name: str, given: Iterable[str], *, known: Iterable[str]) -> None:

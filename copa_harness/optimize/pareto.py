@@ -30,7 +30,7 @@ class Preference:
 
     def __str__(self) -> str:
         word = next(word for word, objective in OBJECTIVES.items() if objective == self.objective)
-        return f"{word} within {100 * self.within:g} points of best"
+        return f"{word} within {100 * self.within:g} point{'' if self.within == 0.01 else 's'} of best"
 
 
 def parse_preference(text: str | None) -> Preference | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.messages import counted
 from copa_harness.lm.scope import Scope
 
 logger = logging.getLogger("copa_harness")
@@ -133,8 +134,8 @@ def incumbent_text(scores: Sequence[float | None]) -> str:
     known = [score for score in scores if score is not None]
     if not known:
         return "no score yet"
-    interval = mean_interval(known)
-    return f"best {sum(known) / len(known):.3f} [{interval.low:.2f}, {interval.high:.2f}] on {len(known)} rows"
+    interval, rows = mean_interval(known), counted(len(known), "row")
+    return f"best {sum(known) / len(known):.3f} [{interval.low:.2f}, {interval.high:.2f}] on {rows}"
 
 
 def duration_text(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from copa_harness.judge.messages import counted
 from copa_harness.optimize.allowance import Allowance
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.journal import StudyJournal
@@ -102,13 +103,13 @@ class SearchOutcome:
         n_trials = len(self.trials)
         saved = sum(n - trial.n_scored for trial in self.trials if trial.outcome == "dropped")
         told = [
-            f"{name}: {n_trials} candidates of {size}, stopped: {self.stopped}; racing left out {saved} of "
+            f"{name}: {counted(n_trials, 'candidate')} of {size}, stopped: {self.stopped}; racing left out {saved} of "
             f"{n_trials * n} example evaluations"
         ]
         if self.stopped == "no head-room":
             told.append(
-                f"{name}: no head-room: none of {n_trials} candidates got an example right that the incumbent gets "
-                f"wrong; stopped with {calls:,} calls used"
+                f"{name}: no head-room: none of {counted(n_trials, 'candidate')} got an example right that the "
+                f"incumbent gets wrong; stopped with {calls:,} calls used"
             )
         return told
 

@@ -16,6 +16,7 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import takes_arguments
+from copa_harness.judge.messages import counted
 from copa_harness.optimize.arguments import data_of, parameters_of, sized, split_kwargs, teacher_for
 from copa_harness.optimize.forgiving import forgiving
 from copa_harness.optimize.limits import check_kwargs
@@ -53,7 +54,8 @@ def mipro(job: OptimizerJob) -> Built:
         at_compile.pop("num_trials")
     optimizer, kwargs = split_kwargs(job, teleprompt.MIPROv2, ours=ours, at_compile=at_compile)
     by = "by the task model itself (no prompt LM given)" if writes_itself else "by the prompt LM"
-    size = sized(job, f"{n_trials} trials, {n_candidates} candidates", "auto", "num_trials", "num_candidates")
+    to = f"{counted(n_trials, 'trial')}, {counted(n_candidates, 'candidate')}"
+    size = sized(job, to, "auto", "num_trials", "num_candidates")
     return Built(optimizer, kwargs, note=f"{size}; instructions {by}")
 
 
@@ -142,7 +144,7 @@ def simba(job: OptimizerJob) -> Built:
     optimizer, kwargs = split_kwargs(
         job, teleprompt.SIMBA, ours=ours, at_compile={"trainset": list(job.trainset), "seed": job.seed}
     )
-    size = f"{steps} steps of {n} candidates on batches of {batch}"
+    size = f"{counted(steps, 'step')} of {counted(n, 'candidate')} on batches of {batch}"
     return Built(optimizer, kwargs, note=sized(job, size, "max_steps", "num_candidates", "bsize"))
 
 
@@ -165,5 +167,5 @@ def infer_rules(job: OptimizerJob) -> Built:
     check_kwargs(job.name, job.kwargs, known=known)
     given = {**ours, **job.kwargs}
     kwargs = {**data_of(job), "teacher": teacher_for(job, settings=given.get("teacher_settings"))}
-    note = sized(job, f"{n} candidates", "num_candidates")
+    note = sized(job, counted(n, "candidate"), "num_candidates")
     return Built(teleprompt.InferRules(**given), kwargs, takes_best_evaluation=True, note=note)

@@ -97,9 +97,10 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
         notes += _spent(settings)
     n_cut = max(sum(bool(row.get("cut_short")) for row in ordered), n_refused)
     if n_cut:
+        what = "evaluation or test was" if n_cut == 1 else "evaluations or tests were"
         remarks.append(
-            f"budget exhausted: {n_cut} evaluations or tests were cut short by the ceilings of the session and have no "
-            f"score; raise --copa-total-budget and run again, what was answered is cached and free"
+            f"budget exhausted: {n_cut} {what} cut short by the ceilings of the session, without a score; raise "
+            f"--copa-total-budget and run again, what was answered is cached and free"
         )
     more: dict[str, Any] = {"failed_calls": failures} if failures else {}
     if settings.constrain:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.judge.gates import overall
+from copa_harness.judge.messages import counted
 from copa_harness.results import GateResult, PhaseRecord, Usage
 from copa_harness.session.attributing import attributed, searches_both
 from copa_harness.session.blessing import baseline_name, candidate
@@ -217,6 +218,6 @@ def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[s
         return notes
     return (
         *notes,
-        f"{measured.evaluation.title}: the metric made {measured.n_metric_calls:,} calls of a model of its own on the "
-        f"{measured.evaluation.split} split; they are paid for and counted, in a phase apart.",
+        f"{measured.evaluation.title}: the metric made {counted(measured.n_metric_calls, 'call')} of a model of its "
+        f"own on the {measured.evaluation.split} split; they are paid for and counted, in a phase apart.",
     )

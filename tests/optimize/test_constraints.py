@@ -74,7 +74,7 @@ def test_required_texts_are_appended_and_forbidden_ones_avoided(toy):
 
 
 def test_when_nothing_keeps_the_limits_nothing_is_returned(toy):
-    with pytest.raises(ConfigurationError, match=r"no program keeps the constraints: .* more than 3; .* were scored"):
+    with pytest.raises(ConfigurationError, match=r"no program keeps the constraints: .* more than 3; .* in full"):
         compiled(toy, constraints={"max_prompt_tokens": 3}, budget=60)
 
 

@@ -44,3 +44,8 @@ def test_preferences_are_written_in_words():
     assert str(Preference("seconds", 0.02)) == "fastest within 2 points of best"
     with pytest.raises(ConfigurationError, match="cheapest within 1 point of best"):
         parse_preference("cheap")
+
+
+def test_a_preference_is_said_in_the_number_it_has():
+    assert str(parse_preference("cheapest within 1 points of best")) == "cheapest within 1 point of best"
+    assert str(parse_preference("cheapest within 2 points of best")) == "cheapest within 2 points of best"

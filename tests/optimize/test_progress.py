@@ -114,3 +114,8 @@ def test_a_run_tells_its_steps_without_control_characters(toy):
 def test_numbers_are_written_for_people():
     assert incumbent_text([None]) == "no score yet"
     assert [duration_text(seconds) for seconds in (7.4, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
+
+
+def test_one_row_is_not_said_as_several():
+    assert incumbent_text([1.0]).endswith(" on 1 row")
+    assert incumbent_text([1.0, None, 0.0]).endswith(" on 2 rows")
