@@ -41,7 +41,7 @@ _UNUSABLE = (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, At
 
 
 class CacheWarning(UserWarning):
-    """The response cache is damaged or cannot be written; answers stay right, some are paid for again."""
+    """Part of the cache directory is damaged or cannot be written; answers stay right, some are paid for again."""
 
 
 class ResponseCache:

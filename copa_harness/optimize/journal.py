@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from copa_harness.errors import CacheError
+from copa_harness.lm.cache import CacheWarning
 from copa_harness.optimize.samplers import quiet_optuna
 
 logger = logging.getLogger("copa_harness")
@@ -65,7 +67,7 @@ class _ProcessLock(BaseJournalFileLock):
 def open_journal(path: Path) -> JournalStorage:
     """Optuna storage in one file of JSON lines; made when it is not there, mended when its last line is half a line.
 
-    A journal with a damaged line is moved aside, with a warning in the log, and a new one takes its place.
+    A journal with a damaged line is moved aside, with a `CacheWarning`, and a new one takes its place.
 
     Raises:
         CacheError: The file is no journal and never was, or cannot be written.
@@ -140,10 +142,14 @@ def _move_aside(path: Path, why: str) -> None:
     numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
     target = next(one for n in numbers if not (one := path.with_name(f"{path.name}.damaged{n}")).exists())
     path.replace(target)
-    logger.warning(
-        "the journal %s is damaged (%s); it was moved to %s and a new one is begun: nothing is lost but the record of "
-        "earlier trials, answers come from the cache", path, why, target.name,
-    )  # fmt: skip
+    message = (
+        f"the journal {path} is damaged ({why}); it was moved to {target.name} and a new one is begun: nothing is lost "
+        "but the record of earlier trials, answers come from the cache"
+    )
+    try:
+        warnings.warn(message, CacheWarning, stacklevel=2)
+    except CacheWarning:  # warnings are errors here; a by-product still ends no run
+        logger.warning("%s", message)
 
 
 class Journal:

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import warnings
 
 import optuna
 import pytest
 
 from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
-from copa_harness.lm.cache import ResponseCache
+from copa_harness.lm.cache import CacheWarning, ResponseCache
 from copa_harness.lm.door import Door
 from copa_harness.optimize.journal import Journal, open_journal
 from copa_harness.optimize.sharing import alone_at
@@ -155,27 +156,34 @@ def _damaged(path):
     return path.read_bytes()
 
 
-def test_a_damaged_journal_is_moved_aside_and_the_run_ends_as_ever(toy, tmp_path, caplog):
+def test_a_damaged_journal_is_moved_aside_and_the_run_ends_as_ever(toy, tmp_path):
     path, lm = tmp_path / "journal.jsonl", toy.lm()
     first = optimized(toy, path, lm=lm)
     for aside in ("journal.jsonl.damaged", "journal.jsonl.damaged-2"):
-        caplog.clear()
         damaged = _damaged(path)
-        again = optimized(toy, path, lm=lm)
+        with pytest.warns(CacheWarning, match=f"is damaged .* moved to {aside} and a new one is begun") as told:
+            again = optimized(toy, path, lm=lm)
         assert (again.score_after, again.n_trials) == (first.score_after, first.n_trials)
         assert (tmp_path / aside).read_bytes() == damaged
         assert len(trials(path)) == first.n_trials
-        said = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
-        assert len(said) == 1
-        assert f"moved to {aside} and a new one is begun" in said[0]
+        assert len([one for one in told if issubclass(one.category, CacheWarning)]) == 1
 
 
-def test_whole_lines_that_tell_of_studies_which_are_not_there_are_damage_too(tmp_path, caplog):
+def test_where_warnings_are_errors_damage_ends_no_run_either(tmp_path, caplog):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"op_code":0,garbage\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert studies(path) == []
+    assert "moved to journal.jsonl.damaged" in caplog.text
+
+
+def test_whole_lines_that_tell_of_studies_which_are_not_there_are_damage_too(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"op_code":4,"worker_id":"w"}\n')
-    assert studies(path) == []
+    with pytest.warns(CacheWarning, match=r"moved to journal\.jsonl\.damaged"):
+        assert studies(path) == []
     assert (tmp_path / "journal.jsonl.damaged").exists()
-    assert "moved to journal.jsonl.damaged" in caplog.text
 
 
 def test_damage_done_while_it_is_being_written_is_told_in_our_words(tmp_path):
