@@ -130,7 +130,7 @@ def _entry(run: Run, candidate: Candidate, objective: str) -> dict[str, Any]:
 def reason_of(run: Run) -> str:
     """Why a run ended, in words for the report."""
     if run.stopped == "budget":
-        return f"the budget: {run.scope.charged_calls:,} of {run.scope.budget.calls:,.0f} calls used"
+        return f"the budget: {run.scope.charged_calls:,} of {run.scope.budget.calls:,.0f} calls used{_why_a_rest(run)}"
     if run.stopped == "converged":
         return f"no improvement over a full cycle (epsilon {run.settings.epsilon:g}, or the noise)"
     if run.stopped == "max_cycles":
@@ -148,6 +148,17 @@ def reason_of(run: Run) -> str:
         "perfect score": "perfect score",
     }
     return "all steps taken" + (f"; the last search: {said[run.last_search]}" if run.last_search else "")
+
+
+def _why_a_rest(run: Run) -> str:
+    """Why a budget that ended a run has calls left."""
+    if run.scope.remaining_calls < 1 or math.isinf(run.scope.remaining_calls) or run.scope.exhausted:
+        return ""  # none is left, or it was another ceiling that ended it
+    if not run.validation.is_complete(run.student):
+        return "; the rest does not pay for scoring the program as written"
+    if run.scope.remaining_calls < run.full_score_cost:
+        return "; the rest does not pay for another candidate in full"
+    return "; the rest was set aside for what comes after the search"
 
 
 def result_of(

@@ -35,7 +35,7 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
     edits = bool(run.constraints.required_text or run.constraints.forbidden_text)
     is_scored = not edits and scores_its_result(step.name, kwargs, n_validation=run.validation.n)
     reserved = 0 if is_scored else cost
-    if not allowance.can_afford(cost + reserved):
+    if not allowance.can_afford(cost):
         raise OutOfCalls
     job = OptimizerJob(
         name=step.name,

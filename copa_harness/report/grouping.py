@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from copa_harness.judge.paired import PairedDifference, pair_up, paired_difference
@@ -22,7 +23,12 @@ _WEIGHT_STEPS = frozenset({"w", "weights"})
 
 def steps_of(strategy: str) -> tuple[str, ...]:
     """The names between the arrows, in lower case."""
-    return tuple(step.strip().lower() for step in re.split(r"->|→|>", strategy) if step.strip())
+    return tuple(step.strip().lower() for step in re.split(r"->|→|>", bare(strategy)) if step.strip())
+
+
+def bare(strategy: str) -> str:
+    """A strategy without what `told_apart` added."""
+    return strategy.split(" (", 1)[0]
 
 
 def kind_of(strategy: str) -> Kind:
@@ -83,12 +89,57 @@ def distinct(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(run.strategy for run in runs))
 
 
+def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs, with the test's name in the strategy where several of one strategy differ in settings or results.
+
+    Where the name does not tell them apart, the budget or a number does. Runs alike (two tests may share one
+    optimization) and the program as written keep their names.
+    """
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for i, run in enumerate(runs):
+        if kind_of(run.strategy) != "baseline":
+            groups.setdefault((run.task, run.model, run.split, run.strategy), []).append(i)
+    found = list(runs)
+    for group in groups.values():
+        variants: list[Any] = []
+        for i in group:
+            if _variant(runs[i]) not in variants:
+                variants.append(_variant(runs[i]))
+        if len(variants) > 1:
+            for i, label in zip(group, _labels([runs[i] for i in group], variants), strict=True):
+                found[i] = replace(runs[i], strategy=f"{runs[i].strategy} ({label})")
+    return found
+
+
+def _variant(run: RunRecord) -> tuple[Any, ...]:
+    """What a run was given and came to; what it cost depends on what was cached."""
+    return (
+        run.budget.calls, run.seed, run.n, run.scores, run.score, run.validation_after, dict(run.search),
+        tuple(run.notes),
+    )  # fmt: skip
+
+
+def _labels(runs: Sequence[RunRecord], variants: Sequence[Any]) -> list[str]:
+    """The shortest kind of label that is never the same for different variants."""
+    names = [run.test.rsplit("::", 1)[-1] for run in runs]
+    calls = ["no ceiling" if math.isinf(run.budget.calls) else f"{run.budget.calls:,.0f} calls" for run in runs]
+    number = [variants.index(_variant(run)) for run in runs]
+    for labels in (
+        names,
+        [run.test for run in runs],
+        [f"{name}, {ceiling}" for name, ceiling in zip(names, calls, strict=True)],
+    ):
+        if len(set(zip(labels, number, strict=True))) == len(set(labels)):
+            return labels
+    return [f"{name}, no. {i + 1}" for name, i in zip(names, number, strict=True)]
+
+
 def told_once(runs: Sequence[RunRecord], attribute: str) -> list[RunRecord]:
     """The runs that have something to tell; two tests may share one optimization, which tells it once."""
     told: list[tuple[str, str, str, Any]] = []
     found = []
     for run in runs:
-        told_as = (run.task, run.model, run.strategy, getattr(run, attribute))
+        told_as = (run.task, run.model, bare(run.strategy), getattr(run, attribute))
         if getattr(run, attribute) and told_as not in told:
             told.append(told_as)
             found.append(run)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from copa_harness.judge.messages import number
-from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of
+from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of, told_apart
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
 from copa_harness.report.tables_ending import ending_table
@@ -79,7 +79,17 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
         "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds",
         *(["USD"] if priced else []), "score before -> after",
     ]  # fmt: skip
-    return with_notes(draw(rows, headers, style=style, n_text=3), _unknown(spent), style=style)
+    return with_notes(draw(rows, headers, style=style, n_text=3), [*_counting(spent), *_unknown(spent)], style=style)
+
+
+def _counting(spent: Usage) -> list[str]:
+    """Why the calls of the phases may add up to more than what a budget was charged."""
+    if not spent.cached_calls:
+        return []
+    return [
+        "cached: every answer from the cache, also to a request that was made before; a budget counts distinct "
+        "requests of the optimization alone, so phases may add up to more"
+    ]
 
 
 def _unknown(spent: Usage) -> list[str]:
@@ -106,7 +116,7 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         style: where the table will stand.
     """
     rows, budgets = [], set()
-    for (task, model), group in by_task(runs).items():
+    for (task, model), group in by_task(told_apart(runs)).items():
         strategies = distinct(group)
         if len(strategies) < 2:
             continue
@@ -159,20 +169,25 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
     """Every table that has something to say, as (title, text).
 
     Strategies are compared when some task has one that the first table has no column for, or several for one column.
+    Several runs of one strategy are told apart (see `told_apart`).
     """
+    every, runs = runs, told_apart(runs)
+    repeated = {run.strategy for run, before in zip(runs, every, strict=True) if run is not before}
     crowded = [
         run
         for group in by_task(runs).values()
-        if any(kind_of(name) == "other" for name in distinct(group)) or len(distinct(group)) > len(_CELLS)
+        if any(kind_of(name) == "other" or name in repeated for name in distinct(group))
+        or len(distinct(group)) > len(_CELLS)
         for run in group
     ]
+    tasks = {(run.task, run.model) for run in crowded}
     drawn = (
-        ("weights, prompts, and both", copa_table(runs, style=style)),
+        ("weights, prompts, and both", copa_table(every, style=style)),
         ("what weights and prompts gained", attribution_table(runs, style=style)),
         ("who earned it", credit_table(runs, style=style)),
         ("score and cost", front_table(runs, style=style)),
         ("strategies compared", compare_table(crowded, style=style)),
-        ("strategies ranked", ranking_table(crowded, style=style)),
+        ("strategies ranked", ranking_table([run for run in every if (run.task, run.model) in tasks], style=style)),
         ("unstable examples", flaky_table(runs, style=style)),
         ("saved by stopping early", sequential_table(runs, style=style)),
         ("how the searches ended", ending_table(runs, style=style)),

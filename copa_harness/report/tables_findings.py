@@ -14,7 +14,7 @@ from copa_harness.judge.attribution import CELLS, EFFECTS
 from copa_harness.judge.comparison import compare_strategies
 from copa_harness.judge.flaky import FlakyReport, flaky_report
 from copa_harness.judge.messages import number
-from copa_harness.report.grouping import by_task, chosen, distinct
+from copa_harness.report.grouping import by_task, chosen, distinct, told_apart, told_once
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables_drawing import Style, bounds, draw, with_notes
 from copa_harness.results import Interval
@@ -42,12 +42,7 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
     """The 2 x 2 of weights and prompts of every run that measured it, with gains and their interaction."""
     rows: list[list[str]] = []
     notes = ["base or tuned weights with plain or optimized prompts: mean score, then gains, paired by example"]
-    told: list[tuple[str, str, str, Mapping[str, Any]]] = []
-    for run in runs:
-        told_as = (run.task, run.model, run.strategy, run.attribution)
-        if not run.attribution or told_as in told:  # two tests may share one optimization
-            continue
-        told.append(told_as)
+    for run in told_once(runs, "attribution"):
         cells, effects = run.attribution["cells"], run.attribution["effects"]
         lines = [(_CELL_NAMES[name], *_cell(cells[name], signed=False), "") for name in CELLS]
         lines += [
@@ -76,6 +71,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     """
     rows: list[list[str]] = []
     notes: list[str] = []
+    repeated = any(new is not run for new, run in zip(told_apart(runs), runs, strict=True))
     anchors: set[str] = set()
     models = list(dict.fromkeys(run.model for run in runs if run.split == "test"))
     for model in models:
@@ -120,6 +116,8 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         "rank 1 is best; differences paired by example, every task counting the same [95 % interval of each alone]; "
         "p corrected for the number of strategies",
     )
+    if repeated:
+        notes.insert(1, "of several runs of a strategy on a task, that with the best validation score stands for it")
     return with_notes(draw(rows, headers, style=style, n_text=2), notes, style=style)
 
 

@@ -37,7 +37,7 @@ def test_an_optimizer_that_scores_its_result_itself_may_use_the_whole_budget(toy
 
 
 def test_the_result_of_a_simple_optimizer_is_still_paid_for(toy):
-    result = compiled(toy, "labeled_fewshot", budget=50)
+    result = compiled(toy, "labeled_fewshot", budget=32)
     assert result.charged_calls == 32
     assert result.score_after > result.score_before
 

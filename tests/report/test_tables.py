@@ -204,3 +204,8 @@ def test_tokens_a_provider_did_not_tell_are_marked_and_explained():
     assert cells(table, "weights")["tokens"] == "70+?"
     assert "+? tokens: 2 calls told no usable number of tokens" in table
     assert "?" not in phase_table([run("w", 50, usage=Usage(paid_calls=5))])
+
+
+def test_the_phase_table_says_why_its_calls_are_not_those_of_the_budget():
+    assert "a budget counts distinct requests" in phase_table([run("p", 40, usage=Usage(15, 80))]).replace("\n", " ")
+    assert "distinct" not in phase_table([run("p", 40, usage=Usage(15))])
