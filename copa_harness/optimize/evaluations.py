@@ -1,8 +1,8 @@
 """What a DSPy optimizer evaluates, seen through DSPy's callbacks: remembered, and held to what can be paid.
 
-The programs of complete evaluations are remembered, so that the best of them outlives a spent budget. An evaluation
-that cannot be paid is refused before it starts; one that perhaps can is run row by row: which rows a budget pays for
-then never depends on the timing of threads. Knows evaluations and allowances; knows nothing of optimizers.
+The programs of complete evaluations are remembered, so that the best of them outlives a spent budget. An evaluation on
+validation that cannot be paid is refused before it starts; one that perhaps can is run row by row: which rows a
+budget pays for then never depends on the timing of threads. Knows evaluations and allowances, not optimizers.
 """
 
 from __future__ import annotations
@@ -74,20 +74,23 @@ class Evaluations(BaseCallback):
         with self._lock:
             candidate, rows = self._settings_of(program), [id(example) for example in devset]
             n_new = len(set(rows) - self._paid.get(candidate.key, set()))
-            restore = self._held_to_budget(n_new, instance, fixed=inputs.get("num_threads") is not None)
+            restore = _nothing
+            if not self._allowance.can_afford(n_new * self._calls_per_example):
+                restore = self._held_to_budget(rows, n_new, instance, fixed=inputs.get("num_threads") is not None)
             self._running[call_id] = (candidate, rows, restore)
 
-    def _held_to_budget(self, n_new: int, instance: Any, *, fixed: bool) -> Callable[[], None]:
+    def _held_to_budget(self, rows: Sequence[int], n_new: int, instance: Any, *, fixed: bool) -> Callable[[], None]:
         """What to do when the evaluation is over: put the number of threads back."""
-        worst = n_new * self._calls_per_example
-        if self._allowance.can_afford(worst):
-            return lambda: None
-        # A new prompt is at least one new call per row; stages before it may be answered already.
-        if fixed or not self._allowance.can_afford(n_new):
+        # A new prompt is at least one new call per row, stages before it may be answered already; and training rows may
+        # have been answered outside of evaluations.
+        is_validation = self._validation.issuperset(rows)
+        if is_validation and (fixed or not self._allowance.can_afford(n_new)):
             raise BudgetExhausted(
-                f"evaluating another program on {n_new} new rows takes up to {worst} calls, and "
-                f"{self._allowance.remaining:g} are left; raise --copa-budget to go further"
+                f"evaluating another program on {n_new} new rows takes up to {n_new * self._calls_per_example} calls, "
+                f"and {self._allowance.remaining:g} are left; raise --copa-budget to go further"
             )
+        if fixed:
+            return _nothing
         threads, instance.num_threads = instance.num_threads, 1
         return partial(setattr, instance, "num_threads", threads)
 
@@ -111,3 +114,7 @@ class Evaluations(BaseCallback):
             score = float(outputs.score)
             if candidate.key not in self._found or score > self._found[candidate.key][0]:
                 self._found[candidate.key] = (score, candidate)
+
+
+def _nothing() -> None:
+    """For an evaluation that was left as it was."""

@@ -138,7 +138,7 @@ class TwoCalls(dspy.Module):
 ROWS = [dspy.Example(x=str(i), y="b").with_inputs("x") for i in range(6)]
 
 
-def evaluated(calls, *, second=None):
+def evaluated(calls, *, second=None, valset=ROWS):
     """(rows answered, threads afterwards, the callback, calls charged) of an evaluation with so many calls left."""
     lm = ScriptedLM(lambda messages: {"hint": "a", "y": "b"})
     program = TwoCalls()
@@ -147,7 +147,7 @@ def evaluated(calls, *, second=None):
     with open_scope("test", budget=Budget(calls, "few")) as scope:
         allowance = Allowance(scope, calls)
         seen = Evaluations(
-            ROWS, allowance=allowance, calls_per_example=2, known=frozenset(),
+            valset, allowance=allowance, calls_per_example=2, known=frozenset(),
             settings_of=lambda one: Candidate.of(one, lm=lm),
         )  # fmt: skip
         evaluate = dspy.Evaluate(
@@ -191,3 +191,10 @@ def test_a_program_that_was_paid_for_may_be_evaluated_again_when_nothing_is_left
     rows, _, seen, _ = evaluated(12, second=lambda program: program.deepcopy())
     assert len(rows) == 12
     assert len(seen.best_first) == 1
+
+
+def test_training_rows_may_be_answered_already_and_are_never_refused():
+    rows, _, seen, charged = evaluated(5, valset=[])
+    assert rows == ["0", "1"]
+    assert charged == 5
+    assert not seen.best_first

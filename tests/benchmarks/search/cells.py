@@ -32,7 +32,9 @@ METHODS = (*COPA, *CONTROLS, *RIVALS)
 WRITTEN_FOR = ("miprov2 light", "gepa")
 """Methods that are given the rule-based writer as their prompt LM."""
 
-_RIVAL_SOURCES = ("registry", "evaluations", "builders", "writers", "together", "forgiving", "arguments", "quiet")
+_RIVAL_SOURCES = (
+    "registry", "optimizer_step", "evaluations", "builders", "writers", "together", "forgiving", "arguments", "quiet",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
