@@ -43,7 +43,7 @@ def test_base(copa_evaluate):
     assert copa_evaluate().n == 3
 
 
-@pytest.mark.copa(strategy="w")
+@pytest.mark.copa(strategy="w", adoption_p=1.0)
 def test_weights(copa_run):
     assert copa_run.completed
 """
