@@ -232,7 +232,8 @@ def decide(run: Run, look: LastLook, fresh: Validation | None) -> Mapping[str, A
     else:
         run.note(f"kept without a test: {what}")
     return {
-        "n": pair.n, "unseen": 0 if held_back is None else held_back.n, "n_tried": len(tried),
+        "n": pair.n, "unseen": 0 if held_back is None else held_back.n,
+        "n_tried": len(tried) + run.n_evaluated_elsewhere,
         "difference": pair.difference, "low": pair.interval.low, "high": pair.interval.high,
         "gained": pair.n_better, "lost": pair.n_worse, "p_value": p_value, "level": look.level, "tested": tested,
         "adopted": not why, "why": why,
