@@ -175,8 +175,9 @@ while sum(killed.values()) < n_kills and time.monotonic() < deadline:
         if run(folder, place):
             killed[place] += 1
             kills += 1
-            for path in folder.rglob("*.json"):  # whatever has its final name is whole
-                if not path.name.startswith("."):
+            for path in folder.rglob("*.json"):  # whatever has its final name, in a folder that has its own, is whole
+                parts = path.relative_to(folder).parts
+                if not any(part.startswith(".") and part != ".copa_cache" for part in parts):
                     json.loads(path.read_text())
     run(folder, None)
     paid, steps = lines(folder, "paid.log"), len(lines(folder, "steps.log"))
