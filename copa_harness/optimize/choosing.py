@@ -17,7 +17,7 @@ import dspy
 from copa_harness.errors import ConfigurationError
 from copa_harness.judge.messages import counted
 from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.evidence import LastLook, decide, look_again, reference_of
+from copa_harness.optimize.evidence import LastLook, allowed, decide, look_again, reference_of
 from copa_harness.optimize.outcome import OptimizationResult, to_state
 from copa_harness.optimize.pareto import Preference, pareto_front, preferred
 
@@ -48,14 +48,14 @@ def _keep_limits(run: Run) -> None:
     if not run.validation.is_complete(run.incumbent):  # the budget did not pay for a score; words can still be kept
         run.incumbent = run.constraints.completed_candidate(run.incumbent)
     if run.forbids(run.incumbent) is not None:
-        allowed = _allowed(run)
-        if not allowed:
+        found = allowed(run)
+        if not found:
             raise ConfigurationError(
                 f"no program keeps the constraints: {run.forbids(run.incumbent)}; "
                 f"{counted(len(run.validation.completed()), 'program')} scored in full; loosen the limit, raise the "
                 "budget, or change the program"
             )
-        run.incumbent = max(allowed, key=run.validation.mean)
+        run.incumbent = max(found, key=run.validation.mean)
 
 
 def _prefer(run: Run, preference: Preference) -> bool:
@@ -63,52 +63,51 @@ def _prefer(run: Run, preference: Preference) -> bool:
 
     Finalists that lost the last look are out of the choice.
     """
-    allowed = [one for one in _allowed(run) if one.key not in run.passed_over]
-    objective = _objective(preference, allowed, run)
-    costs = {one.key: run.validation.cost(one).per_answer(objective) for one in allowed}
-    points = [(run.validation.mean(one), cost) for one in allowed if (cost := costs[one.key]) is not None]
+    found = [one for one in allowed(run) if one.key not in run.passed_over]
+    objective, points = _priced(run, preference, found)
     what = f"{objective.replace('_', ' ')} per answer"
-    if len(points) < len(allowed) or not points:
+    if not points:
         run.note(f"prefer={str(preference)!r} was ignored: {what} is not known", headline=True)
         return False
+    keys = [one.key for one in found]
     reference = reference_of(run)
     before = float("-inf") if reference is None else run.validation.mean(reference)
     i = preferred(points, within=preference.within, at_least=before)
-    if allowed[i].key != run.incumbent.key:
-        best = [one.key for one in allowed].index(run.incumbent.key)
+    if keys[i] != run.incumbent.key:
+        best = keys.index(run.incumbent.key)
         run.note(
             f"{preference}: {points[i][0]:.3f} at {points[i][1]:.6g} {what} instead of "
             f"{points[best][0]:.3f} at {points[best][1]:.6g}",
             headline=True,
         )
-        run.incumbent = allowed[i]
-    written = None if reference is None else costs.get(reference.key)
-    return written is not None and points[i][1] < written
+        run.incumbent = found[i]
+    return reference is not None and reference.key in keys and points[i][1] < points[keys.index(reference.key)][1]
 
 
 def _front(run: Run, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:
     """The front of score and cost, cheapest first, when a preference asked for it and costs are known."""
     if preference is None:
         return ()
-    allowed = _allowed(run)
-    objective = _objective(preference, allowed, run)
-    costs = [run.validation.cost(one).per_answer(objective) for one in allowed]
-    points = [(run.validation.mean(one), cost) for one, cost in zip(allowed, costs, strict=True) if cost is not None]
-    if len(points) < len(allowed):
-        return ()
-    return tuple(_entry(run, allowed[i], objective) for i in pareto_front(points))
+    found = allowed(run)
+    objective, points = _priced(run, preference, found)
+    return tuple(_entry(run, found[i], objective) for i in pareto_front(points))
 
 
-def _allowed(run: Run) -> list[Candidate]:
-    """Everything fully scored that keeps the limits."""
-    return [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
+def _priced(
+    run: Run, preference: Preference, candidates: list[Candidate]
+) -> tuple[str, list[tuple[float, float]]]:
+    """What is minimized, and every candidate's (score, cost); no points where the cost of one is not known."""
+    objective = _objective(preference, candidates, run)
+    costs = [run.validation.cost(one).per_answer(objective) for one in candidates]
+    points = [(run.validation.mean(one), cost) for one, cost in zip(candidates, costs, strict=True) if cost is not None]
+    return objective, points if len(points) == len(candidates) else []
 
 
-def _objective(preference: Preference, allowed: list[Candidate], run: Run) -> str:
+def _objective(preference: Preference, candidates: list[Candidate], run: Run) -> str:
     """What is minimized; where answers have no price, "cheapest" means the fewest tokens."""
     if preference.objective != "usd":
         return preference.objective
-    prices = [run.validation.cost(candidate).per_answer("usd") for candidate in allowed]
+    prices = [run.validation.cost(candidate).per_answer("usd") for candidate in candidates]
     return "usd" if any(prices) and None not in prices else "tokens"
 
 

@@ -131,6 +131,11 @@ def setting_aside(run: Run, look: LastLook) -> Iterator[None]:
         run.scope = whole
 
 
+def allowed(run: Run) -> list[Candidate]:
+    """Everything fully scored that keeps the limits, in the order in which it was first scored."""
+    return [candidate for candidate in run.validation.completed() if run.forbids(candidate) is None]
+
+
 def reference_of(run: Run) -> Candidate | None:
     """What the result has to be better than: the program as written, with required texts appended where it lacks them.
 
@@ -167,7 +172,7 @@ def look_again(run: Run, look: LastLook) -> Validation | None:
     reference = reference_of(run)
     if reference is None or run.incumbent.key == reference.key:
         return None
-    found = [one for one in run.validation.completed() if run.forbids(one) is None and one.key != reference.key]
+    found = [one for one in allowed(run) if one.key != reference.key]
     finalists = finalists_of(run.validation, found, run.incumbent, reference=reference)
     if look.held_back is not None:
         fresh, what = look.held_back, "validation rows the search did not use"

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from copa_harness.optimize.sheets import Sheet
+
 MIN_CANDIDATES = 8
 """Fewer candidates say too little about the options."""
 
 MIN_LOOKS = 60
 """Scores of other candidates on examples that could be gained; fewer prove nothing."""
-
-Sheet = Sequence[float | None]
-"""One candidate's scores in the fixed order of the validation examples, None where it has none."""
 
 
 def gained_examples(incumbent: Sheet, others: Sequence[Sheet]) -> int:

@@ -61,6 +61,8 @@ class Race:
         self.watchers = watchers
         self.incumbent = space.incumbent
         self.trials: list[TrialRecord] = []
+        self.tried: list[Candidate] = []
+        self.beaten_somewhere: Candidate | None = None  # the incumbent of whom this is known
         self.seen: set[tuple[str, ...]] = set()
         self.generator = np.random.default_rng([settings.seed, 303])
 
@@ -167,6 +169,7 @@ class Race:
         else:
             self.study.tell(one.trial, value)
         self.trials.append(record)
+        self.tried.append(one.candidate)
         self._show(record, scores, attributes)
         return record
 

@@ -25,7 +25,7 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.costs import AnswerCost
 from copa_harness.optimize.schema import strata_of, stratified_order
-from copa_harness.optimize.sheets import estimated_difference, mean_score, next_rows, paired_differences
+from copa_harness.optimize.sheets import FULL, estimated_difference, mean_score, next_rows, paired_differences
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")
@@ -112,7 +112,7 @@ class Validation:
     def mistakes(self, candidate: Candidate) -> list[dspy.Example]:
         """The examples scored so far that the candidate did not get fully right."""
         scored = zip(self.examples, self.scores(candidate), strict=True)
-        return [example for example, score in scored if score is not None and score < 1.0 - 1e-9]
+        return [example for example, score in scored if score is not None and score < FULL]
 
     def is_complete(self, candidate: Candidate) -> bool:
         """Whether the candidate has been run on every validation example."""

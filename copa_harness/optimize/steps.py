@@ -19,6 +19,7 @@ from copa_harness.optimize.allowance import Allowance, OutOfCalls, Replays
 from copa_harness.optimize.candidate import Candidate
 from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
 from copa_harness.optimize.ensemble import ensemble_of
+from copa_harness.optimize.evidence import allowed
 from copa_harness.optimize.levels import checkpoint_levels
 from copa_harness.optimize.optimizer_step import optimizer_step
 from copa_harness.optimize.progress import incumbent_text
@@ -26,6 +27,7 @@ from copa_harness.optimize.proposals import starting_points
 from copa_harness.optimize.rounds import DemoSets, InstructionSets, instruction_starts, search_in_rounds
 from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
 from copa_harness.optimize.strategy import Step, StepKind
+from copa_harness.optimize.trials import PERFECT
 from copa_harness.optimize.weights import Trained
 from copa_harness.results import Phase
 
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from copa_harness.optimize.run import Run
 
 logger = logging.getLogger("copa_harness")
-
-PERFECT = 1.0 - 1e-9
-"""A mean score from here on is perfect; sums of floats are not exact."""
 
 
 def execute(run: Run, steps: Sequence[Step], *, why_not: Callable[[], str | None] | None = None) -> None:
@@ -233,8 +232,7 @@ def _joint(run: Run, allowance: Allowance) -> None:
 
 def _ensemble(run: Run) -> None:
     """The best programs of the run, asked together."""
-    found = sorted(run.validation.completed(), key=run.validation.mean, reverse=True)
-    allowed = [candidate for candidate in found if run.forbids(candidate) is None]
-    candidate = ensemble_of(allowed, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
+    best_first = sorted(allowed(run), key=run.validation.mean, reverse=True)
+    candidate = ensemble_of(best_first, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
     run.validation.complete(candidate, allowance=Replays(run.scope, math.inf), phase=Phase.SEARCH)
     run.adopt(candidate, what=candidate.structure)

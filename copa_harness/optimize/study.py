@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from copa_harness.errors import BudgetExhausted
 from copa_harness.optimize.allowance import Allowance, OutOfCalls
 from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.headroom import has_headroom
+from copa_harness.optimize.headroom import gained_examples, has_headroom
 from copa_harness.optimize.opening import balanced_points, n_opening_points
 from copa_harness.optimize.race import Race, Running
 from copa_harness.optimize.racing import RacingPruner
@@ -187,8 +187,12 @@ class _Study(Race):
         """Whether nothing looked at so far gets an example right that the incumbent gets wrong, after enough looks."""
         if not self.settings.stop_without_headroom or self.is_forbidden:
             return False
-        sheets = [self.validation.scores(self.space.candidate(record.point)) for record in self.trials]
-        return not has_headroom(self.validation.scores(self.incumbent), sheets)
+        if self.beaten_somewhere is self.incumbent:
+            return False  # an example won from it once stays won
+        mine, sheets = self.validation.scores(self.incumbent), [self.validation.scores(one) for one in self.tried]
+        if gained_examples(mine, sheets):
+            self.beaten_somewhere = self.incumbent
+        return not has_headroom(mine, sheets)
 
     def _queue_waits(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

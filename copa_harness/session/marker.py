@@ -7,7 +7,7 @@ models or files; imports nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,6 +34,18 @@ SEARCH = (
     "n_rounds", "n_checkpoints", "epochs_with_demos", "epochs_bare", "bare_share", "optimizer_kwargs", "lora",
 )  # fmt: skip
 """Marker arguments that are `COPA`'s and say how it searches."""
+
+_MEANINGS: Mapping[str, Callable[[Any], object]] = {
+    "strategy": parse_strategy,
+    "prefer": parse_preference,
+    "budget": parse_budget,
+    "lora": check_lora,
+    "sampler": check_sampler,
+    "groundings": check_groundings,
+    "constraints": parse_limits,
+    "optimizer_kwargs": check_optimizer_kwargs,
+}
+"""What reads an argument, and refuses it when it means nothing."""
 
 _NAMES_IN_COPA = {"pass_score": "min_score"}  # a suite's min_score is a gate
 
@@ -161,21 +173,9 @@ class MarkerArguments:
         check_arguments(keywords, known=[entry.name for entry in fields(cls)], where="copa marker")
         marker = cls(**keywords)
         try:
-            if marker.strategy is not None:
-                parse_strategy(marker.strategy)
-            parse_preference(marker.prefer)
-            if marker.budget is not None:
-                parse_budget(marker.budget)
-            if marker.lora is not None:
-                check_lora(marker.lora)
-            if marker.sampler is not None:
-                check_sampler(marker.sampler)
-            if marker.groundings is not None:
-                check_groundings(marker.groundings)
-            if marker.constraints is not None:
-                parse_limits(marker.constraints)
-            if marker.optimizer_kwargs is not None:
-                check_optimizer_kwargs(marker.optimizer_kwargs)
+            for name, check in _MEANINGS.items():
+                if (value := getattr(marker, name)) is not None:
+                    check(value)
         except ConfigurationError as error:
             raise ConfigurationError(f"copa marker: {error}") from None
         return marker
