@@ -6,57 +6,40 @@ torch nor DSPy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from copa_harness.lazy import attach
 
 if TYPE_CHECKING:
-    from copa_harness.lm.build import build_lm
-    from copa_harness.lm.metered import MeteredLM
-    from copa_harness.lm.scope import open_scope
-    from copa_harness.lm.scripted import ScriptedLM
-    from copa_harness.optimize.copa import COPA
-    from copa_harness.results import Budget, EvaluationResult, Phase, Usage, Verdict
-    from copa_harness.tasks.task import Task
+    from copa_harness.lm.budget.scope import open_scope as open_scope
+    from copa_harness.lm.factory import build_lm as build_lm
+    from copa_harness.lm.metered import MeteredLM as MeteredLM
+    from copa_harness.lm.scripted import ScriptedLM as ScriptedLM
+    from copa_harness.optimize.copa import COPA as COPA
+    from copa_harness.results import Budget as Budget
+    from copa_harness.results import EvaluationResult as EvaluationResult
+    from copa_harness.results import Phase as Phase
+    from copa_harness.results import Usage as Usage
+    from copa_harness.results import Verdict as Verdict
+    from copa_harness.tasks.task import Task as Task
 
-_HOMES = {
-    "Budget": "results",
-    "COPA": "optimize.copa",
-    "EvaluationResult": "results",
-    "MeteredLM": "lm.metered",
-    "Phase": "results",
-    "ScriptedLM": "lm.scripted",
-    "Task": "tasks.task",
-    "Usage": "results",
-    "Verdict": "results",
-    "build_lm": "lm.build",
-    "open_scope": "lm.scope",
-}
-
-__all__ = [
-    "Budget",
-    "COPA",
-    "EvaluationResult",
-    "MeteredLM",
-    "Phase",
-    "ScriptedLM",
-    "Task",
-    "Usage",
-    "Verdict",
-    "build_lm",
-    "open_scope",
-]
+_load, __dir__, __all__ = attach(
+    __name__,
+    {
+        "lm.budget.scope": ["open_scope"],
+        "lm.factory": ["build_lm"],
+        "lm.metered": ["MeteredLM"],
+        "lm.scripted": ["ScriptedLM"],
+        "optimize.copa": ["COPA"],
+        "results": ["Budget", "EvaluationResult", "Phase", "Usage", "Verdict"],
+        "tasks.task": ["Task"],
+    },
+)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("copa-harness")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return _load(name)

@@ -122,7 +122,7 @@ def _add_baseline_commands(rooms: argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _stats(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.lm.cache_care import cache_stats
+    from copa_harness.lm.cache.maintenance import cache_stats
 
     stats = cache_stats(options.cache_dir)
     lines = [f"{stats.directory}: {stats.n_answers:,} answers, {_size_text(stats.n_bytes)}"]
@@ -136,7 +136,7 @@ def _stats(options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _prune(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.lm.cache_care import prune_cache
+    from copa_harness.lm.cache.maintenance import prune_cache
 
     older_than_s = None if options.older_than is None else _seconds(options.older_than)
     max_bytes = None if options.max_size is None else _bytes(options.max_size)
@@ -145,7 +145,7 @@ def _prune(options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _clear(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.lm.cache_care import cache_stats, clear_cache
+    from copa_harness.lm.cache.maintenance import cache_stats, clear_cache
 
     if not options.yes:
         stats = cache_stats(options.cache_dir)
@@ -177,13 +177,13 @@ def _baseline_list(options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _baseline_show(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.store.baseline_diff import baseline_text
+    from copa_harness.store.baselines import baseline_text
 
     return baseline_text(_baseline(options.baseline, options.baseline_dir)), 0
 
 
 def _baseline_diff(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.store.baseline_diff import diff_baselines
+    from copa_harness.store.baselines import diff_baselines
 
     before, after = (_baseline(name, options.baseline_dir) for name in (options.before, options.after))
     return diff_baselines(before, after).text(), 0
@@ -209,9 +209,7 @@ def _baseline(name: str, directory: Path) -> Baseline:
             raise ArtifactError(entry.problem)
     if name not in known:
         listed = ", ".join(known) or "none"
-        raise ConfigurationError(
-            f"got the baseline {name!r}, expected a file or one of those in {directory}: {listed}"
-        )
+        raise ConfigurationError(f"got the baseline {name!r}, expected a file or one of those in {directory}: {listed}")
     return known[name]
 
 

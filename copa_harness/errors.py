@@ -6,6 +6,15 @@ optimizers swallow ordinary exceptions and would score a spent budget as wrong a
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """`. Did you mean 'near'?` for a word nobody knows, or nothing where none of the known ones is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
 
 class CopaError(Exception):
     """Base of every ordinary error raised by copa_harness."""

@@ -18,11 +18,12 @@ from copa_harness.options import settings_of
 
 if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM
-    from copa_harness.session.copa_session import CopaSession
-    from copa_harness.session.ending import Report
+    from copa_harness.session.finish import Report
     from copa_harness.session.runs import CopaRun, ScoredEvaluation
+    from copa_harness.session.session import CopaSession
     from copa_harness.session.settings import MarkerArguments, Settings
     from copa_harness.tasks.task import Task
+
 
 @dataclass(slots=True)
 class State:
@@ -70,7 +71,7 @@ def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
 @pytest.fixture(scope="session")
 def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
     """The session that runs and remembers everything: cache, engines, finished stages, records."""
-    from copa_harness.session.copa_session import CopaSession
+    from copa_harness.session.session import CopaSession
 
     state = pytestconfig.stash.get(STATE, None)
     if state is None:  # reached by getfixturevalue() from a test that names no copa fixture
@@ -182,7 +183,7 @@ def with_comparisons(settings: Settings, items: list[pytest.Item], *, one_of_man
     Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
     anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
     """
-    from copa_harness.session.marker import COMPARING, comparisons_in
+    from copa_harness.session.settings import COMPARING, comparisons_in
 
     announced: dict[str, frozenset[str]] = {}
     for item in items:

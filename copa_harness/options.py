@@ -64,7 +64,7 @@ MARKER = (
     "Search: max_cycles, epsilon, constraints, prefer, sampler, patience, adoption_p, trials_at_once, max_demos, "
     "n_demo_sets, bootstrap, pass_score, n_proposed, groundings, n_reflected, transfer, n_rounds, n_checkpoints, "
     "epochs_with_demos, epochs_bare, bare_share, optimizer_kwargs, lora. "
-    "What each means: copa_harness.session.marker.MarkerArguments."
+    "What each means: copa_harness.session.settings.MarkerArguments."
 )
 """What `pytest --markers` says; the names are those of `MarkerArguments`, which this module must not import."""
 

@@ -253,7 +253,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     rows = [*config.stash.get(WORKER_RECORDS, []), *_rows(config)]
     if rows:
-        from copa_harness.session.ending import finish
+        from copa_harness.session.finish import finish
 
         report = finish(rows, settings=settings_of(config), n_refused=config.stash.get(N_REFUSED, 0))
         config.stash[REPORT] = report

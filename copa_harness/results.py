@@ -109,7 +109,7 @@ class Budget:
     `calls`, tokens and dollars bound the *distinct* requests of the run, counted the same whether the answer was
     bought or replayed from disk. So a run that was killed and started again stops at the very same point as an
     uninterrupted one, and what is really paid never exceeds the ceiling. (The ledger of a whole pytest run counts
-    real payments only: see `copa_harness.lm.ledger`.)
+    real payments only: see `copa_harness.lm.budget.ledger`.)
 
     Attributes:
         calls: Distinct requests.

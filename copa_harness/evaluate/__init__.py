@@ -5,26 +5,12 @@ Names are loaded on first use, so importing the package imports neither DSPy nor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from copa_harness.lazy import attach
 
-if TYPE_CHECKING:
-    from copa_harness.evaluate.examples import example_id, example_ids
-    from copa_harness.evaluate.runner import ExampleRun, evaluate, run_examples
-
-_HOMES = {
-    "evaluate": "runner",
-    "run_examples": "runner",
-    "ExampleRun": "runner",
-    "example_id": "examples",
-    "example_ids": "examples",
-}
-
-__all__ = ["ExampleRun", "evaluate", "example_id", "example_ids", "run_examples"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "examples": ["example_id", "example_ids"],
+        "runner": ["ExampleRun", "evaluate", "run_examples"],
+    },
+)

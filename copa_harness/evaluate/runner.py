@@ -43,9 +43,9 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.lm.budget.scope import current_scope
 from copa_harness.lm.constrained import label_scores_wanted
-from copa_harness.lm.prompts import PromptAdapter
-from copa_harness.lm.scope import current_scope
+from copa_harness.lm.fast_path import PromptAdapter
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 
 logger = logging.getLogger("copa_harness")

@@ -24,10 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.judge.clustered import clustered_difference_interval, group_labels, grouped
-from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.intervals import group_labels, grouped, mean_interval
 from copa_harness.judge.messages import counted, interval_text, number
-from copa_harness.judge.paired import PairedDifference, difference_interval, paired_difference, permutation_p_value
+from copa_harness.judge.paired_tests import (
+    PairedDifference,
+    clustered_difference_interval,
+    difference_interval,
+    paired_difference,
+    permutation_p_value,
+)
 from copa_harness.results import Interval
 
 CELLS = ("base_plain", "base_optimized", "tuned_plain", "tuned_optimized")

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from copa_harness.judge.clustered import MIN_GROUPS, Groups, group_labels, grouped
-from copa_harness.judge.intervals import N_RESAMPLES, n_informative
+from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
 from copa_harness.judge.messages import counted, number
 from copa_harness.judge.multiple import holm_adjusted
-from copa_harness.judge.paired import paired_difference, permutation_p_value
+from copa_harness.judge.paired_tests import paired_difference, permutation_p_value
 from copa_harness.results import Interval
 
 MIN_MOVED = 10
@@ -217,7 +216,7 @@ def _units(values: NDArray[np.float64], labels: _Labels) -> Groups:
 
 def _stratified_interval(by_task: Sequence[Groups], *, level: float, seed: int) -> Interval:
     """Bootstrap of the mean of task means, resampling examples or groups within tasks; a bound where too few moved."""
-    from copa_harness.judge.paired import gained_and_lost, tango_bounds
+    from copa_harness.judge.paired_tests import gained_and_lost, tango_bounds
 
     everything = np.concatenate([units.totals for units in by_task])
     n = sum(units.n for units in by_task)

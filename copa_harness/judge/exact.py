@@ -17,12 +17,41 @@ Knows nothing of models, files, gates or verdicts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from copa_harness.judge.intervals import N_RESAMPLES
+from copa_harness.judge.intervals import N_RESAMPLES, grouped
+
+
+def clustered_bounded_p_value(
+    differences: NDArray[np.float64],
+    labels: Sequence[str],
+    *,
+    difference: float,
+    alternative: Literal["less", "greater"],
+    seed: int = 0,
+) -> float:
+    """P-value of a true mean difference of `difference`, -1..1, valid for any distribution of whole groups."""
+    groups = grouped(differences, labels)
+    # Sizes count: E[t_c - n_c delta_0] = 0 is what a mean of delta_0 over examples says.
+    values = (groups.totals - difference * groups.sizes) / groups.sizes.max()
+    return bounded_mean_p_value(
+        values, mean=0.0, alternative=alternative, low=-1.0 - difference, high=1.0 - difference, seed=seed
+    )
+
+
+def clustered_row_variance(differences: NDArray[np.float64], labels: Sequence[str]) -> float:
+    """Variance of one example's difference that, over N independent examples, gives the clustered standard error."""
+    groups = grouped(differences, labels)
+    n_groups = groups.sizes.size
+    if n_groups < 2:
+        return 1.0
+    mean = float(groups.totals.sum()) / groups.n
+    return float(((groups.totals - mean * groups.sizes) ** 2).sum() * n_groups / (n_groups - 1) / groups.n)
+
 
 GAMMA = 1e-5
 """Error spent on confining the nuisance parameter; small beside any alpha that is shared by many gates."""
@@ -31,7 +60,9 @@ MANY_PAIRS = 5_000
 """Beyond so many pairs the asymptotic test is exact for all purposes, and the exact one takes seconds."""
 
 _GRID = 101
+
 _CHUNK = 1_000_000
+
 _TIE = 1e-9
 
 

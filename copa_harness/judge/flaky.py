@@ -2,17 +2,160 @@
 
 An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
 chance. Pure functions of scores; knows nothing of models, files or pytest.
+
+The same examples answered k times: noise of the model told from noise of the examples.
+
+Symbols: s_ij the score of example i in repeat j, m_i its mean over k repeats, s^2 the mean variance within examples.
+
+The example is what was drawn at random, so intervals and tests are about the means m_i, one per example; their spread
+already holds the model's noise, divided by k, so nothing is counted twice and repeats are never taken for new
+examples. The split of the variance (a one-way random-effects analysis, Searle 1971) says whether more repeats or more
+examples would help:
+
+    Var(mean) = model noise  s^2 / (n k)  +  examples  (Var(m_i) - s^2 / k) / n
+
+Source: Miller 2024, arXiv 2411.00640, section 3. Knows nothing of models, files or pytest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from copa_harness.judge.intervals import wilson_interval
+import numpy as np
+
+from copa_harness.judge.intervals import mean_interval, wilson_interval
 from copa_harness.judge.messages import counted, interval_text, number
-from copa_harness.judge.repeats import Repeats, repeated_mean
-from copa_harness.results import GateResult, Interval, Verdict
+from copa_harness.judge.paired_tests import scores_by_id
+from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Usage, Verdict
+
+Repeats = Mapping[str, Sequence[float | None]]
+"""Scores of an example's repeats, by example id; None where a repeat has no score."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedMean:
+    """Mean score of repeated answers, and where its uncertainty comes from.
+
+    Attributes:
+        mean: mean over examples of the mean over repeats, 0..1; nan without any.
+        interval: around it, over examples.
+        n: examples with a score.
+        k: repeats per example (the least, where some failed).
+        model_error: standard error that comes from the model answering differently each time.
+        example_error: standard error that comes from which examples were drawn.
+    """
+
+    mean: float
+    interval: Interval
+    n: int
+    k: int
+    model_error: float
+    example_error: float
+
+    def advice(self) -> str:
+        """Whether repeats or examples would make the mean more certain."""
+        if self.n < 2 or self.k < 2:
+            return "One repeat cannot tell the model's noise from that of the examples; use --copa-repeat=3 or more."
+        if self.model_error + self.example_error == 0:
+            return "Neither the model nor the examples varied."
+        share = self.model_error**2 / (self.model_error**2 + self.example_error**2)
+        what = "more repeats would help" if share > 0.5 else "more examples would help, more repeats hardly"
+        return f"{100 * share:.0f} % of the variance of the mean is the model's own noise: {what}."
+
+
+def repeats_of(evaluations: Sequence[EvaluationResult]) -> dict[str, tuple[float | None, ...]]:
+    """Scores by example id over several evaluations of the same examples, in the order of the first.
+
+    Raises:
+        ValueError: no evaluation, or they are not about the same examples.
+    """
+    if not evaluations:
+        raise ValueError("got no evaluations; expected at least one")
+    runs = [scores_by_id(evaluation) for evaluation in evaluations]
+    if any(run.keys() != runs[0].keys() for run in runs):
+        raise ValueError("got repeats over different examples; expected the same example ids in every repeat")
+    return {example_id: tuple(run[example_id] for run in runs) for example_id in runs[0]}
+
+
+def example_means(repeats: Repeats) -> dict[str, float | None]:
+    """Mean score per example over the repeats that have one; None where none has."""
+    return {example_id: _mean([s for s in scores if s is not None]) for example_id, scores in repeats.items()}
+
+
+def repeated_mean(
+    repeats: Repeats, *, level: float = 0.95, seed: int = 0, groups: Mapping[str, str] | None = None
+) -> RepeatedMean:
+    """Mean of repeated answers with an interval over examples, and its two sources of error.
+
+    Args:
+        repeats: scores 0..1 by example id.
+        level: two-sided confidence.
+        seed: of the bootstrap.
+        groups: group by example id, where examples share one.
+    """
+    from copa_harness.judge.intervals import group_labels
+
+    scored = {key: [s for s in scores if s is not None] for key, scores in repeats.items()}
+    scored = {key: scores for key, scores in scored.items() if scores}
+    means = [float(_mean(scores) or 0.0) for scores in scored.values()]
+    interval = mean_interval(means, level=level, seed=seed, groups=group_labels(list(scored), groups))
+    n, k = len(means), min((len(scores) for scores in scored.values()), default=0)
+    if n < 2:
+        return RepeatedMean(means[0] if means else math.nan, interval, n, k, 0.0, 0.0)
+    several = [scores for scores in scored.values() if len(scores) > 1]
+    within = float(np.mean([np.var(scores, ddof=1) for scores in several])) if several else 0.0
+    noise = float(np.mean([within / len(scores) for scores in scored.values()]))
+    between = max(0.0, float(np.var(means, ddof=1)) - noise)
+    return RepeatedMean(math.fsum(means) / n, interval, n, k, math.sqrt(noise / n), math.sqrt(between / n))
+
+
+def merge_repeats(
+    evaluations: Sequence[EvaluationResult], *, seed: int = 0, groups: Mapping[str, str] | None = None
+) -> EvaluationResult:
+    """One evaluation that stands for k: each example's score is its mean over the repeats.
+
+    Gates, baselines and paired comparisons of this evaluation are about examples, with the model's noise inside. An
+    example that failed in every repeat has no score; one that failed in some keeps the mean of the others and says so.
+
+    Raises:
+        ValueError: no evaluation, or they are not about the same examples.
+    """
+    repeats = repeats_of(evaluations)
+    if len(evaluations) == 1:
+        return evaluations[0]
+    means = list(example_means(repeats).values())
+    by_row = list(zip(*(_in_order(evaluation, list(repeats)) for evaluation in evaluations), strict=True))
+    rows = tuple(_merged(row, mean) for row, mean in zip(by_row, means, strict=True))
+    return EvaluationResult(
+        split=evaluations[0].split,
+        lm=evaluations[0].lm,
+        results=rows,
+        interval=repeated_mean(repeats, seed=seed, groups=groups).interval,
+        usage=sum((evaluation.usage for evaluation in evaluations), Usage()),
+    )
+
+
+def _merged(rows: Sequence[ExampleResult], mean: float | None) -> ExampleResult:
+    """The row of the worst repeat with the mean score: its answer is the one worth reading."""
+    scored = [row for row in rows if row.score is not None]
+    if not scored or mean is None:
+        return rows[0]
+    worst = min(scored, key=lambda row: row.score if row.score is not None else math.inf)
+    lost = len(rows) - len(scored)
+    note = f"{lost} of {len(rows)} repeats have no score" if lost else worst.error
+    outcome: Outcome = "unparsed" if mean == 0 and worst.outcome == "unparsed" else "ok"
+    return replace(worst, score=mean, outcome=outcome, error=note)
+
+
+def _in_order(evaluation: EvaluationResult, ids: Sequence[str]) -> list[ExampleResult]:
+    by_id = dict(zip(scores_by_id(evaluation), evaluation.results, strict=True))
+    return [by_id[example_id] for example_id in ids]
+
+
+def _mean(scores: Sequence[float]) -> float | None:
+    return math.fsum(scores) / len(scores) if scores else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from copa_harness.judge.clustered import clustered_bounded_p_value, clustered_row_variance, group_labels, grouped
-from copa_harness.judge.exact import bounded_mean_p_value, exact_share_p_value
-from copa_harness.judge.intervals import MIN_DISTINCT_ROWS
-from copa_harness.judge.paired import (
+from copa_harness.judge.exact import (
+    bounded_mean_p_value,
+    clustered_bounded_p_value,
+    clustered_row_variance,
+    exact_share_p_value,
+)
+from copa_harness.judge.intervals import MIN_DISTINCT_ROWS, group_labels, grouped
+from copa_harness.judge.paired_tests import (
     PairedDifference,
     Pairs,
     gained_and_lost,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copa_harness.judge.betting import FRACTIONS
 from copa_harness.judge.exact import score_statistic
 from copa_harness.judge.noninferiority import MANY_ROWS, POWER, rows_to_decide
-from copa_harness.judge.spending_error import SpendingSignTest
+from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
+from copa_harness.judge.sequential.betting import FRACTIONS
 
 N_SIMULATIONS = 1_000
 """Runs behind a simulated power: good to about 1.5 points."""

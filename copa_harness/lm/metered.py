@@ -26,12 +26,12 @@ from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import OutputField, checked_constrain, constraint_of_call, with_constraint
-from copa_harness.lm.door import Door
-from copa_harness.lm.engines import CapableEngine, Engine
-from copa_harness.lm.failures import passed_through_dspy
-from copa_harness.lm.patience import PatientEngine, RetryPolicy
-from copa_harness.lm.repeats import current_repeat
-from copa_harness.lm.short_way import ShortWay, is_plain_call, outputs_of
+from copa_harness.lm.context import current_repeat
+from copa_harness.lm.engine import CapableEngine, Engine
+from copa_harness.lm.fast_path import ShortWay, is_plain_call, outputs_of
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.provider_errors import passed_through_dspy
+from copa_harness.lm.retry import PatientEngine, RetryPolicy
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""

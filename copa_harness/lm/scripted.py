@@ -23,7 +23,7 @@ from typing import Any
 from dspy.lm15 import Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import ConfigurationError, ProviderError
-from copa_harness.lm.door import Door
+from copa_harness.lm.gateway import Door
 from copa_harness.lm.metered import MeteredLM
 
 Answer = str | Mapping[str, Any] | BaseException

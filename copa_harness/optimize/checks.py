@@ -10,9 +10,9 @@ import dspy
 from copa_harness.errors import ConfigurationError, TaskError
 from copa_harness.evaluate.examples import check_examples
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.optimize.candidate import model_name
-from copa_harness.optimize.schema import split_off_validation
-from copa_harness.optimize.strategy import Step, StepKind
+from copa_harness.optimize.propose.schema import split_off_validation
+from copa_harness.optimize.search.candidate import model_name
+from copa_harness.strategy import Step, StepKind
 
 VALIDATION_SHARE = 1 / 3
 """Share of the training examples that becomes the validation split when none is given."""

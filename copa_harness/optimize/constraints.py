@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from copa_harness.evaluate.examples import plain
-from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.costs import AnswerCost
-from copa_harness.optimize.instructions import joined
-from copa_harness.optimize.limits import parse_limits
+from copa_harness.optimize.options import parse_limits
+from copa_harness.optimize.propose.instructions import joined
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.scoring import AnswerCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,36 +20,40 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
-from copa_harness.lm.scope import open_scope
-from copa_harness.optimize.auto import Choice, resolved
-from copa_harness.optimize.budgets import parse_budget
-from copa_harness.optimize.candidate import Candidate
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.optimize.adoption import conclude, out_of_reach, planned, reason_of, result_of, setting_aside
+from copa_harness.optimize.budget import Choice, resolved
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
-from copa_harness.optimize.choices import GROUNDINGS, check_groundings, check_sampler
-from copa_harness.optimize.choosing import conclude, reason_of, result_of
 from copa_harness.optimize.constraints import Constraints, parse_constraints
-from copa_harness.optimize.credit import credit_of
-from copa_harness.optimize.evidence import out_of_reach, planned, setting_aside
-from copa_harness.optimize.joining import admission, at_work, identity_of, why_not_shared
-from copa_harness.optimize.limits import check_optimizer_kwargs
-from copa_harness.optimize.pareto import parse_preference
-from copa_harness.optimize.progress import Progress
-from copa_harness.optimize.proposals import ProposalSettings
+from copa_harness.optimize.dspy_optimizers.kwargs import check_optimizer_kwargs
+from copa_harness.optimize.dspy_optimizers.student import models_in
+from copa_harness.optimize.options import (
+    GROUNDINGS,
+    ProposalSettings,
+    RunSettings,
+    SearchSettings,
+    WeightsSettings,
+    check_groundings,
+    check_sampler,
+    parse_budget,
+    parse_preference,
+)
 from copa_harness.optimize.run import Run
-from copa_harness.optimize.scoring import Validation
-from copa_harness.optimize.settings import RunSettings
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.credit import credit_of
+from copa_harness.optimize.search.progress import Progress
+from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search.shared import admission, at_work, identity_of, why_not_shared
 from copa_harness.optimize.steps import execute
-from copa_harness.optimize.strategy import Step, parse_strategy
-from copa_harness.optimize.students import models_in
-from copa_harness.optimize.study import SearchSettings
-from copa_harness.optimize.weights import WeightsSettings
 from copa_harness.results import Budget
+from copa_harness.strategy import Step, parse_strategy
 from copa_harness.tune.settings import check_lora
 
 if TYPE_CHECKING:
     from copa_harness.tune.settings import LoraSettings
 
 logger = logging.getLogger("copa_harness")
+
 
 class COPA(Teleprompter):
     """Optimizes a program's weights and prompts together, within a budget of model calls.

@@ -2,14 +2,20 @@
 
 What every step needs: proposing, searching, training and adopting with the run's settings. The incumbent is only ever
 replaced by something no worse on validation. Knows nothing of which steps there are or in which order they are taken.
+
+What a run tells of itself: sentences, headlines, and what every phase spent and did to the score.
+
+Knows scopes and text; knows nothing of candidates, steps or reports.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,30 +24,80 @@ import dspy
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.evaluate.metrics import Metric
-from copa_harness.lm.scope import Scope
-from copa_harness.optimize.allowance import Allowance, OutOfCalls, share_of
-from copa_harness.optimize.candidate import Candidate
+from copa_harness.evaluate.runner import usage_since
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.optimize.budget import Allowance, OutOfCalls, share_of
 from copa_harness.optimize.constraints import Constraints
-from copa_harness.optimize.demos import DemoSet
-from copa_harness.optimize.instructions import InstructionOption
-from copa_harness.optimize.journal import Journal
-from copa_harness.optimize.knowledge import Knowledge
-from copa_harness.optimize.levels import checkpoint_levels
-from copa_harness.optimize.progress import Progress, incumbent_text
-from copa_harness.optimize.proposals import propose_demos, propose_instructions, sized
-from copa_harness.optimize.scoring import Validation
-from copa_harness.optimize.settings import RunSettings
-from copa_harness.optimize.sharing import Colleagues
-from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
-from copa_harness.optimize.story import Story
-from copa_harness.optimize.strategy import Step, StepKind
-from copa_harness.optimize.study import search
-from copa_harness.optimize.trials import Watchers, nobody_ahead
+from copa_harness.optimize.options import RunSettings
+from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions, sized
+from copa_harness.optimize.search.bandit import Knowledge
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.journal import Journal
+from copa_harness.optimize.search.progress import Progress, incumbent_text
+from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search.shared import Colleagues
+from copa_harness.optimize.search.space import (
+    DemoSet,
+    InstructionOption,
+    Point,
+    Space,
+    WeightsLevel,
+    checkpoint_levels,
+    level_of,
+)
+from copa_harness.optimize.search.study import Watchers, nobody_ahead, search
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
-from copa_harness.results import Phase
+from copa_harness.results import Phase, PhaseRecord
+from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import telling
 
 logger = logging.getLogger("copa_harness")
+
+
+class Story:
+    """Collected while the run goes on.
+
+    Attributes:
+        scope: What is spent is booked there.
+        phases: In order.
+        notes: Sentences, in order.
+        headlines: Those of them that are printed in the terminal as well.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.phases: list[PhaseRecord] = []
+        self.notes: list[str] = []
+        self.headlines: list[str] = []
+
+    @property
+    def score(self) -> float:
+        """The mean validation score so far; nan when there is none."""
+        return math.nan
+
+    @contextmanager
+    def recorded(self, name: str, first_note: int) -> Iterator[None]:
+        """Record the block as a phase: what it spent, and what it did to the score."""
+        before, score_before, started = self.scope.usage(), self.score, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases.append(
+                PhaseRecord(
+                    phase=name,
+                    usage=usage_since(before, self.scope.usage(), wall_s=time.perf_counter() - started),
+                    score_before=None if math.isnan(score_before) else score_before,
+                    score_after=None if math.isnan(self.score) else self.score,
+                    note="; ".join(self.notes[first_note:]),
+                )
+            )
+
+    def note(self, text: str, *, headline: bool = False) -> None:
+        """Keep a sentence for the record, and log it; a headline is printed in the terminal as well."""
+        self.notes.append(text)
+        if headline:
+            self.headlines.append(text)
+        logger.info("%s", text)
 
 
 class Run(Story):

@@ -3,36 +3,259 @@
 Prompts, the alternating loop, weights, everything at once, and DSPy's own optimizers. A step ends by itself, with its
 share of the calls, or with the budget; whatever ends it, the incumbent is the best program so far. Knows the order of
 things; knows nothing of how an optimization is called or stored.
+
+Rounds: studies in a row, each with fresh proposals made in the light of the ones before.
+
+Nothing can be learned about proposals before some were tried, and no demonstration set can be varied before one has
+proven itself; so a prompt step proposes more than once. Scores are kept between rounds, so a point that comes again
+costs nothing. Knows runs and spaces; knows nothing of strategies.
+
+The step that is one of DSPy's own optimizers: what it may use, and which of its programs is adopted.
+
+An optimizer that evaluates its result on validation itself uses all its calls, since scoring the result again costs
+nothing; from the others one scoring is held back. Knows runs and limits; how an optimizer is run is in `registry`.
+
+Ensemble: the run's best programs asked together, their answers put to the vote or averaged.
+
+DSPy's `Ensemble` over the programs this run has scored fully, best first; every member keeps its prompts and its
+weights. On validation it costs no call: its members' answers are known there. In use every answer costs one run of each
+member. Knows candidates and their scores; knows nothing of how they were found.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import dspy
 import numpy as np
+from dspy import teleprompt
 
-from copa_harness.errors import BudgetExhausted, NoTrainingRowsError, TrainingDivergedError
-from copa_harness.optimize.allowance import Allowance, OutOfCalls, Replays
-from copa_harness.optimize.candidate import Candidate
-from copa_harness.optimize.demos import NO_DEMOS, labelled_pool, random_sets
-from copa_harness.optimize.ensemble import ensemble_of
-from copa_harness.optimize.evidence import allowed
-from copa_harness.optimize.levels import checkpoint_levels
-from copa_harness.optimize.optimizer_step import optimizer_step
-from copa_harness.optimize.progress import incumbent_text
-from copa_harness.optimize.proposals import starting_points
-from copa_harness.optimize.rounds import DemoSets, InstructionSets, instruction_starts, search_in_rounds
-from copa_harness.optimize.space import Point, Space, WeightsLevel, level_of
-from copa_harness.optimize.strategy import Step, StepKind
-from copa_harness.optimize.trials import PERFECT
+from copa_harness.errors import BudgetExhausted, ConfigurationError, NoTrainingRowsError, TrainingDivergedError
+from copa_harness.optimize.adoption import allowed
+from copa_harness.optimize.budget import Allowance, OutOfCalls, Replays
+from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
+from copa_harness.optimize.dspy_optimizers.kwargs import ENSEMBLE_KWARGS, check_kwargs
+from copa_harness.optimize.dspy_optimizers.registry import run_optimizer
+from copa_harness.optimize.propose.demos import labelled_pool, random_sets
+from copa_harness.optimize.propose.proposer import starting_points
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.progress import incumbent_text
+from copa_harness.optimize.search.space import (
+    NO_DEMOS,
+    DemoSet,
+    InstructionOption,
+    Point,
+    Space,
+    WeightsLevel,
+    checkpoint_levels,
+    level_of,
+)
+from copa_harness.optimize.search.study import PERFECT
 from copa_harness.optimize.weights import Trained
 from copa_harness.results import Phase
+from copa_harness.strategy import Step, StepKind
 
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run
+
+MIN_FULL_SCORES = 3
+"""Full scores a round must be able to pay for: less teaches nothing that the next round could use."""
+
+InstructionSets = Mapping[str, Sequence[InstructionOption]]
+
+DemoSets = Mapping[str, Sequence[DemoSet]]
+
+
+def search_in_rounds(
+    run: Run,
+    allowance: Allowance,
+    *,
+    name: str,
+    levels: Sequence[WeightsLevel],
+    first_starts: Callable[[InstructionSets, DemoSets], Sequence[Point]],
+) -> None:
+    """Search instructions, demonstrations and weights in `n_rounds` studies.
+
+    Every round may use half of what is left, the last one all of it; a round whose half does not pay for
+    `MIN_FULL_SCORES` is the last.
+
+    Args:
+        run: Proposes, searches and adopts.
+        allowance: Calls of all rounds together.
+        name: Of the first study; later ones are numbered.
+        levels: Weights beside the incumbent's.
+        first_starts: Points the first study begins with, from its proposals.
+    """
+    n_rounds = run.settings.proposals.n_rounds
+    for number in range(1, n_rounds + 1):
+        cost = run.full_score_cost
+        if run.score >= PERFECT or (number > 1 and not allowance.can_afford(cost)):
+            return
+        half = run.fraction(allowance, 1 / 2)
+        share = half if number < n_rounds and half.can_afford(MIN_FULL_SCORES * cost) else allowance
+        demos = run.demo_options(share)
+        instructions = run.instruction_options(share)
+        starts = first_starts(instructions, demos) if number == 1 else _fresh_starts(instructions, demos)
+        space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+        title = name if number == 1 else f"{name}, round {number}"
+        if run.search(space, share, phase=Phase.SEARCH, name=title, starts=starts) == "no head-room":
+            return
+
+
+def instruction_starts(instructions: InstructionSets) -> list[Point]:
+    """Every instruction once, all predictors alike."""
+    longest = max(len(options) for options in instructions.values())
+    return [
+        {f"{name}.instruction": options[min(i, len(options) - 1)].name for name, options in instructions.items()}
+        for i in range(longest)
+    ]
+
+
+def _fresh_starts(instructions: InstructionSets, demos: DemoSets) -> list[Point]:
+    """Every fresh set with the incumbent's instruction, then every instruction with the incumbent's demonstrations."""
+    longest = max((len(sets) for sets in demos.values()), default=0)
+    shown = [
+        {f"{name}.demos": sets[min(i, len(sets) - 1)].name for name, sets in demos.items()} for i in range(longest)
+    ]
+    return [*shown, *instruction_starts(instructions)]
+
+
+def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
+    """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation.
+
+    A result that breaks a limit is repaired where that can be done (required texts are appended, demonstrations with
+    forbidden ones left out), else the next best of the programs it evaluated takes its place.
+
+    Raises:
+        OutOfCalls: The allowance does not reach for the optimizer, or the budget for scoring what it found.
+    """
+    from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
+
+    cost, kwargs = run.full_score_cost, run.settings.optimizer_kwargs.get(step.name, {})
+    # What it has not evaluated itself must be scored afterwards; texts put in or left out make another program of it.
+    edits = bool(run.constraints.required_text or run.constraints.forbidden_text)
+    is_scored = not edits and scores_its_result(step.name, kwargs, n_validation=run.validation.n)
+    reserved = 0 if is_scored else cost
+    if not allowance.can_afford(cost):
+        raise OutOfCalls
+    job = OptimizerJob(
+        name=step.name,
+        incumbent=run.incumbent,
+        trainset=run.constraints.allowed_examples(run.trainset),
+        valset=run.validation.examples,
+        metric=run.metric,
+        allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - reserved),
+        calls_per_example=run.validation.calls_per_example(run.incumbent),
+        prompt_lm=run.prompt_lm,
+        threads=run.settings.threads,
+        seed=run.settings.seed,
+        n_demos=run.settings.proposals.max_demos,
+        kwargs=kwargs,
+        teacher=run.teacher,
+        min_score=run.settings.proposals.min_score,
+        shows=run.constraints.allows,
+        known=frozenset(one.key for one in run.validation.completed()),
+    )
+    found = run_optimizer(job)
+    for note in found.notes:
+        run.note(f"{step}: {note}")
+    run.count_candidates(found.evaluated)
+    ranked = [*([] if found.candidate is None else [found.candidate]), *found.others]
+    refused: list[str] = []
+    unpaid = False
+    for i, candidate in enumerate(map(run.constraints.repaired, ranked)):
+        if (broken := run.forbids(candidate)) is None:
+            is_free = found.covers_all and candidate.key in found.evaluated
+            if i > 0 and not is_free and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
+                unpaid = True
+                continue
+            purse = Replays(run.scope, math.inf) if is_free else Allowance(run.scope, math.inf)
+            try:
+                run.validation.complete(candidate, allowance=purse, phase=Phase.SEARCH)
+            except (OutOfCalls, BudgetExhausted):
+                unpaid = True
+                continue
+            run.count_candidates([candidate.key])
+            broken = run.forbids(candidate)  # now with what its answers cost
+        if broken is None:
+            if refused:
+                run.note(f"{step}: {len(refused)} programs it liked better break a limit, the best: {refused[0]}")
+            run.adopt(candidate, what=f"{step}: result")
+            return
+        refused.append(broken)
+    if refused:
+        run.note(f"{step}: result not adopted, nor any other program it evaluated: {refused[0]}")
+    if unpaid:
+        raise OutOfCalls
+
+
+SIZE = 3
+"""Members unless said otherwise: the fewest that can outvote one."""
+
+
+def ensemble_of(candidates: Sequence[Candidate], *, kwargs: Mapping[str, Any] | None = None) -> Candidate:
+    """The ensemble of the first candidates.
+
+    Args:
+        candidates: Fully scored candidates, best first.
+        kwargs: `size` (members, at least 2) and `reduce` ("majority" or "mean").
+
+    Raises:
+        ConfigurationError: Fewer than two candidates, or an argument that cannot be used.
+    """
+    check_kwargs("ensemble", kwargs or {}, known=ENSEMBLE_KWARGS)
+    given = {"size": SIZE, "reduce": "majority", **(kwargs or {})}
+    size, reduce = given["size"], given["reduce"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise ConfigurationError(f"got size={size!r} for ensemble; expected a whole number of at least 2")
+    if reduce not in REDUCERS:
+        raise ConfigurationError(f"got reduce={reduce!r} for ensemble; expected one of {', '.join(REDUCERS)}")
+    members = [one for one in candidates if not one.structure][:size]
+    if len(members) < 2:
+        raise ConfigurationError(
+            f"got {len(members)} fully scored program for an ensemble; expected at least 2: let a step that searches "
+            "come before it, 'p -> ensemble'"
+        )
+    program = teleprompt.Ensemble(reduce_fn=REDUCERS[reduce]).compile([member.program() for member in members])
+    return Candidate.of(program, lm=members[0].lms[0], structure=f"ensemble of {len(members)} by {reduce}")
+
+
+def majority(predictions: Sequence[Any]) -> Any:
+    """The first prediction that gives the commonest answer; the better member's when several are equally common.
+
+    Answers are compared by all output fields, letter case and outer spaces aside.
+    """
+    counts = Counter(_answer(prediction) for prediction in predictions)
+    most = max(counts.values())
+    return next(prediction for prediction in predictions if counts[_answer(prediction)] == most)
+
+
+def mean(predictions: Sequence[Any]) -> Any:
+    """A prediction whose numeric fields are averages; what is no number is the first member's.
+
+    Numbers written as text count as numbers, and stay text.
+    """
+    fields = dict(predictions[0].items())
+    for name, first in fields.items():
+        try:
+            values = [float(prediction[name]) for prediction in predictions]
+        except (TypeError, ValueError, KeyError):
+            continue
+        average = sum(values) / len(values)
+        fields[name] = f"{average:g}" if isinstance(first, str) else average
+    return dspy.Prediction(**fields)
+
+
+def _answer(prediction: Any) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((str(name), str(value).strip().casefold()) for name, value in prediction.items()))
+
+
+REDUCERS: dict[str, Callable[[Sequence[Any]], Any]] = {"majority": majority, "mean": mean}
+"""How answers become one."""
 
 logger = logging.getLogger("copa_harness")
 

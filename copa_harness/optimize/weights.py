@@ -22,57 +22,21 @@ import numpy as np
 from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
 from copa_harness.evaluate.metrics import Metric, call_metric
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.scope import current_scope
-from copa_harness.optimize.candidate import Candidate, model_name
-from copa_harness.optimize.schema import is_fully_labelled
+from copa_harness.lm.budget.scope import current_scope
+from copa_harness.optimize.propose.schema import is_fully_labelled
+from copa_harness.optimize.search.candidate import Candidate, model_name
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.tune.adapter import LoraAdapter
     from copa_harness.tune.rows import DemoMode, TrainingRow
-    from copa_harness.tune.settings import LoraSettings
+    from copa_harness.tune.trainer import LoraAdapter
+
+from copa_harness.optimize.options import WeightsSettings
 
 logger = logging.getLogger("copa_harness")
 
 LEFT_OUT = "and were left out"
 """How the clause of a phase's note ends that tells of rows too long to be trained on."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsSettings:
-    """How a weights step trains.
-
-    Attributes:
-        lora: Settings of the LoRA adapter: all of them, or those by name that differ from the step's own (the trainer's
-            defaults with `epochs_with_demos` or `epochs_bare` epochs and the run's seed). None takes the step's own.
-        epochs_with_demos: Passes over the rows when they carry demonstrations, whose answers are learned from too (see
-            `LoraSettings.learn_from_demos`). Fewer suffice than for bare rows: a row teaches ten answers, the
-            demonstrations do part of the work, and every pass sees new ones.
-        epochs_bare: Passes over bare rows.
-        n_demos: Demonstrations per row when the incumbent has none but a prompt step follows.
-        n_variants: Renderings per example with different demonstrations; None is one per epoch.
-        bare_share: Share of the rows rendered once more without demonstrations, 0..1.
-        held_out_share: Share of the rows kept for early stopping; 0 turns it off.
-        min_score: Score from which a trace becomes a row when labels do not give the rows, 0..1.
-    """
-
-    lora: LoraSettings | Mapping[str, Any] | None = None
-    epochs_with_demos: int = 4
-    epochs_bare: int = 12
-    n_demos: int = 9
-    n_variants: int | None = None
-    bare_share: float = 0.2
-    held_out_share: float = 0.0
-    min_score: float = 1.0
-
-    def lora_settings(self, *, with_demos: bool, seed: int) -> LoraSettings:
-        """Settings of a training on rows with or without demonstrations."""
-        from copa_harness.tune.settings import LoraSettings
-
-        if isinstance(self.lora, LoraSettings):
-            return self.lora
-        epochs = self.epochs_with_demos if with_demos else self.epochs_bare
-        return LoraSettings(epochs=epochs, seed=seed, learn_from_demos=with_demos).replaced(self.lora or {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from copa_harness.judge.paired import PairedDifference, pair_up, paired_difference
+from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference
 from copa_harness.report.records import RunRecord
 
 Kind = Literal["baseline", "weights", "prompts", "joint", "other"]

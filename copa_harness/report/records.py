@@ -14,7 +14,7 @@ from typing import Any
 
 from copa_harness.documents import mask_secrets, to_jsonable
 from copa_harness.judge.gates import overall
-from copa_harness.judge.paired import scores_by_id
+from copa_harness.judge.paired_tests import scores_by_id
 from copa_harness.results import Budget, EvaluationResult, GateResult, Interval, PhaseRecord, Usage, Verdict
 
 _USAGE_FIELDS = tuple(entry.name for entry in fields(Usage))

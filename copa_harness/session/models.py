@@ -13,7 +13,7 @@ from copa_harness.session.settings import Settings
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.lm.door import Door
+    from copa_harness.lm.gateway import Door
     from copa_harness.lm.metered import MeteredLM
 
 
@@ -28,8 +28,8 @@ class Models:
     """
 
     def __init__(self, settings: Settings) -> None:
-        from copa_harness.lm.cache import ResponseCache
-        from copa_harness.lm.door import Door
+        from copa_harness.lm.cache.store import ResponseCache
+        from copa_harness.lm.gateway import Door
 
         self._settings = settings
         directory = settings.cache_dir
@@ -80,8 +80,8 @@ class Models:
         Raises:
             ConfigurationError: It is no language model, or one whose calls cannot be metered.
         """
-        from copa_harness.lm.build import meter_lm
         from copa_harness.lm.constrained import checked_constrain
+        from copa_harness.lm.factory import meter_lm
 
         if not (hasattr(lm, "model") and hasattr(lm, "kwargs")):
             raise ConfigurationError(
@@ -104,7 +104,7 @@ def check_names(settings: Settings) -> None:
     Raises:
         ConfigurationError: One cannot; the message names the choices.
     """
-    from copa_harness.lm.door import Door
+    from copa_harness.lm.gateway import Door
 
     for option, name in (("lm", settings.lm), ("prompt_lm", settings.prompt_lm)):
         if option in settings.forced and name is not None:
@@ -113,7 +113,7 @@ def check_names(settings: Settings) -> None:
 
 
 def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrain: bool) -> MeteredLM:
-    from copa_harness.lm.build import build_lm
+    from copa_harness.lm.factory import build_lm
 
     weights = settings.base_weights if is_base else None
     of_local_models: dict[str, Any] = (

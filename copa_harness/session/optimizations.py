@@ -5,30 +5,84 @@ package versions and this package's own source. An optimization is looked up in 
 made: together with other processes that need it too where that can be (see `optimize.sharing`), under a lock that they
 wait for where not. One found on disk costs no call, no training step and no import of torch or Optuna. Knows nothing of
 gates, records or pytest, and never sees a test split.
+
+Work on the disk: by one process at a time, and what a run says when the disk takes no more.
+
+That is one clear error, or a warning where only repetition is lost. Knows nothing of what is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import errno
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copa_harness.errors import CacheError
 from copa_harness.results import PhaseRecord, Usage
-from copa_harness.session.full_disk import alone, keep, told_if_full
-from copa_harness.session.marker import DEFAULT_STRATEGY, MarkerArguments
-from copa_harness.session.settings import Settings
+from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
 
 if TYPE_CHECKING:
     import dspy
 
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.optimize.copa import COPA
-    from copa_harness.optimize.outcome import OptimizationResult
+    from copa_harness.optimize.result import OptimizationResult
+    from copa_harness.store.stages import StageStore
     from copa_harness.tasks.task import Task
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+@contextmanager
+def told_if_full(directory: Path, task: str) -> Iterator[None]:
+    """The block writes below `directory` for the optimization of `task`.
+
+    Raises:
+        CacheError: The disk is full or cannot be written. Other errors of the system pass as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise CacheError(
+            f"the optimization of {task} cannot go on: the cache directory {directory} takes no more "
+            f"({error.strerror}). Next: free some space or name another folder with --copa-cache-dir, then run again "
+            f"(answers it has taken are not paid for again)."
+        ) from error
+
+
+@contextmanager
+def alone(locks: Path, key: str) -> Iterator[None]:
+    """While the block runs no other process is in one with the same key; the lock lapses when its owner is killed."""
+    from filelock import FileLock
+
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{key[:32]}.lock"):
+        yield
+
+
+def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -> None:
+    """Keep the result of a finished optimization; where the disk takes no more, warn and go on with the result."""
+    try:
+        stages.put(key, value)
+    except OSError as error:
+        warnings.warn(
+            f"the finished optimization of {task} could not be kept in {stages.directory} "
+            f"({error.strerror or error}); its result stands, and the search is made again next time. Free some space, "
+            f"or name another folder with --copa-cache-dir",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")
+
 _ROOMS = ("lm", "evaluate", "tune", "optimize")
 
 
@@ -116,7 +170,7 @@ class Optimizations:
         return self._made.get(key) or self._found(key, task, lm)
 
     def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
-        from copa_harness.optimize.outcome import OptimizationResult, apply_state
+        from copa_harness.optimize.result import OptimizationResult, apply_state
 
         stored = self._stages.get(key)
         if stored is None:
@@ -138,7 +192,7 @@ class Optimizations:
     ) -> Optimized:
         """Made by this process: together with others that need the same, or by the first of them while they wait."""
         from copa_harness.optimize.copa import COPA
-        from copa_harness.optimize.progress import titled
+        from copa_harness.optimize.search.progress import titled
 
         strategy = marker.strategy or DEFAULT_STRATEGY
         optimizer = COPA(
@@ -184,7 +238,7 @@ class Optimizations:
 
     def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
         """The artifact's folder; written when it is not there yet."""
-        from copa_harness.report.surroundings import versions
+        from copa_harness.report.environment import versions
         from copa_harness.store.artifacts import save_artifact
 
         folder = self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
@@ -250,9 +304,9 @@ def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str
 
 
 def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments) -> str:
-    from copa_harness.optimize.strategy import parse_strategy
-    from copa_harness.report.surroundings import versions
+    from copa_harness.report.environment import versions
     from copa_harness.store.stages import hash_json
+    from copa_harness.strategy import parse_strategy
 
     lora = marker.lora and {**marker.lora, "processes": None}  # how many train together changes no result
     return hash_json(
@@ -289,7 +343,7 @@ def _own_source() -> str:
 
 def _lora_directory(lm: MeteredLM) -> Path | None:
     """Where the LoRA adapter of a fine-tuned local model lies; None for base weights and remote models."""
-    from copa_harness.lm.local_lora import find_lora, split_model_name
+    from copa_harness.lm.local.files import find_lora, split_model_name
 
     digits = split_model_name(lm.model)[1]
     directory = getattr(lm.engine, "lora_dir", None)

@@ -13,15 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.judge.gates import is_failure, overall
 from copa_harness.judge.messages import format_failure, number, score_line
-from copa_harness.results import Budget, EvaluationResult, ExampleResult, GateResult, PhaseRecord, Usage, Verdict
-from copa_harness.session.comparing import is_deferred
+from copa_harness.results import (
+    Budget,
+    EvaluationResult,
+    ExampleResult,
+    GateResult,
+    PhaseRecord,
+    Usage,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     import dspy
 
     from copa_harness.judge.attribution import Attribution
-    from copa_harness.judge.early_answers import SequentialAnswer
+    from copa_harness.judge.sequential.stopping import SequentialAnswer
     from copa_harness.lm.metered import MeteredLM
+
+DEFERRED = "deferred"
+"""Key in a gate's details: it is judged when the session ends."""
+
+
+def is_deferred(gate: GateResult) -> bool:
+    """Whether a gate is left open until the session ends."""
+    return bool(gate.details.get(DEFERRED))
 
 
 class Score(float):

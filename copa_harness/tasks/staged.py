@@ -86,13 +86,17 @@ def staged_program() -> dspy.Module:
             super().__init__()
             self.style = dspy.Predict(
                 _signature(
-                    _STAGE_1, "type", "light or full",
+                    _STAGE_1,
+                    "type",
+                    "light or full",
                     "Given the alcohol and colour of a wine, each scaled to 0-9.9, predict its type.",
                 )
             )
             self.grape = dspy.Predict(
                 _signature(
-                    ("body", *_STAGE_2), "answer", "barolo, grignolino, or barbera",
+                    ("body", *_STAGE_2),
+                    "answer",
+                    "barolo, grignolino, or barbera",
                     "Given the body of a wine, its flavanoids and its hue, each scaled to 0-9.9, predict its grape.",
                 )
             )

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from copa_harness.documents import canonical_json, write_atomic
-from copa_harness.lm.local_lora import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraFiles, read_lora, write_manifest
+from copa_harness.lm.local.files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraFiles, read_lora, write_manifest
 from copa_harness.tune.loop import TrainingState
 
 logger = logging.getLogger(__name__)

@@ -2,15 +2,34 @@
 
 The same in the process that asked for the training and in those it may start for it. Knows nothing of rows, budgets or
 processes.
+
+A training that memory does not hold: one error that says where, how much at once, and what takes less.
+
+Knows nothing of how training works.
+
+What a training is charged to the budget of a run: all its steps, held before the first one is taken.
+
+Steps that were taken before (by a training that was killed, or one that is finished and only read) count against the
+scope's ceilings as they did then, so that a run begun again stops where an uninterrupted one does; the ledger of the
+whole run counts only what is paid now. A scope is charged once for a recipe. Knows nothing of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.tune.progress import StepListener
+from copa_harness.errors import BudgetExhausted, TrainingMemoryError
+from copa_harness.lm.budget.cost import Cost, Hold
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.lm.local.memory import is_out_of_memory, last_words
+from copa_harness.tune.progress import Progress, StepListener
+from copa_harness.tune.rows import EncodedRow
+from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
     from copa_harness.tune.checkpoints import Unfinished
@@ -87,3 +106,91 @@ def run_epochs(
         unfinished.write_epoch(epoch, training.model, details=told)
         unfinished.save_state(training.state())
     return Outcome.of(training)
+
+
+LESS_MEMORY = "a smaller micro_batch_size, a smaller max_length (longer rows are left out), or fewer demonstrations"
+"""What makes a training take less."""
+
+
+@contextmanager
+def memory_named(
+    recipe: str, *, device: Any, rows: Sequence[EncodedRow], settings: LoraSettings, progress: Progress
+) -> Iterator[None]:
+    """Turns whatever torch, numpy or Python say when memory runs out into one error.
+
+    Args:
+        recipe: the training's content address.
+        device: it runs on.
+        rows: it trains on.
+        settings: of it.
+        progress: of it.
+
+    Raises:
+        TrainingMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        n_rows = settings.micro_batch_size or settings.batch_size
+        raise TrainingMemoryError(
+            f"memory on {device} does not suffice for the LoRA training {recipe}: step {progress.n_done + 1}, up to "
+            f"{n_rows} rows at once of up to {max(len(row.ids) for row in rows)} tokens ({last_words(error)}); what "
+            f"was trained up to the last epoch is kept for these settings; remedy: {LESS_MEMORY}, "
+            "lora={'precision': 'bfloat16'}, another --copa-device, or less else in that memory"
+        ) from error
+
+
+_charged: weakref.WeakKeyDictionary[Scope, set[str]] = weakref.WeakKeyDictionary()
+
+_charged_lock = threading.Lock()
+
+
+class Charge:
+    """Holds the steps of one training in a scope, from now until `settle`.
+
+    Args:
+        scope: Whose budget pays.
+        recipe: The training's content address.
+        planned: Steps of the whole training, if it is not stopped early.
+        taken_before: How many of them need not be paid any more.
+
+    Raises:
+        BudgetExhausted: They do not fit under a ceiling.
+    """
+
+    def __init__(self, scope: Scope, recipe: str, *, planned: int, taken_before: int) -> None:
+        self._scope, self._recipe, self._before = scope, recipe, taken_before
+        self._replayed: Hold | None = None
+        self._paid: Hold | None = None
+        with _charged_lock:
+            free = recipe in _charged.get(scope, ())
+        if taken_before and not free:
+            self._replayed = scope.hold(Cost(train_steps=taken_before), replayed=True)
+        if planned > taken_before:
+            try:
+                self._paid = scope.hold(Cost(train_steps=planned - taken_before))
+            except BaseException:
+                if self._replayed is not None:
+                    self._replayed.release()
+                raise
+
+    def check_seconds(self) -> None:
+        """To be called between steps.
+
+        Raises:
+            BudgetExhausted: The seconds of the scope, of one around it, or of the run are over.
+        """
+        if self._scope.remaining_s <= 0:
+            self._scope.hold(Cost()).release()  # refuses in the scope's own words
+            raise BudgetExhausted(f"the seconds of {self._scope.name!r} are over; raise --copa-budget to go further")
+
+    def settle(self, taken: int) -> None:
+        """Replace what is held by the steps the training has taken altogether."""
+        if self._replayed is not None:
+            self._replayed.settle(Cost(train_steps=min(taken, self._before)))
+        if self._paid is not None:
+            self._paid.settle(Cost(train_steps=max(0, taken - self._before)))
+        with _charged_lock:
+            _charged.setdefault(self._scope, set()).add(self._recipe)

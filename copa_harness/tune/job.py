@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.documents import write_atomic
-from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.rows import EncodedRow
 from copa_harness.tune.settings import LoraSettings
 
 JOB_SCHEMA = 1

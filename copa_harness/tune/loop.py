@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from copa_harness.errors import TrainingDivergedError, TrainingError
-from copa_harness.lm.local_model import quiet_peft
+from copa_harness.lm.local.model import quiet_peft
 from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
-from copa_harness.tune.encoding import EncodedRow
 from copa_harness.tune.low_rank import speed_up
 from copa_harness.tune.peers import Peers, add_up_gradients, share_of
 from copa_harness.tune.progress import StepListener
+from copa_harness.tune.rows import EncodedRow
 from copa_harness.tune.settings import LoraSettings
 
 

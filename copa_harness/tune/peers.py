@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.rows import EncodedRow
 
 
 class PeerLost(Exception):

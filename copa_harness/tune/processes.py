@@ -36,10 +36,9 @@ from copa_harness.errors import (
     TrainingInterruptedError,
     TrainingMemoryError,
 )
-from copa_harness.tune.epochs import Outcome
+from copa_harness.tune.epochs import LESS_MEMORY, Outcome
 from copa_harness.tune.job import TrainingJob, write_job
 from copa_harness.tune.progress import StepListener
-from copa_harness.tune.scarcity import LESS_MEMORY
 from copa_harness.tune.settings import LoraSettings
 
 WORTH_PROCESSES = 1e15

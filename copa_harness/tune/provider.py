@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness.errors import ConfigurationError, TrainingError
-from copa_harness.lm.vllm import VllmEngine
+from copa_harness.lm.endpoint.vllm import VllmEngine
 from copa_harness.tune.checkpoints import is_finished
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.settings import LoraSettings
 from copa_harness.tune.trainer import LoraAdapter, LoraTrainer
 
 if TYPE_CHECKING:
-    from copa_harness.lm.local import TransformersEngine
+    from copa_harness.lm.local.engine import TransformersEngine
     from copa_harness.lm.metered import MeteredLM
 
     TrainableEngine = TransformersEngine | VllmEngine
@@ -112,9 +112,7 @@ class LoraProvider(Provider):
             served_with = str(changes.pop("served_with", "as in the rows"))
             rows = [TrainingRow.from_chat(row) for row in train_data]
             settings = self.settings.replaced(changes)
-            adapter = _train(
-                self.engine, self.trainer, rows, settings=settings, held_out=(), served_with=served_with
-            )
+            adapter = _train(self.engine, self.trainer, rows, settings=settings, held_out=(), served_with=served_with)
             return adapter.model
         except Exception:
             raise
@@ -122,9 +120,7 @@ class LoraProvider(Provider):
             raise _Carried(f"{type(error).__name__}: {error}") from error
 
 
-def attach_provider(
-    lm: MeteredLM, *, directory: Path | None = None, settings: LoraSettings | None = None
-) -> MeteredLM:
+def attach_provider(lm: MeteredLM, *, directory: Path | None = None, settings: LoraSettings | None = None) -> MeteredLM:
     """A copy of `lm` that DSPy can fine-tune.
 
     Args:
@@ -150,9 +146,7 @@ def finetune(
     held_out: Sequence[TrainingRow | Mapping[str, Any]] = (),
 ) -> MeteredLM:
     """Fine-tune the base of `lm` on rows (or `{"messages": [...]}`); returns the tuned LM. See `LoraTrainer.train`."""
-    adapter = train_lora(
-        lm, rows, directory=directory, served_with=served_with, settings=settings, held_out=held_out
-    )
+    adapter = train_lora(lm, rows, directory=directory, served_with=served_with, settings=settings, held_out=held_out)
     return lm.copy(model=adapter.model)
 
 
@@ -213,7 +207,7 @@ def _weights_of(engine: TrainableEngine) -> TransformersEngine:
 
 
 def _trainable(lm: MeteredLM) -> TrainableEngine:
-    from copa_harness.lm.local import TransformersEngine
+    from copa_harness.lm.local.engine import TransformersEngine
 
     engine = lm.engine
     if not isinstance(engine, (TransformersEngine, VllmEngine)):

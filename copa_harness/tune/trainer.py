@@ -4,6 +4,10 @@ An adapter's directory is named by its recipe, the hash of base fingerprint, row
 training is finished, and a finished one is only read (without importing torch). A training that was killed goes on at
 its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken. Knows nothing of
 DSPy programs, metrics or how rows came about.
+
+`LoraAdapter`: what a training leaves behind, read from its manifest.
+
+Knows nothing of how training works; imports neither torch nor DSPy.
 """
 
 from __future__ import annotations
@@ -13,30 +17,106 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingInterruptedError
-from copa_harness.lm.local_files import hash_mapping
-from copa_harness.lm.local_lora import read_lora
-from copa_harness.lm.scope import current_scope
-from copa_harness.tune.adapter import LoraAdapter, adapter_of
-from copa_harness.tune.charges import Charge
-from copa_harness.tune.checkpoints import Unfinished, is_finished, recipe_lock, remove_leftovers
-from copa_harness.tune.encoding import EncodedRow, encode_row
-from copa_harness.tune.epochs import Outcome, run_epochs
+from copa_harness.lm.budget.scope import current_scope
+from copa_harness.lm.local.files import LoraFiles, hash_mapping, model_name, read_lora
+from copa_harness.tune.checkpoints import Unfinished, checkpoint_folders, is_finished, recipe_lock, remove_leftovers
+from copa_harness.tune.epochs import Charge, Outcome, memory_named, run_epochs
 from copa_harness.tune.job import TrainingJob
 from copa_harness.tune.processes import count_processes, train_in_processes
 from copa_harness.tune.progress import Progress, duration
-from copa_harness.tune.rows import TrainingRow
-from copa_harness.tune.scarcity import memory_named
+from copa_harness.tune.rows import EncodedRow, TrainingRow, encode_row
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
-    from copa_harness.lm.local import TransformersEngine
+    from copa_harness.lm.local.engine import TransformersEngine
     from copa_harness.tune.loop import TrainingState
 
-__all__ = ["LoraAdapter", "LoraTrainer"]
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """A trained LoRA adapter, or one of its checkpoints.
+
+    Attributes:
+        model: the name requests are sent to, `<base>@<fingerprint>`.
+        directory: weights, configuration and manifest.
+        fingerprint: of base, weights and configuration.
+        recipe: hash of what the training was made of; the name of its directory.
+        train_steps: optimizer steps up to these weights or, of the training as a whole, up to its end; whenever that
+            was.
+        trained_now: False when it was there already.
+        final_loss: held-out loss of this epoch, or its training loss without held-out rows.
+        n_over_long: rows left out because they were too long, held-out ones too.
+        max_tokens: most tokens a row could have; 0 when the manifest does not say.
+        epoch: whose weights these are, from 1.
+        steps_now: optimizer steps taken by this call: 0 for what was there, fewer than `train_steps` for a training
+            taken up again.
+        checkpoints: one adapter per epoch, in order; the kept epoch's has this adapter's model, directory and
+            fingerprint. Empty on a checkpoint itself.
+    """
+
+    model: str
+    directory: Path
+    fingerprint: str
+    recipe: str
+    train_steps: int
+    trained_now: bool
+    final_loss: float
+    n_over_long: int = 0
+    max_tokens: int = 0
+    epoch: int = 0
+    steps_now: int = 0
+    checkpoints: tuple[LoraAdapter, ...] = ()
+
+
+def adapter_of(files: LoraFiles, *, base: str, trained_now: bool, steps_now: int) -> LoraAdapter:
+    """The adapter in a finished training's folder, with its checkpoints (read when they are first served).
+
+    Args:
+        files: as `read_lora` gives them.
+        base: the base model's name in requests.
+        trained_now: see `LoraAdapter`.
+        steps_now: see `LoraAdapter`.
+    """
+    details, recipe = files.details, files.directory.name
+    folders = checkpoint_folders(details, files.directory.parent)
+    checkpoints = tuple(
+        LoraAdapter(
+            model=model_name(base, str(each["fingerprint"])),
+            directory=folder,
+            fingerprint=str(each["fingerprint"]),
+            recipe=recipe,
+            train_steps=int(each["train_steps"]),
+            trained_now=trained_now,
+            final_loss=_loss(each),
+            epoch=int(each["epoch"]),
+        )
+        for each, folder in zip(details["checkpoints"], folders, strict=True)
+    )
+    return LoraAdapter(
+        model=model_name(base, files.fingerprint),
+        directory=files.directory,
+        fingerprint=files.fingerprint,
+        recipe=recipe,
+        train_steps=int(details["train_steps"]),
+        trained_now=trained_now,
+        final_loss=_loss(details["checkpoints"][int(details["epoch"]) - 1]),
+        n_over_long=int(details["n_over_long"]),
+        max_tokens=int(details.get("max_tokens", 0)),
+        epoch=int(details["epoch"]),
+        steps_now=steps_now,
+        checkpoints=checkpoints,
+    )
+
+
+def _loss(checkpoint: Mapping[str, Any]) -> float:
+    held_out = checkpoint["held_out_loss"]
+    return float(checkpoint["loss"] if held_out is None else held_out)
+
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +226,7 @@ class LoraTrainer:
         if steps_now is None:
             planned, taken = int(files.details["planned_steps"]), int(files.details["train_steps"])
             Charge(current_scope(), recipe, planned=planned, taken_before=planned).settle(taken)
-        adapter = adapter_of(
-            files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0
-        )
+        adapter = adapter_of(files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0)
         self.engine.add_lora(adapter.directory)
         if self.directory.absolute() != self.engine.lora_dir.absolute():  # there it looks by itself, when asked
             for checkpoint in adapter.checkpoints:
@@ -162,9 +240,7 @@ class LoraTrainer:
         base = self.engine.generator.model
         encoded = self._encoded(job, context_length=base.context_length)
         remove_leftovers(self.directory, own=job.recipe)
-        unfinished = Unfinished(
-            self.directory, job.recipe, base_fingerprint=self.engine.fingerprint(self.engine.name)
-        )
+        unfinished = Unfinished(self.directory, job.recipe, base_fingerprint=self.engine.fingerprint(self.engine.name))
         state = unfinished.load_state()
         before = 0 if state is None else int(state.record["n_steps"])
         planned = loop.count_steps(encoded.rows, job.settings)
@@ -207,13 +283,11 @@ class LoraTrainer:
         details: Mapping[str, Any], progress: Progress, charge: Charge,
     ) -> Outcome:  # fmt: skip
         """All epochs that are left, in this process."""
-        from copa_harness.lm.local_model import share_weights
+        from copa_harness.lm.local.model import share_weights
         from copa_harness.tune import loop
 
         base = self.engine.generator.model
-        with memory_named(
-            job.recipe, device=base.device, rows=encoded.rows, settings=job.settings, progress=progress
-        ):
+        with memory_named(job.recipe, device=base.device, rows=encoded.rows, settings=job.settings, progress=progress):
             training = loop.Training(
                 loop.add_lora(share_weights(base.model), job.settings),
                 encoded.rows,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import OutOfMemoryError, TrainingDivergedError, TrainingError
-from copa_harness.lm.local_memory import is_out_of_memory, last_words
+from copa_harness.lm.local.memory import is_out_of_memory, last_words
 from copa_harness.tune.epochs import Outcome, run_epochs
 from copa_harness.tune.job import TrainingJob, read_job
 from copa_harness.tune.peers import AcceleratePeers, PeerLost
@@ -65,7 +65,7 @@ def train(job: TrainingJob, starter: Starter, *, rendezvous: Path) -> Outcome:
     """This process's part of the training; the first one writes the files."""
     from accelerate import PartialState
 
-    from copa_harness.lm.local_model import LocalModel
+    from copa_harness.lm.local.model import LocalModel
     from copa_harness.tune import loop
     from copa_harness.tune.checkpoints import Unfinished, workers_lock
 

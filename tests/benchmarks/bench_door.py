@@ -44,11 +44,11 @@ from dspy.lm15 import Message, Request, Response, TextPart, Usage  # noqa: E402
 from copa_harness.errors import BudgetExhausted  # noqa: E402
 from copa_harness.evaluate import evaluate  # noqa: E402
 from copa_harness.evaluate.runner import default_adapter  # noqa: E402
-from copa_harness.lm.build import build_lm  # noqa: E402
-from copa_harness.lm.cache import ResponseCache  # noqa: E402
-from copa_harness.lm.door import Door  # noqa: E402
-from copa_harness.lm.ledger import whole_run  # noqa: E402
-from copa_harness.lm.scope import open_scope  # noqa: E402
+from copa_harness.lm.budget.ledger import whole_run  # noqa: E402
+from copa_harness.lm.budget.scope import open_scope  # noqa: E402
+from copa_harness.lm.cache.store import ResponseCache  # noqa: E402
+from copa_harness.lm.factory import build_lm  # noqa: E402
+from copa_harness.lm.gateway import Door  # noqa: E402
 from copa_harness.lm.scripted import ScriptedLM  # noqa: E402
 from copa_harness.results import Budget  # noqa: E402
 from copa_harness.tasks import iris  # noqa: E402
@@ -171,9 +171,12 @@ def bare_client(url, n, concurrency):
         async with aiohttp.ClientSession(connector=connector) as session:
 
             async def one():
-                async with gate, session.post(
-                    f"{url}/chat/completions", data=body, headers={"Content-Type": "application/json"}
-                ) as reply:
+                async with (
+                    gate,
+                    session.post(
+                        f"{url}/chat/completions", data=body, headers={"Content-Type": "application/json"}
+                    ) as reply,
+                ):
                     await reply.read()
 
             await asyncio.gather(*(one() for _ in range(n)))
@@ -212,9 +215,7 @@ def ours(url, model, n, concurrency):
     program = program_for(lm)
     warm_up(program, concurrency)
     began, began_cpu = time.perf_counter(), time.process_time()
-    result = evaluate(
-        program, examples_of(n, f"{time.time()} "), metric=metric, split="bench", threads=concurrency
-    )
+    result = evaluate(program, examples_of(n, f"{time.time()} "), metric=metric, split="bench", threads=concurrency)
     rate, cpu = n / (time.perf_counter() - began), (time.process_time() - began_cpu) / n
     assert result.score == 1.0, result
     return rate, cpu

@@ -40,11 +40,11 @@ import bench_engine_llama  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from copa_harness.lm.local_chat import PromptTokens  # noqa: E402
-from copa_harness.lm.local_decoding import DecodingRules  # noqa: E402
-from copa_harness.lm.local_generate import BatchGenerator  # noqa: E402
-from copa_harness.lm.local_model import LocalModel  # noqa: E402
-from copa_harness.lm.local_paths import Prompt  # noqa: E402
+from copa_harness.lm.local.chat_template import PromptTokens  # noqa: E402
+from copa_harness.lm.local.decoding import DecodingRules  # noqa: E402
+from copa_harness.lm.local.executor import Prompt  # noqa: E402
+from copa_harness.lm.local.model import LocalModel  # noqa: E402
+from copa_harness.lm.local.scheduler import BatchGenerator  # noqa: E402
 
 SIZES = {
     "2M": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -287,9 +287,8 @@ def speed(size, threads, rounds):
 def write_lora(folder: Path, base: LocalModel, seed: int):
     import peft
 
-    from copa_harness.lm.local_files import base_fingerprint
-    from copa_harness.lm.local_lora import write_manifest
-    from copa_harness.lm.local_model import quiet_peft, share_weights
+    from copa_harness.lm.local.files import base_fingerprint, write_manifest
+    from copa_harness.lm.local.model import quiet_peft, share_weights
 
     with quiet_peft():
         settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -345,8 +344,8 @@ def through_dspy(rounds):
     import dspy
 
     from copa_harness.evaluate import evaluate
-    from copa_harness.lm.build import build_lm
-    from copa_harness.lm.door import Door
+    from copa_harness.lm.factory import build_lm
+    from copa_harness.lm.gateway import Door
     from copa_harness.tasks import iris
 
     torch.set_num_threads(2)
@@ -386,7 +385,7 @@ def through_dspy(rounds):
 START_UP = """
 import time; began = time.perf_counter()
 from pathlib import Path
-from copa_harness.lm.local import TransformersEngine
+from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.embedded import embedded_model_path
 engine = TransformersEngine(embedded_model_path(), name="embedded", lora_dir=Path("."))
 engine.chat; engine.generator

@@ -28,16 +28,16 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from copa_harness.judge.betting import FRACTIONS
-from copa_harness.judge.clustered import clustered_bounded_p_value, grouped
-from copa_harness.judge.early import SequentialJudge
-from copa_harness.judge.exact import bounded_mean_p_value, exact_share_p_value
+from copa_harness.judge.exact import bounded_mean_p_value, clustered_bounded_p_value, exact_share_p_value
 from copa_harness.judge.gates import Gates
+from copa_harness.judge.intervals import grouped
 from copa_harness.judge.noninferiority import noninferiority
-from copa_harness.judge.paired import Pairs, mcnemar_p_value, permutation_p_value
+from copa_harness.judge.paired_tests import Pairs, mcnemar_p_value, permutation_p_value
 from copa_harness.judge.power import mcnemar_power
-from copa_harness.judge.sequential import ThresholdMonitor
-from copa_harness.judge.spending_error import SpendingSignTest
+from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
+from copa_harness.judge.sequential.betting import FRACTIONS
+from copa_harness.judge.sequential.monitors import ThresholdMonitor
+from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.results import Verdict
 
 ALPHA = 0.05

@@ -135,9 +135,9 @@ def asked_threads():
 
 
 def our_steps(model, rows, settings, *, answer):
-    from copa_harness.tune.encoding import EncodedRow
     from copa_harness.tune.loop import Training
     from copa_harness.tune.progress import Progress
+    from copa_harness.tune.rows import EncodedRow
 
     encoded = [EncodedRow(tuple(ids), answers[-7], also=tuple(answers[:-7])) for ids, answers in rows]
     training = Training(model, encoded, held_out=(), settings=settings, pad_id=0)

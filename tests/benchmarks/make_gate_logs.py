@@ -27,9 +27,9 @@ from copa_harness import COPA, Task, build_lm
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.runner import evaluate
 from copa_harness.lm import repeated
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.report.surroundings import git_commit, versions
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.gateway import Door
+from copa_harness.report.environment import git_commit, versions
 from copa_harness.tasks import breast_cancer
 from copa_harness.tasks.tabular import exact_match
 

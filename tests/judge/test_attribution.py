@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from copa_harness.judge.attribution import attribute_gains
-from copa_harness.judge.paired import paired_difference
+from copa_harness.judge.paired_tests import paired_difference
 
 IDS = [f"e{i:03}" for i in range(60)]
 

@@ -4,7 +4,7 @@ from scipy import stats
 
 from copa_harness.judge.comparison import compare_strategies
 from copa_harness.judge.multiple import holm_adjusted
-from copa_harness.judge.paired import paired_difference
+from copa_harness.judge.paired_tests import paired_difference
 
 
 def scores(seed, share, n=60):

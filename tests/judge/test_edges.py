@@ -7,11 +7,11 @@ import pytest
 
 from copa_harness.judge.attribution import attribute_gains
 from copa_harness.judge.comparison import compare_strategies
-from copa_harness.judge.early import SequentialJudge
+from copa_harness.judge.flaky import repeated_mean
 from copa_harness.judge.gates import Gates, judge
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.paired import paired_difference
-from copa_harness.judge.repeats import repeated_mean
+from copa_harness.judge.paired_tests import paired_difference
+from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 
 

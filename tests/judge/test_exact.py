@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from copa_harness.judge.exact import GAMMA, bounded_mean_p_value, exact_share_p_value, score_statistic
-from copa_harness.judge.paired import tango_statistic
+from copa_harness.judge.paired_tests import tango_statistic
 
 
 @given(gained=st.integers(0, 20), lost=st.integers(0, 20), same=st.integers(0, 40), difference=st.floats(-0.9, 0.9))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copa_harness.judge.noninferiority import noninferiority, rows_to_decide, smallest_visible_drop
-from copa_harness.judge.paired import Pairs, mcnemar_p_value
+from copa_harness.judge.paired_tests import Pairs, mcnemar_p_value
 from copa_harness.results import Verdict
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from copa_harness.judge.noninferiority import rows_to_decide
-from copa_harness.judge.paired import mcnemar_p_value
+from copa_harness.judge.paired_tests import mcnemar_p_value
 from copa_harness.judge.power import mcnemar_power, rows_needed, sequential_power, smallest_detectable_drop
 
 

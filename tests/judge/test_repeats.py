@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from copa_harness.judge.flaky import example_means, merge_repeats, repeated_mean, repeats_of
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.repeats import example_means, merge_repeats, repeated_mean, repeats_of
 from copa_harness.results import EvaluationResult, ExampleResult, Usage
 
 

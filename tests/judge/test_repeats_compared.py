@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from copa_harness.judge.flaky import example_means
 from copa_harness.judge.noninferiority import noninferiority
-from copa_harness.judge.paired import Pairs, pair_up, paired_difference, permutation_p_value
-from copa_harness.judge.repeats import example_means
+from copa_harness.judge.paired_tests import Pairs, pair_up, paired_difference, permutation_p_value
 from copa_harness.results import Verdict
 
 

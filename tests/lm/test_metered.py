@@ -11,9 +11,9 @@ from dspy.clients.provider import Provider, TrainingJob
 from dspy.lm15 import ContextLengthError, Message, Request, ServerError
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.door import Door
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.gateway import Door
 from copa_harness.lm.metered import HISTORY_LENGTH, MeteredLM
-from copa_harness.lm.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget, Phase
 

@@ -9,17 +9,17 @@ import pytest
 from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ArtifactError, ConfigurationError
-from copa_harness.lm.build import build_lm
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.lm.engines import seed_of
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.local_lora import write_manifest
-from copa_harness.lm.local_tiny import CHAT_TEMPLATE, write_tiny_model
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.context import repeated
+from copa_harness.lm.engine import seed_of
+from copa_harness.lm.factory import build_lm
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.lm.local.files import write_manifest
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.lm.repeats import repeated
-from copa_harness.lm.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.testing.tiny_models import CHAT_TEMPLATE, write_tiny_model
 
 PROMPT = "[[ ## question ## ]] 2.3 [[ ## answer ## ]]"
 
@@ -43,9 +43,7 @@ class Shop:
 
     def plain(self, model="hf:tiny"):
         """The answer without any cache."""
-        request = Request(
-            model=model, messages=(Message.user(PROMPT),), config=Config(max_tokens=6, temperature=0.0)
-        )
+        request = Request(model=model, messages=(Message.user(PROMPT),), config=Config(max_tokens=6, temperature=0.0))
         return self.engine.complete(request, seed=0).message.text
 
 

@@ -7,8 +7,8 @@ import pytest
 from dspy.lm15 import Message, Request
 
 from copa_harness.errors import ConfigurationError, ProviderError
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.gateway import Door
 from copa_harness.lm.scripted import ScriptedLM
 
 

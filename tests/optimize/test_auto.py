@@ -5,8 +5,8 @@ import math
 import pytest
 
 from copa_harness import COPA
-from copa_harness.optimize.auto import choose_strategy
-from copa_harness.optimize.strategy import parse_strategy
+from copa_harness.optimize.budget import choose_strategy
+from copa_harness.strategy import parse_strategy
 
 
 def choice(n, *, calls=400, tunable=False, writer=True, n_validation=1):

@@ -3,7 +3,7 @@
 import pytest
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.budgets import describe_budget, parse_budget
+from copa_harness.optimize.options import describe_budget, parse_budget
 
 
 def test_every_ceiling_can_be_written():

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from copa_harness import COPA
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.observing import observing
-from copa_harness.optimize.candidate import Candidate
+from copa_harness.lm.context import observing
 from copa_harness.optimize.constraints import Constraints, parse_constraints
-from copa_harness.optimize.costs import AnswerCost
-from copa_harness.optimize.limits import LIMITS
-from copa_harness.optimize.outcome import OptimizationResult
+from copa_harness.optimize.options import LIMITS
+from copa_harness.optimize.result import OptimizationResult
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.scoring import AnswerCost
 
 
 def test_every_limit_has_a_name_that_is_checked_before_anything_is_loaded():

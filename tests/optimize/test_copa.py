@@ -7,9 +7,9 @@ import pytest
 
 from copa_harness.errors import ConfigurationError, MetricError, ProviderError, TaskError, TrainingError
 from copa_harness.evaluate import evaluate
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.lm.scope import open_scope
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.gateway import Door
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA, OptimizationResult, apply_state, to_state
 
@@ -290,7 +290,7 @@ def test_the_alternating_loop_says_why_it_stopped(toy):
 
 
 def test_an_improvement_no_larger_than_the_noise_has_converged(toy, monkeypatch):
-    monkeypatch.setattr("copa_harness.optimize.scoring.Validation.standard_error", lambda *_: 1.0)
+    monkeypatch.setattr("copa_harness.optimize.search.scoring.Validation.standard_error", lambda *_: 1.0)
     result = optimized(toy, "demos -> instructions", budget=2000).copa_result
     assert result.stopped == "converged"
     assert any("converged: cycle 1" in note and "no more than the noise" in note for note in result.notes)

@@ -5,8 +5,8 @@ import pytest
 
 from copa_harness import COPA
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.ensemble import majority, mean
-from copa_harness.optimize.strategy import StepKind, parse_strategy
+from copa_harness.optimize.steps import majority, mean
+from copa_harness.strategy import StepKind, parse_strategy
 
 
 def optimized(toy, strategy="p -> ensemble", **given):

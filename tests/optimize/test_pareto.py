@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.pareto import Preference, pareto_front, parse_preference, preferred
+from copa_harness.optimize.finalists import pareto_front, preferred
+from copa_harness.optimize.options import Preference, parse_preference
 
 POINTS = st.lists(
     st.tuples(st.sampled_from([i / 20 for i in range(21)]), st.integers(1, 30).map(float)), min_size=1, max_size=12

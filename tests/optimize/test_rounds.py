@@ -4,7 +4,7 @@ import dspy
 
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.copa import COPA
-from copa_harness.optimize.outcome import OptimizationResult
+from copa_harness.optimize.result import OptimizationResult
 
 
 def optimized(toy, **more):

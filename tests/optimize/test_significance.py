@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from copa_harness.optimize.racing import worse_p_value
-from copa_harness.optimize.significance import chosen_p_value, least_p_value
+from copa_harness.optimize.finalists import chosen_p_value, least_p_value
+from copa_harness.optimize.search.racing import worse_p_value
 
 
 def test_one_candidate_is_the_exact_sign_test():

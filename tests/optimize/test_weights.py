@@ -7,12 +7,12 @@ import dspy
 import pytest
 
 from copa_harness.errors import TrainingDivergedError
-from copa_harness.lm.door import Door
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.local_tiny import write_tiny_model
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
-from copa_harness.optimize.together import finetunable
+from copa_harness.optimize.dspy_optimizers.finetune import finetunable
+from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune.settings import LoraSettings
 
 

@@ -10,10 +10,9 @@ import pytest
 from copa_harness.errors import CopaError
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.report import files
-from copa_harness.report.files import markdown_report, read_report, write_reports
+from copa_harness.report.environment import environment, git_commit, versions
+from copa_harness.report.files import gates_to_read, markdown_report, read_report, verdict_counts, write_reports
 from copa_harness.report.records import RunRecord
-from copa_harness.report.surroundings import environment, git_commit, versions
-from copa_harness.report.verdicts import gates_to_read, verdict_counts
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Usage, Verdict
 
 

@@ -5,10 +5,10 @@ from typing import Literal
 import dspy
 import pytest
 
-from copa_harness.lm.door import Door
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.local_tiny import write_tiny_model
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
+from copa_harness.testing.tiny_models import write_tiny_model
 
 COLOURS = ("red", "green", "blue")
 

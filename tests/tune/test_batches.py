@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers
 
-from copa_harness.lm.local_model import share_weights
-from copa_harness.lm.local_tiny import write_tiny_model
+from copa_harness.lm.local.model import share_weights
+from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune import LoraSettings, batches
-from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
-from copa_harness.tune.encoding import EncodedRow
+from copa_harness.tune.batches import BatchLoss, Packing, batches_of, parts_of
 from copa_harness.tune.loop import add_lora
 from copa_harness.tune.low_rank import speed_up
-from copa_harness.tune.packing import Packing
+from copa_harness.tune.rows import EncodedRow
 
 PREFIX = tuple(range(10, 22))
 ROWS = (

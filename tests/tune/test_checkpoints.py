@@ -13,9 +13,9 @@ import torch
 from dspy.lm15 import Config, Message, Request
 from safetensors import safe_open
 
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.local_lora import WEIGHTS_FILE, find_lora, read_lora
-from copa_harness.lm.scope import open_scope
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.lm.local.files import WEIGHTS_FILE, find_lora, read_lora
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, checkpoints
 from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.checkpoints import ABANDONED_AFTER_S, recipe_lock
@@ -231,7 +231,7 @@ def test_a_training_whose_checkpoint_was_deleted_is_done_again(trainer):
 
 
 def test_dropout_of_the_base_model_repeats_also_after_an_interruption(tmp_path, stop_at_batch):
-    from copa_harness.lm.local_tiny import write_tiny_model
+    from copa_harness.testing.tiny_models import write_tiny_model
 
     engine = TransformersEngine(
         write_tiny_model(tmp_path / "gpt2", architecture="gpt2"), name="hf:gpt2", lora_dir=tmp_path / "loras"

@@ -7,10 +7,10 @@ from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness import COPA
 from copa_harness.errors import TrainingError
-from copa_harness.lm.build import build_lm, meter_lm
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.lm.scope import open_scope
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.factory import build_lm, meter_lm
+from copa_harness.lm.gateway import Door
 
 WORDS = [a + b for a in "abcd" for b in "uvwxyz"]
 TUNED = "ft:gpt-4o-mini-2024-07-18:org::0001"

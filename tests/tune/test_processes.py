@@ -24,10 +24,10 @@ from copa_harness.errors import (
     TrainingInterruptedError,
     TrainingMemoryError,
 )
-from copa_harness.lm.local_lora import WEIGHTS_FILE, read_lora
-from copa_harness.lm.scope import open_scope
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.local.files import WEIGHTS_FILE, read_lora
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow
-from copa_harness.tune.charges import Charge
+from copa_harness.tune.epochs import Charge
 from copa_harness.tune.processes import count_processes, run_workers
 
 SETTINGS = LoraSettings(rank=4, alpha=8, epochs=3, batch_size=4, warmup_steps=1, processes=1)
@@ -147,7 +147,10 @@ def scripted(tmp_path):
         try:
             outcome = run_workers(
                 [sys.executable, "-I", "-S", "-c", code],
-                environments=environments, folder=tmp_path, progress=steps, before_step=before_step,
+                environments=environments,
+                folder=tmp_path,
+                progress=steps,
+                before_step=before_step,
             )
             return outcome, steps
         finally:
@@ -215,8 +218,16 @@ def test_workers_that_hang_when_another_fails_are_ended_soon(scripted):
 
 @pytest.mark.parametrize(
     ("processes", "device", "work", "expected"),
-    [("auto", "cpu", 1e18, 1), (3, "cpu", 0, 3), (99, "cpu", 0, 16), ("auto", "cuda", 1e18, 4),
-     ("auto", "cuda", 1e9, 1), ("auto", "cuda:1", 1e18, 1), (2, "cuda", 0, 2), (1, "cuda", 1e18, 1)],
+    [
+        ("auto", "cpu", 1e18, 1),
+        (3, "cpu", 0, 3),
+        (99, "cpu", 0, 16),
+        ("auto", "cuda", 1e18, 4),
+        ("auto", "cuda", 1e9, 1),
+        ("auto", "cuda:1", 1e18, 1),
+        (2, "cuda", 0, 2),
+        (1, "cuda", 1e18, 1),
+    ],
 )
 def test_a_process_per_device_where_it_is_worth_it_or_as_many_as_one_says(
     processes, device, work, expected, monkeypatch

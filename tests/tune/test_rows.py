@@ -10,7 +10,7 @@ import pytest
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import TrainingRow, describe_demos, render_rows
-from copa_harness.tune.encoding import encode_row
+from copa_harness.tune.rows import encode_row
 
 
 class TwoSteps(dspy.Module):

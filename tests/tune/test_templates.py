@@ -9,10 +9,10 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from copa_harness.lm.local_chat import ChatFormat, request_messages
+from copa_harness.lm.local.chat_template import ChatFormat, request_messages
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import TrainingRow, render_rows
-from copa_harness.tune.encoding import encode_row
+from copa_harness.tune.rows import encode_row
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "

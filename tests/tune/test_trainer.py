@@ -21,17 +21,17 @@ from copa_harness.errors import (
     TrainingError,
     TrainingMemoryError,
 )
-from copa_harness.lm import local_model
-from copa_harness.lm.door import Door
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.local_lora import WEIGHTS_FILE
-from copa_harness.lm.local_model import quiet_peft
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.local import model as local_model
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.lm.local.files import WEIGHTS_FILE
+from copa_harness.lm.local.model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.lm.scope import open_scope
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, progress, render_rows
 from copa_harness.tune.batches import BatchLoss
-from copa_harness.tune.encoding import encode_row
 from copa_harness.tune.loop import relative_rate
+from copa_harness.tune.rows import encode_row
 
 QUICK = LoraSettings(rank=4, alpha=8, epochs=2, batch_size=4, warmup_steps=1)
 
@@ -160,7 +160,7 @@ def test_a_damaged_adapter_is_refused_by_engine_and_trainer(engine, trainer):
 
 
 def test_an_adapter_of_another_base_is_refused(trainer, tmp_path):
-    from copa_harness.lm.local_tiny import write_tiny_model
+    from copa_harness.testing.tiny_models import write_tiny_model
 
     adapter = trainer.train(ROWS, settings=QUICK, served_with="none")
     other = TransformersEngine(write_tiny_model(tmp_path / "other", seed=5), name="hf:tiny", lora_dir=tmp_path)
@@ -213,9 +213,19 @@ def test_each_epoch_trains_on_the_next_variant(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rank": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"max_length": 0}, {"seed": -1}, {"learnign_rate": 1},
-     {"precision": "half"}, {"held_out_share": 1}, {"learning_rate": "fast"}, {"target_modules": 3},
-     {"learn_from_demos": 1}],
+    [
+        {"rank": 0},
+        {"epochs": 1.5},
+        {"learning_rate": 0},
+        {"max_length": 0},
+        {"seed": -1},
+        {"learnign_rate": 1},
+        {"precision": "half"},
+        {"held_out_share": 1},
+        {"learning_rate": "fast"},
+        {"target_modules": 3},
+        {"learn_from_demos": 1},
+    ],
 )
 def test_settings_out_of_range_or_misspelt_are_refused(changes):
     with pytest.raises(ConfigurationError, match="expected"):

@@ -7,11 +7,11 @@ import pytest
 from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.build import build_lm
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.lm.local import TransformersEngine
-from copa_harness.lm.scope import open_scope
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.factory import build_lm
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import LoraSettings, attach_provider, finetune, render_rows
 

@@ -99,9 +99,7 @@ class Store:
         return None
 
 
-def grid(
-    *, tasks: Sequence[str], seeds: Sequence[int], budgets: Sequence[int], methods: Sequence[str]
-) -> list[Cell]:
+def grid(*, tasks: Sequence[str], seeds: Sequence[int], budgets: Sequence[int], methods: Sequence[str]) -> list[Cell]:
     """All cells, what is needed first first: three seeds at 400 and 100 calls, then 200 and 800, then more seeds."""
 
     def rank(cell: Cell) -> tuple[int, ...]:

@@ -15,14 +15,14 @@ from typing import Any
 
 from copa_harness import tasks
 from copa_harness.evaluate import evaluate
-from copa_harness.lm.build import build_lm
-from copa_harness.lm.cache import ResponseCache
-from copa_harness.lm.door import Door
-from copa_harness.lm.scope import open_scope
-from copa_harness.optimize.builders import scores_its_result
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.factory import build_lm
+from copa_harness.lm.gateway import Door
 from copa_harness.optimize.copa import COPA
-from copa_harness.optimize.outcome import apply_state
-from copa_harness.optimize.racing import RacingPruner
+from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
+from copa_harness.optimize.result import apply_state
+from copa_harness.optimize.search.racing import RacingPruner
 from search.cells import CONTROLS, RIVALS, WRITTEN_FOR, Cell
 from search.watching import watched
 from search.writer import rule_writer
@@ -124,5 +124,3 @@ def _racing(on: bool) -> Iterator[None]:
         yield
     finally:
         RacingPruner.prune = prune  # type: ignore[method-assign]
-
-

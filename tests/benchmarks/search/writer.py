@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.instructions import rule_based
+from copa_harness.optimize.propose.instructions import rule_based
 
 _CURRENT = r"\[\[ ## (?:current_instruction|basic_instruction) ## \]\]\n(.*?)(?:\n\n\[\[|\n\nRespond with|\Z)"
 """Where GEPA's and MIPROv2's questions state the instruction to be improved."""

@@ -9,8 +9,8 @@ import dspy
 import pytest
 
 from copa_harness.lm.embedded import embedded_model_path
-from copa_harness.pretrain.devtasks import development_tasks
-from copa_harness.pretrain.measure import load_model, record, signature
+from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
+from copa_harness.lm.embedded.pretrain.measure import load_model, record, signature
 
 
 @pytest.fixture(scope="module")

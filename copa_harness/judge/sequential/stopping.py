@@ -1,0 +1,349 @@
+"""A whole run in sequential mode: which examples next, whether to stop, and what to say then.
+
+    watch = SequentialJudge(ids, gates, seed=0, baseline=accepted, fingerprints=fingerprints)
+    for block in watch.blocks(size=16):             # example ids to evaluate now, together
+        watch.add(scores of the block by example id)
+        if watch.decided:
+            break
+    answer = watch.finish(evaluation of the examples used)
+
+All gates on scores are watched at once; the run ends when each has its verdict or one has failed. Statistics are
+`sequential.py`'s. Knows nothing of models, files or pytest.
+
+What a sequential run found, saved and cost, in numbers and in words. Knows nothing of how it was watched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from copa_harness.judge.differences import Reference, better_than, changed_parts, max_regression
+from copa_harness.judge.gates import Gates, cost_per_answer, judge, overall
+from copa_harness.judge.messages import counted, number
+from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
+from copa_harness.judge.paired_tests import pair_up, scores_by_id
+from copa_harness.judge.power import SequentialPower, sequential_power
+from copa_harness.judge.sequential.monitors import RegressionMonitor, ThresholdMonitor, random_order
+from copa_harness.results import EvaluationResult, GateResult, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialAnswer:
+    """What a sequential run found, and what it saved and cost.
+
+    Attributes:
+        gates: the answers of the gates on scores; spending gates are judged apart.
+        n_used: examples evaluated.
+        n_total: examples in the split.
+        usd_saved: dollars the examples not evaluated would have cost; None when no price was seen.
+        power: what stopping early costs a regression gate; None without one.
+        visible_drop: the true drop `power` is about, 0..1; None without.
+    """
+
+    gates: tuple[GateResult, ...]
+    n_used: int
+    n_total: int
+    usd_saved: float | None = None
+    power: SequentialPower | None = None
+    visible_drop: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """All gates together."""
+        return overall(self.gates)
+
+    @property
+    def n_saved(self) -> int:
+        """Examples that were not needed."""
+        return self.n_total - self.n_used
+
+    def text(self) -> str:
+        """`stopped after 131 of 300 examples: 169 saved (56 %), about $0.34`, and what it costs in power."""
+        if self.n_saved:
+            saved = f"stopped after {self.n_used:,} of {counted(self.n_total, 'example')}: {self.n_saved:,} saved"
+            saved += f" ({100 * self.n_saved / self.n_total:.0f} %)"
+            if self.usd_saved:
+                saved += f", about ${self.usd_saved:,.2g}"
+        else:
+            saved = f"all {counted(self.n_total, 'example')} were needed, nothing saved"
+        if self.power is None or self.visible_drop is None:
+            return saved
+        return (
+            f"{saved}. What stopping early costs: a true drop of {number(self.visible_drop)}, found in "
+            f"{100 * self.power.fixed:.0f} % of runs that look once, at all {self.n_total:,}, is found in "
+            f"{100 * self.power.sequential:.0f} % this way"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, for a report."""
+        return {
+            "n_used": self.n_used, "n_total": self.n_total, "usd_saved": self.usd_saved,
+            "visible_drop": self.visible_drop,
+            "power_fixed": None if self.power is None else self.power.fixed,
+            "power_sequential": None if self.power is None else self.power.sequential,
+            "mean_rows": None if self.power is None else self.power.mean_rows,
+        }  # fmt: skip
+
+
+def stopped_early(
+    answer: GateResult, monitor: RegressionMonitor, *, n_used: int, n_total: int, name: str | None
+) -> GateResult:
+    """The answer of a paired gate that was decided while looking."""
+    assert monitor.verdict is not None
+    p_not_worse, p_worse = monitor.p_values
+    failed = monitor.verdict is Verdict.FAIL
+    p_value = p_worse if failed else p_not_worse
+    details = after_looking(answer.details, monitor) | {
+        "n_used": n_used, "n_total": n_total, "p_sequential": p_value, "alpha": monitor.alpha,
+    }  # fmt: skip
+    looked = "exact McNemar test with error spending" if monitor.is_exact else "betting e-process"
+    against = "a drop" if monitor.margin == 0 else f"a drop of more than {monitor.margin:g}"
+    found = f"{against} is shown" if failed else f"{against} is ruled out" if monitor.margin else "a gain is shown"
+    so_far = number(details.get("difference"), signed=True)
+    message = (
+        f"{found} after {n_used:,} of {counted(n_total, 'example')} ({looked}, p = {p_value:.2g}, valid "
+        f"however often it looks). "
+    )
+    if n_used == n_total:
+        message += f"The difference is {so_far}."
+    else:
+        # A run is stopped by a streak, so what it shows then is too extreme on average.
+        message += f"The difference so far is {so_far}; runs are stopped when it looks large, so it tends to shrink."
+    if failed:
+        message += (
+            f" Next: {'use ' + name + ', or ' if answer.gate.startswith('better_than') and name else ''}look at the "
+            f"worst examples; for the exact size of the drop run without --copa-sequential."
+        )
+    return GateResult(answer.gate, monitor.verdict, message, details)
+
+
+_FIXED_P = ("p_value", "p_worse", "p_not_worse", "p_any_drop", "p_better", "p_loss")
+
+
+def without_p_values(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The details of a paired gate that was cut off: p-values of the rows seen hold for no moment one chose to stop."""
+    return {name: value for name, value in details.items() if name not in _FIXED_P}
+
+
+def after_looking(details: Mapping[str, Any], monitor: RegressionMonitor) -> dict[str, Any]:
+    """The details of a paired gate with p-values that hold for all looks together, as the suite's correction needs.
+
+    Args:
+        details: of the test of the rows seen, as if they had been looked at once.
+        monitor: what looked.
+    """
+    not_worse, worse = monitor.p_values
+    if not monitor.is_exact:
+        # Either the looks or the last test may speak: twice the smaller p-value holds for both (Bonferroni).
+        last_worse = max(float(details.get("p_worse", 1.0)), float(details.get("p_any_drop", 1.0)))
+        last_better = float(details.get("p_not_worse", details.get("p_better", 1.0)))
+        seen_all = monitor.verdict is None
+        worse = min(1.0, 2 * min(worse, last_worse if seen_all else 1.0))
+        not_worse = min(1.0, 2 * min(not_worse, last_better if seen_all else 1.0))
+    found = without_p_values(details)
+    if "p_better" in details:
+        return found | {"p_better": not_worse, "p_loss": worse}
+    return found | {"p_worse": worse, "p_any_drop": worse, "p_not_worse": not_worse}
+
+
+class SequentialJudge:
+    """Watches the gates on scores of one run while its examples are evaluated.
+
+    Args:
+        ids: ids of all examples of the split, each once.
+        gates: the rules; `min_score`, `max_regression`, `better_than` and `max_error_rate` are watched.
+        seed: of the random order.
+        baseline: what `max_regression` compares with.
+        rival: what `better_than` compares with.
+        fingerprints: of this run; a reference that is not comparable is not watched.
+        groups: group by example id, where examples share one.
+
+    Raises:
+        ValueError: for repeated ids.
+    """
+
+    def __init__(
+        self,
+        ids: tuple[str, ...],
+        gates: Gates,
+        *,
+        seed: int,
+        baseline: Reference | None = None,
+        rival: Reference | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        self.units = random_order(ids, seed=seed, groups=groups)
+        self.n_total, self.n_used = len(ids), 0
+        self._gates, self._seed, self._groups = gates, seed, groups
+        self._fingerprints = dict(fingerprints or {})
+        self._baseline, self._rival = baseline, rival
+        self._alpha = gates.alpha / gates.n_comparisons
+        self._next_unit = self._n_failed = 0
+        sizes = [len(unit) for unit in self.units]
+        self._threshold: ThresholdMonitor | None = None
+        if gates.min_score is not None and ids:
+            self._threshold = ThresholdMonitor(gates.min_score, sizes=sizes, alpha=gates.alpha)
+        self._paired: dict[str, tuple[RegressionMonitor, Mapping[str, float | None]]] = {}
+        for kind, reference, margin in (
+            ("regression", baseline, gates.max_regression),
+            ("rival", rival, None if gates.better_than is None else 0.0),
+        ):
+            comparable = reference is not None and not changed_parts(reference, self._fingerprints)
+            if margin is not None and reference is not None and comparable:
+                is_binary = all(score in (None, 0, 1) for score in reference.scores.values())
+                monitor = RegressionMonitor(
+                    margin,
+                    largest=max(sizes, default=1),
+                    alpha=self._alpha,
+                    n_units=len(sizes) if is_binary and ids else None,
+                )
+                self._paired[kind] = (monitor, reference.scores)
+
+    def blocks(self, *, size: int) -> Iterator[tuple[str, ...]]:
+        """Example ids to evaluate next, about `size` at a time and whole groups, until decided or none is left."""
+        while not self.decided and self._next_unit < len(self.units):
+            block: list[str] = []
+            position = self._next_unit
+            while position < len(self.units) and (not block or len(block) + len(self.units[position]) <= size):
+                block += self.units[position]
+                position += 1
+            yield tuple(block)
+
+    def add(self, scores: Mapping[str, float | None]) -> None:
+        """See the scores of the next block; None for an example that failed.
+
+        Raises:
+            ValueError: the examples are not the next ones of the order, or a group came in part.
+        """
+        waiting = dict(scores)
+        while waiting:
+            if self._next_unit >= len(self.units) or not waiting.keys() >= set(self.units[self._next_unit]):
+                raise ValueError(f"got scores of {sorted(waiting)[:3]}; expected those of the next block, all of them")
+            unit = self.units[self._next_unit]
+            self._next_unit += 1
+            values = [waiting.pop(example_id) for example_id in unit]
+            self.n_used += len(unit)
+            self._n_failed += sum(value is None for value in values)
+            # A block may hold more rows than the decision took; they are seen all the same, no verdict is taken back.
+            if self._threshold is not None:
+                self._threshold.add(values)
+            for monitor, before in self._paired.values():
+                pairs = [(before.get(example_id), value) for example_id, value in zip(unit, values, strict=True)]
+                monitor.add([new - old for old, new in pairs if old is not None and new is not None])
+
+    @property
+    def verdicts(self) -> tuple[Verdict | None, ...]:
+        """Of every watched gate so far."""
+        threshold = () if self._threshold is None else (self._threshold.verdict,)
+        return (*threshold, *(monitor.verdict for monitor, _ in self._paired.values()))
+
+    @property
+    def decided(self) -> bool:
+        """Whether more examples cannot change the outcome: all verdicts are in, one failed, or too many are lost."""
+        if self._n_failed > self._gates.max_error_rate * self.n_total + 1e-9:
+            return True
+        verdicts = self.verdicts
+        return bool(verdicts) and (Verdict.FAIL in verdicts or None not in verdicts)
+
+    def finish(self, evaluation: EvaluationResult) -> SequentialAnswer:
+        """The gates' answers.
+
+        Args:
+            evaluation: of exactly the examples whose scores were added.
+
+        Raises:
+            ValueError: the evaluation has another number of examples.
+        """
+        if evaluation.n != self.n_used:
+            raise ValueError(f"got an evaluation of {evaluation.n} examples; expected the {self.n_used} added")
+        answers = list(judge(evaluation, Gates(max_error_rate=self._gates.max_error_rate)))
+        if self._threshold is not None:
+            answers.append(self._min_score(self._threshold, evaluation))
+        if self._gates.max_regression is not None:
+            answers.append(self._compared("regression", evaluation))
+        if self._gates.better_than is not None:
+            answers.append(self._compared("rival", evaluation))
+        each = cost_per_answer(evaluation)
+        power, drop = self._power(evaluation)
+        saved = None if each is None else each * (self.n_total - self.n_used)
+        return SequentialAnswer(tuple(answers), self.n_used, self.n_total, saved, power, drop)
+
+    def _min_score(self, monitor: ThresholdMonitor, evaluation: EvaluationResult) -> GateResult:
+        if self.n_used == self.n_total:
+            return next(
+                answer
+                for answer in judge(evaluation, replace(_SCORE_ONLY, min_score=monitor.threshold))
+                if answer.gate.startswith("min_score")
+            )
+        gate = f"min_score={monitor.threshold:g}"
+        p_misses, p_reaches = monitor.p_values
+        so_far = f"{number(evaluation.score)} on the first {self.n_used:,} of {counted(self.n_total, 'example')}"
+        details = {"score": evaluation.score, "n": self.n_used, "n_total": self.n_total, "alpha": monitor.alpha}
+        details |= {"p_misses": p_misses, "p_reaches": p_reaches}
+        if monitor.verdict is None:
+            return GateResult(gate, Verdict.UNDECIDED, f"{so_far}; {_NOT_NEEDED}", details)
+        sure = (
+            "the rest cannot change it" if monitor.is_certain else f"wrong in at most {100 * monitor.alpha:g} % of runs"
+        )
+        if monitor.verdict is Verdict.PASS:
+            message = f"all {self.n_total:,} examples would reach {monitor.threshold:g} ({sure}): {so_far}."
+        else:
+            message = (
+                f"all {self.n_total:,} examples would fall short of {monitor.threshold:g} ({sure}): {so_far}. Next: "
+                f"look at the worst examples, give the optimizer more budget, or lower the threshold."
+            )
+        return GateResult(gate, monitor.verdict, message, details)
+
+    def _compared(self, kind: str, evaluation: EvaluationResult) -> GateResult:
+        """The answer of the test of what was evaluated, with the verdict the monitor reached while looking."""
+        monitor = self._paired[kind][0] if kind in self._paired else None
+        alpha = self._alpha
+        note = ""
+        if monitor is not None:
+            alpha = monitor.alpha_at_the_end
+            note = f"(Looking early left an error rate of {alpha:.2g} of {self._alpha:.2g} for this last test.)"
+        shared: dict[str, Any] = {
+            "alpha": alpha, "fingerprints": self._fingerprints, "seed": self._seed, "groups": self._groups,
+        }  # fmt: skip
+        if kind == "regression":
+            bless = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
+            margin = self._gates.max_regression or 0.0
+            answer = max_regression(evaluation, self._baseline, margin=margin, bless=bless, note=note, **shared)
+        else:
+            name = self._gates.better_than or ""
+            answer = better_than(evaluation, self._rival, name=name, note=note, **shared)
+        if monitor is None:
+            return answer
+        if monitor.verdict is None:
+            if self.n_used == self.n_total:
+                return GateResult(answer.gate, answer.verdict, answer.message, after_looking(answer.details, monitor))
+            return GateResult(answer.gate, Verdict.UNDECIDED, _NOT_NEEDED, without_p_values(answer.details))
+        return stopped_early(answer, monitor, n_used=self.n_used, n_total=self.n_total, name=self._gates.better_than)
+
+    def _power(self, evaluation: EvaluationResult) -> tuple[SequentialPower | None, float | None]:
+        if "regression" not in self._paired:
+            return None, None
+        margin = self._gates.max_regression or 0.0
+        pairs = pair_up(self._paired["regression"][1], scores_by_id(evaluation))
+        if not pairs.ids:
+            return None, None
+        differences = np.asarray(pairs.after) - np.asarray(pairs.before)
+        variance, _ = row_variance(differences, binary=True)
+        drop = smallest_visible_drop(self.n_total, margin=margin, variance=variance, alpha=self._alpha)
+        if math.isinf(drop):
+            return None, None
+        power = sequential_power(
+            self.n_total, drop=drop, disagreement=max(drop, variance), margin=margin, alpha=self._alpha, seed=self._seed
+        )
+        return power, drop
+
+
+_SCORE_ONLY = Gates()
+
+_NOT_NEEDED = "left open, because another gate ended the run first. Next: mend that one and run again."

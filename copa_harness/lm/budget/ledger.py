@@ -1,0 +1,260 @@
+"""The ledger of a whole run: one account shared by every process of it, on disk.
+
+It counts real payments, not distinct requests: what is bought by any pytest-xdist worker is held here before it is
+paid, in one SQLite transaction that no other process can interleave with. The holds of a process that died count as
+spent, since the provider may have billed them. Every run has a ledger of its own (`runs/<run id>.sqlite`), so a run
+that is started again begins at zero and pays for what is missing only. Knows nothing of requests, engines or phases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from copa_harness.errors import CacheError, ConfigurationError
+from copa_harness.lm.budget.cost import COST_FIELDS, Ceilings, Cost, OverBudget
+from copa_harness.results import Budget
+
+RUNS_FOLDER = "runs"
+"""Folder of the ledgers inside the cache directory."""
+
+KEPT_S = 7 * 24 * 3600.0
+"""Ledgers of runs that began longer ago are removed when a new run begins."""
+
+_POLL_S = (0.005, 0.1)
+_BUSY_TIMEOUT_S = 60.0
+_AMOUNTS = ", ".join(f"{name} INTEGER NOT NULL" for name in COST_FIELDS)
+_SUMS = ", ".join(f"COALESCE(SUM({name}), 0)" for name in COST_FIELDS)
+_COLUMNS = ", ".join(COST_FIELDS)
+_MARKS = ", ".join("?" * len(COST_FIELDS))
+
+T = TypeVar("T")
+
+
+class RunLedger:
+    """The account of one run. Threads and processes that open the same run id share it.
+
+    Args:
+        directory: The cache directory; the ledger lies in its folder `runs`.
+        run_id: Names the run: letters, digits, `.`, `_` and `-`.
+        budget: The ceilings, on real payments. The first process that opens the run writes them down; the others must
+            bring the same.
+
+    Raises:
+        ConfigurationError: The run id is no file name, or the run was opened with other ceilings.
+        CacheError: The ledger cannot be written. Nothing may be spent without it.
+    """
+
+    def __init__(self, directory: Path, run_id: str, *, budget: Budget) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", run_id) or run_id.startswith("."):
+            raise ConfigurationError(f"got the run id {run_id!r}, expected up to 100 letters, digits, '.', '_' or '-'")
+        self.path = Path(directory) / RUNS_FOLDER / f"{run_id}.sqlite"
+        self.budget = budget
+        self.ceilings = Ceilings.of(budget, calls=True)
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        self.began_s = self._transaction(self._begin)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RunLedger:
+        return self
+
+    # -- the account
+
+    @property
+    def spent(self) -> Cost:
+        """What is settled, by all processes together."""
+        return self._transaction(lambda sql: self._sum(sql, "spent"))
+
+    @property
+    def held(self) -> Cost:
+        """What is held for calls in flight, by all processes together."""
+        return self._transaction(lambda sql: self._sum(sql, "holds"))
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until nothing more may be bought."""
+        return self.budget.seconds - (time.time() - self.began_s)
+
+    def hold(self, cost: Cost) -> int:
+        """As `Account.hold`, also against the other processes of the run."""
+        pause_s = _POLL_S[0]
+        while True:
+            if self.remaining_s <= 0:
+                elapsed_s = time.time() - self.began_s
+                raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=self.budget.seconds)
+            number = self._transaction(lambda sql: self._try_hold(sql, cost))
+            if number is not None:
+                return number
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _POLL_S[1])
+
+    def settle(self, number: int, cost: Cost) -> None:
+        """As `Account.settle`."""
+
+        def settle(sql: sqlite3.Connection) -> None:
+            sql.execute("DELETE FROM holds WHERE number = ?", (number,))
+            self._spend(sql, cost)
+
+        self._transaction(settle)
+
+    def release(self, number: int) -> None:
+        """As `Account.release`."""
+        self.settle(number, Cost())
+
+    def close(self) -> None:
+        """Close the database; it may be used again afterwards."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    # -- inside a transaction
+
+    def _begin(self, sql: sqlite3.Connection) -> float:
+        sql.execute(f"CREATE TABLE IF NOT EXISTS holds (number INTEGER PRIMARY KEY, owner INTEGER, {_AMOUNTS})")
+        sql.execute(f"CREATE TABLE IF NOT EXISTS spent ({_AMOUNTS})")
+        sql.execute("CREATE TABLE IF NOT EXISTS run (began_s REAL, ceilings TEXT)")
+        ceilings = json.dumps(self.budget.ceilings, sort_keys=True)
+        found = sql.execute("SELECT began_s, ceilings FROM run").fetchone()
+        if found is None:
+            began_s = time.time()
+            sql.execute("INSERT INTO run VALUES (?, ?)", (began_s, ceilings))
+            sql.execute(f"INSERT INTO spent VALUES ({_MARKS})", [0] * len(COST_FIELDS))
+            return began_s
+        if found[1] != ceilings:
+            raise ConfigurationError(
+                f"run {self.path.stem!r} was opened with the ceilings {found[1]} and now with {ceilings}; expected the "
+                "same --copa-budget in every process of a run"
+            )
+        return float(found[0])
+
+    def _try_hold(self, sql: sqlite3.Connection, cost: Cost) -> int | None:
+        spent, held = self._sum(sql, "spent"), self._sum(sql, "holds")
+        self.ceilings.check(spent + cost, spent=spent, asked=cost)
+        try:
+            self.ceilings.check(spent + held + cost, spent=spent, asked=cost)
+        except OverBudget:
+            self._bury(sql)
+            return None
+        cursor = sql.execute(
+            f"INSERT INTO holds (owner, {_COLUMNS}) VALUES (?, {_MARKS})",
+            (os.getpid(), *(getattr(cost, name) for name in COST_FIELDS)),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _bury(self, sql: sqlite3.Connection) -> None:
+        """Count the holds of dead processes as spent: what they paid for may have been billed."""
+        for (owner,) in sql.execute("SELECT DISTINCT owner FROM holds").fetchall():
+            if not _is_alive(owner):
+                row = sql.execute(f"SELECT {_SUMS} FROM holds WHERE owner = ?", (owner,)).fetchone()
+                sql.execute("DELETE FROM holds WHERE owner = ?", (owner,))
+                self._spend(sql, Cost(*row))
+
+    def _spend(self, sql: sqlite3.Connection, cost: Cost) -> None:
+        changes = ", ".join(f"{name} = {name} + ?" for name in COST_FIELDS)
+        sql.execute(f"UPDATE spent SET {changes}", [getattr(cost, name) for name in COST_FIELDS])
+
+    def _sum(self, sql: sqlite3.Connection, table: str) -> Cost:
+        return Cost(*sql.execute(f"SELECT {_SUMS} FROM {table}").fetchone())
+
+    # -- the database
+
+    def _transaction(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        with self._lock:
+            try:
+                sql = self._connected()
+                sql.execute("BEGIN IMMEDIATE")
+                try:
+                    result = action(sql)
+                except BaseException:
+                    sql.execute("ROLLBACK")
+                    raise
+                sql.execute("COMMIT")
+                return result
+            except (sqlite3.Error, OSError) as error:
+                raise self._unusable(error) from error
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None or self._pid != os.getpid():  # a forked child must not use its parent's
+            self._connection = sqlite3.connect(
+                self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            self._pid = os.getpid()
+            # Survives the death of the process; only the loss of power could undo it, and that ends the run.
+            self._connection.execute("PRAGMA synchronous = OFF")
+            self._connection.execute("PRAGMA journal_mode = WAL")
+        return self._connection
+
+    def _unusable(self, error: Exception) -> CacheError:
+        return CacheError(
+            f"cannot keep the ledger of this run in {self.path}: {error}; a budget for the whole run is only kept on a "
+            "disk that can be written: choose a folder with --copa-cache-dir, or drop the run's budget"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_current: RunLedger | None = None
+
+
+def current_ledger() -> RunLedger | None:
+    """The ledger of the run this process belongs to, or None outside `whole_run`."""
+    return _current
+
+
+@contextmanager
+def whole_run(budget: Budget, *, directory: Path, run_id: str) -> Iterator[RunLedger]:
+    """While the block runs, every payment of this process is held to the run's ceilings, in every scope.
+
+    Args:
+        budget: The ceilings on what all processes of the run pay together.
+        directory: The cache directory.
+        run_id: The same in every process of the run, another for every run (pytest-xdist: `testrunuid`).
+
+    Raises:
+        ConfigurationError: A whole run is open in this process already, or see `RunLedger`.
+        CacheError: See `RunLedger`.
+    """
+    global _current
+    if _current is not None:
+        raise ConfigurationError(f"a run is open already: {_current.path.stem!r}; expected one at a time per process")
+    _remove_old(Path(directory) / RUNS_FOLDER)
+    ledger = RunLedger(directory, run_id, budget=budget)
+    _current = ledger
+    try:
+        with closing(ledger):
+            yield ledger
+    finally:
+        _current = None
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove ledgers of runs that are long over. Whatever else lies there stays."""
+    try:
+        for path in folder.glob("*.sqlite*"):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
+    except OSError:
+        return  # housekeeping only: the ledger itself says what is wrong with the folder

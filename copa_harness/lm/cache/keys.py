@@ -1,0 +1,163 @@
+"""The cache key of one completion, and the JSON form of requests and answers.
+
+The key is the SHA-256 of, in this order: a format version, the canonical request, the rollout id, the candidate
+index, and the fingerprint of what answers it. The canonical request is DSPy's own serialization of
+`dspy.lm15.Request`: model name, system text, messages, tools and generation settings. The order of keys inside
+tools and schemas is kept on purpose: chat templates print them in order, so another order is another prompt.
+Credentials never are part of a request. Knows nothing of caches, budgets or engines.
+
+What a store of answers is, how an answer is written down, and the store in memory.
+
+An answer is written as JSON behind a checksum that covers its key too, so a truncated, altered or misplaced entry is
+recognized. Knows nothing of requests, budgets, engines or disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
+from dspy.lm15 import Request, Response
+
+KEY_VERSION = 1
+"""Raised when the meaning of a key changes; older entries are then never found again."""
+
+_PRICE = "copa_usd"
+
+_SECONDS = "copa_seconds"
+
+_OURS = (_PRICE, _SECONDS)
+
+
+def request_key(request: Request, *, rollout_id: object, candidate: int, fingerprint: str) -> str:
+    """The key under which one completion is stored.
+
+    Args:
+        request: The canonical request.
+        rollout_id: DSPy's rollout id (an int as a rule), or None for the plain request.
+        candidate: Index of the completion among the `n` of one call, from 0.
+        fingerprint: What answers: see `Engine.fingerprint`.
+
+    Returns:
+        64 hexadecimal digits. Equal arguments give equal keys; any difference gives another key.
+    """
+    material = [KEY_VERSION, request_to_dict(request), rollout_id, candidate, fingerprint]
+    return hashlib.sha256(_ENCODER.encode(material).encode("utf-8")).hexdigest()
+
+
+def response_record(response: Response, *, usd: float | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """The answer as JSON data, with its price in dollars and the seconds it took, if known.
+
+    Raw provider data (headers, ids) is left out.
+    """
+    record: dict[str, Any] = response_to_dict(response)
+    if usd is not None:
+        record[_PRICE] = usd
+    if seconds is not None:
+        record[_SECONDS] = round(seconds, 6)
+    return record
+
+
+def replayed_response(record: dict[str, Any]) -> Response:
+    """The answer from JSON data, with empty usage: a replay costs nothing, and DSPy must not bill it.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: A field has the wrong type.
+        ValueError: A field has an impossible value.
+    """
+    response: Response = response_from_dict({k: v for k, v in record.items() if k not in (*_OURS, "usage")})
+    return response
+
+
+def recorded_bill(record: dict[str, Any]) -> tuple[Response, float | None]:
+    """The answer with the usage it was bought with, and its price in dollars, None if it was not known."""
+    price = record.get(_PRICE)
+    response: Response = response_from_dict({k: v for k, v in record.items() if k not in _OURS})
+    return response, price if isinstance(price, (int, float)) else None
+
+
+def recorded_seconds(record: dict[str, Any]) -> float | None:
+    """The seconds the answer took when it was bought, None if they were not kept."""
+    seconds = record.get(_SECONDS)
+    return float(seconds) if isinstance(seconds, (int, float)) else None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (tuple, set, frozenset)):
+        return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
+    raise TypeError(f"got a {type(value).__qualname__} inside a model request; only JSON values can be cached")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_plain)
+
+
+class AnswerStore(Protocol):
+    """What the door needs of a store."""
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The stored answer, or None."""
+        ...
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        """Store an answer."""
+        ...
+
+    def claimed(self, key: str) -> Any:
+        """Context manager: while it is held, no other process pays for `key`."""
+        ...
+
+
+def encode_answer(key: str, value: dict[str, Any]) -> bytes:
+    """`value` as checksummed JSON, bound to its key: 64 hexadecimal digits, a line feed, UTF-8 JSON."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    return _checksum(key, text) + b"\n" + text
+
+
+def decode_answer(key: str, data: object) -> dict[str, Any]:
+    """The answer encoded in `data`.
+
+    Raises:
+        ValueError: Truncated, altered, stored under another key, or not JSON of an object.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"got a row of type {type(data).__qualname__}, expected bytes")
+    checksum, separator, text = data.partition(b"\n")
+    if not separator or checksum != _checksum(key, text):
+        raise ValueError("checksum does not match")
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"got JSON of type {type(value).__name__}, expected an object")
+    return value
+
+
+def _checksum(key: str, text: bytes) -> bytes:
+    return hashlib.sha256(key.encode("ascii") + b"\n" + text).hexdigest().encode("ascii")
+
+
+class MemoryCache:
+    """Answers of this process only, in the same encoded form as on disk."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, bytes] = {}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The stored answer, or None."""
+        row = self._rows.get(key)
+        return None if row is None else decode_answer(key, row)
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        """Store an answer."""
+        self._rows[key] = encode_answer(key, value)
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[None]:
+        """No other process can see this store: nothing to claim."""
+        yield
+
+    def close(self) -> None:
+        """Nothing to release."""

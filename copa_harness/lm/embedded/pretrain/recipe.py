@@ -1,0 +1,196 @@
+"""What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
+
+The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which
+it really ended) beside its log, and the model card prints that one. This module knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from copa_harness.lm.embedded.pretrain.episodes import Mix
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Some steps at one row length and one mix.
+
+    Attributes:
+        steps, rows, tokens: How many batches of which shape.
+        probe_weight, pull_weight: Of the supervision's two losses.
+        mix: What the episodes are made of.
+        name_layer, decide: See ``Supervision.forward``.
+        polish: A stage after the run's decay, with a linear decay of its own.
+        rate: Share of the run's learning rates.
+        partner: Takes every second step with its own rows and mix.
+    """
+
+    name: str
+    steps: int
+    rows: int
+    tokens: int
+    probe_weight: float
+    pull_weight: float
+    mix: Mix
+    name_layer: int = 1
+    decide: bool = False
+    polish: bool = False
+    rate: float = 1.0
+    partner: Stage | None = None
+
+    def at(self, step: int) -> Stage:
+        """This stage at even steps, its partner (when it has one) at odd ones."""
+        return self.partner if self.partner is not None and step % 2 else self
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Stage:
+        """Inverse of ``dataclasses.asdict``."""
+        mix: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()
+        }
+        partner = cls.from_json(data["partner"]) if data["partner"] else None
+        return cls(**{**data, "mix": Mix(**mix), "partner": partner})
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        seed: Of tokenizer, initial weights and all episodes.
+        width, n_layers, n_heads, feed_forward: Sizes of the network.
+        muon_rate: Learning rate of the matrices inside the layers.
+        adam_rate: Learning rate of everything else.
+        muon_decay: Decoupled weight decay of those matrices, per unit of learning rate; without it the first layer's
+            output drowns the rest of the residual stream.
+        warmup_steps: Linear rise of both.
+        decay_steps: Linear fall of both to ``final_share`` over the last steps.
+        mixed_precision: bfloat16 matrix products.
+        compiled: ``torch.compile`` of the network.
+    """
+
+    seed: int
+    width: int
+    n_layers: int
+    n_heads: int
+    feed_forward: int
+    muon_rate: float
+    adam_rate: float
+    warmup_steps: int
+    decay_steps: int
+    stages: tuple[Stage, ...]
+    muon_decay: float = 0.2
+    final_share: float = 0.02
+    mixed_precision: bool = True
+    compiled: bool = True
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, Stage]:
+        """Index and stage of a step (counted from 0); the last stage goes on for ever."""
+        start = 0
+        for i, stage in enumerate(self.stages):
+            if step < start + stage.steps:
+                return i, stage.at(step)
+            start += stage.steps
+        return len(self.stages) - 1, self.stages[-1].at(step)
+
+    def rate_share(self, step: int, last_step: int) -> float:
+        """Share of the full learning rate at a step, when the run ends at ``last_step``."""
+        stage = self.stages[self.stage_at(step)[0]]
+        if stage.polish:
+            return stage.rate * max(self.final_share, (last_step - step) / stage.steps)
+        last_step = min(last_step, sum(stage.steps for stage in self.stages if not stage.polish))
+        rise = min(1.0, (step + 1) / self.warmup_steps)
+        fall = min(1.0, max(self.final_share, (last_step - step) / self.decay_steps))
+        return rise * fall * stage.rate
+
+    def ending_at(self, last_step: int) -> Recipe:
+        """The same recipe with the last stage's steps set so that the run has ``last_step`` steps."""
+        others = self.total_steps - self.stages[-1].steps
+        last = dataclasses.replace(self.stages[-1], steps=last_step - others)
+        return dataclasses.replace(self, stages=(*self.stages[:-1], last))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data with a schema version."""
+        return {"schema": 1, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
+        """Inverse of ``to_json``."""
+        data = {key: value for key, value in data.items() if key != "schema"}
+        stages = tuple(Stage.from_json(stage) for stage in data.pop("stages"))
+        return cls(**data, stages=stages)
+
+
+_BARE = Mix(
+    kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
+    several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
+    plain_answer=1.0,
+)  # fmt: skip
+_SHORT = Mix(
+    kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
+    spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0,
+)  # fmt: skip
+_RULES = Mix(
+    kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
+    literal=0.0, reasoning=0.0, plain_answer=1.0,
+)  # fmt: skip
+_FULL = Mix(
+    kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
+    literal=0.1,
+)  # fmt: skip
+_LONG = Mix(
+    kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5, single_styles=(1.5, 0.7, 6, 1, 1),
+    stretch=0.35,
+)  # fmt: skip
+_READ = Mix(
+    kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
+    literal=0.12, reasoning=0.04, stretch=0.2,
+)  # fmt: skip
+_READING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0)
+_DECIDING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0, decide=True)
+_POLISH = dataclasses.replace(_LONG, reasoning=0.1, same_start=0.25, stretch=0.0)
+_SPEAK = dataclasses.replace(_READ, kinds=(0.6, 0, 0, 1), reasoning=0.3, same_start=0.3)
+_SPEAKING = Stage("speak", 0, 18, 216, 0.7, 1.0, _SPEAK, name_layer=0, decide=True)
+
+SHIPPED = Recipe(
+    seed=0,
+    width=128,
+    n_layers=6,
+    n_heads=4,
+    feed_forward=320,
+    muon_rate=0.02,
+    adam_rate=3e-3,
+    warmup_steps=50,
+    decay_steps=2500,
+    stages=(
+        Stage("bare", 300, 40, 96, 1.0, 1.0, _BARE),
+        Stage("short", 300, 24, 160, 1.0, 1.0, _SHORT),
+        Stage("rules", 400, 30, 128, 1.0, 1.5, _RULES),
+        Stage("full", 200, 15, 264, 0.7, 0.7, _FULL),
+        Stage("long", 300, 9, 448, 0.4, 0.4, _LONG, name_layer=0, partner=_READING),
+        Stage("settle", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
+        Stage("fine", 900, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
+        Stage("decide", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, decide=True, rate=0.3, partner=_DECIDING),
+        Stage(
+            "polish",
+            360,
+            3,
+            1400,
+            0.4,
+            0.4,
+            _POLISH,
+            name_layer=0,
+            decide=True,
+            polish=True,
+            rate=0.06,
+            partner=_SPEAKING,
+        ),
+    ),
+)

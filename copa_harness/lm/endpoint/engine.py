@@ -1,0 +1,384 @@
+"""Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
+
+An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call;
+the door tries again as its `patience` says.
+Its fingerprint is made of the URL, the model and the parameters of the connection that can change an answer, never of
+credentials. LiteLLM is imported by the first call that needs it. Knows nothing of caches or budgets.
+
+The default engine for endpoints: DSPy's native client over one pool of connections.
+
+DSPy's client opens its connections per LM and looks prices up by scanning its whole list on every call, some 3 ms of
+CPU. Here requests are built and answers read by the very same code of DSPy (lm15), so what is sent is what DSPy would
+send, but the connections are pooled for the process and prices are looked up once. Where DSPy would not use its native
+client (LiteLLM's providers, gateways set in the environment, headers of one's own), neither is it used here. Knows
+nothing of caches or budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import dspy
+from dspy.clients.backend_selection import CLIENT_KEYS, select_backend
+from dspy.clients.capabilities import resolve
+from dspy.clients.engines.lm15_engine import LM15Engine
+from dspy.clients.execution import execute, prepare
+from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, UnsupportedFeatureError, Usage
+from dspy.utils.exceptions import LMError
+
+from copa_harness.documents import MASK, is_secret_key, mask_text
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.budget.cost import Limits
+from copa_harness.lm.budget.prices import PriceList, limits_of, use_shipped_prices
+from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PlainChat, PooledTransport
+from copa_harness.lm.engine import Capabilities
+from copa_harness.lm.provider_errors import AuthFailed, Malformed, engine_failure
+from copa_harness.lm.retry import Pace, Patience, RetryPolicy
+
+_NOT_IN_ANSWERS = frozenset({"api_key", "timeout", "azure_ad_token_provider", "headers", "extra_headers"})
+"""Client settings that say who asks or how long to wait, not what answers; headers are looked at one by one."""
+
+_SIGNING = ("sig", "signature", "se", "st", "sp", "sv", "spr", "skoid", "sktid", "code", "key", "expires")
+"""Query parameters of signed URLs (Azure SAS, Google, AWS) that the secret-name rule does not catch."""
+
+_ENVIRONMENT = {
+    "azure": ("AZURE_API_VERSION",),
+    "bedrock": ("AWS_REGION_NAME", "AWS_REGION"),
+    "ollama_chat": ("OLLAMA_API_BASE", "OLLAMA_HOST"),
+    "ollama": ("OLLAMA_HOST",),
+    "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION"),
+}
+"""Environment variables, beside `<PROVIDER>_API_BASE` and `<PROVIDER>_BASE_URL`, that choose what answers."""
+
+
+class EndpointEngine:
+    """Runs requests through DSPy's own client of a provider.
+
+    Args:
+        lm: The plain LM to execute with; its settings are kept, its response cache, history and retries are not used.
+
+    Raises:
+        ConfigurationError: The LM is a text-completion model, which has no chat requests.
+    """
+
+    def __init__(self, lm: dspy.LM) -> None:
+        if lm.model_type not in ("chat", "responses"):
+            raise ConfigurationError(
+                f"got model_type={lm.model_type!r} for {lm.model!r}, expected 'chat' or 'responses'"
+            )
+        if not isinstance(lm._engine_spec, str):
+            raise ConfigurationError(
+                f"{lm.model!r} has a custom engine already; give that engine to MeteredLM(engine=...)"
+            )
+        self._template = lm.copy(cache=False, num_retries=0, callbacks=[])
+        # Call defaults travel in each request; only the connection belongs to the engine.
+        self._template.kwargs = {key: value for key, value in lm.kwargs.items() if key in CLIENT_KEYS}
+        self.patience = Patience(RetryPolicy(lm.num_retries), Pace())
+        self._secrets = _secrets_in(self._template.kwargs)
+        self._lock = threading.Lock()
+        self._lms: dict[str, dspy.LM] = {lm.model: self._template}
+        self._fingerprints: dict[tuple[str, ...], str] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> EndpointEngine:
+        return self
+
+    @property
+    def name(self) -> str:
+        """The provider's name, e.g. `openai`."""
+        return str(self._template._provider_name)
+
+    def connection(self, model: str) -> dict[str, Any]:
+        """What decides who answers `model`: URL, model, parameters. Free of credentials."""
+        clients = self._template.kwargs
+        url = clients.get("api_base") or clients.get("base_url") or self._declared_url(model)
+        headers = {**(clients.get("headers") or {}), **(clients.get("extra_headers") or {})}
+        return {
+            "url": None if url is None else public_url(str(url)),
+            "environment": {} if url else {name: public_url(value) for name, value in self._environment(model)},
+            "model": model,
+            "model_type": self._template.model_type,
+            "client": self._template._engine_spec,
+            "parameters": {
+                key: value if isinstance(value, (str, int, float, bool, dict, list)) else repr(value)
+                for key, value in sorted(clients.items())
+                if key not in _NOT_IN_ANSWERS and key not in ("api_base", "base_url") and value is not None
+            },
+            "headers": {key.lower(): value for key, value in sorted(headers.items()) if not _is_secret_header(key)},
+        }
+
+    def fingerprint(self, model: str) -> str:
+        """`endpoint:` and the hash of `connection(model)`."""
+        # The environment is read each time: another URL in it is another endpoint behind the same name.
+        material = (model, *(f"{name}={value}" for name, value in self._environment(model)))
+        found = self._fingerprints.get(material)
+        if found is None:
+            text = json.dumps(self.connection(model), sort_keys=True, default=repr)
+            found = self._fingerprints[material] = "endpoint:" + hashlib.sha256(text.encode()).hexdigest()
+        return found
+
+    def complete(self, request: Request, *, seed: int) -> Response:
+        """One attempt at one completion. `seed` is not sent: it is not part of what the user asked for."""
+        return self.complete_priced(request, seed=seed)[0]
+
+    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
+        """The completion and its price in dollars, None when DSPy knows no price."""
+        use_shipped_prices()
+        lm = self._lm(request.model)
+        try:
+            with dspy.context(send_stream=None):
+                result = execute(lm, prepare(lm, None, None, {"request": request}))
+        except Exception as error:
+            failure = engine_failure(error, model=request.model)
+            if not self._conceal(failure):
+                raise
+            raise failure from None  # the chain would print the secret
+        return result.typed(request, lm.model_type), result.cost
+
+    def limits(self, model: str) -> Limits:
+        """Prices and the longest answer, from the list DSPy ships."""
+        return limits_of(self._lm(model))
+
+    def capabilities(self, model: str) -> Capabilities:
+        """What DSPy knows of the model's abilities."""
+        lm = self._lm(model)
+        return Capabilities(
+            function_calling=lm.supports_function_calling,
+            reasoning=lm.supports_reasoning,
+            response_schema=lm.supports_response_schema,
+            params=frozenset(lm.supported_params),
+        )
+
+    def _conceal(self, error: BaseException) -> bool:
+        """Take credentials out of an error's message, and say where keys are read; whether it held a credential."""
+        held = False
+        link: BaseException | None = error
+        while link is not None and not held:
+            held = self._masked(str(link)) != str(link)
+            link = link.__cause__ or link.__context__
+        error.args = tuple(self._masked(arg) if isinstance(arg, str) else arg for arg in error.args)
+        if isinstance(error, LMError):
+            error.message = self._masked(error.message)
+        if isinstance(error, AuthFailed):
+            provider = str(error.model or self._template.model).partition("/")[0].upper()
+            hint = f"\n    - Without api_key= it is read from the environment variable {provider}_API_KEY"
+            error.message, error.args = error.message + hint, (f"{error}{hint}", *error.args[1:])
+        return held
+
+    def _masked(self, text: str) -> str:
+        # Keys are mostly read from the environment, and may look like anything.
+        keys = (value for name, value in os.environ.items() if len(value) > 7 and is_secret_key(name))
+        for secret in (*self._secrets, *sorted(keys, key=len, reverse=True)):
+            text = text.replace(secret, MASK)
+        return mask_text(text)
+
+    def _lm(self, model: str) -> dspy.LM:
+        with self._lock:
+            found = self._lms.get(model)
+            if found is None:
+                found = self._lms[model] = self._template.copy(model=model)
+            return found
+
+    def _environment(self, model: str) -> list[tuple[str, str]]:
+        provider = model.split("/", 1)[0] if "/" in model else "openai"
+        prefix = provider.upper()
+        names = (f"{prefix}_API_BASE", f"{prefix}_BASE_URL", *_ENVIRONMENT.get(provider, ()))
+        return [(name, os.environ[name]) for name in names if os.environ.get(name)]
+
+    def _declared_url(self, model: str) -> str | None:
+        if not self._template._providers:
+            return None
+        try:
+            route = resolve(self._lm(model))
+        except LM15Error:
+            return None  # LiteLLM's to route; then no declared provider is involved
+        if not route.declared:
+            return None
+        return next((p.definition.access.base_url for p in self._template._providers if p.id == route.provider), None)
+
+
+def public_url(url: str) -> str:
+    """The URL without user, password, fragment and the query parameters that look like credentials or signatures."""
+    parts = urlsplit(url if "://" in url else f"//{url}")
+    host = parts.netloc.rpartition("@")[2].lower()
+    query = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not _is_secret_parameter(name)
+    ]
+    return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), urlencode(query), ""))
+
+
+def _secrets_in(clients: dict[str, Any]) -> tuple[str, ...]:
+    """Texts among the client settings that must not show anywhere, longest first."""
+    userinfos = []
+    found = [clients.get("api_key")]
+    for url in (clients.get("api_base"), clients.get("base_url")):
+        if isinstance(url, str):
+            parts = urlsplit(url if "://" in url else f"//{url}")
+            userinfos += [parts.netloc.rpartition("@")[0] + "@"] if "@" in parts.netloc else []
+            found += [parts.password]
+            found += [value for name, value in parse_qsl(parts.query) if _is_secret_parameter(name)]
+    for headers in (clients.get("headers") or {}, clients.get("extra_headers") or {}):
+        found += [value for name, value in headers.items() if _is_secret_header(name)]
+    long_enough = {text for text in found if isinstance(text, str) and len(text) > 3}  # "a" would garble messages
+    return tuple(sorted({*userinfos, *long_enough}, key=len, reverse=True))
+
+
+def _is_secret_parameter(name: str) -> bool:
+    lowered = name.lower()
+    return is_secret_key(name) or lowered in _SIGNING or lowered.startswith(("x-amz-", "x-goog-"))
+
+
+def _is_secret_header(name: str) -> bool:
+    lowered = name.lower()
+    return is_secret_key(name) or "key" in lowered or "cookie" in lowered or lowered == "user-agent"
+
+
+_UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+"""What DSPy's reader raises on JSON that has not the shape of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    engine: LM15Engine
+    plain: PlainChat
+    transport: PooledTransport
+    prices: PriceList
+
+
+class HttpEngine(EndpointEngine):
+    """Runs requests through DSPy's native client over the pool, and through DSPy's own choice where that cannot be.
+
+    Args:
+        lm: As in `EndpointEngine`.
+    """
+
+    def __init__(self, lm: dspy.LM) -> None:
+        super().__init__(lm)
+        self._routes: dict[tuple[Any, ...], _Route | None] = {}
+        self._limits: dict[str, Limits] = {}
+
+    def limits(self, model: str) -> Limits:
+        """As `EndpointEngine.limits`, looked up once."""
+        found = self._limits.get(model)
+        if found is None:
+            found = self._limits[model] = super().limits(model)
+        return found
+
+    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
+        """The completion and its price in dollars, None when nobody knows it."""
+        route = self._route(request.model)
+        if route is None:
+            return super().complete_priced(request, seed=seed)
+        try:
+            response = self._completed(route, request)
+        except UnsupportedFeatureError:  # raised before anything is sent
+            return super().complete_priced(request, seed=seed)
+        except Exception as error:
+            failure = engine_failure(error, model=request.model)
+            if not self._conceal(failure):
+                raise failure from error
+            raise failure from None  # the chain would print the secret
+        if self.limits(request.model).input_usd is None:
+            return response, None
+        return response, route.prices.price(response, request, model=request.model.partition("/")[2])
+
+    def _completed(self, route: _Route, request: Request) -> Response:
+        try:
+            response: Response = route.plain.complete(request) or route.engine.complete(request)
+        except _UNREADABLE as error:
+            reply = route.transport.last_reply()
+            if reply is None or isinstance(error, LM15Error):
+                raise
+            return _reread(route, request, reply[1], error)
+        empty = all(isinstance(part, TextPart) and not part.text for part in response.message.parts)
+        if empty and response.usage == Usage():
+            reply = route.transport.last_reply()
+            raise _malformed(request, b"" if reply is None else reply[1], "neither an answer nor usage")
+        return response
+
+    def _route(self, model: str) -> _Route | None:
+        # The environment decides too, and may change: it is read each time, as for the fingerprint.
+        key = (model, *self._environment(model))
+        if key not in self._routes:
+            with self._lock:
+                if key not in self._routes:
+                    self._routes[key] = self._make_route(model)
+        return self._routes[key]
+
+    def _make_route(self, model: str) -> _Route | None:
+        lm = self._template if model == self._template.model else self._template.copy(model=model)
+        if lm._engine_spec != "auto" or lm._providers:
+            return None  # the user chose a client, or declared a provider with rules of its own
+        selection = select_backend(lm)
+        timeout_s = _seconds(selection.clients.get("timeout"))
+        if not selection.native or selection.resolution is None or timeout_s is None:
+            return None
+        provider = selection.resolution.provider
+        url = selection.clients.get("api_base") or selection.clients.get("base_url")
+        query = ""
+        if url:
+            # DSPy's client appends its path to the URL as text, which would end up inside a query.
+            parts = urlsplit(str(url))
+            url, query = urlunsplit(parts._replace(query="", fragment="")), parts.query
+        transport = PooledTransport(timeout_s=timeout_s, query=query)
+        config = RouterConfig(
+            api_keys={provider: selection.clients["api_key"]} if selection.clients.get("api_key") else None,
+            base_urls={provider: url} if url else None,
+            transport=transport,
+        )
+        engine = LM15Engine(config, model_type=lm.model_type)
+        return _Route(engine, PlainChat(engine), transport, PriceList(provider))
+
+
+def _reread(route: _Route, request: Request, body: bytes, error: Exception) -> Response:
+    """The answer in `body` without its usage: impossible numbers there must not cost the answer.
+
+    Raises:
+        Malformed: It is no answer without the usage either.
+    """
+    provider, routed = route.engine._target(request)
+    try:
+        document = json.loads(body)
+        document.pop("usage")
+        adjusted: Response = provider.parse_response(routed, _Body(document))
+    except (*_UNREADABLE, LM15Error):
+        raise _malformed(request, body, f"{type(error).__name__}: {error}") from error
+    return adjusted
+
+
+def _malformed(request: Request, body: bytes, why: str) -> Malformed:
+    return Malformed(
+        f"the provider's answer has not the shape of a completion ({why}); it begins "
+        f"{body[:200].decode('utf-8', 'replace')!r}",
+        model=request.model,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """As much of lm15's buffered response as its parser reads."""
+
+    document: Any
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    provider: str | None = None
+
+    def json(self) -> Any:
+        return self.document
+
+
+def _seconds(timeout: Any) -> float | None:
+    """An LM's timeout in seconds; None for forms only DSPy's own clients understand."""
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and math.isfinite(timeout) and timeout > 0:
+        return float(timeout)
+    return None

@@ -1,0 +1,324 @@
+"""From a name to a language model: `embedded`, `hf:<path or id>`, or anything DSPy can name.
+
+Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it. Knows
+nothing of tasks, optimizers or pytest.
+
+Names of endpoint models: which provider they name, and what somebody may have meant who names none.
+
+Knows nothing of engines, and asks no network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
+from dspy.clients.backend_selection import CLIENT_KEYS
+from dspy.clients.capabilities import resolve
+from dspy.lm15 import LM15Error
+from dspy.utils.exceptions import LMConfigurationError
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.constrained import checked_constrain
+from copa_harness.lm.engine import CapableEngine, Engine
+from copa_harness.lm.fast_path import PromptAdapter
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.metered import MeteredLM
+
+_CHOICES = (
+    "'embedded', 'hf:<path or id>' (a transformers model), or '<provider>/<model>' as DSPy names it, "
+    "such as 'openai/gpt-4o-mini', 'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
+)
+
+
+def check_endpoint_name(spec: str) -> None:
+    """Refuse a name that DSPy and LiteLLM do not know.
+
+    Args:
+        spec: As the user wrote it; not `embedded`, nor beginning with `hf:`.
+
+    Raises:
+        ConfigurationError: It means nothing; the message names the choices and what may have been meant.
+    """
+    provider, separator, model = spec.partition("/")
+    if not (separator and provider and model) or any(character.isspace() for character in spec):
+        if difflib.get_close_matches(spec.lower(), ["embedded"], cutoff=0.7):
+            hint = "; did you mean 'embedded'?"
+        elif not separator and re.match(r"(gpt|o\d|chatgpt|ft:)", spec):
+            hint = f"; did you mean 'openai/{spec}'?"
+        elif spec and Path(spec).is_dir():
+            hint = f"; did you mean 'hf:{spec}'?"
+        else:
+            hint = ""
+        raise ConfigurationError(f"got the language model {spec!r}, expected {_CHOICES}{hint}")
+    if Path(spec).expanduser().is_dir():
+        raise ConfigurationError(f"got the language model {spec!r}, which is a folder; did you mean 'hf:{spec}'?")
+    if not _is_known_provider(provider, spec):
+        raise ConfigurationError(
+            f"got the language model {spec!r}: neither DSPy nor LiteLLM knows a provider {provider!r}; expected "
+            f"{_CHOICES}{_did_you_mean(provider, model)}"
+        )
+
+
+def _is_known_provider(provider: str, spec: str) -> bool:
+    try:
+        resolve(dspy.LM(spec, cache=False))
+        return True
+    except LM15Error:
+        return provider in _litellm_providers(default=provider)
+
+
+def _litellm_providers(*, default: str | None = None) -> list[str]:
+    """Providers LiteLLM serves, read from its own data: importing it takes seconds and asks the network for prices.
+
+    With an installed LiteLLM that does not ship the list, only `default`: the first call then says whether it is known.
+    """
+    found = importlib.util.find_spec("litellm")
+    if found is None or found.origin is None:
+        return []
+    try:
+        text = (Path(found.origin).parent / "provider_endpoints_support_backup.json").read_text("utf-8")
+        return list(json.loads(text)["providers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [] if default is None else [default]
+
+
+def _did_you_mean(provider: str, model: str) -> str:
+    close = difflib.get_close_matches(provider.lower(), [*LITELLM_PROVIDER_PREFIXES, *_litellm_providers()], cutoff=0.8)
+    if close:
+        return f"; did you mean '{close[0]}/{model}'?"
+    return f"; for a model of the Hugging Face hub write 'hf:{provider}/{model}'" if "/" not in model else ""
+
+
+EMBEDDED_MAX_TOKENS = 64
+"""Default ceiling of output tokens of the embedded model: a label and its field markers."""
+
+HF_MAX_TOKENS = 512
+"""Default ceiling of output tokens of `hf:` models."""
+
+LORA_FOLDER = "lora"
+"""Folder of the LoRA adapters inside the cache directory."""
+
+REWRITTEN_FOLDER = "safetensors"
+"""Folder, inside the cache directory, of models whose weights came as a pickle."""
+
+_KEYS = {
+    "hosted_vllm": "HOSTED_VLLM_API_KEY",
+    "ollama": "OLLAMA_API_KEY",
+    "ollama_chat": "OLLAMA_API_KEY",
+}
+"""Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def build_lm(
+    spec: str,
+    *,
+    door: Door,
+    cache_dir: Path,
+    device: str | None = None,
+    worker: int | None = None,
+    dtype: str | None = None,
+    chat_template: Path | None = None,
+    allow_pickled_weights: bool = False,
+    constrain: bool = False,
+    api_base: str | None = None,
+    base_weights: str | None = None,
+    served_lora_path: str | None = None,
+    **lm_kwargs: Any,
+) -> MeteredLM:
+    """The language model a name stands for.
+
+    Args:
+        spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
+        door: Cache and meter of its calls.
+        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
+        device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
+        worker: This process's number among several that share the machine's GPUs, from 0: where the device is left
+            open, each gets one of its own. None if this process may use them all.
+        dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
+        chat_template: File with a Jinja template that replaces the model's own. Local models only.
+        allow_pickled_weights: Weights that come as a pickle only (`pytorch_model.bin`) are read once, by torch's
+            restricted unpickler, and kept as safetensors in the folder `safetensors` of the cache directory; otherwise
+            they are refused. Models with weights here only.
+        constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constrained`. Local
+            models only.
+        api_base: URL of the endpoint. Endpoint models only.
+        base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
+            be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.vllm`).
+        served_lora_path: Where that server sees the folder `lora` of the cache directory; None if it sees it there too.
+        **lm_kwargs: Call defaults (`temperature`, `max_tokens`, ...) and, for endpoints, client settings (`api_key`,
+            `timeout`, ...), as in `dspy.LM`.
+
+    Raises:
+        ConfigurationError: The name means nothing, or a setting does not fit the kind of model.
+    """
+    rewrite_in = Path(cache_dir) / REWRITTEN_FOLDER if allow_pickled_weights else None
+    if spec == "embedded" or spec.startswith("hf:"):
+        if api_base is not None:
+            raise ConfigurationError(
+                f"got an API base {api_base!r} for {spec!r}, which runs in this process; "
+                "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
+            )
+        _refuse_served_weights(spec, base_weights, served_lora_path)
+        return _local_lm(
+            spec,
+            door=door,
+            lora_dir=Path(cache_dir) / LORA_FOLDER,
+            engine_settings={
+                "device": device,
+                "worker": worker,
+                "dtype": dtype,
+                "chat_template": _template_text(chat_template),
+                "rewrite_pickled_in": rewrite_in,
+            },
+            lm_kwargs={"constrain": constrain, **lm_kwargs},
+        )
+    local_only: dict[str, Any] = {"device": device, "dtype": dtype, "chat_template": chat_template}
+    if allow_pickled_weights and base_weights is None:
+        local_only["allow_pickled_weights"] = True
+    given = [f"{name}={value!r}" for name, value in local_only.items() if value is not None]
+    if given:
+        raise ConfigurationError(
+            f"got {', '.join(given)} for {spec!r}, expected it only with 'embedded' or 'hf:...': an endpoint "
+            "decides that itself"
+        )
+    checked_constrain(constrain, None, model=spec)
+    check_endpoint_name(spec)
+    if api_base is not None:
+        if not re.match(r"https?://[^/\s]+", api_base):
+            raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
+        lm_kwargs["api_base"] = api_base
+    if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
+        lm_kwargs.setdefault("api_key", key)
+    try:
+        lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), door=door)
+    except (LMConfigurationError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
+    if base_weights is None:
+        return lm
+    from copa_harness.lm.endpoint.vllm import vllm_engine
+
+    engine = vllm_engine(
+        lm.engine,  # type: ignore[arg-type]  # what `meter_lm` made for an endpoint
+        model=spec,
+        base_weights=_hf_path(base_weights, option="base weights"),
+        clients=lm_kwargs,
+        lora_dir=Path(cache_dir) / LORA_FOLDER,
+        served_lora_path=served_lora_path,
+        worker=worker,
+        rewrite_pickled_in=rewrite_in,
+    )
+    return lm.copy(engine=engine)
+
+
+def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
+    """A plain `dspy.LM` with its calls led through the door; its provider (fine-tuning) and defaults are kept.
+
+    A `MeteredLM` comes back as it is.
+
+    Raises:
+        ConfigurationError: The LM is a text-completion model or has a custom engine.
+    """
+    if isinstance(lm, MeteredLM):
+        return lm
+    defaults = {key: value for key, value in lm.kwargs.items() if key not in CLIENT_KEYS}
+    if "max_completion_tokens" in defaults:  # DSPy's spelling for reasoning models; its constructor takes the other
+        defaults["max_tokens"] = defaults.pop("max_completion_tokens")
+    return MeteredLM(
+        lm.model,
+        engine=_endpoint_engine(lm),
+        door=door,
+        provider=lm.provider,
+        model_type=lm.model_type,
+        callbacks=lm.callbacks,
+        finetuning_model=lm.finetuning_model,
+        launch_kwargs=lm.launch_kwargs,
+        train_kwargs=lm.train_kwargs,
+        use_developer_role=lm.use_developer_role,
+        **{"temperature": None, "max_tokens": None, **defaults},
+    )
+
+
+def _endpoint_engine(lm: dspy.LM) -> Engine:
+    if importlib.util.find_spec("aiohttp") is None:
+        from copa_harness.lm.endpoint.engine import EndpointEngine
+
+        return EndpointEngine(lm)
+    from copa_harness.lm.endpoint.engine import HttpEngine
+
+    return HttpEngine(lm)
+
+
+def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:
+    """The prompt adapter to use with a model.
+
+    For local and scripted models a ChatAdapter that does not ask a second time in JSON when an answer does not parse:
+    they have no JSON mode, and the second call would be paid for nothing. DSPy's default for the rest.
+    """
+    has_json_mode = not isinstance(lm, MeteredLM) or isinstance(lm.engine, CapableEngine)
+    return PromptAdapter(use_json_adapter_fallback=has_json_mode)
+
+
+def _template_text(chat_template: Path | None) -> str | None:
+    if chat_template is None:
+        return None
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"got the chat template {str(chat_template)!r}, which cannot be read ({error}); expected a file with a "
+            "Jinja template, such as the chat_template.jinja of a model folder"
+        ) from error
+
+
+def _local_lm(
+    spec: str, *, door: Door, lora_dir: Path, engine_settings: dict[str, Any], lm_kwargs: dict[str, Any]
+) -> MeteredLM:
+    refused = sorted(CLIENT_KEYS.intersection(lm_kwargs))
+    if refused:
+        raise ConfigurationError(f"got {refused} for {spec!r}, which runs in this process and has no connection")
+    path: Path | str
+    if spec == "embedded":
+        from copa_harness.lm.embedded import embedded_model_path
+
+        path, max_tokens = embedded_model_path(), EMBEDDED_MAX_TOKENS
+    else:
+        path, max_tokens = _hf_path(spec, option="language model"), HF_MAX_TOKENS
+    from copa_harness.lm.local.engine import TransformersEngine
+
+    return MeteredLM(
+        spec.rstrip("/"),
+        engine=TransformersEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, **engine_settings),
+        door=door,
+        **{"temperature": 0.0, "max_tokens": max_tokens, **lm_kwargs},
+    )
+
+
+def _refuse_served_weights(spec: str, base_weights: str | None, served_lora_path: str | None) -> None:
+    if base_weights is not None or served_lora_path is not None:
+        raise ConfigurationError(
+            f"got base weights or a served LoRA path for {spec!r}, whose weights are its own; expected them with a "
+            "model that a vLLM server runs, such as 'hosted_vllm/<model>'"
+        )
+
+
+def _hf_path(spec: str, *, option: str) -> Path | str:
+    place = spec.removeprefix("hf:").rstrip("/")
+    folder = Path(place).expanduser()
+    if spec.startswith("hf:") and place and folder.is_dir():
+        return folder
+    if spec.startswith("hf:") and _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
+        return place
+    raise ConfigurationError(
+        f"got the {option} {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and "
+        "a folder with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
+    )

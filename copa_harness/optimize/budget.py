@@ -1,0 +1,259 @@
+"""How many calls a step of a strategy may use: its share of what the run's budget still allows.
+
+The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on
+the order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses what is too much.
+Knows scopes and numbers; knows nothing of programs or scores.
+
+Budget levels in words: `"light"`, `"calls=500,usd=2,tokens=1e6"` or a number, as a `Budget`.
+
+Imports nothing heavy: the pytest plugin prints the ceilings in its header before any model is loaded.
+
+The strategy `auto`: which optimizer suits so many labelled examples, this model and this budget, and why.
+
+| labelled examples | optimizer | reason |
+|---|---|---|
+| 1-2 | MIPROv2, zero-shot | too few to show: only the instruction can be improved |
+| 3-19 | BootstrapFewShot | enough to show, too few to choose between sets of them |
+| 20 and more | BootstrapFewShotWithRandomSearch | enough to choose by validation |
+| 20 and more, tunable model, calls to spare | COPA, ``p -> w -> p`` | weights can be trained as well |
+
+The first three rows are DSPy's own advice. Knows numbers, names and candidates; runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import dspy
+
+from copa_harness.errors import BudgetExhausted
+from copa_harness.lm.budget.cost import Reservation
+from copa_harness.lm.budget.scope import SETTING, Meter, Scope
+from copa_harness.optimize.options import RunSettings
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.weights import is_tunable
+from copa_harness.results import Budget, Phase, Usage
+from copa_harness.strategy import Step, StepKind, parse_strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A ceiling on the distinct calls of `scope`, counted from the scope's beginning."""
+
+    scope: Scope
+    ceiling: float
+
+    @property
+    def remaining(self) -> float:
+        """Calls left to this step."""
+        return max(0.0, min(self.scope.remaining_calls, self.ceiling - self.scope.charged_calls))
+
+    def can_afford(self, n_calls: float) -> bool:
+        """Whether `n_calls` more distinct calls fit."""
+        return n_calls <= self.remaining
+
+
+class Replays(Allowance):
+    """For work whose requests the scope has counted already, and which is free therefore.
+
+    It asks for no estimate: what is new after all is refused by the scope when it is one too many.
+    """
+
+    def can_afford(self, n_calls: float) -> bool:
+        """True: it costs nothing."""
+        return True
+
+
+class OutOfCalls(Exception):
+    """A step's allowance does not suffice for the work it was about to begin. Caught by the step itself."""
+
+
+def share_of(scope: Scope, weight: float, total_weight: float, *, reserved: float = 0.0) -> Allowance:
+    """The allowance of the next step: `weight / total_weight` of what is left after `reserved` calls are set aside."""
+    if math.isinf(scope.remaining_calls):
+        return Allowance(scope, math.inf)
+    free = max(0.0, scope.remaining_calls - reserved)
+    return Allowance(scope, scope.charged_calls + math.floor(free * weight / total_weight) if total_weight else 0.0)
+
+
+class StepScope(Scope):
+    """A scope whose calls are charged to `parent`, with a lower ceiling of its own.
+
+    Refusing a call here says nothing about the parent's budget: `parent.exhausted` stays as it is.
+    """
+
+    def __init__(self, parent: Scope, *, ceiling: float, name: str) -> None:
+        super().__init__(f"{parent.name} [{name}]", budget=Budget(ceiling, parent.budget.name), parent=parent)
+        self._run = parent
+        self._parent = parent  # so that what holds for the run (tokens, dollars, seconds) holds here
+        self._step_lock = threading.RLock()
+        self._step_refused = False
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """As the parent's."""
+        with self._run.phase(phase):
+            yield
+
+    @property
+    def current_phase(self) -> Phase:
+        """The parent's."""
+        return self._run.current_phase
+
+    def usage(self) -> Usage:
+        """The parent's, the whole run."""
+        return self._run.usage()
+
+    def phase_usages(self) -> dict[str, Usage]:
+        """The parent's, the whole run."""
+        return self._run.phase_usages()
+
+    def add_train_steps(self, n: int, wall_s: float) -> None:
+        """Booked with the parent."""
+        self._run.add_train_steps(n, wall_s)
+
+    def add_payments(self, other: Meter) -> None:
+        """Booked with the parent."""
+        self._run.add_payments(other)
+
+    @property
+    def charged_calls(self) -> int:
+        """The parent's, the whole run."""
+        return self._run.charged_calls
+
+    @property
+    def remaining_calls(self) -> float:
+        """Left to this step, and to the run."""
+        return max(0.0, min(self._run.remaining_calls, self.budget.calls - self._run.charged_calls))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this step's ceiling refused a call."""
+        return self._step_refused
+
+    def reserve(self, key: str, *, paying: bool = False) -> Reservation:
+        """As the parent's, within this step's ceiling."""
+        with self._step_lock:
+            if self._closed:
+                raise BudgetExhausted(
+                    f"step {self.name!r} has ended; a thread left over from it asked for another call"
+                )
+            before = self._run.charged_calls
+            reservation = self._run.reserve(key, paying=paying)
+            if before < self._run.charged_calls and self._run.charged_calls > self.budget.calls:
+                self._run.refund(reservation, failed=False)
+                self._step_refused = True
+                raise BudgetExhausted(
+                    f"step {self.name!r} used its share of the budget ({self.budget.calls:g} distinct requests counted "
+                    "from the beginning of the run)"
+                )
+            return reservation
+
+    def settle(self, reservation: Reservation, usage: Usage) -> None:
+        """Settled with the parent."""
+        self._run.settle(reservation, usage)
+
+    def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
+        """Refunded with the parent."""
+        self._run.refund(reservation, failed=failed)
+
+
+@contextmanager
+def step_scope(allowance: Allowance, *, name: str) -> Iterator[StepScope]:
+    """Run the block with every model call of this context held to the allowance."""
+    scope = StepScope(allowance.scope, ceiling=allowance.ceiling, name=name)
+    try:
+        with dspy.context(**{SETTING: scope}):
+            yield scope
+    finally:
+        scope.close()
+
+
+FEW, MANY = 3, 20
+"""From so many labelled examples on demonstrations are worth showing, and worth choosing between."""
+
+FULL_PASSES = 8
+"""Passes over the validation examples a budget must hold for training and two prompt steps to be worth beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` stands for here.
+
+    Attributes:
+        strategy: Text for `parse_strategy`.
+        reason: Half a sentence: why this one.
+        optimizer_kwargs: Arguments it needs, by optimizer.
+    """
+
+    strategy: str
+    reason: str
+    optimizer_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"auto: {self.strategy}, because {self.reason}"
+
+
+def choose_strategy(
+    *, n_train: int, n_validation: int, calls: float, calls_per_example: int, tunable: bool, has_prompt_lm: bool
+) -> Choice:
+    """What suits.
+
+    Args:
+        n_train: Training examples.
+        n_validation: Validation examples.
+        calls: Calls the budget allows.
+        calls_per_example: Calls of one program run.
+        tunable: Whether the models can be fine-tuned.
+        has_prompt_lm: Whether a model is there to write instructions.
+    """
+    n = n_train + n_validation
+    said = f"{n} labelled example{'' if n == 1 else 's'}"
+    if n < FEW:
+        if not has_prompt_lm:
+            return Choice("p", f"{said} are too few to show, and without a prompt LM MIPROv2 has no writer")
+        zero_shot = {"max_bootstrapped_demos": 0, "max_labeled_demos": 0}
+        return Choice("miprov2", f"{said} are too few to show: zero-shot", {"miprov2": zero_shot})
+    if n < MANY:
+        return Choice("bootstrap_fewshot", f"{said} are enough to show and too few to choose between sets of them")
+    wanted = FULL_PASSES * n_validation * calls_per_example
+    if tunable and calls >= wanted:
+        return Choice("p -> w -> p", f"{said}, a model that can be tuned, and a budget of at least {wanted} calls")
+    why = f"the budget is below {wanted} calls" if tunable else "the model cannot be tuned"
+    return Choice("bootstrap_fewshot_random_search", f"{said} are enough to choose by validation, and {why}")
+
+
+def resolved(
+    steps: tuple[Step, ...],
+    settings: RunSettings,
+    student: Candidate,
+    *,
+    n_train: int,
+    n_validation: int,
+    calls: float,
+    has_prompt_lm: bool,
+) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
+    """Steps and settings, with `auto` replaced by what it stands for here; the choice, None where nothing was chosen.
+
+    Args:
+        steps: As parsed.
+        settings: As given; what is given for an optimizer goes before what `auto` wants of it.
+        student: How many calls it takes, and whether its models can be tuned.
+        n_train: Training examples.
+        n_validation: Validation examples.
+        calls: Calls the budget allows.
+        has_prompt_lm: Whether a model is there to write instructions.
+    """
+    if steps[0].kind is not StepKind.AUTO:
+        return steps, settings, None
+    choice = choose_strategy(
+        n_train=n_train, n_validation=n_validation, calls=calls, calls_per_example=len(student.parts),
+        tunable=all(is_tunable(lm) for lm in student.lms), has_prompt_lm=has_prompt_lm,
+    )  # fmt: skip
+    kwargs = {**choice.optimizer_kwargs, **settings.optimizer_kwargs}
+    return parse_strategy(choice.strategy), replace(settings, optimizer_kwargs=kwargs), choice

@@ -1,0 +1,325 @@
+"""Tables of what the statistics found: attribution, ranked strategies, unstable examples, rows saved.
+
+Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the
+records as they were judged; only the ranking is computed here, from the scores. Knows nothing of files or pytest.
+
+Tables of what an optimization learned: which part of which stage earned the gain, and which proposals paid.
+
+Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the
+records as the optimizer made them, on its validation examples. Knows nothing of files or pytest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from copa_harness.judge.attribution import CELLS, EFFECTS
+from copa_harness.judge.comparison import compare_strategies
+from copa_harness.judge.flaky import FlakyReport, flaky_report
+from copa_harness.judge.messages import number
+from copa_harness.report.grouping import by_task, chosen, distinct, told_apart, told_once
+from copa_harness.report.records import RunRecord
+from copa_harness.report.rendering import Style, bounds, draw, with_notes
+from copa_harness.results import Interval
+
+MAX_FLAKY_SHOWN = 10
+"""Unstable examples shown per run; latest.json has all repeats."""
+
+_CELL_NAMES = {
+    "base_plain": "base, plain prompts",
+    "base_optimized": "base, optimized",
+    "tuned_plain": "tuned, plain prompts",
+    "tuned_optimized": "tuned, optimized",
+}
+
+_EFFECT_NAMES = {
+    "prompts": "prompts alone",
+    "weights": "weights alone",
+    "both": "both together",
+    "prompts_on_tuned": "prompts on tuned",
+    "weights_on_optimized": "weights on optimized",
+    "interaction": "beyond their sum",
+}
+
+
+def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """The 2 x 2 of weights and prompts of every run that measured it, with gains and their interaction."""
+    rows: list[list[str]] = []
+    notes = ["base or tuned weights with plain or optimized prompts: mean score, then gains, paired by example"]
+    for run in told_once(runs, "attribution"):
+        cells, effects = run.attribution["cells"], run.attribution["effects"]
+        lines = [(_CELL_NAMES[name], *_cell(cells[name], signed=False), "") for name in CELLS]
+        lines += [
+            (
+                _EFFECT_NAMES[name],
+                *_cell([effects[name][part] for part in ("difference", "low", "high")], signed=True),
+                f"{effects[name]['p_value']:.2g}",
+            )
+            for name in EFFECTS
+        ]
+        for index, line in enumerate(lines):
+            where = [run.task, run.strategy, f"{run.attribution['n']:,}"] if index == 0 else ["", "", ""]
+            rows.append([*where[:2], line[0], where[2], *line[1:]])
+        notes.append(f"{run.task}, {run.strategy}: {run.attribution['sentence']}")
+    headers = ["task", "strategy", "system or gain", "n", "score or gain", "95 % interval", "p"]
+    return with_notes(draw(rows, headers, style=style, n_text=3), notes, style=style) if rows else ""
+
+
+def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
+    """Strategies over the tasks all of them have run: mean rank, Holm-corrected difference, cost; "" under two.
+
+    Args:
+        runs: all runs.
+        reference: the strategy the others are compared with; without runs of it, the first one seen.
+        style: where the table will stand.
+    """
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    repeated = any(new is not run for new, run in zip(told_apart(runs), runs, strict=True))
+    anchors: set[str] = set()
+    models = list(dict.fromkeys(run.model for run in runs if run.split == "test"))
+    for model in models:
+        best = _best_runs([run for run in runs if run.model == model])
+        complete = _same_tasks(best)
+        if len(complete) < 2:
+            continue
+        anchor = reference if reference in complete else next(iter(complete))
+        scores = {name: {task: run.scores for task, run in tasks.items()} for name, tasks in complete.items()}
+        try:
+            comparison = compare_strategies(scores, reference=anchor, groups=_groups(complete))
+        except ValueError:  # the runs have no example in common: nothing to rank
+            continue
+        anchors.add(anchor)
+        for index, row in enumerate(comparison.rows):
+            spent = complete[row.strategy].values()
+            is_anchor = row.strategy == anchor
+            rows.append(
+                [
+                    model if index == 0 else "",
+                    row.strategy,
+                    f"{len(comparison.tasks):,}",
+                    f"{comparison.n:,}",
+                    f"{row.rank:.2f}",
+                    number(row.score),
+                    "-" if is_anchor else number(row.difference, signed=True) + bounds(row.interval, signed=True),
+                    "-" if is_anchor else f"{row.adjusted:.2g}",
+                    f"{sum(run.usage.paid_calls + run.usage.cached_calls for run in spent):,}",
+                    f"{sum(run.usage.usd for run in spent):,.4f}",
+                ]
+            )
+        notes.append(comparison.sentence() if len(models) == 1 else f"{model}: {comparison.sentence()}")
+        if comparison.friedman_p is not None:
+            notes.append(f"all alike? Friedman p = {comparison.friedman_p:.2g} over {comparison.n_ranked:,} ranked")
+    if not rows:
+        return ""
+    against = anchors.pop() if len(anchors) == 1 else "the row without one"
+    headers = ["model", "strategy", "tasks", "n", "mean rank", "score", f"difference to {against}", "p (Holm)", "calls",
+               "USD"]  # fmt: skip
+    notes.insert(
+        0,
+        "rank 1 is best; differences paired by example, every task counting the same [95 % interval of each alone]; "
+        "p corrected for the number of strategies",
+    )
+    if repeated:
+        notes.insert(1, "of several runs of a strategy on a task, that with the best validation score stands for it")
+    return with_notes(draw(rows, headers, style=style, n_text=2), notes, style=style)
+
+
+def flaky_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """Examples that passed some repeats and failed others, nearest to a coin flip first, per run with repeats."""
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    for run in runs:
+        report = _flaky(run)
+        if report is None:
+            continue
+        for index, row in enumerate(report.flaky[:MAX_FLAKY_SHOWN]):
+            where = [run.task, run.strategy] if index == 0 else ["", ""]
+            rows.append([*where, row.example_id, f"{row.n_passed} of {row.k}", f"{row.pass_rate:.2f}"])
+        more = len(report.flaky) - MAX_FLAKY_SHOWN
+        rest = f" ({more} more not shown)" if more > 0 else ""
+        notes.append(
+            f"{run.task}, {run.strategy}: {report.n_pass_all} of {report.n} passed all {report.k} repeats"
+            f"{bounds(report.pass_all_interval)}, {report.n_pass_none} none, {len(report.flaky)} some{rest}. "
+            f"{report.advice}"
+        )
+    if not notes:
+        return ""
+    headers = ["task", "strategy", "example", "passed", "pass rate"]
+    return with_notes(draw(rows, headers, style=style, n_text=3) if rows else "", notes, style=style)
+
+
+def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """Rows and dollars saved by stopping early, and the power it cost, per run in sequential mode."""
+    rows = []
+    n_used = n_total = 0
+    for run in runs:
+        if not run.sequential:
+            continue
+        found: Mapping[str, Any] = run.sequential
+        used, total, usd = found["n_used"], found["n_total"], found.get("usd_saved")
+        n_used, n_total = n_used + used, n_total + total
+        power = "-"
+        if found.get("power_sequential") is not None:
+            fixed, early = 100 * found["power_fixed"], 100 * found["power_sequential"]
+            power = f"{early:.0f} % ({fixed:.0f} %) at {number(found['visible_drop'])}"
+        saved = f"{total - used:,} ({100 * (total - used) / total:.0f} %)" if total else "-"
+        dollars = "-" if usd is None else f"{usd:,.4f}"
+        rows.append(
+            [run.task, run.strategy, f"{total:,}", f"{used:,}", saved, dollars, power, number(run.score),
+             run.verdict.value]
+        )  # fmt: skip
+    if not rows:
+        return ""
+    headers = ["task", "strategy", "n", "used", "saved", "USD saved", "power (all rows) at drop", "score so far",
+               "verdict"]  # fmt: skip
+    notes = ["a score so far is of the rows used: judge by the verdict, and run all rows for the exact number"]
+    if n_total:
+        notes.append(f"in all {n_total - n_used:,} of {n_total:,} rows saved ({100 * (1 - n_used / n_total):.0f} %)")
+    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+
+
+def _groups(by_strategy: Mapping[str, Mapping[str, RunRecord]]) -> dict[str, Mapping[str, str]]:
+    """Task -> example id -> group, of all runs together."""
+    groups: dict[str, Mapping[str, str]] = {}
+    for tasks in by_strategy.values():
+        for task, run in tasks.items():
+            groups[task] = {**groups.get(task, {}), **run.groups}
+    return groups
+
+
+def _flaky(run: RunRecord) -> FlakyReport | None:
+    """The report of a run whose examples were repeated; None otherwise."""
+    if not run.repeats or min(len(scores) for scores in run.repeats.values()) < 2:
+        return None
+    return flaky_report(run.repeats)
+
+
+def _best_runs(runs: Sequence[RunRecord]) -> dict[str, dict[str, RunRecord]]:
+    """Strategy -> task -> the run that stands for it."""
+    best: dict[str, dict[str, RunRecord]] = {}
+    for (task, _), group in by_task(runs).items():
+        for strategy in distinct(group):
+            run = chosen(run for run in group if run.strategy == strategy)
+            if run is not None and run.scores:
+                best.setdefault(strategy, {})[task] = run
+    return best
+
+
+def _same_tasks(best: Mapping[str, Mapping[str, RunRecord]]) -> dict[str, Mapping[str, RunRecord]]:
+    """The strategies that have run every task at least two of them have run: only those can be ranked together.
+
+    When that leaves fewer than two, all of them: they are then ranked on the tasks they have in common.
+    """
+    counts = Counter(task for by_name in best.values() for task in by_name)
+    shared = {task for task, count in counts.items() if count > 1}
+    complete = {name: by_name for name, by_name in best.items() if shared and by_name.keys() >= shared}
+    return complete if len(complete) > 1 else dict(best)
+
+
+def _cell(values: Sequence[float], *, signed: bool) -> tuple[str, str]:
+    value, low, high = values
+    return number(value, signed=signed), bounds(Interval(low, high), signed=signed).strip()
+
+
+TERMINAL_ARMS = 2
+"""Arms shown per family and run in the terminal, the best first; latest.md shows all."""
+
+
+def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """Who earned it: the gain of every part of every stage of the programs that optimizations ended on."""
+    rows: list[list[str]] = []
+    for run in told_once(runs, "credit"):
+        credit: Mapping[str, Any] = run.credit
+        parts = [*credit["parts"], {"predictor": "", "part": "all parts", "method": "measured", **credit["total"]}]
+        for index, part in enumerate(parts):
+            where = [run.task, run.strategy] if index == 0 else ["", ""]
+            rows.append(
+                [
+                    *where,
+                    "" if part["part"] == "all parts" else _stage(part["predictor"]),
+                    part["part"],
+                    f"{credit['n']:,}" if index == 0 else "",
+                    *_gain(part),
+                    part["method"],
+                ]
+            )
+    if not rows:
+        return ""
+    headers = ["task", "strategy", "stage", "part", "n", "gain", "95 % interval", "by"]
+    notes = ["gains over the program as written on the validation examples the winner was chosen on, paired by example"]
+    if any(row[-1] == "Shapley value" for row in rows):
+        notes.append("Shapley values share what parts gain together, and add up to the whole gain")
+    if any(row[-1] == "leave one out" for row in rows):
+        notes.append("leave one out: what is lost with that part alone as it was; together parts may gain more or less")
+    if any(row[-1].endswith(" trials") for row in rows):
+        notes.append("n trials: estimated from the search's own trials of this kind of setting, by regression")
+    return with_notes(draw(rows, headers, style=style, n_text=4, last_text=True), notes, style=style)
+
+
+def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """What speaks for each result against the program as written, paired by example, and what was returned."""
+    told = told_once(runs, "evidence")
+    rows: list[list[str]] = []
+    for run in told:
+        found: Mapping[str, Any] = run.evidence
+        interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
+        returned = "the result" if found["adopted"] else "the program as written"
+        rows.append(
+            [run.task, run.strategy, f"{found['n']:,} {'unseen' if found['unseen'] else 'validation'}",
+             f"{found['n_tried']:,}", f"{found['gained']:,}", f"{found['lost']:,}",
+             number(found["difference"], signed=True), interval, f"{found['p_value']:.3g}",
+             returned if found["tested"] else f"{returned}, no test"]
+        )  # fmt: skip
+    if not rows:
+        return ""
+    headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p",
+               "returned"]  # fmt: skip
+    notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
+    if any(run.evidence["unseen"] for run in told):
+        notes.append("unseen: validation rows held back from the search")
+    if not all(run.evidence["unseen"] for run in told):
+        notes.append("validation: the rows that chose the result; difference and interval flatter it")
+    if not all(run.evidence["tested"] for run in told):
+        notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
+    notes.extend(f"{run.task}, {run.strategy}: {run.evidence['why']}" for run in told if run.evidence["why"])
+    return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
+
+
+def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """What every optimization learned about its proposals: how often an arm was tried, and what it gained."""
+    rows: list[list[str]] = []
+    for run in told_once(runs, "learned"):
+        shown: dict[str, int] = {}
+        first = True
+        for arm in run.learned:
+            shown[arm["family"]] = shown.get(arm["family"], 0) + 1
+            if style == "terminal" and shown[arm["family"]] > TERMINAL_ARMS:
+                continue
+            where = [run.task, run.strategy] if first else ["", ""]
+            offered = f"{arm['offered']:,}" if arm["offered"] else "-"
+            rows.append(
+                [*where, arm["family"], arm["arm"], offered, f"{arm['tries']:,}",
+                 number(arm["mean_gain"], signed=True), *_gain(arm)]
+            )  # fmt: skip
+            first = False
+    if not rows:
+        return ""
+    headers = ["task", "strategy", "choice", "arm", "proposed", "tried", "mean gain", "own gain", "95 % interval"]
+    notes = [
+        "gain of the trials that used the arm over the incumbent their study began with, on validation; own gain: the "
+        "arm's share of it, by Bayesian regression [95 % credible interval], which decides what is proposed next"
+    ]
+    return with_notes(draw(rows, headers, style=style, n_text=4), notes, style=style)
+
+
+def _stage(predictor: str) -> str:
+    return {"": "all stages", "self": "the program"}.get(predictor, predictor)
+
+
+def _gain(row: Mapping[str, Any]) -> tuple[str, str]:
+    if row["gain"] is None:
+        return "-", "-"
+    return number(row["gain"], signed=True), bounds(Interval(row["low"], row["high"]), signed=True).strip()

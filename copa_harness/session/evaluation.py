@@ -1,0 +1,353 @@
+"""One measurement of a program on a split: once, several times over, or until its gates are decided.
+
+What the metric asked a model on the way is told apart from what the program asked, and failed calls are kept by kind
+with the first traceback. Nothing bounds a measurement but the split and the ceilings of the whole session. Knows
+nothing of gates' statistics, records or pytest.
+
+The leakage guard of a run: what of the test split was seen by the optimizer or stands in the prompt.
+
+Collects the inputs of the splits and of the demonstrations; the comparison is `judge`'s. Knows nothing of records or
+pytest.
+
+What weights and what prompts gained in a run that searched both: the two missing cells of the 2 x 2, measured.
+
+The program as written on the base model and the optimized program on the tuned model are measured anyway; here the
+optimized prompts are put on the base weights, and the program as written on the tuned ones. Knows nothing of records
+or pytest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.results import EvaluationResult, ExampleResult, Phase, PhaseRecord, Usage
+from copa_harness.session.optimizations import Optimized, program_fingerprint
+from copa_harness.session.runs import ScoredEvaluation
+from copa_harness.session.settings import Settings
+
+if TYPE_CHECKING:
+    import dspy
+
+    from copa_harness.judge.attribution import Attribution
+    from copa_harness.judge.leakage import LeakageReport
+    from copa_harness.judge.sequential.stopping import SequentialJudge
+    from copa_harness.lm.budget.scope import Scope
+    from copa_harness.lm.metered import MeteredLM
+    from copa_harness.tasks.task import Task
+
+SPLITS = {"train": "trainset", "val": "valset", "test": "testset"}
+"""Names an evaluation may be asked for, and where a task keeps them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came out.
+
+    Attributes:
+        evaluation: The scores; with repeats, each example's mean over them. Its usage is the program's own.
+        repeats: Scores of every repeat by example id; empty without repeats.
+        phases: What was spent: by the program, and by the metric if it asked a model.
+        failures: Attempts at a call that failed, by kind: how many (those that a retry mended included) and the
+            first traceback.
+    """
+
+    evaluation: ScoredEvaluation
+    repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    phases: tuple[PhaseRecord, ...] = ()
+    failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def n_metric_calls(self) -> int:
+        """Calls of a model that the metric made, paid or replayed."""
+        return sum(phase.usage.paid_calls + phase.usage.cached_calls for phase in self.phases[1:])
+
+
+def split_of(task: Task, split: str) -> Sequence[dspy.Example]:
+    """The examples of a split.
+
+    Raises:
+        ConfigurationError: There is no such split.
+    """
+    if split not in SPLITS:
+        raise ConfigurationError(f"split: got {split!r}, expected one of {', '.join(map(repr, SPLITS))}.")
+    examples: Sequence[dspy.Example] = getattr(task, SPLITS[split])
+    return examples
+
+
+def groups_of(task: Task, split: str = "test") -> dict[str, str] | None:
+    """The group of each example that shares one, by example id: the task's own groups, and repeated examples."""
+    from copa_harness.evaluate.examples import example_id, example_ids
+
+    examples = split_of(task, split)
+    names = example_ids(examples)
+    if task.group is not None and split == "test":
+        return {name: str(_group(example, task.group)) for name, example in zip(names, examples, strict=True)}
+    contents = [example_id(example) for example in examples]
+    repeated = {content for content, count in Counter(contents).items() if count > 1}
+    if not repeated:
+        return None
+    return {name: content for name, content in zip(names, contents, strict=True) if content in repeated}
+
+
+def _group(example: dspy.Example, given: Any) -> Any:
+    return given(example) if callable(given) else example[given]
+
+
+def measure(
+    task: Task,
+    program: dspy.Module,
+    lm: MeteredLM,
+    *,
+    split: str,
+    strategy: str,
+    settings: Settings,
+    watch: SequentialJudge | None = None,
+) -> Measured:
+    """Run a program over a split.
+
+    Args:
+        task: Where split and metric come from.
+        program: What to run; models of its own predictors are used.
+        lm: Model of every predictor without one.
+        split: `"train"`, `"val"` or `"test"`.
+        strategy: What made the program; `"none"` is booked as baseline.
+        settings: Threads, repeats and seed in force.
+        watch: Decides after every block of examples whether to go on; None runs them all. Then there are no repeats.
+
+    Raises:
+        BudgetExhausted: The ceilings of the whole session refuse a call.
+    """
+    from copa_harness.judge.flaky import merge_repeats, repeats_of
+    from copa_harness.lm.budget.scope import open_scope
+    from copa_harness.lm.context import repeated
+
+    examples = split_of(task, split)
+    groups = groups_of(task, split)
+    phase = Phase.BASELINE if strategy == "none" else Phase.EVALUATE
+    with open_scope(f"{task.name}, {strategy}: {phase.value}") as scope:
+        repeats: dict[str, tuple[float | None, ...]] = {}
+        if watch is not None:
+            result = _watched(watch, program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
+        elif settings.repeat > 1:
+            results = []
+            for number in range(settings.repeat):
+                with repeated(number if _varies(program, lm) else 0):
+                    again = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
+                results.append(again)
+            result, repeats = merge_repeats(results, seed=settings.seed, groups=groups), repeats_of(results)
+        else:
+            result = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
+            result = _clustered(result, groups, seed=settings.seed)
+    hidden = scope.phase_usages().get(Phase.METRIC.value)
+    if hidden is not None:
+        result = replace(result, usage=result.usage - hidden)
+    evaluation = ScoredEvaluation.of(result, task=task.name, strategy=strategy)
+    return Measured(evaluation, repeats, _phases(evaluation, hidden), _failures(scope))
+
+
+def evaluation_phase(evaluation: ScoredEvaluation) -> PhaseRecord:
+    """An evaluation as a phase of a run."""
+    return PhaseRecord(f"{evaluation.split} evaluation", evaluation.usage, score_after=float(evaluation.score))
+
+
+def _phases(evaluation: ScoredEvaluation, hidden: Usage | None) -> tuple[PhaseRecord, ...]:
+    own = evaluation_phase(evaluation)
+    if hidden is None:
+        return (own,)
+    return (own, PhaseRecord(f"{evaluation.split} metric", hidden, note="calls that the metric made"))
+
+
+def _failures(scope: Scope) -> dict[str, tuple[int, str]]:
+    first = scope.first_failures
+    return {kind: (count, first.get(kind, "")) for kind, count in scope.failures.items()}
+
+
+def _once(
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    task: Task,
+    split: str,
+    lm: MeteredLM,
+    phase: Phase,
+    settings: Settings,
+) -> EvaluationResult:
+    from copa_harness.evaluate.runner import evaluate
+
+    return evaluate(program, examples, metric=task.metric, split=split, lm=lm, phase=phase, threads=settings.threads)
+
+
+def _watched(
+    watch: SequentialJudge,
+    program: dspy.Module,
+    examples: Sequence[dspy.Example],
+    *,
+    task: Task,
+    split: str,
+    lm: MeteredLM,
+    phase: Phase,
+    settings: Settings,
+) -> EvaluationResult:
+    """Block after block in the judge's order, until it has seen enough."""
+    from copa_harness.evaluate.examples import example_ids
+    from copa_harness.evaluate.runner import run_examples
+    from copa_harness.judge.intervals import mean_interval
+    from copa_harness.lm.budget.scope import current_scope
+
+    by_id = dict(zip(example_ids(examples), examples, strict=True))
+    found: dict[str, ExampleResult] = {}
+    started_s = time.perf_counter()
+    for block in watch.blocks(size=settings.threads):
+        runs = run_examples(
+            program,
+            [by_id[name] for name in block],
+            metric=task.metric,
+            split=split,
+            lm=lm,
+            phase=phase,
+            threads=settings.threads,
+            ids=block,
+            raise_if_nothing_works=not found,  # a broken metric or model shows in the first block
+        )
+        found |= {run.result.example_id: run.result for run in runs}
+        watch.add({run.result.example_id: run.result.score for run in runs})
+    results = tuple(found[name] for name in by_id if name in found)
+    usage = replace(current_scope().usage(), wall_s=time.perf_counter() - started_s)
+    scores = [result.score for result in results if result.score is not None]
+    result = EvaluationResult(
+        split=split, lm=lm.model, results=results, interval=mean_interval(scores, seed=settings.seed), usage=usage
+    )
+    return _clustered(result, groups_of(task, split), seed=settings.seed)
+
+
+def _clustered(result: EvaluationResult, groups: Mapping[str, str] | None, *, seed: int) -> EvaluationResult:
+    """The same scores with an interval that knows which examples belong together."""
+    from copa_harness.judge.intervals import group_labels, mean_interval
+
+    scored = [row for row in result.results if row.score is not None]
+    labels = group_labels([row.example_id for row in scored], groups)
+    if labels is None:
+        return result
+    scores = [row.score for row in scored if row.score is not None]
+    return replace(result, interval=mean_interval(scores, seed=seed, groups=labels))
+
+
+def _varies(program: dspy.Module, lm: MeteredLM) -> bool:
+    """Whether a model of the program may answer differently when it is asked again.
+
+    A local model at temperature 0 has one answer only and is not asked again; an endpoint may have several even then.
+    """
+    from copa_harness.lm.engine import CapableEngine
+
+    models = [lm, *(predictor.lm for predictor in program.predictors() if predictor.lm is not None)]
+    return any(
+        model.kwargs.get("temperature") != 0 or isinstance(getattr(model, "engine", None), CapableEngine)
+        for model in models
+    )
+
+
+def leakage_of(task: Task, program: dspy.Module | None = None) -> LeakageReport:
+    """What of the task's test split was seen: in training and validation, or in a program's demonstrations.
+
+    Args:
+        task: The splits.
+        program: The program about to be evaluated; its demonstrations count as seen.
+    """
+    from copa_harness.evaluate.examples import example_ids, input_values
+    from copa_harness.judge.leakage import find_leakage
+
+    def inputs(examples: Any) -> dict[str, dict[str, Any]]:
+        return dict(zip(example_ids(examples), map(input_values, examples), strict=True))
+
+    test = inputs(task.testset)
+    fields = {name for values in test.values() for name in values}
+    seen: dict[str, Mapping[str, Mapping[str, Any]]] = {
+        "train": inputs(task.trainset), "validation": inputs(task.valset),
+    }  # fmt: skip
+    if program is not None:
+        seen["demonstrations"] = {
+            f"{name}[{position}]": shown
+            for name, predictor in program.named_predictors()
+            for position, demo in enumerate(predictor.demos)
+            if (shown := {key: value for key, value in dict(demo).items() if key in fields})
+        }
+    return find_leakage(test, seen=seen)
+
+
+def searches_both(strategy: str) -> bool:
+    """Whether a strategy trains weights and searches prompts."""
+    from copa_harness.report.grouping import kind_of
+
+    return kind_of(strategy) == "joint"
+
+
+def attributed(
+    task: Task,
+    optimized: Optimized,
+    *,
+    base: MeteredLM,
+    plain: ScoredEvaluation,
+    final: ScoredEvaluation,
+    settings: Settings,
+) -> tuple[Attribution, tuple[PhaseRecord, ...]]:
+    """The 2 x 2, and what measuring the two missing cells cost.
+
+    Args:
+        task: Program as written and test split.
+        optimized: The optimized program and the model it runs on.
+        base: The base model.
+        plain: The program as written on the base model, all examples.
+        final: The optimized program on the tuned model, all examples.
+        settings: In force for this run.
+
+    Raises:
+        BudgetExhausted: The ceilings of the whole session refuse a call.
+        CopaError: A cell cannot be measured at all.
+        ValueError: No example has a score in all four cells.
+    """
+    from copa_harness.judge.attribution import attribute_gains
+    from copa_harness.judge.paired_tests import scores_by_id
+
+    base_optimized = tuned_plain = None
+    if optimized.lm.fingerprint == base.fingerprint and optimized.lm.model == base.model:
+        base_optimized, tuned_plain = final, plain  # no weights were adopted
+    elif program_fingerprint(optimized.program) == program_fingerprint(task.program):
+        base_optimized, tuned_plain = plain, final  # no prompts were
+    phases: list[PhaseRecord] = []
+
+    def cell(program: dspy.Module, lm: MeteredLM, what: str) -> ScoredEvaluation:
+        measured = measure(task, program, lm, split="test", strategy=what, settings=settings)
+        phases.extend(_renamed(measured, what))
+        return measured.evaluation
+
+    base_optimized = base_optimized or cell(_on(optimized.program, base), base, "optimized prompts, base weights")
+    tuned_plain = tuned_plain or cell(_on(task.program, optimized.lm), optimized.lm, "plain prompts, tuned weights")
+    answer = attribute_gains(
+        base_plain=scores_by_id(plain),
+        base_optimized=scores_by_id(base_optimized),
+        tuned_plain=scores_by_id(tuned_plain),
+        tuned_optimized=scores_by_id(final),
+        seed=settings.seed,
+        groups=groups_of(task),
+    )
+    return answer, tuple(phases)
+
+
+def _on(program: dspy.Module, lm: MeteredLM) -> dspy.Module:
+    """A copy of the program with every predictor on one model."""
+    copy = program.deepcopy()
+    for predictor in copy.predictors():
+        predictor.lm = lm
+    return copy
+
+
+def _renamed(measured: Measured, what: str) -> tuple[PhaseRecord, ...]:
+    return tuple(
+        PhaseRecord(f"{Phase.EVALUATE.value}: {what}" if index == 0 else phase.phase, phase.usage, note=phase.note)
+        for index, phase in enumerate(measured.phases)
+    )

@@ -1,0 +1,280 @@
+"""The end of a session: rows of all processes become report files, baselines, tables, remarks and an exit status.
+
+Rows are what processes hand one another: what `recording.Entry.row` makes, with `"order"`, the position of the test.
+Knows nothing of pytest.
+
+Results on their way to become baselines: from the process that measured them to the one that writes.
+
+A test process never writes a baseline: it hands its candidates on as plain JSON, and the controller writes them when
+the session ends. So several workers never write one file, and a session that is killed leaves the old baselines as
+they were. Knows nothing of pytest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.errors import CopaError
+from copa_harness.results import Interval, Verdict
+from copa_harness.session.gates import settle
+from copa_harness.session.plan import plan_text
+from copa_harness.session.settings import Settings
+
+if TYPE_CHECKING:
+    from copa_harness.report.records import RunRecord
+    from copa_harness.results import EvaluationResult
+    from copa_harness.store.baselines import Baseline
+
+
+def candidate(
+    evaluation: EvaluationResult,
+    *,
+    task: str,
+    name: str,
+    fingerprints: Mapping[str, str],
+    repeats: Mapping[str, Sequence[float | None]],
+    settings: Settings,
+) -> Baseline:
+    """The baseline a run would become.
+
+    Raises:
+        ArtifactError: Some examples have no score.
+    """
+    from copa_harness.report.environment import git_commit, versions
+    from copa_harness.store.baselines import Baseline
+
+    return Baseline.from_evaluation(
+        evaluation,
+        task=task,
+        name=name,
+        fingerprints=fingerprints,
+        versions=versions(),
+        commit=git_commit(settings.root),
+        created=datetime.date.today().isoformat(),
+        repeats=repeats,
+    )
+
+
+def to_row(baseline: Baseline | None) -> dict[str, Any] | None:
+    """A candidate as plain JSON types (a `Score` is no plain float: processes could not hand it on)."""
+    if baseline is None:
+        return None
+    document: dict[str, Any] = json.loads(json.dumps(asdict(baseline)))
+    return document
+
+
+def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Write the candidates that rows carry; of several for one file the last one stands.
+
+    Args:
+        rows: Rows of the session in their order, each with a candidate under `"baseline"` or None.
+        directory: Where baselines lie.
+
+    Returns:
+        The files written, each with what changed in it, and what a person should know.
+    """
+    from copa_harness.store.baselines import Baseline, baseline_path, save_baseline
+
+    found: dict[Path, Baseline] = {}
+    remarks = []
+    for row in rows:
+        document = row.get("baseline")
+        if document is None:
+            continue
+        repeats = {example_id: tuple(scores) for example_id, scores in document["repeats"].items()}
+        baseline = Baseline(**{**document, "interval": Interval(**document["interval"]), "repeats": repeats})
+        path = baseline_path(directory, task=baseline.task, name=baseline.name)
+        if path in found and found[path].scores != baseline.scores:
+            remarks.append(
+                f"{baseline.task} ({baseline.name}): several runs of this session differ and are one baseline; the "
+                f"last one was accepted, of {row['record']['test']}"
+            )
+        found[path] = baseline
+    written = []
+    for path, baseline in found.items():
+        try:
+            changed = _what_changed(path, baseline)
+            written.append((save_baseline(directory, baseline), changed))
+        except (CopaError, OSError) as error:
+            remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
+    return written, remarks
+
+
+def _what_changed(path: Path, accepted: Baseline) -> str:
+    """What accepting a run does to the baseline that is in its place: nobody should bless a loss unawares."""
+    from copa_harness.judge.messages import counted, number
+    from copa_harness.judge.paired_tests import pair_up
+    from copa_harness.store.baselines import read_baseline
+
+    now = f"score {number(accepted.score)} on {counted(len(accepted.scores), f'{accepted.split} example')}"
+    if not path.exists():
+        return f"{now}; the first one"
+    try:
+        older = read_baseline(path)
+    except CopaError:
+        return f"{now}; in place of a file that could not be read"
+    parts = [part for part, digest in accepted.fingerprints.items() if older.fingerprints.get(part) != digest]
+    if older.scores == accepted.scores and not parts:
+        return f"{now}; as before"
+    pairs = pair_up(older.scores, accepted.scores)
+    moves = [after - before for before, after in zip(pairs.before, pairs.after, strict=True)]
+    better, worse = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
+    changed = f"; changed: {', '.join(parts)}" if parts else ""
+    in_common = "" if older.scores.keys() == accepted.scores.keys() else f" of {len(moves):,} in common"
+    return f"{now}, was {number(older.score)}: {better} better, {worse} worse{in_common}{changed}"
+
+
+FAILED = 1
+"""Exit status when the suite fails though no test did: Holm's correction, or a comparison made at the end."""
+
+BUDGET_EXHAUSTED = 6
+"""Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the terminal shows.
+
+    Attributes:
+        tables: (title, text) of every table that has something to say.
+        gates: Gates that did not pass, under their runs; empty when all passed.
+        verdicts: How many runs passed, failed, are undecided.
+        notes: What is good to know.
+        remarks: What a person should know and could overlook.
+        written: Path of the report file for people, relative to the root if it lies below; empty when not written.
+        exit_status: What the session must end with when its tests alone would make it a success; 0 for success.
+    """
+
+    tables: tuple[tuple[str, str], ...]
+    gates: str
+    verdicts: str
+    notes: tuple[str, ...]
+    remarks: tuple[str, ...]
+    written: str
+    exit_status: int = 0
+
+
+def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: int = 0) -> Report:
+    """Writes the report files and, if the session is blessed, the baselines; draws the tables.
+
+    Args:
+        rows: From every process of the session, in any order.
+        settings: Where to write, and what to say about seed and budget.
+        n_refused: Tests that ended because the session's ceilings refused a call.
+    """
+    plans = [row["plan"] for row in rows if "plan" in row]
+    if plans:
+        table = ("what a run would pay", plan_text(plans))
+        return Report((table,), "", "plan only, nothing was run", (), (), "")
+    from copa_harness.report.environment import environment
+    from copa_harness.report.files import gates_to_read, verdict_counts, write_reports
+    from copa_harness.report.records import RunRecord
+    from copa_harness.report.tables import all_tables
+
+    ordered = sorted(rows, key=lambda row: row["order"])
+    records = [RunRecord.from_json(row["record"]) for row in ordered]
+    records, failed_late = settle(ordered, records, settings=settings)
+    notes = list(dict.fromkeys(note for row in ordered for note in row.get("notes", ())))
+    remarks = [
+        f"{row['record']['test']}: a gate failed, but the test passed it by; call copa_run.check() in it"
+        for row in ordered
+        if row["unchecked"]
+    ]
+    remarks += failed_late
+    failures = _failures(ordered)
+    if failures:
+        counts = ", ".join(f"{kind} {found['count']:,}" for kind, found in failures.items())
+        notes.append(
+            f"attempts at calls that failed, those a retry mended included: {counts}; the first traceback of each "
+            f"kind is in latest.json"
+        )
+    suite, suite_fails = _over_suite(records)
+    if suite:
+        (remarks if suite_fails else notes).append(suite)
+    if settings.bless:
+        accepted, problems = write_baselines(ordered, directory=settings.baseline_dir)
+        notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
+        remarks += problems
+    if settings.total_budget is not None:
+        notes += _spent(settings)
+    n_cut = max(sum(bool(row.get("cut_short")) for row in ordered), n_refused)
+    if n_cut:
+        what = "evaluation or test was" if n_cut == 1 else "evaluations or tests were"
+        remarks.append(
+            f"budget exhausted: {n_cut} {what} cut short by the ceilings of the session, without a score; raise "
+            f"--copa-total-budget and run again, what was answered is cached and free"
+        )
+    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
+    if settings.constrain:
+        more["constrained"] = True
+    surroundings = environment(
+        root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more
+    )
+    written = ""
+    try:
+        written = _shown(
+            write_reports(settings.report_dir, records, environment=surroundings).latest_markdown, settings.root
+        )
+    except CopaError as error:
+        remarks.append(str(error))
+    return Report(
+        tables=all_tables(records),
+        gates=gates_to_read(records),
+        verdicts=verdict_counts(records),
+        notes=tuple(notes),
+        remarks=tuple(remarks),
+        written=written,
+        exit_status=FAILED if suite_fails or failed_late else BUDGET_EXHAUSTED if n_cut else 0,
+    )
+
+
+def _over_suite(records: Sequence[RunRecord]) -> tuple[str, bool]:
+    """What Holm's correction says of all regression gates together, and whether it fails what no test failed."""
+    from copa_harness.judge.multiple import holm_over_suite, suite_text
+
+    gates = [(f"{record.test} ({record.task}, {record.strategy})", gate) for record in records for gate in record.gates]
+    comparisons = holm_over_suite(gates)
+    found_later = any(row.corrected is Verdict.FAIL and row.verdict is not Verdict.FAIL for row in comparisons)
+    return suite_text(comparisons), found_later
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Failed attempts of all rows by kind: how many, and the first traceback."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for kind, (count, traceback) in row.get("failures", {}).items():
+            known = found.setdefault(kind, {"count": 0, "first": traceback})
+            known["count"] += count
+    return dict(sorted(found.items()))
+
+
+def _spent(settings: Settings) -> list[str]:
+    """What all processes of the session paid, beside its ceilings."""
+    from copa_harness.lm.budget.cost import amount_of
+    from copa_harness.lm.budget.ledger import RUNS_FOLDER, RunLedger
+
+    budget = settings.total_budget
+    if budget is None or not (settings.cache_dir / RUNS_FOLDER / f"{settings.run_id}.sqlite").exists():
+        return []
+    try:
+        ledger = RunLedger(settings.cache_dir, settings.run_id, budget=budget)
+        spent = ledger.spent
+        ledger.close()
+    except CopaError as error:
+        return [f"what the session spent cannot be told: {error}"]
+    parts = []
+    for name, ceiling in budget.ceilings.items():
+        if name == "usd":
+            parts.append(f"${spent.usd:,.6g} of ${ceiling:,g}")
+        elif name != "seconds":
+            parts.append(f"{amount_of(spent, name):,} of {ceiling:,.10g} {name.replace('_', ' ')}")
+    return [f"the whole session paid {', '.join(parts)}"] if parts else []
+
+
+def _shown(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)

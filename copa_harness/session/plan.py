@@ -1,0 +1,200 @@
+"""A plan of a run: what it would pay, told from the cache alone. No call is made and nothing is trained.
+
+An evaluation is run against the stored answers; what is missing is counted at the most it can cost. A search adapts to
+answers, so one that is not finished on disk can only be bounded by its ceilings; its calls are priced like those of
+the evaluation of the program as written. Knows nothing of pytest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.results import Phase
+from copa_harness.session.evaluation import searches_both, split_of
+from copa_harness.session.settings import Settings
+
+if TYPE_CHECKING:
+    import dspy
+
+    from copa_harness.lm.context import Plan
+    from copa_harness.lm.metered import MeteredLM
+    from copa_harness.session.optimizations import Optimized
+    from copa_harness.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLine:
+    """One step of a run.
+
+    Attributes:
+        task: The task's name.
+        what: The step.
+        calls: Calls to pay at most.
+        cached: Calls whose answers are stored.
+        tokens: Tokens to pay at most; None when nobody knows.
+        usd: Dollars to pay at most; None when nobody knows.
+        key: Equal for steps that two tests share and only one of them pays for.
+        each: Tokens and dollars that one call of this kind may take, cached ones included; None when nobody knows.
+    """
+
+    task: str
+    what: str
+    calls: float
+    cached: int
+    tokens: float | None
+    usd: float | None
+    key: str
+    each: tuple[float, float] | None = None
+
+    def row(self, test: str) -> dict[str, Any]:
+        """As plain JSON types, with the test that asked."""
+        return {"test": test, "plan": asdict(self)}
+
+
+def plan_evaluation(
+    task: Task, program: dspy.Module, lm: MeteredLM, *, split: str, settings: Settings, what: str, key: str
+) -> PlanLine:
+    """What running a program over a split would pay."""
+    from copa_harness.evaluate.runner import run_examples
+    from copa_harness.lm.budget.scope import open_scope
+    from copa_harness.lm.context import planning, repeated
+
+    with open_scope(f"{task.name}: plan"), planning() as plan:
+        for number in range(settings.repeat):
+            with repeated(number):
+                run_examples(
+                    program,
+                    split_of(task, split),
+                    metric=task.metric,
+                    split=split,
+                    lm=lm,
+                    phase=Phase.EVALUATE,
+                    threads=settings.threads,
+                    raise_if_nothing_works=False,
+                )
+    return _line(task, what, plan, key)
+
+
+def plan_run(
+    task: Task, finished: Optimized | None, lm: MeteredLM, *, strategy: str, settings: Settings, key: str
+) -> list[PlanLine]:
+    """What optimizing and judging would pay, step by step.
+
+    Args:
+        task: The task.
+        finished: The optimization, if it was made before.
+        lm: The base model.
+        strategy: How the program would be searched.
+        settings: Ceilings, repeats and threads in force.
+        key: Names task and model.
+    """
+    what = "program as written, test split"
+    plain = plan_evaluation(task, task.program, lm, split="test", settings=settings, what=what, key=f"{key} none")
+    if strategy == "none":
+        return [plain]
+    if finished is not None:
+        n_asked = finished.result.charged_calls
+        return [
+            plain,
+            PlanLine(task.name, f"search {strategy} (finished earlier)", 0, n_asked, 0, 0.0, finished.key),
+            plan_evaluation(
+                task,
+                finished.program,
+                finished.lm,
+                split="test",
+                settings=settings,
+                what=f"{strategy}, test split",
+                key=f"{finished.key} test",
+            ),
+        ]
+    budget = settings.budget
+    n_more = 3 if searches_both(strategy) else 1
+    later = _scaled(plain, n_more * (plain.calls + plain.cached))
+    search = _scaled(plain, budget.calls)
+    return [
+        plain,
+        PlanLine(
+            task.name,
+            f"search {strategy} (at most, by its budget)",
+            budget.calls,
+            0,
+            _least(search.tokens, budget.tokens),
+            _least(search.usd, budget.usd),
+            f"{key} {strategy} {budget.name} {settings.seed}",
+        ),
+        PlanLine(
+            task.name,
+            f"{strategy}, test split" + (", with attribution" if n_more > 1 else ""),
+            later.calls,
+            0,
+            later.tokens,
+            later.usd,
+            f"{key} {strategy} {budget.name} {settings.seed} test",
+        ),
+    ]
+
+
+def plan_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the steps with a total per task and over all; steps that tests share are counted once."""
+    distinct = list({line["key"]: line for line in lines}.values())
+    rows = [("task", "step", "calls to pay", "cached", "tokens", "dollars")]
+    for task in dict.fromkeys(line["task"] for line in distinct):
+        own = [line for line in distinct if line["task"] == task]
+        rows += [(task if index == 0 else "", line["what"], *_cells(line)) for index, line in enumerate(own)]
+        if len(own) > 1:
+            rows.append(("", "total", *_cells(_total(own))))
+    rows.append(("all", "", *_cells(_total(distinct))))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    drawn = [
+        " | ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-+-".join("-" * width for width in widths)
+    note = "  at most; a step after one that is missing is priced like the program as written; ? = no bound is known"
+    return "\n".join([drawn[0], rule, *drawn[1:], note])
+
+
+def _line(task: Task, what: str, plan: Plan, key: str) -> PlanLine:
+    usage, each = plan.usage, plan.each
+    known = not usage.estimated_calls
+    return PlanLine(
+        task.name,
+        what,
+        usage.paid_calls,
+        usage.cached_calls,
+        usage.tokens if known else None,
+        usage.usd if known else None,
+        key,
+        None if each is None else (each.input_tokens + each.output_tokens, each.usd),
+    )
+
+
+def _scaled(line: PlanLine, calls: float) -> PlanLine:
+    """The same kind of call, `calls` times."""
+    tokens, usd = (None, None) if line.each is None else (line.each[0] * calls, line.each[1] * calls)
+    return PlanLine(line.task, line.what, calls, 0, tokens, usd, line.key)
+
+
+def _least(amount: float | None, ceiling: float) -> float | None:
+    if amount is None:
+        return None if ceiling == float("inf") else ceiling
+    return min(amount, ceiling)
+
+
+def _total(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        name: None if any(line[name] is None for line in lines) else sum(line[name] for line in lines)
+        for name in ("calls", "cached", "tokens", "usd")
+    }
+
+
+def _cells(line: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    def shown(value: float | None, digits: int = 0) -> str:
+        return "?" if value is None else "unlimited" if value == float("inf") else f"{value:,.{digits}f}"
+
+    return shown(line["calls"]), shown(line["cached"]), shown(line["tokens"]), shown(line["usd"], 4)

@@ -1,0 +1,295 @@
+"""One session: from settings to models, optimizations, evaluations, gates and records.
+
+Optimizations are found by content or made once (`optimizations.py`). An evaluation is never stored as such: it always
+runs, and its calls replay from the cache. The test split is given to final evaluations only. Knows nothing of pytest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
+from copa_harness.results import PhaseRecord
+from copa_harness.session.evaluation import groups_of, leakage_of, measure, split_of
+from copa_harness.session.gates import ON_SCORES, Memory, canonical, guarded, too_many_errors
+from copa_harness.session.models import Models
+from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
+from copa_harness.session.plan import plan_run
+from copa_harness.session.recording import Entry, cut_short_record, final_entry, notes_of, record_of, shown_as
+from copa_harness.session.runs import CopaRun, ScoredEvaluation
+from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
+from copa_harness.tasks.task import Task
+
+if TYPE_CHECKING:
+    import dspy
+
+    from copa_harness.lm.metered import MeteredLM
+
+
+class CopaSession:
+    """Runs tasks and remembers what came out. A context manager; closing it closes the cache.
+
+    Args:
+        settings: Shared by all runs; a marker may change what nobody forced.
+        on_progress: Takes a line of text while an optimization runs.
+
+    Attributes:
+        settings: As given.
+        entries: One per evaluation in the order they were made, each with the run it belongs to, if any.
+
+    Raises:
+        ConfigurationError: The cache directory cannot be used.
+        CacheError: There is a ceiling for the whole session, and its ledger cannot be written.
+    """
+
+    def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] | None = None) -> None:
+        self.settings = settings
+        self.models = Models(settings)
+        self._optimizations = Optimizations(settings.cache_dir, on_progress=on_progress)
+        self.entries: list[Entry] = []
+        self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
+        self._memory = Memory()
+        self._plans: list[dict[str, Any]] = []
+        self._open = ExitStack()
+        self._open.callback(self.models.close)
+        if settings.total_budget is not None:
+            from copa_harness.lm.budget.ledger import whole_run
+
+            with ExitStack() as undo:
+                undo.callback(self._open.close)
+                ledger = whole_run(settings.total_budget, directory=settings.cache_dir, run_id=settings.run_id)
+                self._open.enter_context(ledger)
+                undo.pop_all()
+
+    def __enter__(self) -> CopaSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the response cache and the ledger; records stay readable."""
+        self._open.close()
+
+    # -- models
+
+    def base_lm(self, marker: MarkerArguments | None = None) -> MeteredLM:
+        """The base model that settings and marker name.
+
+        Raises:
+            ConfigurationError: There is no such model; the message names the choices.
+        """
+        settings = self._merged(marker)
+        return self.models.named(settings.lm, is_base=True, constrain=settings.constrain)
+
+    def prompt_lm(self, marker: MarkerArguments | None = None) -> MeteredLM | None:
+        """The model that proposes instructions, if settings or marker name one."""
+        name = self._merged(marker).prompt_lm
+        return None if name is None else self.models.named(name)
+
+    def finetuned_lm(
+        self, task: Task, *, lm: MeteredLM | None = None, marker: MarkerArguments | None = None
+    ) -> MeteredLM:
+        """The model that the strategy `w` ends with on this task."""
+        marker = replace(marker or MarkerArguments(), strategy="w", optimizer_kwargs=None)
+        base = self._metered(lm, marker)
+        optimized = self._optimized(_checked(task), base, None, marker)
+        tuned = optimized.lm.copy()
+        self._tuned[id(tuned)] = (tuned, base, optimized)  # keeps `tuned` alive, so the id stays its own
+        return tuned
+
+    def _merged(self, marker: MarkerArguments | None) -> Settings:
+        return self.settings if marker is None else self.settings.merged(marker)
+
+    def _metered(self, lm: MeteredLM | None, marker: MarkerArguments) -> MeteredLM:
+        return self.base_lm(marker) if lm is None else self.models.metered(lm, constrain=self._merged(marker).constrain)
+
+    def _optimized(self, task: Task, lm: MeteredLM, prompt_lm: MeteredLM | None, marker: MarkerArguments) -> Optimized:
+        settings = self.settings.merged(marker)
+        return self._optimizations.get(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+
+    # -- runs
+
+    def evaluate(
+        self,
+        task: Task,
+        *,
+        program: dspy.Module | None = None,
+        lm: MeteredLM | None = None,
+        split: str = "test",
+        marker: MarkerArguments | None = None,
+        test: str = "",
+    ) -> ScoredEvaluation:
+        """Scores of a program on a split.
+
+        Args:
+            task: The task.
+            program: What to run, default the task's program as written. Models of its own predictors are used.
+            lm: Model of every predictor without one; default the base model.
+            split: `"train"`, `"val"` or `"test"`.
+            marker: Marker arguments of the test.
+            test: Id of the test that asks, for the record.
+        """
+        marker = marker or MarkerArguments()
+        lm = self._metered(lm, marker)
+        settings = self.settings.merged(marker)
+        _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
+        strategy = "given program" if program is not None else "w" if optimized else "none"
+        task = _checked(task)
+        with self._told_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
+            measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
+        standing: dict[str, Any] = {}
+        if strategy == "none" and split == "test":
+            fingerprints = fingerprints_of(task, task.program, lm)
+            standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
+            self._memory.remember(task, lm, measured.evaluation, fingerprints)
+        more: dict[str, Any] = {
+            **shown_as(base),
+            "groups": groups_of(task, split) or {},
+            "gates": too_many_errors(measured.evaluation, settings.gates_of(marker)),
+        }
+        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **more)
+        notes = notes_of(measured, program or task.program, lm)
+        self.entries.append(Entry(record, failures=measured.failures, notes=notes, standing=standing))
+        return measured.evaluation
+
+    def run(
+        self,
+        task: Task,
+        *,
+        lm: MeteredLM | None = None,
+        prompt_lm: MeteredLM | None = None,
+        marker: MarkerArguments | None = None,
+        test: str = "",
+    ) -> CopaRun:
+        """Optimizes the task's program, scores it once on the test split, and holds it to the marker's gates.
+
+        Args:
+            task: The task.
+            lm: Base model; default the one settings and marker name.
+            prompt_lm: Model that proposes instructions.
+            marker: Strategy, budget and gates.
+            test: Id of the test that asks, for the record.
+
+        Raises:
+            TaskError: The test split was seen in training or validation, and there are gates on its score.
+            BudgetExhausted: The ceilings of the whole session cut the evaluation short; that is recorded.
+        """
+        marker = marker or MarkerArguments()
+        settings = self.settings.merged(marker)
+        gates = settings.gates_of(marker)
+        base = self._metered(lm, marker)
+        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        _refuse_what_was_seen(_checked(task), gates)
+        if self._memory.plain(task, base) is None and strategy != "none":
+            # First of all: a broken metric or model shows here, before anything is spent on searching.
+            self.evaluate(task, lm=base, marker=marker, test=test)
+        with self._told_if_cut_short(
+            task, strategy=strategy, base=base, split="test", settings=settings, test=test
+        ) as spent:
+            optimized = self._optimized(task, base, prompt_lm, marker)
+            if optimized.cut_short:
+                spent += optimized.phases()
+                optimized.told = True
+                raise BudgetExhausted(
+                    f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
+                    f"{settings.budget.calls:,.0f} calls of its own"
+                )
+            entry = final_entry(
+                task, optimized, base=base, gates=gates, settings=settings, memory=self._memory, test=test
+            )
+        self.entries.append(entry)
+        assert entry.run is not None
+        return entry.run
+
+    def plan(
+        self,
+        task: Task,
+        *,
+        lm: MeteredLM | None = None,
+        prompt_lm: MeteredLM | None = None,
+        marker: MarkerArguments | None = None,
+        test: str = "",
+    ) -> None:
+        """Notes what `run` would pay, from the cache alone: no call is made.
+
+        Args:
+            task: The task.
+            lm: Base model; default the one settings and marker name.
+            prompt_lm: Model that proposes instructions.
+            marker: Strategy and budget.
+            test: Id of the test that asks.
+        """
+        marker = marker or MarkerArguments()
+        settings = self.settings.merged(marker)
+        base = self._metered(lm, marker)
+        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        finished = None
+        if strategy != "none":
+            finished = self._optimizations.finished(
+                _checked(task), lm=base, prompt_lm=prompt_lm, settings=settings, marker=marker
+            )
+        key = f"{task_fingerprint(_checked(task))} {base.fingerprint}"
+        lines = plan_run(task, finished, base, strategy=strategy, settings=settings, key=key)
+        self._plans += [line.row(test) for line in lines]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Entries and plans as plain JSON types (see `ending`)."""
+        rows = [entry.row() for entry in self.entries]
+        if rows:
+            rows[0]["notes"] += self.models.served()
+        return [*rows, *self._plans]
+
+    # -- steps
+
+    @contextmanager
+    def _told_if_cut_short(
+        self, task: Task, *, strategy: str, base: MeteredLM, split: str, settings: Settings, test: str
+    ) -> Iterator[list[PhaseRecord]]:
+        """Records what the session's ceilings end in the block, and lets it end.
+
+        Yields:
+            Phases of the block that were paid for.
+        """
+        spent: list[PhaseRecord] = []
+        try:
+            yield spent
+        except BudgetExhausted as error:
+            record = cut_short_record(
+                str(error),
+                test=test,
+                task=task.name,
+                strategy=strategy,
+                model=base.model,
+                split=split,
+                n_expected=len(split_of(task, split)),
+                settings=settings,
+                phases=tuple(spent),
+            )
+            self.entries.append(Entry(record, cut_short=True))
+            raise
+
+
+def _checked(task: object) -> Task:
+    if not isinstance(task, Task):
+        raise ConfigurationError(
+            f"copa_task: got a {type(task).__name__}, expected a copa_harness.Task (a program, a metric, three splits)."
+        )
+    return task
+
+
+def _refuse_what_was_seen(task: Task, gates: Mapping[str, Any]) -> None:
+    """Before anything is spent: gates on scores are no use once test examples were trained or chosen on.
+
+    Raises:
+        TaskError: Test examples were seen, and there are such gates.
+    """
+    if any(gates.get(name) is not None for name in ON_SCORES):
+        for answer in guarded(leakage_of(task)):
+            raise TaskError(f"task {task.name!r}: {answer.message}")

@@ -1,0 +1,201 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.paired_tests import (
+    mcnemar_p_value,
+    pair_up,
+    paired_difference,
+    permutation_p_value,
+    scores_by_id,
+    tango_bounds,
+    tango_statistic,
+)
+from copa_harness.results import EvaluationResult, ExampleResult
+
+bits = st.sampled_from([0.0, 1.0])
+binary_pairs = st.lists(st.tuples(bits, bits), min_size=1, max_size=60)
+graded_pairs = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=25)
+
+
+def compare(pairs, **more):
+    ids = [f"e{i:04}" for i in range(len(pairs))]
+    return paired_difference([b for b, _ in pairs], [a for _, a in pairs], ids=ids, **more)
+
+
+@given(
+    gained=st.integers(0, 12), lost=st.integers(0, 12), alternative=st.sampled_from(["two-sided", "less", "greater"])
+)
+def test_mcnemar_is_the_share_of_coin_flips_at_least_as_extreme(gained, lost, alternative):
+    n = gained + lost
+    weights = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    extreme = {
+        "less": sum(weights[: gained + 1]),
+        "greater": sum(weights[gained:]),
+        "two-sided": sum(w for w in weights if w <= weights[gained] * (1 + 1e-9)),
+    }[alternative]
+    expected = extreme if n else 1.0
+    assert mcnemar_p_value(gained, lost, alternative=alternative) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    differences=st.lists(st.sampled_from([-0.7, -0.5, -0.25, 0.0, 0.25, 0.3, 0.5]), min_size=1, max_size=8),
+    alternative=st.sampled_from(["less", "greater"]),
+)
+def test_permutation_of_a_few_differences_is_enumerated_exactly(differences, alternative):
+    moved = [d for d in differences if d]
+    if not moved:
+        assert permutation_p_value(np.array(differences), alternative=alternative) == 1.0
+        return
+    sums = [
+        round(sum(s * d for s, d in zip(signs, moved, strict=True)), 9)
+        for signs in itertools.product([-1, 1], repeat=len(moved))
+    ]
+    observed = round(sum(moved), 9)
+    count = sum(total <= observed if alternative == "less" else total >= observed for total in sums)
+    got = permutation_p_value(np.array(differences), alternative=alternative)
+    assert got == pytest.approx(count / len(sums), abs=1e-9)
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "less", "greater"])
+@pytest.mark.parametrize("n", [7, 60])
+def test_permutation_is_scipys_permutation_test(n, alternative):
+    differences = np.random.default_rng(n).normal(0.05, 0.2, n)
+    expected = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=9_999, alternative=alternative, rng=1
+    ).pvalue
+    got = permutation_p_value(differences, alternative=alternative)
+    assert got == pytest.approx(expected, abs=1e-9 if n == 7 else 0.015)
+
+
+def test_permutation_raises_false_alarms_no_oftener_than_it_says():
+    rng = np.random.default_rng(5)
+    p_values = [permutation_p_value(rng.normal(0, 0.2, 40), alternative="less", seed=i) for i in range(120)]
+    assert sum(p <= 0.05 for p in p_values) <= 0.05 * 120 + 2.6 * math.sqrt(120 * 0.05 * 0.95)
+
+
+@settings(deadline=None, max_examples=40)
+@given(binary_pairs)
+def test_on_right_wrong_scores_permutation_and_mcnemar_are_the_same_test(pairs):
+    differences = np.array([a - b for b, a in pairs])
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    if 2 ** (gained + lost) > 9_999:
+        return
+    expected = mcnemar_p_value(gained, lost, alternative="less")
+    assert permutation_p_value(differences, alternative="less") == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(binary_pairs)
+def test_a_binary_difference_lies_inside_its_interval_and_counts_what_moved(pairs):
+    result = compare(pairs)
+    assert result.difference == pytest.approx(np.mean([a - b for b, a in pairs]), abs=1e-12)
+    assert result.interval.low <= result.difference + 1e-9
+    assert result.interval.high >= result.difference - 1e-9
+    assert result.interval.low >= -1
+    assert result.interval.high <= 1
+    assert result.n_better + result.n_worse == round(result.disagreement * result.n)
+    assert result.method == "exact McNemar"
+
+
+@settings(deadline=None, max_examples=25)
+@given(graded_pairs)
+def test_a_graded_difference_lies_inside_its_interval(pairs):
+    result = compare(pairs)
+    assert result.interval.low - 1e-9 <= result.difference <= result.interval.high + 1e-9
+    assert 0 < result.p_value <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(binary_pairs)
+def test_swapping_the_runs_mirrors_the_answer(pairs):
+    forward, backward = compare(pairs), compare([(a, b) for b, a in pairs])
+    assert forward.difference == pytest.approx(-backward.difference)
+    assert forward.p_value == pytest.approx(backward.p_value)
+    assert forward.interval.low == pytest.approx(-backward.interval.high, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(pairs=graded_pairs, seed=st.randoms(use_true_random=False))
+def test_the_order_of_examples_does_not_matter(pairs, seed):
+    ids = [f"e{i:04}" for i in range(len(pairs))]
+    order = list(range(len(pairs)))
+    seed.shuffle(order)
+    straight = paired_difference([b for b, _ in pairs], [a for _, a in pairs], ids=ids)
+    shuffled = paired_difference(
+        [pairs[i][0] for i in order], [pairs[i][1] for i in order], ids=[ids[i] for i in order]
+    )
+    assert straight == shuffled
+
+
+@given(gained=st.integers(0, 30), lost=st.integers(0, 30), same=st.integers(0, 60))
+def test_the_statistic_at_the_ends_of_tangos_interval_is_the_normal_quantile(gained, lost, same):
+    n = gained + lost + same
+    if not n:
+        return
+    low, high = tango_bounds(gained, lost, n, level=0.95)
+    for bound, sign in ((low, 1), (high, -1)):
+        if -1 < bound < 1 and abs(bound) > 1e-6:
+            assert tango_statistic(gained, lost, n, difference=bound) == pytest.approx(sign * 1.959964, abs=1e-3)
+
+
+def test_tangos_interval_without_any_change_has_the_closed_form():
+    z2 = stats.norm.ppf(0.975) ** 2
+    assert tango_bounds(0, 0, 44, level=0.95) == pytest.approx((-z2 / (44 + z2), z2 / (44 + z2)), abs=1e-6)
+
+
+def test_the_statistic_at_zero_is_mcnemars():
+    assert tango_statistic(12, 5, 100, difference=0.0) == pytest.approx((12 - 5) / math.sqrt(17))
+
+
+def test_nothing_changed_is_no_evidence_but_not_certainty_either():
+    result = compare([(1.0, 1.0)] * 40 + [(0.0, 0.0)] * 35)
+    assert (result.difference, result.p_value) == (0.0, 1.0)
+    assert -0.06 < result.interval.low < -0.04
+
+
+def test_a_few_graded_changes_get_the_conservative_bound():
+    result = compare([(0.5, 0.5)] * 40 + [(0.5, 0.6)] * 5)
+    assert result.interval.method == "tango-bound"
+    assert result.interval.low < 0 < result.interval.high
+
+
+def test_the_same_graded_change_everywhere_is_certain_enough():
+    result = compare([(0.5, 0.4)] * 30)
+    assert result.difference == pytest.approx(-0.1)
+    assert result.p_value < 0.01
+
+
+def test_no_pairs_give_nan_and_the_widest_interval():
+    result = paired_difference([], [], ids=[])
+    assert math.isnan(result.difference)
+    assert (result.interval.low, result.interval.high, result.n) == (-1.0, 1.0, 0)
+
+
+def test_repeated_ids_and_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="repeated example ids"):
+        paired_difference([0, 1], [0, 1], ids=["a", "a"])
+    with pytest.raises(ValueError, match="equal lengths"):
+        paired_difference([0, 1], [0], ids=["a", "b"])
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        paired_difference([0.0], [1.5], ids=["a"])
+
+
+def test_pairing_leaves_out_what_has_no_score_and_counts_what_has_no_partner():
+    pairs = pair_up({"a": 1.0, "b": None, "c": 0.0, "d": 1.0}, {"b": 1.0, "c": 1.0, "a": 0.0, "e": 0.5})
+    assert pairs.ids == ("a", "c")
+    assert (pairs.before, pairs.after) == ((1.0, 0.0), (0.0, 1.0))
+    assert (pairs.n_only_before, pairs.n_only_after) == (1, 2)
+
+
+def test_an_example_that_occurs_twice_is_paired_with_its_own_repeat():
+    rows = tuple(ExampleResult(i, s) for i, s in (("a", 1.0), ("b", 0.0), ("a", 0.0)))
+    scores = scores_by_id(EvaluationResult("test", "lm", rows, mean_interval([1, 0, 0])))
+    assert scores == {"a": 1.0, "b": 0.0, "a#2": 0.0}

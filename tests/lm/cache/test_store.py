@@ -1,0 +1,283 @@
+"""Answers on disk: right or absent, never wrong, never unpickled, and one clear warning when damaged."""
+
+import os
+import pickle
+import sqlite3
+import threading
+import warnings
+
+import pytest
+from diskcache.core import MODE_PICKLE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from copa_harness.errors import CacheError
+from copa_harness.lm.cache.keys import MemoryCache, decode_answer, encode_answer
+from copa_harness.lm.cache.store import CacheWarning, ResponseCache
+
+KEY = "ab" * 32
+OTHER = "cd" * 32
+ANSWER = {"message": {"role": "assistant", "parts": [{"type": "text", "text": "grüße"}]}}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "responses"
+
+
+def filled(directory):
+    cache = ResponseCache(directory)
+    cache.set(KEY, ANSWER)
+    cache.set(OTHER, ANSWER)
+    cache.close()
+    return cache
+
+
+def opened_and_read(directory):
+    """Some damage shows when the store is opened, some when the first row is read."""
+    cache = ResponseCache(directory)
+    assert cache.get(f"{7:064x}") is None
+    return cache
+
+
+def database(directory):
+    return directory / "answers" / "cache.db"
+
+
+def sql(directory, statement, *values):
+    connection = sqlite3.connect(database(directory))
+    with connection:
+        connection.execute(statement, values)
+    connection.close()
+
+
+@pytest.mark.parametrize("make", [lambda d: MemoryCache(), ResponseCache])
+def test_what_is_set_is_got_and_nothing_else(make, directory):
+    cache = make(directory)
+    assert cache.get(KEY) is None
+    cache.set(KEY, ANSWER)
+    assert cache.get(KEY) == ANSWER
+    assert cache.get(KEY) is not cache.get(KEY)
+    assert cache.get(OTHER) is None
+    cache.close()
+
+
+def test_a_large_answer_is_kept_too(directory):
+    answer = {"text": "x" * 200_000}
+    cache = ResponseCache(directory)
+    cache.set(KEY, answer)
+    assert ResponseCache(directory).get(KEY) == answer
+
+
+@given(st.binary(max_size=200))
+def test_no_altered_bytes_are_ever_taken_for_an_answer(data):
+    good = encode_answer(KEY, ANSWER)
+    for bad in (data, good[: len(data)] if len(data) < len(good) else good + b"x", good.replace(b"text", data, 1)):
+        if bad != good:
+            with pytest.raises(ValueError):
+                decode_answer(KEY, bad)
+
+
+def test_an_answer_moved_to_another_key_is_refused():
+    with pytest.raises(ValueError, match="checksum"):
+        decode_answer(OTHER, encode_answer(KEY, ANSWER))
+
+
+def test_answers_that_are_not_json_are_refused_before_they_are_written(directory):
+    with pytest.raises(ValueError):
+        ResponseCache(directory).set(KEY, {"score": float("nan")})
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_planted_pickle_is_refused_not_read(directory, tmp_path):
+    filled(directory)
+    bomb = pickle.dumps(Bomb(tmp_path / "boom"))
+    sql(directory, "UPDATE Cache SET mode = ?, value = ? WHERE key = ?", MODE_PICKLE, bomb, KEY)
+    cache = ResponseCache(directory)
+    with pytest.warns(CacheWarning, match="damaged and was refused .*pickle"):
+        assert cache.get(KEY) is None
+    assert not (tmp_path / "boom").exists()
+    assert cache.get(OTHER) == ANSWER
+    cache.set(KEY, ANSWER)
+    assert cache.get(KEY) == ANSWER
+
+
+def test_a_planted_pickle_file_is_refused_not_read(directory, tmp_path):
+    filled(directory)
+    (directory / "answers" / "bomb.val").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    sql(directory, "UPDATE Cache SET mode = ?, value = NULL, filename = ? WHERE key = ?", MODE_PICKLE, "bomb.val", KEY)
+    with pytest.warns(CacheWarning, match="pickle"):
+        assert ResponseCache(directory).get(KEY) is None
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("value", [b"", b"garbage", "text", 7, 1.5, encode_answer(OTHER, ANSWER)])
+def test_a_damaged_row_is_a_miss_with_one_warning_and_then_gone(directory, value):
+    filled(directory)
+    sql(directory, "UPDATE Cache SET value = ? WHERE key = ?", value, KEY)
+    sql(directory, "UPDATE Cache SET value = ? WHERE key = ?", b"also damaged", OTHER)
+    cache = ResponseCache(directory)
+    with pytest.warns(CacheWarning, match="is damaged and was refused"):
+        assert cache.get(KEY) is None
+    assert cache.get(KEY) is None
+    assert cache.get(OTHER) is None  # a second warning would be an error here
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"this is no database at all" * 100),
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(path.read_bytes()[:4096] + os.urandom(40_000)),
+    ],
+    ids=["garbage", "truncated", "scrambled"],
+)
+def test_an_unusable_store_is_moved_aside_and_rebuilt_with_one_warning(directory, damage):
+    cache = ResponseCache(directory)
+    for index in range(300):
+        cache.set(f"{index:064x}", ANSWER)
+    cache.close()
+    for leftover in directory.glob("answers/cache.db-*"):
+        leftover.unlink()
+    damage(database(directory))
+    with pytest.warns(CacheWarning, match="unusable .* moved to answers.damaged-.* paid for again"):
+        cache = opened_and_read(directory)
+    cache.set(KEY, ANSWER)  # a second warning would be an error here
+    assert cache.get(KEY) == ANSWER
+    assert len(list(directory.glob("answers.damaged-*"))) == 1
+    assert ResponseCache(directory).get(KEY) == ANSWER
+
+
+def test_a_database_damaged_while_in_use_is_rebuilt_too(directory):
+    cache = filled(directory)
+    for leftover in directory.glob("answers/cache.db-*"):
+        leftover.unlink()
+    database(directory).write_bytes(b"overwritten by something" * 1000)
+    with pytest.warns(CacheWarning, match="unusable"):
+        cache.set(KEY, ANSWER)
+    assert cache.get(KEY) == ANSWER
+
+
+def test_a_file_in_place_of_the_store_is_moved_aside(directory):
+    directory.mkdir()
+    (directory / "answers").write_text("a stray file")
+    with pytest.warns(CacheWarning, match="unusable"):
+        cache = ResponseCache(directory)
+    cache.set(KEY, ANSWER)
+    assert cache.get(KEY) == ANSWER
+
+
+def test_foreign_files_beside_the_store_are_left_alone(directory):
+    filled(directory)
+    (directory / "notes.txt").write_text("mine")
+    assert ResponseCache(directory).get(KEY) == ANSWER
+    assert (directory / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_where_the_folder_should_be_is_one_clear_error(directory):
+    directory.write_text("a file")
+    with pytest.raises(CacheError, match=r"cannot create the response cache in .*responses.* --copa-cache-dir"):
+        ResponseCache(directory)
+
+
+@pytest.mark.parametrize("complaint", ["attempt to write a readonly database", "database or disk is full"])
+def test_an_answer_the_disk_refuses_is_kept_in_memory_with_one_warning(directory, monkeypatch, complaint):
+    cache = ResponseCache(directory)
+
+    def refuse(*args, **kwargs):
+        raise sqlite3.OperationalError(complaint)
+
+    monkeypatch.setattr(cache._store, "add", refuse)
+    with pytest.warns(CacheWarning, match=f"cannot be written .{complaint}"):
+        cache.set(KEY, ANSWER)
+    cache.set(OTHER, ANSWER)  # a second warning would be an error here
+    assert cache.get(KEY) == cache.get(OTHER) == ANSWER
+    assert not list(directory.glob("answers.damaged-*"))
+
+
+def test_a_claim_excludes_everybody_else_from_its_key_and_nobody_from_other_keys(directory):
+    mine, other = ResponseCache(directory), ResponseCache(directory)  # another lock object, as another process has
+    order = []
+
+    def wait():
+        with other.claimed(KEY):
+            order.append("other")
+
+    with mine.claimed(KEY):
+        with mine.claimed("ab" + "0" * 62):  # another key: no wait
+            thread = threading.Thread(target=wait)
+            thread.start()
+        thread.join(0.1)
+        order.append("mine")
+    thread.join(5)
+    assert order == ["mine", "other"]
+
+
+def test_without_locks_calls_go_on_after_one_warning(directory, monkeypatch):
+    cache = ResponseCache(directory)
+
+    def refuse(*args, **kwargs):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("copa_harness.lm.cache.locks.fcntl.lockf", refuse)
+    with pytest.warns(CacheWarning, match=r"cannot lock .*no locks available"), cache.claimed(KEY):
+        pass
+    with warnings.catch_warnings(), cache.claimed(OTHER):
+        warnings.simplefilter("error")
+
+
+def test_reads_leave_no_trace_and_many_threads_may_use_one_cache(directory):
+    cache = filled(directory)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(cache.get(KEY))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [ANSWER] * 16
+
+
+def test_beyond_its_size_limit_the_oldest_answers_are_dropped_with_one_warning(directory):
+    cache = ResponseCache(directory, size_limit=1_000_000)
+
+    def fill():
+        for index in range(450):
+            cache.set(f"{index:064x}", {"text": "x" * 4000})
+
+    with pytest.warns(CacheWarning, match=r"reached its limit of 1,000,000 bytes.*copa cache stats") as caught:
+        fill()
+    assert len(caught) == 1
+    assert cache.get(f"{0:064x}") is None
+    assert cache.get(f"{449:064x}") == {"text": "x" * 4000}
+    assert len(cache) < 300
+
+
+def test_the_lock_file_is_closed_with_the_cache_unless_somebody_holds_a_claim(directory):
+    cache, other = ResponseCache(directory), ResponseCache(directory)
+    with cache.claimed(KEY):
+        other.close()
+        assert cache._claims._file._descriptor >= 0
+    cache.close()
+    assert cache._claims._file._descriptor == -1
+    with cache.claimed(KEY):
+        pass
+    assert cache._claims._file._threads == {}
+
+
+def test_an_answer_stored_again_replaces_the_old_one(directory):
+    cache = ResponseCache(directory)
+    for answer in ({"text": "x" * 50_000}, {"text": "small"}, {"text": "y" * 50_000}, {"text": "last"}):
+        cache.set(KEY, answer)
+        assert cache.get(KEY) == answer
+    assert len(cache) == 1
+    assert not list(directory.rglob("*.val"))

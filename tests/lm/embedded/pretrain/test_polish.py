@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from copa_harness.lm.embedded.pretrain.batches import EpisodeMaker
+from copa_harness.lm.embedded.pretrain.episodes import Mix
+from copa_harness.lm.embedded.pretrain.recipe import SHIPPED
+
+MIX = Mix(kinds=(1, 0.2, 0.2, 0.5), n_features=(1, 1, 1, 1, 1))
+
+
+def test_rows_of_fourteen_hundred_tokens_are_filled_with_turns(tokenizer):
+    batch = EpisodeMaker(tokenizer, n_tokens=1400).batch(MIX, 3, seed=(1,))
+    assert (batch.ids == 0).mean() < 0.05
+    assert batch.turn.max() >= 24
+    assert batch.shares.shape[1] == batch.header.shape[1] == 24
+
+
+def test_labels_of_one_start_share_their_first_token_and_weigh_the_later_ones_fully(tokenizer):
+    mix = dataclasses.replace(MIX, same_start=1.0, kinds=(1, 0, 0, 0), reasoning=0.0)
+    batch = EpisodeMaker(tokenizer, n_tokens=300).batch(mix, 12, seed=(2,))
+    alike = [
+        len({batch.ids[row, at + 1] for at in np.nonzero(batch.turn[row] >= 0)[0]}) == 1
+        for row in range(len(batch.ids))
+    ]
+    assert np.mean(alike) > 0.5
+    assert not np.any(np.isclose(batch.weights, 0.3))
+
+
+def test_the_polishing_stage_has_a_decay_of_its_own_and_leaves_the_runs_decay_alone():
+    polish = SHIPPED.stages[-1]
+    assert polish.polish
+    end = SHIPPED.total_steps - polish.steps
+    without = dataclasses.replace(SHIPPED, stages=SHIPPED.stages[:-1])
+    for step in (10, 1500, 3000, end - 1):
+        assert SHIPPED.rate_share(step, SHIPPED.total_steps) == without.rate_share(step, end)
+    assert SHIPPED.rate_share(end, SHIPPED.total_steps) == pytest.approx(polish.rate)
+    assert SHIPPED.rate_share(SHIPPED.total_steps - 1, SHIPPED.total_steps) < 0.05 * polish.rate

@@ -1,0 +1,293 @@
+"""The pooled engine against a server that misbehaves: every bad answer becomes one clear, typed error or a retry."""
+
+import json
+import socket
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import dspy
+import pytest
+
+from copa_harness.errors import (
+    AuthenticationError,
+    BillingError,
+    BudgetExhausted,
+    ConnectionFailedError,
+    ContextOverflowError,
+    MalformedAnswerError,
+    ProviderError,
+    ProviderTimeoutError,
+    RateLimitError,
+    RefusalError,
+    ServerFailureError,
+)
+from copa_harness.lm import retry as patience
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.endpoint.engine import HttpEngine
+from copa_harness.lm.factory import build_lm
+from copa_harness.lm.gateway import Door
+from copa_harness.results import Budget
+
+API_KEY = "sk-test-0123456789abcdef"
+
+pytestmark = pytest.mark.usefixtures("no_gateways")
+
+
+@pytest.fixture
+def make(stub, tmp_path):
+    def make_(spec="openai/gpt-4o-mini", **kwargs):
+        door = Door(cache=ResponseCache(tmp_path / "responses"))
+        defaults = {"api_base": stub.url, "api_key": API_KEY, "num_retries": 0, "max_tokens": 50}
+        return build_lm(spec, door=door, cache_dir=tmp_path, **{**defaults, **kwargs})
+
+    return make_
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Pauses of a hundredth."""
+    real = time.sleep
+    monkeypatch.setattr("copa_harness.lm.gateway.time.sleep", lambda seconds: real(seconds / 100))
+
+
+def test_a_program_runs_through_the_pool_and_sends_what_dspy_would(make, stub, stubs):
+    program = dspy.Predict("question -> answer")
+    lm = make(temperature=0.3, stop=["END"])
+    program.set_lm(lm)
+    assert isinstance(lm.engine, HttpEngine)
+    with open_scope("t") as scope:
+        assert program(question="3 + 4").answer == "7"
+    assert scope.usage().usd == pytest.approx(11 * 1.5e-7 + 3 * 6e-7)
+    path, headers, body = stub.requests[0]
+    assert (path, headers["authorization"]) == ("/v1/chat/completions", f"Bearer {API_KEY}")
+    plain = dspy.LM(
+        "openai/gpt-4o-mini", api_base=stub.url, api_key="k", cache=False, max_tokens=50, temperature=0.3, stop=["END"]
+    )
+    with dspy.context(lm=plain):
+        dspy.Predict("question -> answer")(question="3 + 4")
+    assert json.loads(body) == stub.bodies[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [("hosted_vllm/org/model", "/v1/chat/completions"), ("ollama_chat/llama3", "/v1/chat/completions")],
+)
+def test_other_openai_compatible_providers_go_through_the_pool_too(make, stub, spec, path):
+    lm = make(spec)
+    assert "7" in lm("hi")[0]
+    assert lm.engine._route(spec) is not None
+    assert stub.requests[0][0] == path
+
+
+def test_providers_only_litellm_knows_and_gateways_of_the_environment_are_left_to_dspy(make, monkeypatch):
+    assert make("together_ai/a/b").engine._route("together_ai/a/b") is None
+    assert make(headers={"X-Team": "a"}).engine._route("openai/gpt-4o-mini") is None
+    engine = make("openai/m", api_base=None).engine
+    assert engine._route("openai/m") is not None
+    monkeypatch.setenv("OPENAI_API_BASE", "http://127.0.0.1:9/v1")
+    assert engine._route("openai/m") is None
+
+
+ERROR = {"error": {"message": "no good"}}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "message"),
+    [
+        ({"status": 401, "body": ERROR}, AuthenticationError, "no good"),
+        ({"status": 402, "body": ERROR}, BillingError, "no good"),
+        (
+            {"status": 429, "body": {"error": {"message": "no quota", "code": "insufficient_quota"}}},
+            BillingError,
+            "no quota",
+        ),
+        ({"status": 429, "body": ERROR, "headers": {"Retry-After": "3"}}, RateLimitError, "no good"),
+        ({"status": 500, "body": ERROR}, ServerFailureError, "no good"),
+        ({"status": 503, "body": b"<html>down</html>"}, ServerFailureError, "down"),
+        (
+            {"status": 400, "body": {"error": {"message": "too long", "code": "context_length_exceeded"}}},
+            ContextOverflowError,
+            "too long",
+        ),
+        ({"status": 404, "body": ERROR}, ProviderError, "no good"),
+        ({"status": 302, "headers": {"Location": "http://127.0.0.1:9/"}, "body": b""}, ProviderError, "302"),
+        ({"body": b'{"choices": [{"mess'}, MalformedAnswerError, "not JSON"),
+        ({"body": b"<html>welcome</html>"}, MalformedAnswerError, "not JSON"),
+        ({"body": {"hello": 1}}, MalformedAnswerError, "openai/gpt-4o-mini"),
+        ({"body": {"choices": []}}, MalformedAnswerError, "openai/gpt-4o-mini"),
+        ({"body": [1, 2]}, MalformedAnswerError, "openai/gpt-4o-mini"),
+        ({"cut_after": 20}, ConnectionFailedError, "connection broke before the answer was complete"),
+        ({"cut_after": 0, "headers": {"Content-Length": "x"}}, ConnectionFailedError, "connection broke"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_every_bad_answer_is_an_error_of_its_kind_that_says_what_came(make, stub, stubs, reply, kind, message):
+    stub.replies = [stubs.Reply(**reply)]
+    with open_scope("t") as scope, pytest.raises(kind, match=message) as caught:
+        make()("hi")
+    assert scope.failures == {caught.value.kind: 1}
+    assert API_KEY not in str(caught.value) + scope.first_failures[caught.value.kind]
+    assert stub.n_requests == 1
+
+
+def test_a_hang_ends_at_the_timeout_with_a_remedy(make, stub, stubs):
+    stub.replies = [stubs.Reply(hang=True)]
+    began = time.monotonic()
+    with pytest.raises(ProviderTimeoutError, match=r"no complete answer within 0\.2 s.*timeout="):
+        make(timeout=0.2)("hi")
+    assert time.monotonic() - began < 2
+
+
+def test_a_slow_drip_does_not_keep_a_call_alive(make, stub, stubs):
+    stub.replies = [stubs.Reply(drip_s=0.02)]
+    began = time.monotonic()
+    with pytest.raises(ProviderTimeoutError):
+        make(timeout=0.3)("hi")
+    assert time.monotonic() - began < 2
+
+
+def test_the_seconds_of_a_budget_end_a_call_that_hangs(make, stub, stubs):
+    stub.replies = [stubs.Reply(hang=True)]
+    began = time.monotonic()
+    lm = make(num_retries=3)
+    with open_scope("t", budget=Budget(seconds=1.5)), pytest.raises(ProviderTimeoutError):
+        lm("hi")
+    assert time.monotonic() - began < 10
+
+
+def test_nobody_listening_is_an_unbilled_connection_failure(make, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lm = make(api_base=f"http://127.0.0.1:{port}/v1")
+    with open_scope("t", budget=Budget(calls=1)) as scope, pytest.raises(ConnectionFailedError, match="no connection"):
+        lm("hi")
+    assert (scope.usage().paid_calls, scope.usage().failed_calls, scope.charged_calls) == (0, 1, 0)
+
+
+def test_an_answer_cut_off_may_have_been_billed(make, stub, stubs):
+    stub.replies = [stubs.Reply(cut_after=20)]
+    with open_scope("t", budget=Budget(tokens=2000)) as scope, pytest.raises(ConnectionFailedError):
+        make()("hi")
+    assert (scope.usage().paid_calls, scope.usage().estimated_calls, scope.usage().output_tokens) == (1, 1, 50)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": -5, "completion_tokens": 3},
+        {"prompt_tokens": "many", "completion_tokens": 3},
+        {"prompt_tokens": 1.5, "completion_tokens": None},
+        {"prompt_tokens": 0, "completion_tokens": 0},
+        None,
+    ],
+)
+def test_wrong_usage_numbers_cost_the_worst_case_and_not_the_answer(make, stub, stubs, usage):
+    stub.replies = [stubs.Reply(body=stubs.completion(usage=usage))]
+    with open_scope("t", budget=Budget(tokens=2000)) as scope:
+        assert "7" in make()("hi")[0]
+    spent = scope.usage()
+    assert (spent.paid_calls, spent.estimated_calls) == (1, 1)
+    assert spent.input_tokens > 100 or spent.output_tokens == 50
+
+
+def test_transient_failures_are_retried_and_retry_after_is_respected(make, stub, stubs, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("copa_harness.lm.gateway.time.sleep", pauses.append)
+    monkeypatch.setattr(patience.Pace, "_shrink", lambda *args: None)
+    stub.replies = [
+        stubs.Reply(429, {"Retry-After": "7"}, ERROR),
+        stubs.Reply(500, body=ERROR),
+        stubs.Reply(cut_after=3),
+        stubs.Reply(body=b"{"),
+    ]
+    with open_scope("t") as scope:
+        assert "7" in make(num_retries=3)("hi")[0]
+    assert 7 <= pauses[0] < 8
+    assert all(low <= pause <= 2 * low for low, pause in zip([0.5, 1.0, 2.0], pauses[1:], strict=True))
+    assert scope.failures == {"rate limit": 1, "server error": 1, "connection": 1, "malformed answer": 1}
+
+
+def test_a_provider_that_asks_for_more_patience_than_there_is_is_given_up(make, stub, stubs):
+    stub.replies = [stubs.Reply(429, {"Retry-After": "3600"}, ERROR)]
+    with pytest.raises(RateLimitError) as caught:
+        make(num_retries=3)("hi")
+    assert caught.value.retry_after == 3600
+    assert stub.n_requests == 1
+
+
+def test_a_signed_url_keeps_its_query_behind_the_path_and_out_of_sight(make, stub, stubs, tmp_path):
+    url = f"{stub.url}?sig=SIGNATURE-a1b2c3&token=TICKET-a1b2c3&api-version=2"
+    assert "7" in make(api_base=url)("hi")[0]
+    assert stub.requests[0][0] == "/v1/chat/completions?sig=SIGNATURE-a1b2c3&token=TICKET-a1b2c3&api-version=2"
+    stub.replies = [stubs.Reply(404, body={"error": {"message": f"nothing at {stub.requests[0][0]}"}})]
+    with open_scope("t") as scope, pytest.raises(ProviderError) as caught:
+        make(api_base=url)("hello")
+    said = str(caught.value) + repr(scope.first_failures) + "".join(traceback.format_exception(caught.value))
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "sig=***&token=***&api-version=2" in said
+    assert "a1b2c3" not in said
+    assert b"a1b2c3" not in stored
+
+
+def test_a_key_from_the_environment_is_concealed_whatever_it_looks_like(make, stub, stubs, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "plain words 77")
+    stub.replies = [stubs.Reply(401, body={"error": {"message": "Incorrect API key provided: plain words 77."}})]
+    with open_scope("t") as scope, pytest.raises(AuthenticationError, match=r"provided: \*\*\*\.") as caught:
+        make(api_key=None)("hi")
+    assert "words 77" not in repr(scope.first_failures) + "".join(traceback.format_exception(caught.value))
+
+
+def test_a_refusal_is_told_apart_and_paid_once(make, stub, stubs):
+    stub.replies = [stubs.Reply(body=stubs.completion(None, refusal="I cannot help"))]
+    lm = make()
+    for _ in range(2):
+        with pytest.raises(RefusalError, match="I cannot help"):
+            lm("hi")
+    assert stub.n_requests == 1
+
+
+def test_many_threads_share_the_pool_and_the_pace_grows(make, stub, stubs):
+    stub.default = stubs.Reply(latency_s=0.03)
+    lm = make()
+    with ThreadPoolExecutor(48) as pool:
+        answers = list(pool.map(lambda index: lm(str(index))[0], range(300)))
+    assert len(answers) == stub.n_requests == 300
+    assert lm.engine.patience.pace.limit > 48
+    assert stub.most_under_way > 20
+    assert stub.n_connections <= 48
+
+
+def test_the_pace_backs_off_from_a_provider_that_bears_less(make, stub, stubs):
+    stub.default = stubs.Reply(latency_s=0.01)
+    stub.refuse_above = 4
+    lm = make(num_retries=3)
+    with open_scope("t") as scope, ThreadPoolExecutor(32) as pool:
+
+        def ask(index):
+            with dspy.context(copa_scope=scope):
+                return lm(str(index))[0]
+
+        assert len(list(pool.map(ask, range(200)))) == 200
+    assert scope.usage().paid_calls == 200
+    assert lm.engine.patience.pace.limit <= 16
+    assert scope.failures["rate limit"] < 200
+
+
+def test_the_ceiling_holds_against_a_server_with_many_threads(make, stub, stubs):
+    stub.default = stubs.Reply(latency_s=0.005)
+    lm = make()
+    with open_scope("t", budget=Budget(usd=3e-3)) as scope, ThreadPoolExecutor(32) as pool:
+
+        def ask(index):
+            with dspy.context(copa_scope=scope):
+                try:
+                    return bool(lm(f"{index:04d}"))
+                except BudgetExhausted:
+                    return False
+
+        bought = sum(pool.map(ask, range(900)))
+    assert bought == stub.n_requests == scope.usage().paid_calls < 900
+    assert 2.7e-3 < scope.usage().usd <= 3e-3

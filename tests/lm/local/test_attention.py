@@ -1,0 +1,152 @@
+"""The cascade path: which models take it, and that it gives what the library's own path gives."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from dspy.lm15 import Config, Message, Request
+
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.testing.tiny_models import write_tiny_model
+
+FITTING = ("llama", "qwen2", "gpt2", "gpt_neox")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models in memory by architecture."""
+    from copa_harness.lm.local.model import LocalModel
+
+    root, loaded = tmp_path_factory.mktemp("cascade"), {}
+
+    def model(architecture):
+        if architecture not in loaded:
+            folder = write_tiny_model(root / architecture, architecture=architecture)
+            loaded[architecture] = LocalModel(folder, device="cpu", dtype="float32")
+        return loaded[architecture]
+
+    return model
+
+
+@pytest.mark.parametrize(("architecture", "fits"), [*((name, True) for name in FITTING), ("mistral", False),
+                                                    ("gemma3_text", False), ("lfm2", False)])  # fmt: skip
+def test_full_attention_models_cascade_and_windows_and_convolutions_do_not(architecture, fits, models):
+    assert models(architecture).cascades is fits
+
+
+@pytest.mark.parametrize("architecture", FITTING)
+def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture, models):
+    import torch
+
+    from copa_harness.lm.local.attention import RowGroup
+    from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Suffixes
+
+    model, draw = models(architecture), random.Random(5)
+    prefixes = [[draw.randrange(10, 380) for _ in range(n)] for n in (20, 0, 11)]
+    tails = [[draw.randrange(10, 380) for _ in range(draw.randint(1, 9))] for _ in range(7)]
+    owners = [0, 0, 0, 1, 1, 2, 2]
+    with torch.inference_mode():
+        states = []
+        for prefix in prefixes:
+            cache = model.new_cache()
+            if prefix:
+                model.model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            states.append(cache if prefix else None)
+        groups = [RowGroup(0, 3, states[0]), RowGroup(3, 5, None), RowGroup(5, 7, states[2])]
+        suffixes = Suffixes(tails, [len(prefixes[i]) for i in owners], groups)
+        readers = [LibraryReader(model.model), *([model.decoder] if model.decoder else [])]
+        together = [
+            CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=1).logits for reader in readers
+        ]
+        alone = [
+            model.model(torch.tensor([prefixes[i] + tail])).logits[0, -1] for i, tail in zip(owners, tails, strict=True)
+        ]
+    assert len(readers) == (2 if architecture in ("llama", "qwen2") else 1)
+    assert all((logits - torch.stack(alone)).abs().max() < 1e-4 for logits in together)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_continuations_have_the_log_probabilities_they_have_alone(architecture, models):
+    import torch
+
+    from copa_harness.lm.local.attention import RowGroup
+    from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Suffixes
+
+    model, draw = models(architecture), random.Random(6)
+    tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (4, 7)]
+    choices = [[[20], [21, 22, 23]], [[30, 31], [32], [33, 34]]]
+    with torch.inference_mode():
+        reader = model.decoder or LibraryReader(model.model)
+        suffixes = Suffixes(tails, [0, 0], [RowGroup(0, 2, None)])
+        run = CascadeRun(reader, suffixes, device=model.device, pad_id=0, room=3)
+        scores = run.score(choices)
+        for tail, row, given in zip(tails, choices, scores, strict=True):
+            for choice, score in zip(row, given, strict=True):
+                logprobs = model.model(torch.tensor([tail + choice])).logits[0].log_softmax(-1)
+                steps = range(len(tail) - 1, len(tail) - 1 + len(choice))
+                assert score == pytest.approx(sum(float(logprobs[s, t]) for s, t in zip(steps, choice, strict=True)),
+                                              abs=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cascade_and_stock_paths_give_the_same_tokens(seed, tmp_path):
+    draw = random.Random(seed)
+    architecture = draw.choice(FITTING)
+    engine = TransformersEngine(
+        write_tiny_model(tmp_path / "m", architecture=architecture, seed=seed), name="hf:tiny", lora_dir=tmp_path,
+        max_batch=draw.choice([2, 5, 64]),
+    )  # fmt: skip
+    systems = ["zebra 0.1 question " * draw.randint(4, 12), "answer 2.3 " * 8, None]
+    requests = [
+        Request(
+            model="hf:tiny",
+            system=draw.choice(systems),
+            messages=(Message.user("field " * draw.randint(1, 12) + str(i)),),
+            config=Config(max_tokens=draw.randint(1, 16), temperature=draw.choice([0.0, 0.0, 0.8]), top_p=0.95),
+        )
+        for i in range(24)
+    ]
+    answers = {}
+    for cascades in (True, False):
+        engine.generator.cascades = cascades
+        with ThreadPoolExecutor(draw.choice([4, 24])) as pool:
+            answers[cascades] = [r.text for r in pool.map(lambda request: engine.complete(request, seed=3), requests)]
+    assert engine.generator.model.cascades
+    assert answers[True] == answers[False]
+
+
+def test_rope_that_depends_on_length_is_never_padded(tmp_path):
+    import json
+
+    from copa_harness.lm.local.model import LocalModel
+
+    folder = write_tiny_model(tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = LocalModel(folder, device="cpu", dtype="float32")
+    assert (model.pads, model.shares_prefix, model.cascades) == (False, False, False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architecture, models, monkeypatch):
+    import torch
+
+    from copa_harness.lm.local import llama as local_llama
+    from copa_harness.lm.local.attention import RowGroup
+    from copa_harness.lm.local.decoding import CascadeRun, Suffixes
+
+    model = models(architecture)
+    monkeypatch.setattr(local_llama, "PACK_LIMIT_BYTES", 0)
+    decoder = local_llama.LlamaDecoder(model.decoder.shape, model.model.state_dict())
+    own = {tensor.data_ptr() for tensor in model.model.parameters()}
+    layer = decoder._layers[0]
+    assert {weight.data_ptr() for weight in [*layer.qkv.weights, *layer.gate_up.weights]} <= own
+    ids = [20, 31, 42, 53]
+    with torch.inference_mode():
+        run = CascadeRun(decoder, Suffixes([ids], [0], [RowGroup(0, 1, None)]), device="cpu", pad_id=0, room=1)
+        alone = model.model(torch.tensor([ids])).logits[0, -1]
+    assert (run.logits[0] - alone).abs().max() < 1e-4
+    assert decoder.n_parameters == sum(parameter.numel() for parameter in model.model.parameters())

@@ -1,0 +1,111 @@
+"""From a name to a model, with one clear error for every name that means nothing."""
+
+import subprocess
+import sys
+
+import dspy
+import pytest
+
+from copa_harness.errors import ConfigurationError
+from copa_harness.lm.endpoint.engine import EndpointEngine
+from copa_harness.lm.factory import adapter_for, build_lm, meter_lm
+from copa_harness.lm.gateway import Door
+from copa_harness.lm.scripted import ScriptedLM
+
+
+@pytest.fixture
+def build(tmp_path):
+    return lambda spec, **kwargs: build_lm(spec, door=Door(cache=None), cache_dir=tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gpt4", r"got the language model 'gpt4', expected 'embedded', 'hf:<path or id>' .* mean 'openai/gpt4'\?"),
+        ("Embeded", r"did you mean 'embedded'\?"),
+        ("", r"got the language model '', expected"),
+        ("openai/", r"got the language model 'openai/', expected"),
+        ("/gpt", r"got the language model '/gpt', expected"),
+        ("open ai/gpt", r"got the language model 'open ai/gpt', expected"),
+        ("opnai/gpt-4o", r"knows a provider 'opnai'; .* did you mean 'openai/gpt-4o'\?"),
+        ("nowhere/at-all", r"knows a provider 'nowhere'; .* write 'hf:nowhere/at-all'"),
+        ("hf:", r"'' is neither an existing folder nor a Hugging Face id"),
+        ("hf:/no/such/folder", r"'/no/such/folder' is neither an existing folder"),
+        ("hf:./relative", r"neither an existing folder"),
+        ("hf:justaname", r"neither an existing folder .* such as 'hf:HuggingFaceTB"),
+    ],
+)
+def test_a_name_that_means_nothing_is_one_clear_error(build, spec, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(spec)
+
+
+def test_a_folder_without_its_prefix_is_recognized(build, tmp_path, monkeypatch):
+    (tmp_path / "openai" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="did you mean 'hf:openai/model'"):
+        build("openai/model")
+    with pytest.raises(ConfigurationError, match="did you mean 'hf:openai'"):
+        build("openai")
+
+
+@pytest.mark.parametrize(
+    ("spec", "kwargs", "message"),
+    [
+        ("embedded", {"api_base": "http://x"}, "got an API base 'http://x' for 'embedded', which runs in this process"),
+        ("embedded", {"api_key": "k"}, r"got \['api_key'\] for 'embedded'"),
+        ("openai/gpt-4o", {"device": "cuda"}, "got device='cuda' for 'openai/gpt-4o'"),
+        ("openai/gpt-4o", {"api_base": "localhost"}, "got the API base 'localhost', expected a URL such as"),
+        ("openai/gpt-5", {"temperature": 0.0, "max_tokens": 10}, "cannot use the language model 'openai/gpt-5'"),
+        ("openai/gpt-4o", {"num_retries": -1}, "num_retries must be"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_one_clear_error(build, spec, kwargs, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(spec, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "spec", ["openai/gpt-4o-mini", "anthropic/claude-haiku-4-5", "ollama_chat/llama3.2", "hosted_vllm/org/m",
+             "together_ai/org/m", "openai/gpt-5"]
+)  # fmt: skip
+def test_names_dspy_knows_become_endpoint_models_with_the_providers_own_defaults(build, spec):
+    lm = build(spec)
+    assert isinstance(lm.engine, EndpointEngine)
+    assert lm.model == spec
+    assert set(lm.kwargs.values()) == {None}
+
+
+def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_default(build, tmp_path):
+    (tmp_path / "model").mkdir()
+    lm = build(f"hf:{tmp_path / 'model'}/", device="cpu")
+    assert lm.model == lm.engine.name == f"hf:{tmp_path / 'model'}"
+    assert lm.engine.lora_dir == tmp_path / "lora"
+    assert lm.kwargs == {"temperature": 0.0, "max_tokens": 512}
+    assert build(f"hf:{tmp_path / 'model'}", max_tokens=9).kwargs["max_tokens"] == 9
+    assert not adapter_for(lm).use_json_adapter_fallback
+
+
+def test_the_json_fallback_of_the_chat_adapter_is_for_models_with_a_json_mode(build):
+    assert not adapter_for(ScriptedLM("x")).use_json_adapter_fallback
+    assert adapter_for(build("openai/gpt-4o-mini")).use_json_adapter_fallback
+    assert adapter_for(dspy.LM("openai/gpt-4o-mini")).use_json_adapter_fallback
+
+
+def test_defaults_of_a_reasoning_model_survive_metering():
+    lm = meter_lm(dspy.LM("openai/gpt-5", temperature=1.0, max_tokens=16000), door=Door(cache=None))
+    assert lm.kwargs == {"temperature": 1.0, "max_completion_tokens": 16000}
+
+
+def test_building_an_endpoint_model_imports_neither_torch_nor_litellm(tmp_path):
+    code = (
+        "import sys; from copa_harness.lm import Door, build_lm; from pathlib import Path\n"
+        f"build_lm('together_ai/a/b', door=Door(cache=None), cache_dir=Path({str(tmp_path)!r}))\n"
+        "assert not {'torch', 'transformers', 'litellm.main', 'openai'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""})
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, copa_harness.lm; assert not {'dspy', 'torch', 'diskcache'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""})

@@ -1,0 +1,106 @@
+"""The short way to the door asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
+
+import warnings
+
+import dspy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copa_harness.lm.fast_path import ShortWay
+from copa_harness.lm.scripted import ScriptedLM
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.text(max_size=8)}
+    ),
+    min_size=1,
+    max_size=4,
+)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([None, 0, 0.0, 0.7, 1, 1.0]),
+        "max_tokens": st.sampled_from([None, 5]),
+        "top_p": st.sampled_from([0.5, 1]),
+        "stop": st.sampled_from(["x", ["x", "y"]]),
+        "n": st.sampled_from([None, 1, 2]),
+        "seed": st.integers(0, 3),
+        "rollout_id": st.integers(1, 3),
+        "cache": st.booleans(),
+        "presence_penalty": st.sampled_from([0.5]),
+        "response_format": st.sampled_from([{"type": "json_object"}]),
+    },
+)
+SHARED = ShortWay()
+
+
+def asked_of_dspy(messages, call_settings):
+    """The request DSPy makes."""
+    seen = []
+
+    class Engine:
+        def __deepcopy__(self, memo):
+            return self
+
+        def complete(self, request):
+            seen.append(request)
+            return dspy.lm15.Response(
+                id=None, model="m", message=dspy.lm15.Message.assistant("a"), finish_reason="stop",
+                usage=dspy.lm15.Usage(),
+            )  # fmt: skip
+
+    lm = dspy.LM("m", engine=Engine(), cache=False, num_retries=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI-style messages
+        lm(messages=messages, **{k: v for k, v in call_settings.items() if k not in ("cache", "rollout_id")})
+    return seen[0]
+
+
+@settings(max_examples=150)
+@given(messages=ROWS, call_settings=SETTINGS)
+def test_the_request_is_the_one_dspy_makes(messages, call_settings):
+    ours = SHARED.request("m", messages, call_settings)
+    if ours is not None:
+        theirs = asked_of_dspy(messages, call_settings)
+        assert ours == theirs
+        assert repr(ours.config) == repr(theirs.config)  # 1 and 1.0 are equal, and different keys
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+        [{"role": "user", "content": "x", "name": "n"}],
+        [{"role": "user", "content": "lone \ud800"}],
+        [{"role": "system", "content": "x"}],
+        ["x"],
+    ],
+)
+def test_what_is_not_plain_text_is_left_to_dspy(messages):
+    assert SHARED.request("m", messages, {}) is None
+
+
+@pytest.mark.parametrize("extra", [{"n": 2}, {"n": True}, {"logprobs": True}, {"api_key": "k"}, {"tools": []}])
+def test_what_is_more_than_one_plain_completion_is_left_to_dspy(extra):
+    assert SHARED.request("m", [{"role": "user", "content": "x"}], extra) is None
+
+
+def test_both_ways_share_one_answer_and_give_the_same():
+    lm = ScriptedLM(["[[ ## answer ## ]]\n7"], temperature=0.0)
+    program = dspy.Predict("question -> answer")
+    program.set_lm(lm)
+    long_way = program(question="q").answer
+    with dspy.context(disable_history=True):
+        assert program(question="q").answer == long_way == "7"
+    assert len(lm.requests) == 1
+
+
+def test_a_history_is_kept_when_it_is_wanted():
+    lm = ScriptedLM(["[[ ## answer ## ]]\n7"])
+    program = dspy.Predict("question -> answer")
+    program.set_lm(lm)
+    program(question="q")
+    assert len(lm.history) == 1

@@ -1,0 +1,160 @@
+"""The memory of a run: which options gained, which demonstrations carried weight, what an instruction settles."""
+
+import numpy as np
+import pytest
+
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.options import ProposalSettings
+from copa_harness.optimize.propose.demos import labelled_pool
+from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
+from copa_harness.optimize.search.bandit import Knowledge, demo_key, input_key
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.space import DemoSet
+
+
+@pytest.fixture
+def student(toy):
+    return Candidate.of(toy.program(), lm=toy.lm())
+
+
+def pool_of(toy):
+    return [demo for demo, _ in labelled_pool(toy.program().signature, toy.train)]
+
+
+def tried(memory, student, pool, *, n=60, helpful=2, seed=0):
+    """Tell the memory of `n` random sets, whose score depends on one demonstration alone."""
+    generator = np.random.default_rng(seed)
+    trials, scores = [], {student.key: [0.0, 1.0] * 10}
+    for _ in range(n):
+        rows = sorted(generator.permutation(len(pool))[:4].tolist())
+        one = DemoSet("x", tuple(pool[i] for i in rows))
+        memory.note_demos("self", one, "demos: labelled")
+        candidate = student.with_demos({"self": one.demos})
+        share = 0.9 if helpful in rows else 0.6
+        scores[candidate.key] = [float(generator.random() < share) for _ in range(20)]
+        trials.append((candidate, "complete"))
+    memory.note_study("p", student, trials, scores)
+
+
+def test_demonstrations_that_carried_weight_are_found_in_the_trials(toy, student):
+    memory, pool = Knowledge(), pool_of(toy)
+    tried(memory, student, pool)
+    assert memory.weighty_demos("self", pool, n=1) == [pool[2]]
+    weights = memory.mean_weights("self", pool)
+    assert max(range(len(pool)), key=lambda i: weights[i][0]) == 2
+    stress = memory.stress_of("self", pool)
+    assert stress is not None
+    assert stress[2] == 3.0
+    assert min(stress) == 1.0
+
+
+def test_without_trials_nothing_is_stressed_or_weighty(toy):
+    memory, pool = Knowledge(), pool_of(toy)
+    assert memory.stress_of("self", pool) is None
+    assert memory.weighty_demos("self", pool) == []
+    assert memory.weights_of("self", pool, n_draws=2, generator=np.random.default_rng(0)) == []
+
+
+def test_weighty_sets_show_what_carried_weight(toy, student):
+    memory, pool = Knowledge(), pool_of(toy)
+    tried(memory, student, pool, n=120)
+    draws = memory.weights_of("self", pool, n_draws=20, generator=np.random.default_rng(0))
+    ranks = [sorted(draw, reverse=True).index(draw[2]) for draw in draws]
+    assert np.mean(ranks) < 4
+
+
+def test_an_option_is_credited_to_the_arm_that_proposed_it_first(toy, student):
+    memory = Knowledge()
+    memory.note_instruction("self", "Be bold.", "instruction: written", "tip: short")
+    memory.note_instruction("self", "Be bold.", "instruction: reflected")
+    bold = student.with_instructions({"self": "Be bold."})
+    memory.note_study(
+        "p", student, [(student, "complete"), (bold, "dropped")], {student.key: [0.0] * 6, bold.key: [1.0] * 5}
+    )
+    assert {(row["family"], row["arm"]) for row in memory.report()} == {("instruction", "written"), ("tip", "short")}
+    assert memory.n_trials == 2
+    assert memory.records[1]["arms"] == {"instruction: written": 1, "tip: short": 1}
+    assert memory.records[1]["n"] == 5
+    assert memory.records[1]["gain"] == 1.0
+
+
+def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
+    memory = Knowledge()
+    memory.note_demos("self", DemoSet("x", tuple(pool_of(toy)[:3])), "demos: labelled")
+    shown = student.with_demos({"self": tuple(pool_of(toy)[:3])})
+    reworded = shown.with_instructions({"self": "Other words."})
+    memory.note_study("i", shown, [(reworded, "complete")], {shown.key: [1.0] * 4, reworded.key: [1.0] * 4})
+    assert [row["family"] for row in memory.report()] == ["instruction"]
+
+
+def propose(toy, candidate, memory, *, seed=0, **more):
+    with open_scope("test") as scope:
+        return propose_demos(
+            candidate, trainset=toy.train, metric=toy.metric, settings=ProposalSettings(**more),
+            allowance=Allowance(scope, 100), threads=4, seed=(seed, 1), calls_per_example=1, knowledge=memory,
+        )  # fmt: skip
+
+
+def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
+    """Transfer from the instruction to the demonstrations, without a call."""
+    toy.train = toy.make_rows(40, seed=5, noise=0.3)
+    lm, memory = toy.lm(), Knowledge()
+    student = Candidate.of(toy.program(), lm=lm)
+    with open_scope("test") as scope:
+        (options,) = propose_instructions(
+            student, plain={"self": "Tell."}, trainset=toy.train, settings=ProposalSettings(),
+            allowance=Allowance(scope, 100), seed=0, knowledge=memory,
+        ).values()  # fmt: skip
+    rule = next(option for option in options if option.name == "rule")
+    answered = memory.settled_by(rule.text)
+    assert 0 < sum(not right for right in answered.values()) < len(answered)
+    ruled = student.with_instructions({"self": rule.text})
+    tried(memory, ruled, pool_of(toy), n=2)  # demonstrations have been tried, so every method is open
+    sets = [
+        one for seed in range(8) for one in propose(toy, ruled, memory, seed=seed)["self"] if "unsettled" in one.name
+    ]
+    assert sets
+    shares = [np.mean([not answered[input_key(demo, ["size", "weight"])] for demo in one.demos]) for one in sets]
+    whole = np.mean([not right for right in answered.values()])
+    assert np.mean(shares) > whole + 0.1
+    assert lm.calls == 0
+
+
+def test_what_a_written_instruction_settles_is_found_out_within_a_share_of_the_calls(toy):
+    lm, memory = toy.lm(), Knowledge()
+    text = "Mind it. If size is below 5.0 answer small, otherwise answer big."
+    written = Candidate.of(toy.program(), lm=lm).with_instructions({"self": text})
+    memory.note_instruction("self", text, "instruction: written")
+    propose(toy, written, memory)
+    assert lm.calls == 0  # no demonstrations were tried yet: nothing to make room for
+    tried(memory, written, pool_of(toy), n=2)
+    propose(toy, written, memory)
+    assert lm.calls == 10
+    answered = memory.settled_by(text)
+    assert len(answered) == 10
+    right = {input_key(e, ["size", "weight"]): (float(e.size) >= 5) == (e.kind == "big") for e in toy.train}
+    assert answered == {key: right[key] for key in answered}
+    propose(toy, written, memory)
+    assert lm.calls == 10
+
+
+def test_the_incumbents_set_is_varied_a_little(toy, student):
+    memory, pool = Knowledge(), pool_of(toy)
+    tried(memory, student, pool, n=2)
+    shown = student.with_demos({"self": tuple(pool[:9])})
+    sets = [one for seed in range(4) for one in propose(toy, shown, memory, seed=seed)["self"] if "mutated" in one.name]
+    assert sets
+    for one in sets:
+        kept = [new == old for new, old in zip(one.demos, pool[:9], strict=True)]
+        assert 6 <= sum(kept) <= 8
+        assert len({demo_key(demo) for demo in one.demos}) == 9
+
+
+def test_proposals_are_the_same_for_the_same_seed(toy, student):
+    def names():
+        memory = Knowledge(seed=3)
+        tried(memory, student, pool_of(toy), n=6)
+        return [(one.name, one.demos) for one in propose(toy, student, memory)["self"]]
+
+    assert names() == names()

@@ -1,0 +1,121 @@
+"""Lines of progress: what they say, how often, and in which characters."""
+
+import threading
+
+import pytest
+
+from copa_harness import COPA
+from copa_harness.lm.budget.scope import open_scope
+from copa_harness.optimize.search.progress import Progress, duration_text, incumbent_text
+from copa_harness.results import Budget
+from copa_harness.tune.progress import Progress as Training
+from copa_harness.tune.progress import telling
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        for i in range(100):
+            scope.reserve(f"request {i}")
+        progress = Progress(scope, write=lines.append, clock=clock)
+        clock.now += 20
+        progress.trial("p", 7, scores=[1.0] * 20 + [0.0] * 5, ceiling=300)
+    (line,) = lines
+    assert line == "p: trial 7, best 0.800 [0.61, 0.91] on 25 rows, 100 of 300 calls, 20 s, at most about 40 s to go"
+
+
+def test_while_weights_are_trained_the_time_to_go_is_the_trainings():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        scope.reserve("request")
+        progress = Progress(scope, write=lines.append, clock=clock)
+        progress.at("step 2: w", scores=[1.0] * 5)
+        with telling(progress.doing):
+            Training(16).step(1, 0.5)
+        clock.now += 20
+        progress.tick()
+        progress.doing("")
+        clock.now += 20
+        progress.tick()
+    assert lines[0].startswith("step 2: w: best 1.000 [")
+    assert " on 5 rows, 1 of 400 calls, 20 s, LoRA step 1 of 16, " in lines[0]
+    assert lines[1].endswith("s, at most about 4.4 h to go")
+
+
+def test_lines_are_limited_by_time_and_not_by_trials():
+    lines, clock = [], Clock()
+    with open_scope("test") as scope:
+        progress = Progress(scope, write=lines.append, clock=clock, every_s=10)
+        for number in range(100):
+            clock.now += 1
+            progress.trial("p", number, scores=[1.0])
+        assert len(lines) == 10
+        progress.say("step\n over")
+        assert lines[-1] == "step over"
+
+
+def test_a_line_comes_also_where_no_trial_ends_for_long():
+    lines, comes = [], threading.Event()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lambda line: (lines.append(line), comes.set()), every_s=0.01)
+        progress.at("step 2: w", scores=[1.0, 0.0])
+        with progress.ticking():
+            assert comes.wait(10)
+    assert lines[0].startswith("step 2: w: best 0.500 [")
+    assert " rows, 0 of 400 calls, " in lines[0]
+    assert not any(thread.name == "copa-progress" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("settings", "stopped", "reason"),
+    [
+        ({"strategy": "demos -> instructions", "budget": 2000}, "converged", "no improvement over a full cycle"),
+        ({"strategy": "demos -> instructions", "budget": 2000, "max_cycles": 1, "epsilon": 0.0}, "max_cycles",
+         "max_cycles = 1, the last of which still improved"),
+        ({"strategy": "p", "budget": 60}, "budget", "the budget: "),
+        ({"strategy": "p", "budget": 900, "patience": 2, "n_rounds": 1}, "completed",
+         "all steps taken; the last search: no improvement in 2 trials"),
+    ],
+)  # fmt: skip
+def test_the_record_and_the_last_line_say_why_it_ended(toy, settings, stopped, reason):
+    lines = []
+    optimizer = COPA(metric=toy.metric, lm=toy.lm(), on_progress=lines.append, **settings)
+    result = optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
+    assert result.stopped == stopped
+    assert result.reason.startswith(reason)
+    assert lines[-1].endswith(f" ended: {result.reason}")
+
+
+def test_a_perfect_score_ends_it_and_is_said(toy):
+    metric = lambda example, prediction, trace=None: 1.0  # noqa: E731
+    result = COPA(metric=metric, lm=toy.lm(), strategy="p").compile(
+        toy.program(), trainset=toy.train, valset=toy.val
+    ).copa_result  # fmt: skip
+    assert (result.stopped, result.reason) == ("perfect score", "perfect score on 16 validation examples")
+
+
+def test_a_run_tells_its_steps_without_control_characters(toy):
+    lines = []
+    optimizer = COPA(metric=toy.metric, strategy="p", budget=60, lm=toy.lm(), n_demo_sets=2, on_progress=lines.append)
+    optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val)
+    assert lines[0].startswith("baseline: best 0.")
+    assert lines[1].startswith("step p: from best 0.")
+    assert all(character.isprintable() for line in lines for character in line)
+
+
+def test_numbers_are_written_for_people():
+    assert incumbent_text([None]) == "no score yet"
+    assert [duration_text(seconds) for seconds in (7.4, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
+
+
+def test_one_row_is_not_said_as_several():
+    assert incumbent_text([1.0]).endswith(" on 1 row")
+    assert incumbent_text([1.0, None, 0.0]).endswith(" on 2 rows")

@@ -1,0 +1,44 @@
+"""Why a run ended, in words."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from copa_harness import COPA
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.optimize.adoption import reason_of
+from copa_harness.results import Budget
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget", "ending"),
+    [
+        ("p", 10, "0 of 10 calls used; the rest does not pay for scoring the program as written"),
+        ("p", 40, "; the rest does not pay for another candidate in full"),
+        ("joint", 120, "; the rest does not pay for another candidate in full"),
+        ("labeled_fewshot", 31, "16 of 31 calls used; the rest does not pay for another candidate in full"),
+    ],
+)
+def test_calls_that_a_spent_budget_has_left_are_explained(toy, strategy, budget, ending):
+    optimizer = COPA(metric=toy.metric, strategy=strategy, budget=budget, lm=toy.lm(provider=toy.provider))
+    result = optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
+    assert result.stopped == "budget"
+    assert result.reason.startswith("the budget: ")
+    assert result.reason.endswith(ending)
+
+
+def test_a_budget_that_is_used_up_needs_no_more_words(toy):
+    optimizer = COPA(metric=toy.metric, strategy="p", budget=16, lm=toy.lm())
+    result = optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
+    assert result.reason == "the budget: 16 of 16 calls used"
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [(16, "set aside for what comes after the search"), (15, "does not pay for another candidate in full")],
+)
+def test_more_than_a_candidate_costs_was_set_aside(calls, said):
+    validation = SimpleNamespace(is_complete=lambda candidate: True)
+    scope = Scope("test", budget=Budget(calls))
+    run = SimpleNamespace(stopped="budget", scope=scope, validation=validation, student=None, full_score_cost=16)
+    assert said in reason_of(run)
