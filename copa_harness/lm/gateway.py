@@ -26,15 +26,8 @@ from copa_harness.documents import mask_text
 from copa_harness.errors import ConfigurationError, ProviderError, RateLimitError
 from copa_harness.lm.budget.cost import Cost, actual_cost, limits_of, lost_cost, worst_case
 from copa_harness.lm.budget.scope import Scope, current_scope
-from copa_harness.lm.cache.keys import (
-    AnswerStore,
-    MemoryCache,
-    recorded_bill,
-    recorded_seconds,
-    replayed_response,
-    request_key,
-    response_record,
-)
+from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
+from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.context import NotCachedError, Observed, current_observer, current_plan
 from copa_harness.lm.engine import Engine, complete_priced, seed_of, time_left_s

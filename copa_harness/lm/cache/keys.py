@@ -5,20 +5,13 @@ index, and the fingerprint of what answers it. The canonical request is DSPy's o
 `dspy.lm15.Request`: model name, system text, messages, tools and generation settings. The order of keys inside
 tools and schemas is kept on purpose: chat templates print them in order, so another order is another prompt.
 Credentials never are part of a request. Knows nothing of caches, budgets or engines.
-
-What a store of answers is, how an answer is written down, and the store in memory.
-
-An answer is written as JSON behind a checksum that covers its key too, so a truncated, altered or misplaced entry is
-recognized. Knows nothing of requests, budgets, engines or disks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
 from dspy.lm15 import Request, Response
@@ -94,70 +87,3 @@ def _plain(value: object) -> object:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_plain)
-
-
-class AnswerStore(Protocol):
-    """What the door needs of a store."""
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The stored answer, or None."""
-        ...
-
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer."""
-        ...
-
-    def claimed(self, key: str) -> Any:
-        """Context manager: while it is held, no other process pays for `key`."""
-        ...
-
-
-def encode_answer(key: str, value: dict[str, Any]) -> bytes:
-    """`value` as checksummed JSON, bound to its key: 64 hexadecimal digits, a line feed, UTF-8 JSON."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8")
-    return _checksum(key, text) + b"\n" + text
-
-
-def decode_answer(key: str, data: object) -> dict[str, Any]:
-    """The answer encoded in `data`.
-
-    Raises:
-        ValueError: Truncated, altered, stored under another key, or not JSON of an object.
-    """
-    if not isinstance(data, bytes):
-        raise ValueError(f"got a row of type {type(data).__qualname__}, expected bytes")
-    checksum, separator, text = data.partition(b"\n")
-    if not separator or checksum != _checksum(key, text):
-        raise ValueError("checksum does not match")
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"got JSON of type {type(value).__name__}, expected an object")
-    return value
-
-
-def _checksum(key: str, text: bytes) -> bytes:
-    return hashlib.sha256(key.encode("ascii") + b"\n" + text).hexdigest().encode("ascii")
-
-
-class MemoryCache:
-    """Answers of this process only, in the same encoded form as on disk."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, bytes] = {}
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The stored answer, or None."""
-        row = self._rows.get(key)
-        return None if row is None else decode_answer(key, row)
-
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer."""
-        self._rows[key] = encode_answer(key, value)
-
-    @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """No other process can see this store: nothing to claim."""
-        yield
-
-    def close(self) -> None:
-        """Nothing to release."""

@@ -29,7 +29,7 @@ from diskcache.core import DBNAME, MODE_PICKLE, MODE_RAW
 from filelock import FileLock
 
 from copa_harness.errors import CacheError
-from copa_harness.lm.cache.keys import decode_answer, encode_answer
+from copa_harness.lm.cache.answers import decode_answer, encode_answer
 from copa_harness.lm.cache.locks import Claims, generation
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copa_harness.errors import CacheError
-from copa_harness.lm.cache.keys import MemoryCache, decode_answer, encode_answer
+from copa_harness.lm.cache.answers import MemoryCache, decode_answer, encode_answer
 from copa_harness.lm.cache.store import CacheWarning, ResponseCache
 
 KEY = "ab" * 32

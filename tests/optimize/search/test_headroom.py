@@ -1,8 +1,7 @@
 """Head-room: when a study may stop after its opening."""
 
-from tests.optimize.test_study import searched
-
 from copa_harness.optimize.search.study import MIN_CANDIDATES, MIN_LOOKS, gained_examples, has_headroom, looks
+from tests.optimize.search.test_study import searched
 
 
 def test_an_example_that_one_candidate_wins_is_head_room():

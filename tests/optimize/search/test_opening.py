@@ -41,7 +41,7 @@ def test_the_opening_is_sized_to_the_largest_dimension(n_options, expected):
 
 
 def test_starts_come_first_and_then_every_option_before_the_sampler_chooses(toy):
-    from tests.optimize.test_study import searched
+    from tests.optimize.search.test_study import searched
 
     outcome, _, _, _ = searched(toy, calls=10_000, max_trials=MIN_POINTS, patience=None, stop_without_headroom=False)
     for name in outcome.trials[0].point:
@@ -49,7 +49,7 @@ def test_starts_come_first_and_then_every_option_before_the_sampler_chooses(toy)
 
 
 def test_a_study_looks_at_many_and_scores_few_in_full(toy):
-    from tests.optimize.test_study import searched
+    from tests.optimize.search.test_study import searched
 
     outcome, validation, incumbent, scope = searched(toy, calls=400, max_trials=13)
     lengths = Counter(trial.n_scored for trial in outcome.trials)
@@ -59,7 +59,7 @@ def test_a_study_looks_at_many_and_scores_few_in_full(toy):
 
 
 def test_the_first_start_is_scored_before_anything_else_is_looked_at(toy):
-    from tests.optimize.test_study import searched
+    from tests.optimize.search.test_study import searched
 
     alone = searched(toy, calls=400, max_trials=2)[0]
     outcome = searched(toy, calls=400, max_trials=13)[0]
