@@ -1,7 +1,6 @@
 """JSON documents on disk: strict (no NaN), free of secrets, and written whole or not at all.
 
-The few rules every room that writes a file obeys, in one place. Standard library only; knows nothing of
-what the documents mean, nor of DSPy, numpy or pytest (numpy scalars are recognised by their `item` method).
+The few rules every room that writes a file obeys, in one place. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,9 +26,20 @@ MASK = "***"
 
 _KEY_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = frozenset(
-    {"token", "authorization", "password", "passwd", "secret", "secrets", "credential", "credentials", "bearer",
-     "apikey", "passphrase"}
-)  # fmt: skip
+    {
+        "token",
+        "authorization",
+        "password",
+        "passwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "bearer",
+        "apikey",
+        "passphrase",
+    }
+)
 _KEY_KINDS = frozenset({"api", "access", "private", "secret", "auth", "signing"})
 _MODEL_TOKENS = frozenset({"bos", "eos", "pad", "unk", "mask", "sep", "cls", "special", "added"})
 _SECRET_TEXT = re.compile(

@@ -1,7 +1,7 @@
 """The error tree: every way this package refuses, with what was got, what was expected and what to do.
 
-Knows nothing of pytest, DSPy or torch. `BudgetExhausted` is the one class outside `Exception`: DSPy's
-optimizers swallow ordinary exceptions and would score a spent budget as wrong answers.
+`BudgetExhausted` is the one class outside `Exception`: DSPy's optimizers swallow ordinary exceptions and would score a
+spent budget as wrong answers.
 """
 
 from __future__ import annotations

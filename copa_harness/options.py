@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from copa_harness.session.settings import Setting, Settings
 
 OPTIONS: dict[str, tuple[str, str]] = {
-    "budget": ("LEVEL", "ceiling of each optimization run: light (400 calls), medium (1,600), heavy (6,400), or "
-               "ceilings such as calls=500,usd=2,tokens=1e6,seconds=600 [default: light]"),
-    "total-budget": ("CEILINGS", "ceiling on what all tests and xdist workers of this session pay together, written "
-                     "like --copa-budget [default: none]"),
-    "lm": ("MODEL", "base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name> "
-           "[default: embedded]"),
+    "budget": (
+        "LEVEL",
+        "ceiling of each optimization run: light (400 calls), medium (1,600), heavy (6,400), or "
+        "ceilings such as calls=500,usd=2,tokens=1e6,seconds=600 [default: light]",
+    ),
+    "total-budget": (
+        "CEILINGS",
+        "ceiling on what all tests and xdist workers of this session pay together, written "
+        "like --copa-budget [default: none]",
+    ),
+    "lm": (
+        "MODEL",
+        "base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name> [default: embedded]",
+    ),
     "prompt-lm": ("MODEL", "model that proposes instructions [default: none]"),
     "seed": ("N", "seed of every random choice [default: 0]"),
     "threads": ("N", "examples in flight at once [default: 32]"),
@@ -35,25 +43,37 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "dtype": ("TYPE", "arithmetic of a local model: float32, bfloat16 or float16 [default: float32, which is exact]"),
     "chat-template": ("FILE", "Jinja chat template of a local model, instead of its own [default: its own]"),
     "api-base": ("URL", "endpoint of the model, when it has one [default: DSPy's]"),
-    "base-weights": ("MODEL", "hf:<path or id>: a copy of the weights that a vLLM server runs as --copa-lm; LoRA "
-                     "adapters are trained on it here and served there [default: none]"),
+    "base-weights": (
+        "MODEL",
+        "hf:<path or id>: a copy of the weights that a vLLM server runs as --copa-lm; LoRA "
+        "adapters are trained on it here and served there [default: none]",
+    ),
     "served-lora-path": ("PATH", "where the vLLM server sees the folder 'lora' of --copa-cache-dir [default: there]"),
-}  # fmt: skip
+}
 """Name, metavar and help of every option with a value; each has an ini and an environment twin."""
 
 SWITCHES: dict[str, str] = {
     "constrain": "output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated "
-                 "text; local models only [default: off]",
+    "text; local models only [default: off]",
     "allow-pickled-weights": "read weights that come as a pickle only (pytorch_model.bin), once, with torch's "
-                             "restricted unpickler, and keep them as safetensors [default: off, they are refused]",
+    "restricted unpickler, and keep them as safetensors [default: off, they are refused]",
     "sequential": "evaluate examples in a random order and stop as soon as the gates are decided [default: off]",
-}  # fmt: skip
+}
 """Name and help of options without a value that have twins too."""
 
 GATE_NAMES = (
-    "min_score", "max_regression", "better_than", "max_calls", "max_tokens", "max_usd", "max_seconds",
-    "max_cost_per_answer", "max_error_rate", "min_pass_all", "undecided_fails",
-)  # fmt: skip
+    "min_score",
+    "max_regression",
+    "better_than",
+    "max_calls",
+    "max_tokens",
+    "max_usd",
+    "max_seconds",
+    "max_cost_per_answer",
+    "max_error_rate",
+    "min_pass_all",
+    "undecided_fails",
+)
 """Gates with a default in the ini file, `copa_<name>`; a marker overrules it."""
 
 MARKER = (

@@ -14,14 +14,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "copa_harness"
 
 FLOORS = {
-    "errors": 0, "lazy": 0, "results": 0, "documents": 0, "strategy": 0,
+    "errors": 0,
+    "lazy": 0,
+    "results": 0,
+    "documents": 0,
+    "strategy": 0,
     "judge": 1,
-    "lm": 2, "tasks": 2, "store": 2, "report": 2,
-    "evaluate": 3, "tune": 3, "testing": 3,
-    "optimize": 4, "lm.embedded.pretrain": 4,
+    "lm": 2,
+    "tasks": 2,
+    "store": 2,
+    "report": 2,
+    "evaluate": 3,
+    "tune": 3,
+    "testing": 3,
+    "optimize": 4,
+    "lm.embedded.pretrain": 4,
     "session": 5,
-    "plugin": 6, "fixtures": 6, "options": 6, "cli": 6,
-}  # fmt: skip
+    "plugin": 6,
+    "fixtures": 6,
+    "options": 6,
+    "cli": 6,
+}
 """Room -> floor; the longest name that fits counts. A module imports from lower floors and from its own room."""
 
 SINGLE = {0, 6}
@@ -183,11 +196,22 @@ def run_python(code, **environment):
 
 @pytest.mark.parametrize(
     "module",
-    ["copa_harness", "copa_harness.plugin", "copa_harness.tasks", "copa_harness.session",
-     "copa_harness.session.settings", "copa_harness.session.runs",
-     "copa_harness.lm", "copa_harness.tune", "copa_harness.evaluate", "copa_harness.optimize", "copa_harness.report",
-     "copa_harness.store", "copa_harness.judge"],
-)  # fmt: skip
+    [
+        "copa_harness",
+        "copa_harness.plugin",
+        "copa_harness.tasks",
+        "copa_harness.session",
+        "copa_harness.session.settings",
+        "copa_harness.session.runs",
+        "copa_harness.lm",
+        "copa_harness.tune",
+        "copa_harness.evaluate",
+        "copa_harness.optimize",
+        "copa_harness.report",
+        "copa_harness.store",
+        "copa_harness.judge",
+    ],
+)
 def test_importing_the_package_loads_nothing_heavy(module):
     heavy = ["torch", "dspy", "transformers", "peft", "optuna", "sklearn", "scipy", "diskcache", "tabulate"]
     loaded = run_python(f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])")

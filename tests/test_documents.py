@@ -52,9 +52,7 @@ class Point:
 
 def test_known_types_become_what_they_mean():
     known = {"a": np.float64(0.5), "b": np.arange(2), "c": Colour.RED, "d": Point(math.nan, Path("a/b"))}
-    assert to_jsonable(known) == {
-        "a": 0.5, "b": [0, 1], "c": "red", "d": {"x": None, "path": "a/b"}
-    }  # fmt: skip
+    assert to_jsonable(known) == {"a": 0.5, "b": [0, 1], "c": "red", "d": {"x": None, "path": "a/b"}}
     assert to_jsonable({2, 1}) == [1, 2]
 
 
@@ -63,17 +61,44 @@ def test_sets_are_the_same_text_in_every_process():
 
 
 @pytest.mark.parametrize(
-    "key", ["api_key", "API-KEY", "apiKey", "OPENAI_API_KEY", "hf_token", "Authorization", "aws_secret_access_key",
-            "password", "x-api-key", "authToken", "bearer"],
-)  # fmt: skip
+    "key",
+    [
+        "api_key",
+        "API-KEY",
+        "apiKey",
+        "OPENAI_API_KEY",
+        "hf_token",
+        "Authorization",
+        "aws_secret_access_key",
+        "password",
+        "x-api-key",
+        "authToken",
+        "bearer",
+    ],
+)
 def test_names_of_credentials_are_known(key):
     assert is_secret_key(key)
 
 
 @pytest.mark.parametrize(
-    "key", ["input_tokens", "max_tokens", "tokens", "eos_token", "pad_token_id", "token_count", "tokenizer", "key",
-            "keyboard", "author", "monkey", "primary_key", "example_id", "passed"],
-)  # fmt: skip
+    "key",
+    [
+        "input_tokens",
+        "max_tokens",
+        "tokens",
+        "eos_token",
+        "pad_token_id",
+        "token_count",
+        "tokenizer",
+        "key",
+        "keyboard",
+        "author",
+        "monkey",
+        "primary_key",
+        "example_id",
+        "passed",
+    ],
+)
 def test_names_of_other_things_are_left_alone(key):
     assert not is_secret_key(key)
 

@@ -1,6 +1,6 @@
 """Names for examples: a stable id from an example's content, the same in every process and on every machine.
 
-Also what a program's trace tells of an example's answer. Knows nothing of metrics or models.
+Also what a program's trace tells of an example's answer.
 """
 
 from __future__ import annotations

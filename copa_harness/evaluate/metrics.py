@@ -1,8 +1,8 @@
 """Calling a user's metric: any of DSPy's signatures in, one number in 0..1 out, or a clear `MetricError`.
 
 What a metric asks a model is booked as `Phase.METRIC`, and the first traceback of a metric that raises is kept in the
-scope. Knows nothing of models or threads. DSPy metrics take (example, prediction), (example, prediction, trace), or
-for GEPA (gold, pred, trace, pred_name, pred_trace), and return a bool, a number or a `dspy.Prediction(score=...)`.
+scope. DSPy metrics take (example, prediction), (example, prediction, trace), or for GEPA (gold, pred, trace, pred_name,
+pred_trace), and return a bool, a number or a `dspy.Prediction(score=...)`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ zeros nobody can tell from wrong answers, and re-runs slow stragglers. Here ever
 * ``provider_error`` (no score): the model gave no answer.
 * ``metric_error`` (no score): the metric raised, or returned no number in 0..1.
 
-A failure of *every* example is no measurement but a broken program, metric or provider, and is raised as such.
-Results come in the order of the examples and do not depend on the number of threads. Knows nothing of optimization.
+A failure of *every* example is no measurement but a broken program, metric or provider, and is raised as such. Results
+come in the order of the examples and do not depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ Symbols: per example e the scores of four systems over the same examples,
     interaction        (d - c) - (b - a) = d - b - c + a        per example, in [-2, 2]
 
 The interaction is what the two gain together beyond the sum of what each gains alone. All effects are paired by
-example, so what the examples share cancels; the interaction's interval is that of half its value, which lies in
-[-1, 1] like any difference. A contrast of a 2 x 2 design: Cox (1984), Int. Stat. Rev. 52:1. This is the COPA table
-with error bars. Knows nothing of models, files or how the four were made.
+example, so what the examples share cancels; the interaction's interval is that of half its value, which lies in [-1, 1]
+like any difference. A contrast of a 2 x 2 design: Cox (1984), Int. Stat. Rev. 52:1. This is the COPA table with error
+bars.
 """
 
 from __future__ import annotations
@@ -167,6 +167,8 @@ def attribute_gains(
 
 def _effect(difference: PairedDifference) -> dict[str, float]:
     return {
-        "difference": difference.difference, "low": difference.interval.low, "high": difference.interval.high,
+        "difference": difference.difference,
+        "low": difference.interval.low,
+        "high": difference.interval.high,
         "p_value": difference.p_value,
-    }  # fmt: skip
+    }

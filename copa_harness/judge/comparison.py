@@ -10,8 +10,6 @@ strategy and reference on example e of task t.
 * p-values against the reference are Holm-corrected over the strategies.
 * rank: over the examples of one task, or over the mean scores of several tasks (1 is best, ties share); Friedman's
   test (1937) asks whether the ranks differ at all. Demsar (2006), JMLR 7:1.
-
-Knows nothing of models, files or how a strategy works.
 """
 
 from __future__ import annotations

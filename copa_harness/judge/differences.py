@@ -1,14 +1,13 @@
 """The regression gate: this run against an accepted baseline, example by example, with a margin.
 
 First whether the two may be compared at all (same data, split and metric), then the test of `noninferiority.py`, then
-the sentence that says what was found and what to do. A baseline is whatever has scores by example id; knows nothing
-of files, models or pytest.
+the sentence that says what was found and what to do. A baseline is whatever has scores by example id.
 
 The gate `better_than`: this run beats another strategy or an accepted baseline, example by example.
 
 A pass needs the gain to be shown, not just measured; a loss that is shown fails; anything between is undecided, with
-the examples it would take and the smallest gain these could have shown. The tests are those of `noninferiority.py`
-with no margin. Knows nothing of files, models or pytest.
+the examples it would take and the smallest gain these could have shown. The tests are those of `noninferiority.py` with
+no margin.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ for right/wrong pairs g gained, l lost, q the true share lost, q + delta_0 the t
   observed values and one unseen value at the far end of the range get random weights (uniform on the simplex); the
   p-value is the share of weightings whose mean reaches delta_0. For right/wrong values it is Clopper-Pearson's.
   It needs no symmetry, so it holds where sign exchanges around a margin and the bootstrap do not.
-
-Knows nothing of models, files, gates or verdicts.
 """
 
 from __future__ import annotations

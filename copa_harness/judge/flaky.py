@@ -1,7 +1,7 @@
 """Flaky model or flaky test? Per-example pass rates over k repeats, and a gate on the share that passes them all.
 
 An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
-chance. Pure functions of scores; knows nothing of models, files or pytest.
+chance. Pure functions of scores.
 
 The same examples answered k times: noise of the model told from noise of the examples.
 
@@ -14,7 +14,7 @@ examples would help:
 
     Var(mean) = model noise  s^2 / (n k)  +  examples  (Var(m_i) - s^2 / k) / n
 
-Source: Miller 2024, arXiv 2411.00640, section 3. Knows nothing of models, files or pytest.
+Source: Miller 2024, arXiv 2411.00640, section 3.
 """
 
 from __future__ import annotations
@@ -263,10 +263,14 @@ def min_pass_all(report: FlakyReport, least: float) -> GateResult:
     """The gate on the share of examples that pass all k repeats; about the number measured, like `min_score`."""
     gate = f"min_pass_all={least:g}"
     details = {
-        "pass_all": report.pass_all, "n": report.n, "k": report.k, "low": report.pass_all_interval.low,
-        "high": report.pass_all_interval.high, "flaky": [row.example_id for row in report.flaky],
+        "pass_all": report.pass_all,
+        "n": report.n,
+        "k": report.k,
+        "low": report.pass_all_interval.low,
+        "high": report.pass_all_interval.high,
+        "flaky": [row.example_id for row in report.flaky],
         "n_incomplete": report.n_incomplete,
-    }  # fmt: skip
+    }
     if report.k < 2 or not report.n:
         message = (
             f"{report.k} repeat(s) of {counted(report.n, 'complete example')} cannot show stability. Next: run with "

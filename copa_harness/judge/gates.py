@@ -1,14 +1,14 @@
 """Gates: rules a run is held to, and their answers in words a person can act on.
 
-A gate answers pass, fail, undecided, not comparable or error; `overall` says which of them wins. `min_score` is
-about the number measured (a plain assert would decide alike), `max_regression` is a test against a baseline, example
-by example (`regression.py`). An evaluation that was cut short has no score and fails nothing: it is undecided. Pure
-functions of records; knows nothing of files, models or pytest.
+A gate answers pass, fail, undecided, not comparable or error; `overall` says which of them wins. `min_score` is about
+the number measured (a plain assert would decide alike), `max_regression` is a test against a baseline, example by
+example (`regression.py`). An evaluation that was cut short has no score and fails nothing: it is undecided. Pure
+functions of records.
 
 Gates on what a run spent: calls, tokens, dollars, seconds, and dollars per answer.
 
-Spending is counted, not estimated, so these gates pass or fail; they are undecided only where a price is unknown.
-Pure functions of records; knows nothing of files, models or pytest.
+Spending is counted, not estimated, so these gates pass or fail; they are undecided only where a price is unknown. Pure
+functions of records.
 """
 
 from __future__ import annotations

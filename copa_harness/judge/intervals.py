@@ -10,8 +10,6 @@ Symbols: n examples, k successes, scores s_1..s_n in [0, 1], m their mean, z the
   k = n m is used instead. It is conservative: among all variables on [0, 1] with mean m, right/wrong has the
   greatest variance, m (1 - m).
 
-Knows nothing of models, files or gates.
-
 Examples that share something (a passage, a document, a user) are not independent: clusters are.
 
 Symbols: G groups, n_c examples of group c, N = sum n_c, t_c the group's total of scores or differences; the mean is
@@ -24,7 +22,6 @@ sum t_c / N. Everything here treats the group as the independent unit:
 * against a margin: Gaffke's test of (t_c - n_c delta_0) / max n_c, groups being drawn independently.
 
 Measured: at an intra-group correlation of .71, 50 groups of 10, ignoring the groups alarms in 43 % of runs at 5 %.
-Knows nothing of models, files, gates or verdicts.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ resemblance and containment of documents") overlap with a Jaccard index of at le
 as seen: a gate on it measures memory. A near-duplicate is reported and left to the reader: templates make examples
 look alike. Demonstrations in the prompt are seen by the model at test time and count like training examples.
 
-Works on plain mappings of input fields; knows nothing of DSPy, models, files or pytest.
+Works on plain mappings of input fields.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a person reads when a gate has answered: numbers, worst examples and what to do next.
 
-Turns records into text for a terminal or a CI log. Decides nothing, knows nothing of statistics, files or pytest.
+Turns records into text for a terminal or a CI log.
 """
 
 from __future__ import annotations
@@ -75,9 +75,14 @@ def format_gates(results: Sequence[GateResult], *, width: int = 0) -> str:
     for result in results:
         head = f"{_SIGN[result.verdict]:<14}  {result.gate}: "
         lines.append(
-            textwrap.fill(head + result.message, columns, subsequent_indent=" " * 16, break_long_words=False,
-                          break_on_hyphens=False)
-        )  # fmt: skip
+            textwrap.fill(
+                head + result.message,
+                columns,
+                subsequent_indent=" " * 16,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
 """Many gates in one suite: the chance of a false alarm somewhere, kept at alpha by Holm's correction.
 
-With 20 gates at 5 % each, an unchanged suite alarms in up to 64 % of runs. Holm (1979, Scand. J. Stat. 6:65) keeps
-the chance of any false alarm at alpha, whatever the dependence between gates, and finds all that Bonferroni's
-alpha / k finds. A failing test must speak while it runs, when later gates are unknown: it is held to alpha / k
-(`Gates.n_comparisons`), and the suite's end adds what Holm finds beyond that. Knows nothing of files or pytest.
+With 20 gates at 5 % each, an unchanged suite alarms in up to 64 % of runs. Holm (1979, Scand. J. Stat. 6:65) keeps the
+chance of any false alarm at alpha, whatever the dependence between gates, and finds all that Bonferroni's alpha / k
+finds. A failing test must speak while it runs, when later gates are unknown: it is held to alpha / k
+(`Gates.n_comparisons`), and the suite's end adds what Holm finds beyond that.
 """
 
 from __future__ import annotations

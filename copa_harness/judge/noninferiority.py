@@ -17,7 +17,7 @@ most alpha. Against the margin every test holds its size for any distribution (`
 At m = 0 a graded failure says "this is not nothing, and it is down"; a graded pass is a promise about the mean and
 holds however skewed the differences are.
 
-Formulas of n and power: Connor (1987), Biometrics 43:207, for paired shares. Knows nothing of files or gates.
+Formulas of n and power: Connor (1987), Biometrics 43:207, for paired shares.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Symbols: differences d_i = after_i - before_i in [-1, 1] over n paired examples;
   mean difference. With too few non-zero differences to resample, Tango's interval with fractional g and l is used:
   of all d on [-1, 1] with these g and l, the values -1, 0, 1 have the greatest variance.
 
-Pairing keeps what the examples share out of the noise; unpaired comparisons need several times the examples
-(Miller 2024, arXiv 2411.00640). Knows nothing of models, files or gates.
+Pairing keeps what the examples share out of the noise; unpaired comparisons need several times the examples (Miller
+2024, arXiv 2411.00640).
 """
 
 from __future__ import annotations

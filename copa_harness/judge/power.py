@@ -5,7 +5,7 @@ Symbols: n paired examples, d the share that disagrees, delta = the true drop, s
 
 The fixed gate is the exact McNemar test; its power is summed, not simulated. The sequential gate has no such formula
 and is simulated from a seed. `noninferiority.rows_to_decide` has the quick formula for any margin and for graded
-scores. Source: Connor (1987), Biometrics 43:207. Knows nothing of models, files or gates.
+scores. Source: Connor (1987), Biometrics 43:207.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The metered door to language models: engines, cache, budget, and the LM object DSPy programs hold.
 
-Names load on first use (PEP 562), so importing this package loads neither dspy nor torch. Knows nothing of
-programs, examples, metrics or optimizers.
+Names load on first use (PEP 562), so importing this package loads neither dspy nor torch.
 """
 
 from __future__ import annotations

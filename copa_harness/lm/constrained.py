@@ -2,8 +2,7 @@
 
 A field typed `Literal[...]`, as an enum or as `bool` has one. The list travels inside the request, in
 `config.extensions`, so it is part of the cache key; an engine that can constrain its answers (`can_constrain`) reads it
-there. The fields are those of the `dspy.Predict` that is running, in `dspy.ChatAdapter`'s layout. Knows nothing of
-models or tokens.
+there. The fields are those of the `dspy.Predict` that is running, in `dspy.ChatAdapter`'s layout.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 The meter of a scope books what is *paid*, and a replay costs nothing; a search that prefers cheap programs must see
 what an answer costs when it is bought. So the door notes here, beside its bookkeeping, the usage, the price and the
-seconds that were stored with the answer when it was. Knows nothing of engines, budgets or programs.
+seconds that were stored with the answer when it was.
 
 A plan before paying: the program runs against the cache alone, and what is missing is counted instead of bought.
 
@@ -16,7 +16,7 @@ A plan before paying: the program runs against the cache alone, and what is miss
 
 Every call whose answer is not stored is counted with the most it can cost, and refused with `NotCachedError`. What a
 program or an optimizer would ask *because of* the missing answers cannot be known, so a plan is a lower bound for the
-calls of an optimization and exact for an evaluation with one call per example. Knows nothing of engines or budgets.
+calls of an optimization and exact for an evaluation with one call per example.
 
 Repeats of a whole run: the same program on the same examples several times, each time with answers of its own.
 
@@ -25,7 +25,7 @@ Repeats of a whole run: the same program on the same examples several times, eac
             evaluate(program, examples, ...)
 
 Every call inside is stored and sampled under its repeat, so repeats are independent, and each is cached: running the
-five again asks nothing. Repeat 0 is the plain run and shares its answers. Knows nothing of programs or metrics.
+five again asks nothing. Repeat 0 is the plain run and shares its answers.
 """
 
 from __future__ import annotations

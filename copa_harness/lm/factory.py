@@ -1,11 +1,8 @@
 """From a name to a language model: `embedded`, `hf:<path or id>`, or anything DSPy can name.
 
-Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it. Knows
-nothing of tasks, optimizers or pytest.
+Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it.
 
 Names of endpoint models: which provider they name, and what somebody may have meant who names none.
-
-Knows nothing of engines, and asks no network.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ DSPy turns every call into an OpenAI body, reads that back as a canonical reques
 pricing, caching and history, which is a third of what a module call costs. Where none of it is asked for (text
 messages, one completion, plain settings, no callbacks, history or streams) the request is built directly. It is equal
 to the one DSPy builds, so keys and answers are the same; anything else is left to DSPy. Tied to DSPy 3.4 like
-`metered`. Knows nothing of caches, budgets or engines.
+`metered`.
 
 DSPy's ChatAdapter with what is the same in every call computed once: the very same prompts for a third of the time.
 
 DSPy renders the system message anew for every call and builds a pydantic serializer for every value it prints, which is
 a third of what one module call costs. Here a signature's fixed texts are kept as long as the signature is what it was,
 and text and numbers are printed as they are. Measured on a signature of two fields with DSPy 3.4.1: see "Speed" in the
-README. Everything else (demonstrations, histories, custom types, parsing) is DSPy's. Knows nothing of models.
+README. Everything else (demonstrations, histories, custom types, parsing) is DSPy's.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """The one door every model call goes through: cache, single-flight, reserve, call, settle, store.
 
-The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An
-answer found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted
-one does. Every try at a call is reserved, and settled or refunded, on its own; a failed one is refunded unless the
-provider may have billed it. Knows nothing of DSPy programs, and of engines only the seam.
+The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An answer
+found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted one does.
+Every try at a call is reserved, and settled or refunded, on its own; a failed one is refunded unless the provider may
+have billed it.
 
 What the threads of one process share on their way through the door: answers seen lately, and who asks for what now.
-
-Knows nothing of requests, stores, budgets or engines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The LM object DSPy programs hold: a `dspy.LM` whose every completion goes through the door.
 
 DSPy's request carries neither the rollout id nor the index of the n-th candidate, so `MeteredLM` notes both in a
-context variable around each call and the seam it hands to DSPy as `engine=` reads them there. Copies and deep
-copies share engine and door. DSPy's own response cache is off and its history kept short. Everything that depends
-on DSPy 3.4's call path is in this module. Knows nothing of particular engines.
+context variable around each call and the seam it hands to DSPy as `engine=` reads them there. Copies and deep copies
+share engine and door. DSPy's own response cache is off and its history kept short. Everything that depends on DSPy
+3.4's call path is in this module.
 """
 
 from __future__ import annotations

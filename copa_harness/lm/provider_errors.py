@@ -1,9 +1,8 @@
 """Engine failures in a shape both sides understand: our error tree and DSPy's.
 
 DSPy turns any foreign exception an engine raises into an anonymous `LMUnexpectedError`, but passes its own error
-classes on untouched, retries the transient ones and shortens histories on context overflow. So every class here is
-a `ProviderError` of ours *and* the DSPy error that makes DSPy do the right thing. Knows nothing of budgets,
-caches or particular engines.
+classes on untouched, retries the transient ones and shortens histories on context overflow. So every class here is a
+`ProviderError` of ours *and* the DSPy error that makes DSPy do the right thing.
 """
 
 from __future__ import annotations

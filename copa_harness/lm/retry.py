@@ -2,8 +2,7 @@
 
 The number of calls at once follows additive increase, multiplicative decrease (Jacobson 1988, as in TCP): it starts
 low, doubles per round until the first refusal, then grows by one per round, and is halved when the provider asks to
-slow down. Pauses between tries grow exponentially with jitter and are never shorter than Retry-After. Knows nothing of
-requests, budgets or engines.
+slow down. Pauses between tries grow exponentially with jitter and are never shorter than Retry-After.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A scripted language model: the public test double.
 
-A `ScriptedLM` is a real `MeteredLM` over an engine that answers from a script, so cache, budget, meter, `n` and
-copies act as they do with a real model, in microseconds. It records what it was asked. Knows nothing of pytest.
+A `ScriptedLM` is a real `MeteredLM` over an engine that answers from a script, so cache, budget, meter, `n` and copies
+act as they do with a real model, in microseconds. It records what it was asked.
 
     lm = ScriptedLM(lambda messages: {"answer": "7"})
     with dspy.context(lm=lm):

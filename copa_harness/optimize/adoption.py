@@ -7,13 +7,11 @@ to the program as written on these rows, and that is only given up on paired evi
 held back, where there are some, else on the validation rows that chose the result, corrected for the candidates with a
 full score it was chosen among. That correction cannot count the candidates a race dropped early.
 
-Knows runs, candidates and their scores; knows nothing of how candidates were found.
-
 The end of a run: among everything fully scored, what keeps the limits and serves the preference; and the record.
 
 The search itself maximizes the score alone; every program it scored fully is remembered with what its answers cost.
 From these the front of score and cost is drawn, and the preferred one is taken, never one below the program that came
-in. Knows runs and preferences; knows nothing of how candidates were found.
+in.
 """
 
 from __future__ import annotations
@@ -253,12 +251,20 @@ def decide(run: Run, look: LastLook, fresh: Validation | None) -> Mapping[str, A
     else:
         run.note(f"kept without a test: {what}")
     return {
-        "n": pair.n, "unseen": 0 if held_back is None else held_back.n,
+        "n": pair.n,
+        "unseen": 0 if held_back is None else held_back.n,
         "n_tried": len(tried) + run.n_evaluated_elsewhere,
-        "difference": pair.difference, "low": pair.interval.low, "high": pair.interval.high,
-        "gained": pair.n_better, "lost": pair.n_worse, "p_value": p_value, "level": look.level, "tested": tested,
-        "adopted": not why, "why": why,
-    }  # fmt: skip
+        "difference": pair.difference,
+        "low": pair.interval.low,
+        "high": pair.interval.high,
+        "gained": pair.n_better,
+        "lost": pair.n_worse,
+        "p_value": p_value,
+        "level": look.level,
+        "tested": tested,
+        "adopted": not why,
+        "why": why,
+    }
 
 
 def _is_scored(run: Run, sheet: Validation, candidate: Candidate) -> bool:

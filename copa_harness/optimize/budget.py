@@ -1,8 +1,7 @@
 """How many calls a step of a strategy may use: its share of what the run's budget still allows.
 
-The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on
-the order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses what is too much.
-Knows scopes and numbers; knows nothing of programs or scores.
+The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on the
+order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses what is too much.
 
 Budget levels in words: `"light"`, `"calls=500,usd=2,tokens=1e6"` or a number, as a `Budget`.
 
@@ -17,7 +16,7 @@ The strategy `auto`: which optimizer suits so many labelled examples, this model
 | 20 and more | BootstrapFewShotWithRandomSearch | enough to choose by validation |
 | 20 and more, tunable model, calls to spare | COPA, ``p -> w -> p`` | weights can be trained as well |
 
-The first three rows are DSPy's own advice. Knows numbers, names and candidates; runs nothing.
+The first three rows are DSPy's own advice.
 """
 
 from __future__ import annotations
@@ -252,8 +251,12 @@ def resolved(
     if steps[0].kind is not StepKind.AUTO:
         return steps, settings, None
     choice = choose_strategy(
-        n_train=n_train, n_validation=n_validation, calls=calls, calls_per_example=len(student.parts),
-        tunable=all(is_tunable(lm) for lm in student.lms), has_prompt_lm=has_prompt_lm,
-    )  # fmt: skip
+        n_train=n_train,
+        n_validation=n_validation,
+        calls=calls,
+        calls_per_example=len(student.parts),
+        tunable=all(is_tunable(lm) for lm in student.lms),
+        has_prompt_lm=has_prompt_lm,
+    )
     kwargs = {**choice.optimizer_kwargs, **settings.optimizer_kwargs}
     return parse_strategy(choice.strategy), replace(settings, optimizer_kwargs=kwargs), choice

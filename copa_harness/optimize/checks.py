@@ -1,4 +1,4 @@
-"""Checks of what `COPA` is given, each with a message that says got, expected and what to do. Knows no search."""
+"""Checks of what `COPA` is given, each with a message that says got, expected and what to do."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 Text is checked before a candidate costs a call; tokens, dollars and seconds on the validation examples, after every
 block. A candidate that breaks a limit is never returned, however good: when nothing keeps them all, that is an error.
 Required sentences are appended to every instruction that lacks them. What validation cannot show (a longer input
-tomorrow) is not promised. Knows candidates and costs; knows nothing of scores or searches.
+tomorrow) is not promised.
 """
 
 from __future__ import annotations

@@ -243,13 +243,27 @@ class COPA(Teleprompter):
         name = " -> ".join(map(str, self.steps))
         logger.info(
             "optimizing %s with %s: %d training and %d validation examples, budget %s",
-            type(student).__name__, name, len(train), validation.n, self.budget.name,
-        )  # fmt: skip
+            type(student).__name__,
+            name,
+            len(train),
+            validation.n,
+            self.budget.name,
+        )
         about = {"strategy": name, "budget": self.budget.name}
-        identity = None if teacher is not None else identity_of(
-            candidate, steps, lms=self._all_lms(candidate), settings=settings, budget=self.budget, metric=self.metric,
-            splits=(train, validation_examples), further=(self.finetune_data, self.constraints, self.preference),
-        )  # fmt: skip
+        identity = (
+            None
+            if teacher is not None
+            else identity_of(
+                candidate,
+                steps,
+                lms=self._all_lms(candidate),
+                settings=settings,
+                budget=self.budget,
+                metric=self.metric,
+                splits=(train, validation_examples),
+                further=(self.finetune_data, self.constraints, self.preference),
+            )
+        )
         with (
             at_work(self.journal, identity=identity, budget=self.budget, attributes=about) as (journal, colleagues),
             open_scope(f"COPA {name}", budget=self.budget, shared=admission(colleagues)) as scope,
@@ -296,6 +310,11 @@ class COPA(Teleprompter):
         self, student: Candidate, n_train: int, n_validation: int
     ) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
         return resolved(
-            self.steps, self.settings, student, n_train=n_train, n_validation=n_validation, calls=self.budget.calls,
+            self.steps,
+            self.settings,
+            student,
+            n_train=n_train,
+            n_validation=n_validation,
+            calls=self.budget.calls,
             has_prompt_lm=self.prompt_lm is not None,
-        )  # fmt: skip
+        )

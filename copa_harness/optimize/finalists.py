@@ -7,8 +7,7 @@ were selected, count half (`SEARCH_WEIGHT`). Other rows are validation rows held
 weights and rules may come from them, but they tell finalists apart.
 
 Measured on development tasks (4 tasks, 3 splits, 25 validation rows, 400 calls; mean test score): p .841 before, .864
-with 26 training rows; joint .887 and .908; p -> w -> p .916 and .915. Knows candidates, examples and scores; knows
-nothing of budgets or of what is done with the answer.
+with 26 training rows; joint .887 and .908; p -> w -> p .916 and .915.
 
 Whether the best of several candidates is better than what they were compared with, row by row.
 
@@ -28,8 +27,7 @@ Two objectives: the score, and what an answer costs. The front of both, and the 
     COPA(..., prefer="cheapest within 1 point of best")
 
 Symbols: s = mean validation score, 0..1, higher is better; c = cost per answer, lower is better. A candidate is on the
-front when no other is at least as good in both and better in one. "One point" is 0.01 of mean score. Knows numbers;
-knows nothing of programs or searches.
+front when no other is at least as good in both and better in one. "One point" is 0.01 of mean score.
 """
 
 from __future__ import annotations

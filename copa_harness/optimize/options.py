@@ -1,8 +1,8 @@
-"""Everything one optimization is configured with, in one record. Knows no meaning of it; see `COPA`.
+"""Everything one optimization is configured with, in one record.
 
 What a user may choose among by name in a search, and the one message for a name that is none of them.
 
-Plain words, so that a wrong one is refused where it is written, before anything heavy is loaded. Knows no search.
+Plain words, so that a wrong one is refused where it is written, before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -188,9 +188,12 @@ def describe_budget(budget: Budget) -> str:
     if not ceilings:
         return f"{budget.name} (no ceiling)"
     units = {
-        "calls": "optimization calls", "usd": "dollars", "train_steps": "training steps",
-        "input_tokens": "input tokens", "output_tokens": "output tokens",
-    }  # fmt: skip
+        "calls": "optimization calls",
+        "usd": "dollars",
+        "train_steps": "training steps",
+        "input_tokens": "input tokens",
+        "output_tokens": "output tokens",
+    }
     parts = [f"{_shown(ceiling)} {units.get(name, name)}" for name, ceiling in ceilings.items()]
     return f"{budget.name} (at most {', '.join(parts)} per task)"
 
@@ -281,8 +284,12 @@ def parse_preference(text: str | None) -> Preference | None:
 
 
 LIMITS: tuple[str, ...] = (
-    "max_prompt_tokens", "forbidden_text", "required_text", "max_usd_per_answer", "max_seconds_per_answer",
-)  # fmt: skip
+    "max_prompt_tokens",
+    "forbidden_text",
+    "required_text",
+    "max_usd_per_answer",
+    "max_seconds_per_answer",
+)
 """What may be limited; the attributes of `Constraints`."""
 
 

@@ -1,8 +1,7 @@
 """What an optimization leaves behind: the record on the program, and the program's settings as JSON.
 
 A finished optimization can be restored without a single call: `to_state` writes every predictor's instruction,
-demonstrations and model name, `apply_state` puts them on a fresh copy of the program. Knows nothing of how the
-settings were found.
+demonstrations and model name, `apply_state` puts them on a fresh copy of the program.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """One optimization as it runs: the incumbent, its record, and the shares of the budget.
 
 What every step needs: proposing, searching, training and adopting with the run's settings. The incumbent is only ever
-replaced by something no worse on validation. Knows nothing of which steps there are or in which order they are taken.
+replaced by something no worse on validation.
 
 What a run tells of itself: sentences, headlines, and what every phase spent and did to the score.
-
-Knows scopes and text; knows nothing of candidates, steps or reports.
 """
 
 from __future__ import annotations

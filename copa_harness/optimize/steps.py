@@ -1,14 +1,13 @@
 """The steps of a strategy: what each proposes, and under which condition it replaces the incumbent.
 
 Prompts, the alternating loop, weights, everything at once, and DSPy's own optimizers. A step ends by itself, with its
-share of the calls, or with the budget; whatever ends it, the incumbent is the best program so far. Knows the order of
-things; knows nothing of how an optimization is called or stored.
+share of the calls, or with the budget; whatever ends it, the incumbent is the best program so far.
 
 Rounds: studies in a row, each with fresh proposals made in the light of the ones before.
 
 Nothing can be learned about proposals before some were tried, and no demonstration set can be varied before one has
 proven itself; so a prompt step proposes more than once. Scores are kept between rounds, so a point that comes again
-costs nothing. Knows runs and spaces; knows nothing of strategies.
+costs nothing.
 
 The step that is one of DSPy's own optimizers: what it may use, and which of its programs is adopted.
 
@@ -19,7 +18,7 @@ Ensemble: the run's best programs asked together, their answers put to the vote 
 
 DSPy's `Ensemble` over the programs this run has scored fully, best first; every member keeps its prompts and its
 weights. On validation it costs no call: its members' answers are known there. In use every answer costs one run of each
-member. Knows candidates and their scores; knows nothing of how they were found.
+member.
 """
 
 from __future__ import annotations
@@ -359,9 +358,10 @@ def _alternate(run: Run, allowance: Allowance) -> None:
         if run.score - before < run.settings.epsilon or 0 < run.score - before <= noise + 1e-9:
             run.stopped = "converged"
             why = (
-                f"less than epsilon {run.settings.epsilon:g}" if run.score - before < run.settings.epsilon
+                f"less than epsilon {run.settings.epsilon:g}"
+                if run.score - before < run.settings.epsilon
                 else f"no more than the noise (a standard error of {noise:.3f}, paired)"
-            )  # fmt: skip
+            )
             run.note(f"converged: cycle {cycle + 1} improved validation by {run.score - before:+.3f}, {why}")
             return
     run.stopped = "max_cycles"

@@ -5,8 +5,6 @@ without them; so the rows follow what is to come. With demonstrations in the inc
 every row is rendered behind demonstrations drawn anew for every epoch, and a fifth of the rows (`bare_share`) bare as
 well: enough that the search can still try short prompts on the tuned weights, too few to teach it to ignore
 demonstrations. Otherwise all rows are bare. What was chosen is written into the adapter's manifest (`served_with`).
-
-Knows training rows and trainers; knows nothing of the search.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Tables of what the statistics found: attribution, ranked strategies, unstable examples, rows saved.
 
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the
-records as they were judged; only the ranking is computed here, from the scores. Knows nothing of files or pytest.
+Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
+as they were judged; only the ranking is computed here, from the scores.
 
 Tables of what an optimization learned: which part of which stage earned the gain, and which proposals paid.
 
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the
-records as the optimizer made them, on its validation examples. Knows nothing of files or pytest.
+Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
+as the optimizer made them, on its validation examples.
 """
 
 from __future__ import annotations
@@ -115,8 +115,18 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     if not rows:
         return ""
     against = anchors.pop() if len(anchors) == 1 else "the row without one"
-    headers = ["model", "strategy", "tasks", "n", "mean rank", "score", f"difference to {against}", "p (Holm)", "calls",
-               "USD"]  # fmt: skip
+    headers = [
+        "model",
+        "strategy",
+        "tasks",
+        "n",
+        "mean rank",
+        "score",
+        f"difference to {against}",
+        "p (Holm)",
+        "calls",
+        "USD",
+    ]
     notes.insert(
         0,
         "rank 1 is best; differences paired by example, every task counting the same [95 % interval of each alone]; "
@@ -168,13 +178,31 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
         saved = f"{total - used:,} ({100 * (total - used) / total:.0f} %)" if total else "-"
         dollars = "-" if usd is None else f"{usd:,.4f}"
         rows.append(
-            [run.task, run.strategy, f"{total:,}", f"{used:,}", saved, dollars, power, number(run.score),
-             run.verdict.value]
-        )  # fmt: skip
+            [
+                run.task,
+                run.strategy,
+                f"{total:,}",
+                f"{used:,}",
+                saved,
+                dollars,
+                power,
+                number(run.score),
+                run.verdict.value,
+            ]
+        )
     if not rows:
         return ""
-    headers = ["task", "strategy", "n", "used", "saved", "USD saved", "power (all rows) at drop", "score so far",
-               "verdict"]  # fmt: skip
+    headers = [
+        "task",
+        "strategy",
+        "n",
+        "used",
+        "saved",
+        "USD saved",
+        "power (all rows) at drop",
+        "score so far",
+        "verdict",
+    ]
     notes = ["a score so far is of the rows used: judge by the verdict, and run all rows for the exact number"]
     if n_total:
         notes.append(f"in all {n_total - n_used:,} of {n_total:,} rows saved ({100 * (1 - n_used / n_total):.0f} %)")
@@ -268,15 +296,22 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
         interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
         returned = "the result" if found["adopted"] else "the program as written"
         rows.append(
-            [run.task, run.strategy, f"{found['n']:,} {'unseen' if found['unseen'] else 'validation'}",
-             f"{found['n_tried']:,}", f"{found['gained']:,}", f"{found['lost']:,}",
-             number(found["difference"], signed=True), interval, f"{found['p_value']:.3g}",
-             returned if found["tested"] else f"{returned}, no test"]
-        )  # fmt: skip
+            [
+                run.task,
+                run.strategy,
+                f"{found['n']:,} {'unseen' if found['unseen'] else 'validation'}",
+                f"{found['n_tried']:,}",
+                f"{found['gained']:,}",
+                f"{found['lost']:,}",
+                number(found["difference"], signed=True),
+                interval,
+                f"{found['p_value']:.3g}",
+                returned if found["tested"] else f"{returned}, no test",
+            ]
+        )
     if not rows:
         return ""
-    headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p",
-               "returned"]  # fmt: skip
+    headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p", "returned"]
     notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
     if any(run.evidence["unseen"] for run in told):
         notes.append("unseen: validation rows held back from the search")
@@ -301,9 +336,16 @@ def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
             where = [run.task, run.strategy] if first else ["", ""]
             offered = f"{arm['offered']:,}" if arm["offered"] else "-"
             rows.append(
-                [*where, arm["family"], arm["arm"], offered, f"{arm['tries']:,}",
-                 number(arm["mean_gain"], signed=True), *_gain(arm)]
-            )  # fmt: skip
+                [
+                    *where,
+                    arm["family"],
+                    arm["arm"],
+                    offered,
+                    f"{arm['tries']:,}",
+                    number(arm["mean_gain"], signed=True),
+                    *_gain(arm),
+                ]
+            )
             first = False
     if not rows:
         return ""

@@ -1,6 +1,6 @@
 """Where a run was made: versions, machine, commit. Enough to tell two reports apart; no names, no paths, no secrets.
 
-Reads installed versions without importing the packages, and asks git once. Knows nothing of runs.
+Reads installed versions without importing the packages, and asks git once.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The report on disk: latest.json for tools, a numbered copy for comparison later, latest.md for people.
 
-`latest.*` are replaced as a whole; the numbered copy (0001.json, 0002.json, ...) takes the next free number even
-when several processes write at once. A folder that cannot be written is one `CopaError`; whoever called still has the
-records and prints them. Knows nothing of pytest.
+`latest.*` are replaced as a whole; the numbered copy (0001.json, 0002.json, ...) takes the next free number even when
+several processes write at once. A folder that cannot be written is one `CopaError`; whoever called still has the
+records and prints them.
 
 What the gates of all runs said: counts, the ones that need attention, and the whole list for latest.md.
 
-Text from run records; knows nothing of tables, files or pytest.
+Text from run records.
 """
 
 from __future__ import annotations

@@ -114,9 +114,15 @@ def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def _variant(run: RunRecord) -> tuple[Any, ...]:
     """What a run was given and came to; what it cost depends on what was cached."""
     return (
-        run.budget.calls, run.seed, run.n, run.scores, run.score, run.validation_after, dict(run.search),
+        run.budget.calls,
+        run.seed,
+        run.n,
+        run.scores,
+        run.score,
+        run.validation_after,
+        dict(run.search),
         tuple(run.notes),
-    )  # fmt: skip
+    )
 
 
 def _labels(runs: Sequence[RunRecord], variants: Sequence[Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """One run as the report knows it, and its JSON form.
 
 A `RunRecord` holds what the tables and `latest.json` show: scores with their examples, cost by phase, gates, verdict.
-It survives the trip through JSON, so test workers can hand records to the process that reports. NaN and infinity
-have no JSON form: a missing score is null. Knows nothing of tables, files or how a run is made.
+It survives the trip through JSON, so test workers can hand records to the process that reports. NaN and infinity have
+no JSON form: a missing score is null.
 """
 
 from __future__ import annotations

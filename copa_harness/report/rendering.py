@@ -1,4 +1,4 @@
-"""How every table is drawn: alignment, wrapped names, notes below, intervals in brackets. Knows nothing of runs."""
+"""How every table is drawn: alignment, wrapped names, notes below, intervals in brackets."""
 
 from __future__ import annotations
 
@@ -53,11 +53,15 @@ def with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
         return "\n\n".join([*([table] if table else []), *notes])
     lines = [
         textwrap.fill(
-            note, MAX_WIDTH, initial_indent="  ", subsequent_indent="    ",
-            break_long_words=False, break_on_hyphens=False,
+            note,
+            MAX_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
         for note in notes
-    ]  # fmt: skip
+    ]
     return "\n".join([*([table] if table else []), *lines])
 
 

@@ -2,16 +2,15 @@
 
 Numbers stand right-aligned with their unit in the header, beside every mean stand n and its interval, differences are
 signed, and a missing value is '-'. Each function returns text without a final newline, or "" when it has no rows.
-Knows run records only; knows nothing of files or pytest.
 
 The table of how searches ended: why, and after how many candidates and calls.
 
-Numbers come from the records as the optimizer made them. Knows nothing of files or pytest.
+Numbers come from the records as the optimizer made them.
 
 Tables of what an optimization did, and of the choice it had between score and cost.
 
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the
-records as the optimizer made them, on its validation examples. Knows nothing of files or pytest.
+Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
+as the optimizer made them, on its validation examples.
 """
 
 from __future__ import annotations
@@ -148,9 +147,17 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     if len(runs) > 1:
         rows.append(["all runs", "", *_phase_cells("", spent, "", priced=priced)])
     headers = [
-        "task", "strategy", "phase", "paid calls", "cached", "tokens", "train steps", "seconds",
-        *(["USD"] if priced else []), "score before -> after",
-    ]  # fmt: skip
+        "task",
+        "strategy",
+        "phase",
+        "paid calls",
+        "cached",
+        "tokens",
+        "train steps",
+        "seconds",
+        *(["USD"] if priced else []),
+        "score before -> after",
+    ]
     return with_notes(draw(rows, headers, style=style, n_text=3), [*_counting(spent), *_unknown(spent)], style=style)
 
 
@@ -214,9 +221,17 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     if not rows:
         return ""
     headers = [
-        "task", "model", "strategy", "n", "score", f"difference to {reference}", "paid calls", "cached", "seconds",
+        "task",
+        "model",
+        "strategy",
+        "n",
+        "score",
+        f"difference to {reference}",
+        "paid calls",
+        "cached",
+        "seconds",
         "verdict",
-    ]  # fmt: skip
+    ]
     notes = ["mean score on the test split [95 % interval]; differences paired by example"]
     if len(budgets) == 1:
         notes.append(f"equal budget: {budgets.pop()} to optimize; evaluations on the test split come on top")
@@ -311,9 +326,7 @@ def _phase_cells(name: str, usage: Usage, change: str, *, priced: bool) -> list[
     calls = f"{usage.paid_calls:,}", f"{usage.cached_calls:,}"
     tokens = f"{usage.tokens:,}" + ("+?" if usage.estimated_calls else "")
     dollars = [f"{usage.usd:,.4f}" + ("+?" if usage.unpriced_calls else "")] if priced else []
-    return [
-        name, *calls, tokens, f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", *dollars, change
-    ]  # fmt: skip
+    return [name, *calls, tokens, f"{usage.train_steps:,}", f"{usage.wall_s:,.1f}", *dollars, change]
 
 
 def _cost(usage: Usage) -> list[str]:

@@ -1,19 +1,16 @@
 """One measurement of a program on a split: once, several times over, or until its gates are decided.
 
 What the metric asked a model on the way is told apart from what the program asked, and failed calls are kept by kind
-with the first traceback. Nothing bounds a measurement but the split and the ceilings of the whole session. Knows
-nothing of gates' statistics, records or pytest.
+with the first traceback. Nothing bounds a measurement but the split and the ceilings of the whole session.
 
 The leakage guard of a run: what of the test split was seen by the optimizer or stands in the prompt.
 
-Collects the inputs of the splits and of the demonstrations; the comparison is `judge`'s. Knows nothing of records or
-pytest.
+Collects the inputs of the splits and of the demonstrations; the comparison is `judge`'s.
 
 What weights and what prompts gained in a run that searched both: the two missing cells of the 2 x 2, measured.
 
 The program as written on the base model and the optimized program on the tuned model are measured anyway; here the
-optimized prompts are put on the base weights, and the program as written on the tuned ones. Knows nothing of records
-or pytest.
+optimized prompts are put on the base weights, and the program as written on the tuned ones.
 """
 
 from __future__ import annotations
@@ -267,8 +264,9 @@ def leakage_of(task: Task, program: dspy.Module | None = None) -> LeakageReport:
     test = inputs(task.testset)
     fields = {name for values in test.values() for name in values}
     seen: dict[str, Mapping[str, Mapping[str, Any]]] = {
-        "train": inputs(task.trainset), "validation": inputs(task.valset),
-    }  # fmt: skip
+        "train": inputs(task.trainset),
+        "validation": inputs(task.valset),
+    }
     if program is not None:
         seen["demonstrations"] = {
             f"{name}[{position}]": shown

@@ -1,13 +1,12 @@
 """The end of a session: rows of all processes become report files, baselines, tables, remarks and an exit status.
 
 Rows are what processes hand one another: what `recording.Entry.row` makes, with `"order"`, the position of the test.
-Knows nothing of pytest.
 
 Results on their way to become baselines: from the process that measured them to the one that writes.
 
 A test process never writes a baseline: it hands its candidates on as plain JSON, and the controller writes them when
-the session ends. So several workers never write one file, and a session that is killed leaves the old baselines as
-they were. Knows nothing of pytest.
+the session ends. So several workers never write one file, and a session that is killed leaves the old baselines as they
+were.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
 """A run and its gates: everything it is compared with, found and handed to `judge`.
 
-The statistics are `judge`'s; nothing here decides. Knows nothing of records or pytest.
+The statistics are `judge`'s; nothing here decides.
 
 Gates that name another run of the session, judged once all runs are known: `better_than` at the session's end.
 
 A test process knows only its own runs, and of those only the earlier ones. What such a gate compares with must not
 depend on how many processes there are, so one rule holds everywhere: the last run of that strategy (same task, same
 base model) before the test in collection order; else the accepted baseline; else the first such run after it. A test
-process judges at once what it can know by that rule, and leaves the rest open for `settle`. Knows nothing of pytest.
+process judges at once what it can know by that rule, and leaves the rest open for `settle`.
 
 What a session remembers of its complete evaluations on test splits: later runs are compared with them.
 
-Keyed by what the task is and what answers, so that two fixtures that make the same task share their runs. Knows
-nothing of files; what should outlive the session is a baseline.
+Keyed by what the task is and what answers, so that two fixtures that make the same task share their runs.
 """
 
 from __future__ import annotations
@@ -126,9 +125,11 @@ def _rival(
     found = [
         (position, Earlier(record.strategy, record.scores, row["standing"]["fingerprints"]))
         for position, (row, record) in enumerate(zip(rows, records, strict=True))
-        if position != index and row.get("standing") and row["standing"]["key"] == key
+        if position != index
+        and row.get("standing")
+        and row["standing"]["key"] == key
         and record.strategy == canonical(name)
-    ]  # fmt: skip
+    ]
     before = [run for position, run in found if position < index]
     if before:
         return before[-1]

@@ -1,6 +1,6 @@
 """The session's language models, by name, behind one door and over one cache on disk.
 
-A model is made when it is first asked for; making one loads no weights. Knows nothing of tasks.
+A model is made when it is first asked for; making one loads no weights.
 """
 
 from __future__ import annotations

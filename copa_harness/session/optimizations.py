@@ -3,12 +3,11 @@
 The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
 package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
 made: together with other processes that need it too where that can be (see `optimize.sharing`), under a lock that they
-wait for where not. One found on disk costs no call, no training step and no import of torch or Optuna. Knows nothing of
-gates, records or pytest, and never sees a test split.
+wait for where not. One found on disk costs no call, no training step and no import of torch or Optuna.
 
 Work on the disk: by one process at a time, and what a run says when the disk takes no more.
 
-That is one clear error, or a warning where only repetition is lost. Knows nothing of what is written.
+That is one clear error, or a warning where only repetition is lost.
 """
 
 from __future__ import annotations

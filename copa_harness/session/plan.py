@@ -1,8 +1,8 @@
 """A plan of a run: what it would pay, told from the cache alone. No call is made and nothing is trained.
 
 An evaluation is run against the stored answers; what is missing is counted at the most it can cost. A search adapts to
-answers, so one that is not finished on disk can only be bounded by its ceilings; its calls are priced like those of
-the evaluation of the program as written. Knows nothing of pytest.
+answers, so one that is not finished on disk can only be bounded by its ceilings; its calls are priced like those of the
+evaluation of the program as written.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """The end of a run: the optimized program measured on the test split, judged, attributed and recorded.
 
-The one place where the test split meets an optimized program. Knows nothing of how the program was found, and nothing
-of pytest.
+The one place where the test split meets an optimized program.
 
 What is noted of every evaluation: its record, and what the session's end has to say about it beyond that.
 
 Entries become rows of plain JSON types, so that the processes of one session can hand them to the one that reports.
-Knows nothing of how anything was measured, and nothing of pytest.
 """
 
 from __future__ import annotations
@@ -145,8 +143,10 @@ def search_of(result: OptimizationResult) -> dict[str, Any]:
     if not result.phases:
         return {}
     return {
-        "reason": result.reason or result.stopped, "n_trials": result.n_trials, "calls": result.charged_calls,
-    }  # fmt: skip
+        "reason": result.reason or result.stopped,
+        "n_trials": result.n_trials,
+        "calls": result.charged_calls,
+    }
 
 
 def shown_as(lm: MeteredLM) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a copa test holds in its hands: a score that explains itself, an evaluation, and a finished run.
 
-Knows nothing of how a run was made. A `Score` is a float, so plain `assert run.score >= 0.85` works; the pytest
-plugin asks it for its meaning when such an assertion fails.
+A `Score` is a float, so plain `assert run.score >= 0.85` works; the pytest plugin asks it for its meaning when such an
+assertion fails.
 """
 
 from __future__ import annotations

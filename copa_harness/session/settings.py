@@ -2,18 +2,16 @@
 
 Precedence: command line > environment > ini file > marker > default. So a suite's marker says what is meant, and
 whoever runs the suite can overrule it. Gates alone are the other way round: what an ini file says of them is a default
-that a marker overrules. Knows nothing of pytest, models or files; imports nothing heavy.
+that a marker overrules.
 
 Arguments of the `copa` marker: which there are, what they mean, and which of them are gates.
 
 Not reachable on purpose: what belongs to the task (`metric`, `finetune_data`, `teacher`), to the session (`journal`,
-`on_progress`), and `held_out_share`, which is a LoRA setting (`lora={"held_out_share": .1}`). Knows nothing of pytest,
-models or files; imports nothing heavy.
+`on_progress`), and `held_out_share`, which is a LoRA setting (`lora={"held_out_share": .1}`).
 
 Checks of arguments by name and type, with a message that names the nearest known one.
 
-They hold for the marker, for gates given to `copa_run.check(...)` and, as defaults, in the ini file. Knows nothing of
-what the arguments do; imports nothing heavy.
+They hold for the marker, for gates given to `copa_run.check(...)` and, as defaults, in the ini file.
 """
 
 from __future__ import annotations
@@ -168,16 +166,45 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 DEFAULT_STRATEGY = "p -> w -> p"
 
 GATES = (
-    "min_score", "max_regression", "better_than", "max_calls", "max_tokens", "max_usd", "max_seconds",
-    "max_cost_per_answer", "max_error_rate", "min_pass_all", "undecided_fails",
-)  # fmt: skip
+    "min_score",
+    "max_regression",
+    "better_than",
+    "max_calls",
+    "max_tokens",
+    "max_usd",
+    "max_seconds",
+    "max_cost_per_answer",
+    "max_error_rate",
+    "min_pass_all",
+    "undecided_fails",
+)
 """Marker arguments that are gates; each has an ini default `copa_<name>`."""
 
 SEARCH = (
-    "max_cycles", "epsilon", "constraints", "prefer", "sampler", "patience", "adoption_p", "trials_at_once",
-    "max_demos", "n_demo_sets", "bootstrap", "pass_score", "n_proposed", "groundings", "n_reflected", "transfer",
-    "n_rounds", "n_checkpoints", "epochs_with_demos", "epochs_bare", "bare_share", "optimizer_kwargs", "lora",
-)  # fmt: skip
+    "max_cycles",
+    "epsilon",
+    "constraints",
+    "prefer",
+    "sampler",
+    "patience",
+    "adoption_p",
+    "trials_at_once",
+    "max_demos",
+    "n_demo_sets",
+    "bootstrap",
+    "pass_score",
+    "n_proposed",
+    "groundings",
+    "n_reflected",
+    "transfer",
+    "n_rounds",
+    "n_checkpoints",
+    "epochs_with_demos",
+    "epochs_bare",
+    "bare_share",
+    "optimizer_kwargs",
+    "lora",
+)
 """Marker arguments that are `COPA`'s and say how it searches."""
 
 _MEANINGS: Mapping[str, Callable[[Any], object]] = {
@@ -437,8 +464,10 @@ class Settings:
             ConfigurationError: A value cannot be used, or two do not go together; the message names the source.
         """
         values: dict[str, Any] = {
-            "cache_dir": root / ".copa_cache", "report_dir": root / "reports", "baseline_dir": root / "baselines",
-        }  # fmt: skip
+            "cache_dir": root / ".copa_cache",
+            "report_dir": root / "reports",
+            "baseline_dir": root / "baselines",
+        }
         for name, setting in given.items():
             values[name] = _from_source(setting, _PARSERS[name])
         for name in ("cache_dir", "report_dir", "baseline_dir"):
@@ -447,9 +476,15 @@ class Settings:
             values["chat_template"] = (root / values["chat_template"]).absolute()
         defaults = {name: _from_source(setting, partial(parse_gate, name)) for name, setting in (gates or {}).items()}
         settings = cls(
-            root=root, bless=bless, plan=plan, gates=defaults, worker=worker, run_id=run_id, forced=frozenset(given),
+            root=root,
+            bless=bless,
+            plan=plan,
+            gates=defaults,
+            worker=worker,
+            run_id=run_id,
+            forced=frozenset(given),
             **values,
-        )  # fmt: skip
+        )
         if settings.sequential and (bless or settings.repeat > 1):
             other = "--copa-bless needs the scores of all examples" if bless else "--copa-repeat evaluates all of them"
             raise ConfigurationError(

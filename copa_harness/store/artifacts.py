@@ -4,8 +4,8 @@
     <artifact>/lora/            the LoRA adapter, when the weights were tuned (safetensors and JSON only)
     <artifact>/manifest.json    who made it, from what, and the SHA-256 of every file
 
-The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum. No
-pickle is ever copied or read. Knows program state as a mapping only; knows nothing of DSPy, PEFT or tasks.
+The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum. No pickle is
+ever copied or read.
 """
 
 from __future__ import annotations

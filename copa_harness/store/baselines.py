@@ -2,13 +2,13 @@
 
     baselines/<task>/<name>.json     one example per line, sorted by id, so that a diff shows which examples changed
 
-Only scores and outcomes by example id are kept, never inputs or answers. Fingerprints say what must agree before
-scores are compared (data, split, metric) and what was judged (program, lm). Knows nothing of when to bless.
+Only scores and outcomes by example id are kept, never inputs or answers. Fingerprints say what must agree before scores
+are compared (data, split, metric) and what was judged (program, lm).
 
 What changed between two accepted results: parts, versions, and examples, as data and in words.
 
 A baseline's own file is made for `git diff`; this is the reading of it for `copa baseline show` and `diff`, with the
-paired difference beside the list of examples. Knows nothing of how baselines are stored.
+paired difference beside the list of examples.
 """
 
 from __future__ import annotations

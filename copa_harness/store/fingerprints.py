@@ -1,8 +1,7 @@
 """Fingerprints: the same content gives the same short text, in every process and on every machine.
 
 Data, settings, files and the source of functions (a metric, a program) become SHA-256 hex digests. Two things with
-equal fingerprints may stand for one another, so a value that cannot be told apart from another is refused, not
-guessed. Knows examples only as mappings or objects with `toDict`; knows nothing of DSPy.
+equal fingerprints may stand for one another, so a value that cannot be told apart from another is refused, not guessed.
 """
 
 from __future__ import annotations

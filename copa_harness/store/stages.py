@@ -1,7 +1,7 @@
 """Results of finished stages, under a key that names everything they depend on: the same work is never done twice.
 
-`StageStore(directory).put(key, result)` keeps a JSON mapping with its checksum; `get` gives it back, or None when it
-is absent or damaged (with one warning). Nothing is created before the first `put`. Knows nothing of what a stage is.
+`StageStore(directory).put(key, result)` keeps a JSON mapping with its checksum; `get` gives it back, or None when it is
+absent or damaged (with one warning). Nothing is created before the first `put`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Stage `body` says from alcohol and colour whether a wine is light or full; stage
 printed as a number, and two more measurements. Neither stage suffices alone: without the body Grignolino is mixed up
 with its neighbours, and the body does not tell Barolo from Barbera. The training rows say what each stage should have
 answered; the metric looks at the last answer only. scikit-learn and DSPy are imported when the task is made, not
-before; this module knows nothing of models or budgets.
+before.
 """
 
 from __future__ import annotations

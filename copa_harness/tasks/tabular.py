@@ -1,8 +1,8 @@
 """Three real tasks from scikit-learn's bundled data: Iris, Wine and Breast Cancer as text classification.
 
-Every row becomes a `dspy.Example` of printed numbers and a label word. Splits are three-way, stratified and
-seeded; rows that print alike never lie in two splits. Nothing is downloaded. scikit-learn and DSPy are
-imported when a task is made, not before; this module knows nothing of models or budgets.
+Every row becomes a `dspy.Example` of printed numbers and a label word. Splits are three-way, stratified and seeded;
+rows that print alike never lie in two splits. Nothing is downloaded. scikit-learn and DSPy are imported when a task is
+made, not before.
 """
 
 from __future__ import annotations

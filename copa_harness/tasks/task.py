@@ -1,7 +1,6 @@
 """What a suite is about: one program, one metric, three splits.
 
-A `Task` is checked when it is made, so that a suite fails on its first line and not after an hour of
-optimization. It knows nothing of models, budgets or pytest, and it never calls the program.
+A `Task` is checked when it is made, so that a suite fails on its first line and not after an hour of optimization.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Tiny random models on disk: a test double for local models, as `ScriptedLM` is for any model.
 
-`write_tiny_model` writes a folder that loads like any Hugging Face model, in a fraction of a second and a few
-hundred kilobytes. Its answers are noise, but they depend on every token of the prompt, and LoRA training changes
-them. Knows nothing of engines or trainers.
+`write_tiny_model` writes a folder that loads like any Hugging Face model, in a fraction of a second and a few hundred
+kilobytes. Its answers are noise, but they depend on every token of the prompt, and LoRA training changes them.
 """
 
 from __future__ import annotations

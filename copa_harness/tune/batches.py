@@ -1,8 +1,7 @@
 """Rows as batches: which rows share one, in which parts it goes through the model, and its loss.
 
 A batch is packed behind the prefix its rows share where the model allows (see `packing`), else padded on the right,
-where causal attention never looks. Logits are computed for the positions that predict an answer token only. Knows
-nothing of optimizers, epochs or files.
+where causal attention never looks. Logits are computed for the positions that predict an answer token only.
 
 Rows of a batch as one sequence in which the tokens they all begin with stand once.
 
@@ -14,7 +13,7 @@ again. Here the shared prefix is followed by every row's own tokens, without pad
 Everything in a decoder but attention looks at one token at a time, so it runs on that sequence as it is. For attention
 queries, keys and values are laid out as rows again, each behind the prefix, and PyTorch's own causal attention does the
 rest: loss and gradients are those of the rows one by one, up to rounding. Only for models whose layers all attend to
-everything before them; `can_pack` says which, and tries it. Knows nothing of losses or training.
+everything before them; `can_pack` says which, and tries it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ While it lasts everything lies in `<directory>/.unfinished/<recipe>/`: `epoch-01
 folders) and one `state.safetensors` (weights, optimizer moments, a JSON record in the header; no pickle), which each
 epoch replaces. At the end the epochs move to `<directory>/<recipe>-01/`, ..., last the kept one, to
 `<directory>/<recipe>/`: who sees that folder sees all of them. Everything is written under another name and renamed.
-Whoever writes holds the recipe's lock, so what lies half-written under a free lock belongs to nobody. Knows nothing of
-rows, losses or budgets.
+Whoever writes holds the recipe's lock, so what lies half-written under a free lock belongs to nobody.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """The epochs of a training, each with its checkpoint on disk, and what is told of them in manifests.
 
-The same in the process that asked for the training and in those it may start for it. Knows nothing of rows, budgets or
-processes.
+The same in the process that asked for the training and in those it may start for it.
 
 A training that memory does not hold: one error that says where, how much at once, and what takes less.
-
-Knows nothing of how training works.
 
 What a training is charged to the budget of a run: all its steps, held before the first one is taken.
 
 Steps that were taken before (by a training that was killed, or one that is finished and only read) count against the
 scope's ceilings as they did then, so that a run begun again stops where an uninterrupted one does; the ledger of the
-whole run counts only what is paid now. A scope is charged once for a recipe. Knows nothing of training.
+whole run counts only what is paid now. A scope is charged once for a recipe.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One training as a file: what the processes that share it are told.
 
-Plain JSON of numbers, names and paths, written whole or not at all. Knows nothing of how processes are started or of
-what they compute.
+Plain JSON of numbers, names and paths, written whole or not at all.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
 Repeats bit for bit on a CPU with the same number of threads: initial weights, row order and the base model's own
 dropout come from generators seeded here. `Training.state()` after any epoch holds all that the epochs after it depend
 on, so a training taken up again ends with the very weights of one never interrupted. Several processes may share a
-training (see `peers`): each computes its part of every batch, and all take the same steps. Knows nothing of files,
-recipes, DSPy or budgets.
+training (see `peers`): each computes its part of every batch, and all take the same steps.
 """
 
 from __future__ import annotations

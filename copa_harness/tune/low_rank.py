@@ -7,7 +7,7 @@ as the products. Here, for z = A x (r numbers per token),
     backward    g = s B' dy;  dx = W' dy;  dx += A' g;  dA = g x';  dB = s dy z'
 
 The same arithmetic to rounding. Only the forward of one training's own module tree is replaced; weights, names and
-files stay peft's. Knows nothing of losses, rows or training.
+files stay peft's.
 """
 
 from __future__ import annotations

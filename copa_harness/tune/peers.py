@@ -6,7 +6,7 @@ gradients of the summed loss, divided by the answer tokens of the *whole* batch,
     gradient = sum over processes p of  d/dw [ sum over the rows of p of their loss ] / answer tokens in the batch
 
 which is the gradient one process computes, up to the order of the additions. The sum is the same bits everywhere, so
-clipping, steps and stops are too, and weights are never sent. Knows nothing of rows' contents, epochs or files.
+clipping, steps and stops are too, and weights are never sent.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ inside, the process group, its backend and the device are accelerate's. What hol
     standard output  steps, failures, the outcome, as JSON lines
     exit             a worker that ends before its time ends them all
 
-They are in a session of their own, so Ctrl-C reaches only this process, which ends them. Knows nothing of models, rows
-or budgets.
+They are in a session of their own, so Ctrl-C reaches only this process, which ends them.
 """
 
 from __future__ import annotations
@@ -164,9 +163,14 @@ class _Worker:
         self._log = folder / f"worker-{index}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                list(command), cwd=folder, env=dict(environment), start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+                list(command),
+                cwd=folder,
+                env=dict(environment),
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin: IO[bytes] = self._process.stdin

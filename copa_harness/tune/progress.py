@@ -1,6 +1,6 @@
 """How far a training is: a bar on a terminal, elsewhere a log line now and then, with the time still to go.
 
-Log lines are plain text without control characters, since they end up in files. Knows nothing of models or rows.
+Log lines are plain text without control characters, since they end up in files.
 """
 
 from __future__ import annotations
@@ -81,8 +81,12 @@ class Progress:
             self._logged_s = now_s
             logger.info(
                 "LoRA step %d of %d, epoch %d, loss %.3f, %s to go",
-                self._n, self._n_total, epoch, loss, duration(self._remaining_s(now_s)),
-            )  # fmt: skip
+                self._n,
+                self._n_total,
+                epoch,
+                loss,
+                duration(self._remaining_s(now_s)),
+            )
 
     def _remaining_s(self, now_s: float) -> float:
         return (now_s - self._began_s) / (self._n - self._n_before) * (self._n_total - self._n)

@@ -3,7 +3,7 @@
 DSPy runs `Provider.finetune` on a thread of its own, takes the model name it returns and copies the LM under that name.
 An exception outside `Exception` would end that thread without a word and leave `job.result()` waiting for ever; here it
 is carried to whoever asks for the result. A model that a vLLM server runs is trained on the copy of its weights that
-its engine holds, and the server is made to serve the result. Knows nothing of how training works.
+its engine holds, and the server is made to serve the result.
 """
 
 from __future__ import annotations

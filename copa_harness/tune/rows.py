@@ -1,12 +1,10 @@
 """Training rows: the prompt exactly as the program's prompt adapter sends it at inference, then the wanted answer.
 
-A LoRA adapter works with the prompts it was trained on: rows without demonstrations spoil the use of
-demonstrations and the reverse. So a row is rendered with the demonstrations that will be served: none, the program's
-own, or k drawn anew for every row and variant. Knows nothing of tokens, models or training.
+A LoRA adapter works with the prompts it was trained on: rows without demonstrations spoil the use of demonstrations and
+the reverse. So a row is rendered with the demonstrations that will be served: none, the program's own, or k drawn anew
+for every row and variant.
 
 Training rows as tokens: the very prompt tokens of inference, and which positions to learn.
-
-Knows nothing of weights, batches or files; needs a tokenizer and its chat template only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a person may set about a LoRA training, with the defaults that proved themselves on the embedded model.
-
-Knows nothing of torch: settings are hashed into the recipe of an adapter, and that must cost nothing.
-"""
+"""What a person may set about a LoRA training, with the defaults that proved themselves on the embedded model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training rows from the program's own passing answers: run it, keep the traces whose metric passes, render them.
 
-One bad example costs one example: an answer that does not parse, a provider that fails and a wrong answer are
-counted apart and left out. Knows nothing of tokens, models or training.
+One bad example costs one example: an answer that does not parse, a provider that fails and a wrong answer are counted
+apart and left out.
 """
 
 from __future__ import annotations

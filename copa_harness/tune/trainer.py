@@ -2,12 +2,9 @@
 
 An adapter's directory is named by its recipe, the hash of base fingerprint, rows and settings; it appears when the
 training is finished, and a finished one is only read (without importing torch). A training that was killed goes on at
-its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken. Knows nothing of
-DSPy programs, metrics or how rows came about.
+its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken.
 
 `LoraAdapter`: what a training leaves behind, read from its manifest.
-
-Knows nothing of how training works; imports neither torch nor DSPy.
 """
 
 from __future__ import annotations
@@ -260,8 +257,11 @@ class LoraTrainer:
             wall_s, n_epochs = time.monotonic() - began_s, len(outcome.losses)
             logger.info(
                 "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
-                outcome.n_steps - before, duration(wall_s), n_epochs, outcome.best_epoch,
-            )  # fmt: skip
+                outcome.n_steps - before,
+                duration(wall_s),
+                n_epochs,
+                outcome.best_epoch,
+            )
             own = {"kind": "lora", "planned_steps": planned, "best_epoch": outcome.best_epoch}
             unfinished.publish(
                 n_epochs=n_epochs,
@@ -279,9 +279,15 @@ class LoraTrainer:
         return outcome.n_steps - before
 
     def _run(
-        self, job: _Job, encoded: _Encoded, unfinished: Unfinished, state: TrainingState | None,
-        details: Mapping[str, Any], progress: Progress, charge: Charge,
-    ) -> Outcome:  # fmt: skip
+        self,
+        job: _Job,
+        encoded: _Encoded,
+        unfinished: Unfinished,
+        state: TrainingState | None,
+        details: Mapping[str, Any],
+        progress: Progress,
+        charge: Charge,
+    ) -> Outcome:
         """All epochs that are left, in this process."""
         from copa_harness.lm.local.model import share_weights
         from copa_harness.tune import loop
@@ -302,9 +308,15 @@ class LoraTrainer:
             )
 
     def _run_in_processes(
-        self, job: _Job, encoded: _Encoded, unfinished: Unfinished, state: TrainingState | None,
-        details: Mapping[str, Any], progress: Progress, charge: Charge,
-    ) -> Outcome:  # fmt: skip
+        self,
+        job: _Job,
+        encoded: _Encoded,
+        unfinished: Unfinished,
+        state: TrainingState | None,
+        details: Mapping[str, Any],
+        progress: Progress,
+        charge: Charge,
+    ) -> Outcome:
         """The same in several; the first of them writes the files."""
         base = self.engine.generator.model
         shared = TrainingJob(
@@ -353,8 +365,12 @@ class LoraTrainer:
         if n_long or n_long_held_out:
             logger.warning(
                 "%d of %d training rows and %d of %d held-out rows are longer than %d tokens and are left out",
-                n_long, len(job.rows), n_long_held_out, len(job.held_out), longest,
-            )  # fmt: skip
+                n_long,
+                len(job.rows),
+                n_long_held_out,
+                len(job.held_out),
+                longest,
+            )
         return _Encoded(rows, held_out, n_long + n_long_held_out, longest)
 
     def _encode(

@@ -3,7 +3,7 @@
 Started by `processes`, which sets RANK, WORLD_SIZE and the like in its environment. Standard output carries one JSON
 object a line, about the first process's steps and anybody's failure; whatever else is printed goes to standard error.
 On standard input comes a byte for every step the first process may take. When standard input ends, so does this
-process, at once and wherever it is: whoever started it is gone. Knows nothing of budgets, recipes or DSPy.
+process, at once and wherever it is: whoever started it is gone.
 """
 
 from __future__ import annotations

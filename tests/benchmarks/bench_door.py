@@ -209,9 +209,14 @@ def warm_up(program, n):
 
 def ours(url, model, n, concurrency):
     lm = build_lm(
-        model, door=fresh_door("b"), cache_dir=Path(SCRATCH.name), api_base=url, api_key="k", temperature=0.0,
+        model,
+        door=fresh_door("b"),
+        cache_dir=Path(SCRATCH.name),
+        api_base=url,
+        api_key="k",
+        temperature=0.0,
         max_tokens=50,
-    )  # fmt: skip
+    )
     program = program_for(lm)
     warm_up(program, concurrency)
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -286,9 +291,14 @@ def fully_cached(n):
 def exactness(n):
     with Server(0.01) as server:
         lm = build_lm(
-            "openai/gpt-4o-mini", door=fresh_door("d"), cache_dir=Path(SCRATCH.name), api_base=server.url, api_key="k",
-            temperature=0.0, max_tokens=50,
-        )  # fmt: skip
+            "openai/gpt-4o-mini",
+            door=fresh_door("d"),
+            cache_dir=Path(SCRATCH.name),
+            api_base=server.url,
+            api_key="k",
+            temperature=0.0,
+            max_tokens=50,
+        )
         ceiling = n // 2
         with (
             whole_run(Budget(calls=ceiling, tokens=10**6), directory=Path(SCRATCH.name), run_id="bench"),
@@ -347,8 +357,11 @@ def embedded(rounds):
             list(pool.map(lambda request: engine.complete(request, seed=0), recorder.requests))
         own.append(time.perf_counter() - began)
     whole, own = (statistics.median(times[1:]) for times in (whole, own))  # the first loads the weights
-    print(f"\n(e) {len(task.testset)} Iris rows with 12 demonstrations, embedded model: evaluation "
-          f"{whole * 1e3:.0f} ms, engine alone {own * 1e3:.0f} ms; ratio {whole / own:.2f}", flush=True)  # fmt: skip
+    print(
+        f"\n(e) {len(task.testset)} Iris rows with 12 demonstrations, embedded model: evaluation "
+        f"{whole * 1e3:.0f} ms, engine alone {own * 1e3:.0f} ms; ratio {whole / own:.2f}",
+        flush=True,
+    )
 
 
 def main():

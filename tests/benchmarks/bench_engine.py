@@ -47,11 +47,23 @@ from copa_harness.lm.local.model import LocalModel  # noqa: E402
 from copa_harness.lm.local.scheduler import BatchGenerator  # noqa: E402
 
 SIZES = {
-    "2M": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4,
-           "num_key_value_heads": 4, "vocab_size": 5354},
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "num_key_value_heads": 12, "vocab_size": 16000},
-}  # fmt: skip
+    "2M": {
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 5354,
+    },
+    "100M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 16000,
+    },
+}
 N_REQUESTS = {"2M": 128, "100M": 16}
 N_ALONE = {"2M": 16, "100M": 2}
 PREFIX_TOKENS = 600
@@ -60,9 +72,13 @@ PREFIX_TOKENS = 600
 def write_model(size: str) -> Path:
     folder = Path(SCRATCH.name) / size
     config = transformers.LlamaConfig(
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
         **SIZES[size],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -89,8 +105,13 @@ def alone(model, work, indices):
     answers = []
     for i in indices:
         ids = torch.tensor([work.ids(i)])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.n_new[i],
-                             do_sample=False, pad_token_id=0)  # fmt: skip
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=work.n_new[i],
+            do_sample=False,
+            pad_token_id=0,
+        )
         answers.append(out[0, ids.shape[1] :].tolist())
     return answers
 
@@ -103,8 +124,9 @@ def padded(model, work, *, batch_size):
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         limits = work.n_new[start : start + batch_size]
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False,
-                             pad_token_id=0)  # fmt: skip
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, pad_token_id=0
+        )
         answers += [row[width : width + n].tolist() for row, n in zip(out, limits, strict=True)]
     return answers
 
@@ -112,14 +134,21 @@ def padded(model, work, *, batch_size):
 def continuous(model, work):
     """transformers' own, with blocks for this workload (its default took 5x as long here); answers are cut afterwards,
     since there is one limit of new tokens for all requests."""
-    config = transformers.GenerationConfig(max_new_tokens=max(work.n_new), do_sample=False, pad_token_id=0,
-                                           eos_token_id=-1)  # fmt: skip
+    config = transformers.GenerationConfig(
+        max_new_tokens=max(work.n_new), do_sample=False, pad_token_id=0, eos_token_id=-1
+    )
     page = 32
     blocks = PREFIX_TOKENS // page + 2 + len(work) * (80 // page + 3) + 4 * (700 // page + 1)
-    batching = transformers.ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=128,
-                                                     max_requests_per_batch=8)  # fmt: skip
-    found = model.generate_batch([work.ids(i) for i in range(len(work))], generation_config=config,
-                                 continuous_batching_config=batching, warmup=False, progress_bar=False)  # fmt: skip
+    batching = transformers.ContinuousBatchingConfig(
+        page_size=page, num_blocks=blocks, max_batch_tokens=128, max_requests_per_batch=8
+    )
+    found = model.generate_batch(
+        [work.ids(i) for i in range(len(work))],
+        generation_config=config,
+        continuous_batching_config=batching,
+        warmup=False,
+        progress_bar=False,
+    )
     answers = sorted(found.values(), key=lambda one: int(str(one.request_id).rsplit("_", 1)[-1]))
     return [list(one.generated_tokens)[:n] for one, n in zip(answers, work.n_new, strict=True)]
 
@@ -142,8 +171,16 @@ def ours(generator, work, *, cascades, indices=None, loras=None, warm=False):
         with generator.arriving():
             tokens = PromptTokens(tuple(work.ids(i)), PREFIX_TOKENS)
             lora = loras[i % len(loras)] if loras else None
-            job = generator.submit(Prompt(tokens=tokens, rules=DecodingRules(work.n_new[i]), lora=lora, chat=chat,
-                                          eos_ids=frozenset(), max_batch=128))  # fmt: skip
+            job = generator.submit(
+                Prompt(
+                    tokens=tokens,
+                    rules=DecodingRules(work.n_new[i]),
+                    lora=lora,
+                    chat=chat,
+                    eos_ids=frozenset(),
+                    max_batch=128,
+                )
+            )
         return list(generator.wait(job).ids)
 
     indices = range(len(work)) if indices is None else indices
@@ -276,12 +313,20 @@ def speed(size, threads, rounds):
     best = min(others, key=others.get)
     target = {"2M": 8, "100M": 5}[size]
     verdict = "met" if base / mine >= target else "MISSED"
-    print(f"  cascade: {base / mine:.1f}x one by one (target {target}x: {verdict}); {others[best] / mine:.1f}x the "
-          f"best other, {best}; near-ties answered alone: {generator.n_near_ties}")  # fmt: skip
+    print(
+        f"  cascade: {base / mine:.1f}x one by one (target {target}x: {verdict}); {others[best] / mine:.1f}x the "
+        f"best other, {best}; near-ties answered alone: {generator.n_near_ties}"
+    )
     if llama is not None:
         llama.close()
-    return {"size": size, "threads": threads, "ms": medians, "floor_ms": {str(k): v[0] for k, v in floors.items()},
-            "memory_mb": memory, "exact": exact}  # fmt: skip
+    return {
+        "size": size,
+        "threads": threads,
+        "ms": medians,
+        "floor_ms": {str(k): v[0] for k, v in floors.items()},
+        "memory_mb": memory,
+        "exact": exact,
+    }
 
 
 def write_lora(folder: Path, base: LocalModel, seed: int):
@@ -318,9 +363,11 @@ def second_adapter(size, threads, rounds, n_requests):
             times[name].append((time.perf_counter() - began) / len(work) * 1e3)
     medians = {name: statistics.median(values) for name, values in times.items()}
     extra = medians["two adapters"] / medians["one adapter"] - 1
-    print(f"\nadapters, {size}, {threads} thread(s), {len(work)} requests in flight, prefixes known: "
-          + ", ".join(f"{name} {value:.2f} ms/request" for name, value in medians.items())
-          + f"; the second costs {extra:+.0%} (target +10%: {'met' if extra <= 0.10 else 'MISSED'})")  # fmt: skip
+    print(
+        f"\nadapters, {size}, {threads} thread(s), {len(work)} requests in flight, prefixes known: "
+        + ", ".join(f"{name} {value:.2f} ms/request" for name, value in medians.items())
+        + f"; the second costs {extra:+.0%} (target +10%: {'met' if extra <= 0.10 else 'MISSED'})"
+    )
     return medians
 
 
@@ -377,8 +424,10 @@ def through_dspy(rounds):
             times["engine"].append(time.perf_counter() - began)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     ratio = medians["dspy"] / medians["engine"]
-    print(f"\n75 Iris rows, 12 demonstrations, 2 threads: engine {medians['engine']:.2f} s, through dspy "
-          f"{medians['dspy']:.2f} s: {ratio:.2f}x (target 1.5x: {'met' if ratio <= 1.5 else 'MISSED'})")  # fmt: skip
+    print(
+        f"\n75 Iris rows, 12 demonstrations, 2 threads: engine {medians['engine']:.2f} s, through dspy "
+        f"{medians['dspy']:.2f} s: {ratio:.2f}x (target 1.5x: {'met' if ratio <= 1.5 else 'MISSED'})"
+    )
     return medians
 
 
@@ -403,13 +452,16 @@ def start_up():
     environment = {**os.environ, "PYTHONPATH": str(root)}
     took = []
     for _ in range(3):
-        ran = subprocess.run([sys.executable, "-c", START_UP], capture_output=True, text=True, check=True,
-                             env=environment)  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-c", START_UP], capture_output=True, text=True, check=True, env=environment
+        )
         took.append(tuple(map(float, ran.stdout.split())))
     ready, answered = zip(*took, strict=True)
-    print(f"\nstart-up of the embedded model in a fresh process: ready after {min(ready):.1f}-{max(ready):.1f} s "
-          f"(target 3 s: {'met' if statistics.median(ready) <= 3 else 'MISSED'}), first answer, with dspy imported, "
-          f"after {min(answered):.1f}-{max(answered):.1f} s")  # fmt: skip
+    print(
+        f"\nstart-up of the embedded model in a fresh process: ready after {min(ready):.1f}-{max(ready):.1f} s "
+        f"(target 3 s: {'met' if statistics.median(ready) <= 3 else 'MISSED'}), first answer, with dspy imported, "
+        f"after {min(answered):.1f}-{max(answered):.1f} s"
+    )
     return took
 
 

@@ -311,8 +311,10 @@ def _lopsided(rng, n, margin, share):
 def at_the_margin(plan, rng):
     """Wrong verdicts when the true drop is exactly the margin: passes and failures, each at most 5 %."""
     print("\ntrue drop exactly the margin: share of runs that pass / fail (each must stay at or under 5 %)")
-    print(f"{'n':>4} {'margin':>6} {'right/wrong':>16} {'graded, few fall by 1':>22} {'graded, lopsided':>18} "
-          f"{'clustered':>16}")  # fmt: skip
+    print(
+        f"{'n':>4} {'margin':>6} {'right/wrong':>16} {'graded, few fall by 1':>22} {'graded, lopsided':>18} "
+        f"{'clustered':>16}"
+    )
     worst = []
     exact = functools.lru_cache(maxsize=None)(exact_share_p_value)
     for n in (50, 100, 200):
@@ -432,38 +434,50 @@ def report_targets(cells, again, margin_rates, threshold_rates, saved, plan):
         cell = worst(name, everything)
         tolerance = noise(cell.runs, 48)
         highest = max((c for c in cells if c.drop == 0), key=lambda c: c.rates[name])
-        lines.append((
-            f"false alarms at most 5 % in every cell, {label}",
-            f"highest {100 * highest.rates[name]:.1f} % of {highest.runs:,} runs ({highest.kind}, n = {highest.n}; "
-            f"simulation error {100 * math.sqrt(ALPHA * (1 - ALPHA) / highest.runs):.1f})",
-            cell.rates[name] <= ALPHA + tolerance,
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"false alarms at most 5 % in every cell, {label}",
+                f"highest {100 * highest.rates[name]:.1f} % of {highest.runs:,} runs ({highest.kind}, n = {highest.n}; "
+                f"simulation error {100 * math.sqrt(ALPHA * (1 - ALPHA) / highest.runs):.1f})",
+                cell.rates[name] <= ALPHA + tolerance,
+            )
+        )
     if again:
         cell, name, rate, bounds = max(again, key=lambda entry: entry[2])
-        lines.append((
-            "cells above 5 % at first, run again: 5 % is in or above the interval of each",
-            f"highest {100 * rate:.2f} % of {plan.again:,} [{100 * bounds.low:.2f}, {100 * bounds.high:.2f}] "
-            f"({cell.kind}, n = {cell.n}, {name})",
-            all(entry[3].low <= ALPHA for entry in again),
-        ))  # fmt: skip
+        lines.append(
+            (
+                "cells above 5 % at first, run again: 5 % is in or above the interval of each",
+                f"highest {100 * rate:.2f} % of {plan.again:,} [{100 * bounds.low:.2f}, {100 * bounds.high:.2f}] "
+                f"({cell.kind}, n = {cell.n}, {name})",
+                all(entry[3].low <= ALPHA for entry in again),
+            )
+        )
     tolerance = noise(plan.margins, len(margin_rates))
-    lines.append((
-        "wrong verdicts at the exact margin at most 5 % each",
-        f"highest {100 * max(margin_rates):.1f} %", max(margin_rates) <= ALPHA + tolerance,
-    ))  # fmt: skip
-    lines.append((
-        "early threshold verdicts differ from those of all rows in at most 5 %",
-        f"highest {100 * max(threshold_rates):.1f} %", max(threshold_rates) <= ALPHA,
-    ))  # fmt: skip
+    lines.append(
+        (
+            "wrong verdicts at the exact margin at most 5 % each",
+            f"highest {100 * max(margin_rates):.1f} %",
+            max(margin_rates) <= ALPHA + tolerance,
+        )
+    )
+    lines.append(
+        (
+            "early threshold verdicts differ from those of all rows in at most 5 %",
+            f"highest {100 * max(threshold_rates):.1f} %",
+            max(threshold_rates) <= ALPHA,
+        )
+    )
     changed = [c for c in cells if c.kind == "right/wrong" and c.drop > 0]
     gap = max(abs(c.rates["copa"] - c.rates["exact McNemar"]) for c in changed)
     formula = max(abs(c.rates["copa"] - c.rates["exact power"]) for c in changed)
-    lines.append((
-        "power within 2 points of exact McNemar when all rows are used",
-        f"largest gap {100 * gap:.1f} points on the same runs; {100 * formula:.1f} to the formula of `power.py` "
-        f"(simulation error {100 * 0.5 / math.sqrt(plan.binary):.1f})",
-        gap <= 0.02,
-    ))  # fmt: skip
+    lines.append(
+        (
+            "power within 2 points of exact McNemar when all rows are used",
+            f"largest gap {100 * gap:.1f} points on the same runs; {100 * formula:.1f} to the formula of `power.py` "
+            f"(simulation error {100 * 0.5 / math.sqrt(plan.binary):.1f})",
+            gap <= 0.02,
+        )
+    )
     cost = max(c.rates["copa"] - c.rates["copa sequential"] for c in changed)
     print(f"\nsequential mode costs at most {100 * cost:.0f} points of power in any right/wrong cell")
     rng = np.random.default_rng(11)
@@ -472,19 +486,24 @@ def report_targets(cells, again, margin_rates, threshold_rates, saved, plan):
         p_values = mcnemar_p_values(differences)
         power, rows = sequential("right/wrong", differences, p_values)
         oracle_power, oracle_rows = sprt(differences, disagreement=disagreement, drop=0.1)
-        lines.append((
-            f"sequential saves at least 40 % on a 10-point drop at n = 300, d = {disagreement}",
-            f"{100 * (1 - rows / 300):.0f} % saved; found in {100 * power:.1f} % (all rows: "
-            f"{100 * (p_values <= ALPHA).mean():.1f} %; Wald's test that knows d and the drop: "
-            f"{100 * (1 - oracle_rows / 300):.0f} % saved, found in {100 * oracle_power:.1f} %)",
-            1 - rows / 300 >= 0.4,
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"sequential saves at least 40 % on a 10-point drop at n = 300, d = {disagreement}",
+                f"{100 * (1 - rows / 300):.0f} % saved; found in {100 * power:.1f} % (all rows: "
+                f"{100 * (p_values <= ALPHA).mean():.1f} %; Wald's test that knows d and the drop: "
+                f"{100 * (1 - oracle_rows / 300):.0f} % saved, found in {100 * oracle_power:.1f} %)",
+                1 - rows / 300 >= 0.4,
+            )
+        )
     for (margin, disagreement), share in saved.items():
         if (margin, disagreement) in ((0.05, 0.02), (0.1, 0.05), (0.1, 0.1)):
-            lines.append((
-                f"nothing changed: a clear pass stops early (margin {margin}, d = {disagreement})",
-                f"{100 * share:.0f} % saved", share > 0.2,
-            ))  # fmt: skip
+            lines.append(
+                (
+                    f"nothing changed: a clear pass stops early (margin {margin}, d = {disagreement})",
+                    f"{100 * share:.0f} % saved",
+                    share > 0.2,
+                )
+            )
     print("\ntargets")
     for target, figure, met in lines:
         print(f"  {'met   ' if met else 'MISSED'}  {target}: {figure}")

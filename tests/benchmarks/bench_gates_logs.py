@@ -109,8 +109,10 @@ def main():
         print(f"{case:<18} {n:>4} {len(pairs):>6} {cells_} {worst:>11.3f}")
     alarms = {name: max(row[name] for row in rows if row["case"] in order[:3]) for name in ("copa", "copa sequential")}
     gap = max(abs(row["copa"] - row["promised"]) for row in rows if "promised" in row)
-    print(f"\nhighest share of false alarms: {100 * alarms['copa']:.1f} % looking once, "
-          f"{100 * alarms['copa sequential']:.1f} % looking after every row (at most 5 % wanted)")  # fmt: skip
+    print(
+        f"\nhighest share of false alarms: {100 * alarms['copa']:.1f} % looking once, "
+        f"{100 * alarms['copa sequential']:.1f} % looking after every row (at most 5 % wanted)"
+    )
     print(f"largest gap between power and what the formula promises: {100 * gap:.1f} points")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

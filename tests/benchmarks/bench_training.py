@@ -80,10 +80,15 @@ def write_model(size, directory):
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, intermediate_size=size.inner, vocab_size=VOCABULARY,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        intermediate_size=size.inner,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
 
@@ -103,9 +108,13 @@ def work(contender, directory, size, kind):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.requires_grad_(False)
     settings = LoraSettings(
-        rank=RANK, alpha=2 * RANK, epochs=10_000, batch_size=size.batch, learning_rate=1e-4,
+        rank=RANK,
+        alpha=2 * RANK,
+        epochs=10_000,
+        batch_size=size.batch,
+        learning_rate=1e-4,
         precision="bfloat16" if contender.endswith("bfloat16") else "float32",
-    )  # fmt: skip
+    )
     model = add_lora(model, settings)
     loaded = resident_mb()
     rows = rows_of(size, kind)
@@ -200,11 +209,20 @@ def trainer_steps(model, rows, settings, *, answer):
                 answer(self.seconds, logs["loss"])
 
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(rows), max_steps=10_000, use_cpu=True,
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps,
-        max_grad_norm=settings.max_grad_norm, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(rows),
+        max_steps=10_000,
+        use_cpu=True,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
         remove_unused_columns=False,
-    )  # fmt: skip
+    )
     transformers.Trainer(
         model=model, args=arguments, train_dataset=rows, data_collator=padded, callbacks=[Turns()]
     ).train()

@@ -17,9 +17,17 @@ def score(metric, trace=None):
 
 @pytest.mark.parametrize(
     ("returned", "expected"),
-    [(True, 1.0), (False, 0.0), (1, 1.0), (0.25, 0.25), (np.float32(0.5), 0.5), (np.bool_(True), 1.0),
-     (dspy.Prediction(score=0.75, feedback="ok"), 0.75), ({"score": 0.5}, 0.5)],
-)  # fmt: skip
+    [
+        (True, 1.0),
+        (False, 0.0),
+        (1, 1.0),
+        (0.25, 0.25),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), 1.0),
+        (dspy.Prediction(score=0.75, feedback="ok"), 0.75),
+        ({"score": 0.5}, 0.5),
+    ],
+)
 def test_bools_numbers_and_predictions_with_a_score_are_scores(returned, expected):
     assert score(lambda example, prediction: returned) == expected
 

@@ -188,7 +188,11 @@ def test_runs_carry_the_trace_of_predictor_calls():
 
 def test_a_search_may_ask_for_failures_not_to_be_raised():
     runs = run_examples(
-        program(), rows(2), metric=exact, split="validation", lm=ScriptedLM(lambda m: ProviderError("down")),
+        program(),
+        rows(2),
+        metric=exact,
+        split="validation",
+        lm=ScriptedLM(lambda m: ProviderError("down")),
         raise_if_nothing_works=False,
-    )  # fmt: skip
+    )
     assert [run.result.outcome for run in runs] == ["provider_error"] * 2

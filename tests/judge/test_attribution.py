@@ -50,8 +50,10 @@ def test_the_interaction_lies_inside_its_interval():
 
 
 def test_its_p_value_is_that_of_all_exchanges_of_sign():
-    cells = [{f"e{i}": float(v) for i, v in enumerate(values)} for values in
-             ([0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1])]  # fmt: skip
+    cells = [
+        {f"e{i}": float(v) for i, v in enumerate(values)}
+        for values in ([0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1])
+    ]
     interaction = [d - b - c + a for a, b, c, d in zip(*(list(cell.values()) for cell in cells), strict=True)]
     moved = [value for value in interaction if value]
     sums = [

@@ -136,10 +136,11 @@ def test_equal_strategies_with_grouped_examples_are_called_different_in_at_most_
     alarms = {True: 0, False: 0}
     for seed in range(100):
         table = {
-            name: {task: dict(zip(ids, np.repeat(rng.integers(0, 2, 10), 6).astype(float), strict=True))
-                   for task in groups}
+            name: {
+                task: dict(zip(ids, np.repeat(rng.integers(0, 2, 10), 6).astype(float), strict=True)) for task in groups
+            }
             for name in ("none", "p")
-        }  # fmt: skip
+        }
         for known in alarms:
             found = compare_strategies(table, reference="none", seed=seed, groups=groups if known else None)
             alarms[known] += row(found, "p").adjusted <= 0.05

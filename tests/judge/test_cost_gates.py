@@ -68,9 +68,16 @@ def test_spending_stands_behind_the_other_gates():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_usd": -1}, {"max_tokens": "many"}, {"better_than": ""}, {"better_than": 3}, {"min_pass_all": 90},
-     {"n_comparisons": 0}, {"n_comparisons": True}],
-)  # fmt: skip
+    [
+        {"max_usd": -1},
+        {"max_tokens": "many"},
+        {"better_than": ""},
+        {"better_than": 3},
+        {"min_pass_all": 90},
+        {"n_comparisons": 0},
+        {"n_comparisons": True},
+    ],
+)
 def test_gates_refuse_what_means_nothing(wrong):
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         Gates(**wrong)

@@ -88,9 +88,11 @@ def test_a_single_group_is_one_observation_however_many_examples_it_has():
         assert gate.verdict is Verdict.UNDECIDED
         assert "in 1 group" in gate.message
         gain = regression(
-            dict.fromkeys(ids, before), dict.fromkeys(ids, after), groups=one,
+            dict.fromkeys(ids, before),
+            dict.fromkeys(ids, after),
+            groups=one,
             rule=Gates(better_than="before", max_error_rate=1.0),
-        )  # fmt: skip
+        )
         assert gain.verdict is Verdict.UNDECIDED
     found = paired_difference([1.0] * 200, [0.0] * 200, ids=ids, groups=one)
     assert (found.p_value, found.n_groups) == (1.0, 1)

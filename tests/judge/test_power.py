@@ -24,9 +24,14 @@ def test_nothing_that_moves_is_never_shown():
 # Simulated, 4,000 runs each: the table of the design notes.
 @pytest.mark.parametrize(
     ("n", "disagreement", "drop", "power"),
-    [(100, 0.1, 0.05, 0.34), (100, 0.1, 0.1, 0.98), (200, 0.1, 0.05, 0.68), (300, 0.2, 0.05, 0.58),
-     (500, 0.2, 0.05, 0.77)],
-)  # fmt: skip
+    [
+        (100, 0.1, 0.05, 0.34),
+        (100, 0.1, 0.1, 0.98),
+        (200, 0.1, 0.05, 0.68),
+        (300, 0.2, 0.05, 0.58),
+        (500, 0.2, 0.05, 0.77),
+    ],
+)
 def test_the_power_is_the_simulated_one(n, disagreement, drop, power):
     assert mcnemar_power(n, drop=drop, disagreement=disagreement) == pytest.approx(power, abs=0.025)
 

@@ -23,12 +23,15 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
 def completion(text=ANSWER, usage=USAGE, **message):
     """The body of an ordinary answer."""
     return {
-        "id": "r", "object": "chat.completion", "created": 1, "model": "m",
+        "id": "r",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
         "choices": [
             {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text, **message}}
         ],
         **({} if usage is None else {"usage": usage}),
-    }  # fmt: skip
+    }
 
 
 @dataclass

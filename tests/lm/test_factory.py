@@ -66,9 +66,16 @@ def test_a_setting_that_does_not_fit_is_one_clear_error(build, spec, kwargs, mes
 
 
 @pytest.mark.parametrize(
-    "spec", ["openai/gpt-4o-mini", "anthropic/claude-haiku-4-5", "ollama_chat/llama3.2", "hosted_vllm/org/m",
-             "together_ai/org/m", "openai/gpt-5"]
-)  # fmt: skip
+    "spec",
+    [
+        "openai/gpt-4o-mini",
+        "anthropic/claude-haiku-4-5",
+        "ollama_chat/llama3.2",
+        "hosted_vllm/org/m",
+        "together_ai/org/m",
+        "openai/gpt-5",
+    ],
+)
 def test_names_dspy_knows_become_endpoint_models_with_the_providers_own_defaults(build, spec):
     lm = build(spec)
     assert isinstance(lm.engine, EndpointEngine)

@@ -46,9 +46,12 @@ def asked_of_dspy(messages, call_settings):
         def complete(self, request):
             seen.append(request)
             return dspy.lm15.Response(
-                id=None, model="m", message=dspy.lm15.Message.assistant("a"), finish_reason="stop",
+                id=None,
+                model="m",
+                message=dspy.lm15.Message.assistant("a"),
+                finish_reason="stop",
                 usage=dspy.lm15.Usage(),
-            )  # fmt: skip
+            )
 
     lm = dspy.LM("m", engine=Engine(), cache=False, num_retries=0)
     with warnings.catch_warnings():

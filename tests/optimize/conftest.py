@@ -174,6 +174,11 @@ def stages():
         return wrong + [request for request in tell_lm.requests if "`[[ ## kind ## ]]`" not in request.prompt]
 
     return SimpleNamespace(
-        program=program, compiled=compiled, look_lm=look_lm, tell_lm=tell_lm, writer=writer, strays=strays,
+        program=program,
+        compiled=compiled,
+        look_lm=look_lm,
+        tell_lm=tell_lm,
+        writer=writer,
+        strays=strays,
         metric=metric,
-    )  # fmt: skip
+    )

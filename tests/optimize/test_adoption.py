@@ -180,9 +180,12 @@ def test_a_program_no_worse_and_cheaper_than_the_one_as_written_may_be_preferred
         return row.weight > "3"
 
     copa = COPA(
-        metric=toy.metric, lm=scripted([*rows, *toy.train], is_right), strategy="p", budget=600,
+        metric=toy.metric,
+        lm=scripted([*rows, *toy.train], is_right),
+        strategy="p",
+        budget=600,
         prefer="shortest within 1 point of best",
-    )  # fmt: skip
+    )
     program = copa.compile(shown, trainset=toy.train, valset=rows)
     assert program.demos == []
     assert program.copa_result.evidence["adopted"]

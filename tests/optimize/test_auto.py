@@ -11,18 +11,26 @@ from copa_harness.strategy import parse_strategy
 
 def choice(n, *, calls=400, tunable=False, writer=True, n_validation=1):
     return choose_strategy(
-        n_train=n - n_validation, n_validation=n_validation, calls=calls, calls_per_example=1, tunable=tunable,
+        n_train=n - n_validation,
+        n_validation=n_validation,
+        calls=calls,
+        calls_per_example=1,
+        tunable=tunable,
         has_prompt_lm=writer,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
     ("n", "strategy"),
     [
-        (1, "miprov2"), (2, "miprov2"), (3, "bootstrap_fewshot"), (19, "bootstrap_fewshot"),
-        (20, "bootstrap_fewshot_random_search"), (500, "bootstrap_fewshot_random_search"),
+        (1, "miprov2"),
+        (2, "miprov2"),
+        (3, "bootstrap_fewshot"),
+        (19, "bootstrap_fewshot"),
+        (20, "bootstrap_fewshot_random_search"),
+        (500, "bootstrap_fewshot_random_search"),
     ],
-)  # fmt: skip
+)
 def test_the_number_of_examples_decides(n, strategy):
     found = choice(n)
     assert found.strategy == strategy

@@ -9,9 +9,14 @@ from copa_harness.optimize.options import describe_budget, parse_budget
 def test_every_ceiling_can_be_written():
     budget = parse_budget("calls=500,usd=2.5,tokens=1e6,input_tokens=9000,output_tokens=800,seconds=600,train_steps=40")
     assert budget.ceilings == {
-        "calls": 500, "tokens": 1_000_000, "input_tokens": 9000, "output_tokens": 800, "usd": 2.5, "seconds": 600,
+        "calls": 500,
+        "tokens": 1_000_000,
+        "input_tokens": 9000,
+        "output_tokens": 800,
+        "usd": 2.5,
+        "seconds": 600,
         "train_steps": 40,
-    }  # fmt: skip
+    }
 
 
 def test_a_level_may_stand_among_the_ceilings():

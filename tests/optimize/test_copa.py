@@ -267,9 +267,14 @@ def test_without_rows_to_train_on_the_rest_is_searched_and_a_note_says_so(two_st
     two_steps.metric = lambda example, prediction, trace=None: 0.5 * (example.kind == prediction.kind)
     lines = []
     program = optimized(
-        two_steps, strategy, lm=two_steps.lm(provider=two_steps.provider), budget=900, on_progress=lines.append,
-        prompt_lm=writer, transfer=False,
-    )  # fmt: skip
+        two_steps,
+        strategy,
+        lm=two_steps.lm(provider=two_steps.provider),
+        budget=900,
+        on_progress=lines.append,
+        prompt_lm=writer,
+        transfer=False,
+    )
     result = program.copa_result
     assert not two_steps.provider.trained
     assert sum("no weights were trained" in note for note in result.notes) == 1

@@ -63,10 +63,12 @@ def test_every_stage_of_a_program_gets_proposals_and_credit(toy):
         size = float(asked.split("[[ ## size ## ]]")[1].split()[0])
         return {"note": "large" if size >= 5 and "compare" in messages[0]["content"] else "little"}
 
-    writer = ScriptedLM(lambda messages: {
-        "proposed_instruction": "Read and compare." if "read:" in messages[-1]["content"] else "Decide now.",
-        "program_description": "Reads, then decides.",
-    })  # fmt: skip
+    writer = ScriptedLM(
+        lambda messages: {
+            "proposed_instruction": "Read and compare." if "read:" in messages[-1]["content"] else "Decide now.",
+            "program_description": "Reads, then decides.",
+        }
+    )
     lm = ScriptedLM(answers, fingerprint=lambda model: f"steps:{model}")
     copa = COPA(metric=toy.metric, budget=600, lm=lm, strategy="p", prompt_lm=writer, max_demos=3, n_demo_sets=2)
     program = copa.compile(TwoSteps(), trainset=toy.train, valset=toy.val)

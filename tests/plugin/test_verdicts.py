@@ -397,9 +397,7 @@ def test_better_than_has_the_same_answer_however_many_workers_there_are(pytester
     alone.stdout.fnmatch_lines(["*test_needs_a_later_run: better_than=p is judged now*fail.*"])
     assert alone.ret == 1
     serial = gates()
-    assert [gate["verdict"] for found in serial.values() for gate in found] == [
-        "fail", "fail", "pass", "undecided"
-    ]  # fmt: skip
+    assert [gate["verdict"] for found in serial.values() for gate in found] == ["fail", "fail", "pass", "undecided"]
     shared = pytester.runpytest_subprocess(*STRICT, "-n", "2")
     assert shared.ret == 1
     assert gates() == serial

@@ -55,8 +55,13 @@ def test_the_ranking_puts_the_best_first_with_corrected_p_values_and_cost():
 
 
 def test_the_ranking_takes_the_tasks_that_most_strategies_have_run():
-    runs = [record("none", 0.2), record("p", 0.6, seed=1), record("none", 0.2, task="wine"),
-            record("p", 0.6, task="wine", seed=2), record("gepa", 0.5, seed=3)]  # fmt: skip
+    runs = [
+        record("none", 0.2),
+        record("p", 0.6, seed=1),
+        record("none", 0.2, task="wine"),
+        record("p", 0.6, task="wine", seed=2),
+        record("gepa", 0.5, seed=3),
+    ]
     text = ranking_table(runs)
     assert "gepa" not in text
     assert " 80 " in text
@@ -89,9 +94,15 @@ def early_record():
     evaluation = EvaluationResult("test", "lm", rows, mean_interval([1.0] * len(rows)), usage)
     answer = watch.finish(evaluation)
     return answer, RunRecord.from_evaluation(
-        evaluation, test="t", task="iris", strategy="none", lm="lm", split="test", gates=answer.gates,
+        evaluation,
+        test="t",
+        task="iris",
+        strategy="none",
+        lm="lm",
+        split="test",
+        gates=answer.gates,
         sequential=answer.to_json(),
-    )  # fmt: skip
+    )
 
 
 def test_rows_and_dollars_saved_are_shown_with_a_total():
@@ -151,8 +162,9 @@ def test_examples_that_share_a_group_widen_every_interval_of_the_report():
     groups = {key: str(i // 8) for i, key in enumerate(IDS)}
 
     def table(**more):
-        return all_tables([record("none", 0.2, **more), record("p", 0.6, seed=1, **more),
-                           record("gepa", 0.9, seed=2, **more)])  # fmt: skip
+        return all_tables(
+            [record("none", 0.2, **more), record("p", 0.6, seed=1, **more), record("gepa", 0.9, seed=2, **more)]
+        )
 
     def width(text):
         (line,) = [line for line in text.splitlines() if "gepa" in line and " | " in line]

@@ -8,9 +8,18 @@ from copa_harness.results import Usage
 
 def run(**more):
     return RunRecord(
-        test="t", task="toy", strategy="p", lm="m", split="test", score=0.9, n=10, n_failed=0, interval=None,
-        usage=Usage(), **more,
-    )  # fmt: skip
+        test="t",
+        task="toy",
+        strategy="p",
+        lm="m",
+        split="test",
+        score=0.9,
+        n=10,
+        n_failed=0,
+        interval=None,
+        usage=Usage(),
+        **more,
+    )
 
 
 CREDIT = {
@@ -27,9 +36,15 @@ CREDIT = {
 
 def arm(family, name, gain):
     return {
-        "family": family, "arm": name, "offered": 3, "tries": 5, "mean_gain": 0.11, "gain": gain, "low": gain - 0.1,
+        "family": family,
+        "arm": name,
+        "offered": 3,
+        "tries": 5,
+        "mean_gain": 0.11,
+        "gain": gain,
+        "low": gain - 0.1,
         "high": gain + 0.1,
-    }  # fmt: skip
+    }
 
 
 def test_who_earned_it_names_stage_part_gain_and_method():
@@ -69,9 +84,21 @@ def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
 
 def evidence(**given):
     return {
-        "n": 25, "unseen": 0, "n_tried": 7, "difference": 0.24, "low": 0.06, "high": 0.42, "gained": 7, "lost": 1,
-        "p_value": 0.0352, "level": 0.2, "tested": True, "adopted": True, "why": "", **given,
-    }  # fmt: skip
+        "n": 25,
+        "unseen": 0,
+        "n_tried": 7,
+        "difference": 0.24,
+        "low": 0.06,
+        "high": 0.42,
+        "gained": 7,
+        "lost": 1,
+        "p_value": 0.0352,
+        "level": 0.2,
+        "tested": True,
+        "adopted": True,
+        "why": "",
+        **given,
+    }
 
 
 def test_the_evidence_table_says_on_which_rows_and_what_was_returned():

@@ -165,9 +165,12 @@ def test_importing_a_room_loads_nothing_heavy(room):
         "print([m for m in ('numpy', 'scipy', 'tabulate', 'dspy', 'torch', 'pytest') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -11,14 +11,31 @@ from copa_harness.results import Budget, Interval, Usage
 
 SEARCH = {"reason": "every combination was tried", "n_trials": 12, "calls": 300}
 BIG = RunRecord(
-    test="suite.py::test_big", task="iris", strategy="p", lm="embedded", split="test", score=0.9, n=10, n_failed=0,
-    interval=Interval(0.6, 1.0), usage=Usage(300), budget=Budget(400, "light"), search=SEARCH, seed=0,
-    scores={str(i): float(i > 0) for i in range(10)}, validation_after=0.9,
-)  # fmt: skip
+    test="suite.py::test_big",
+    task="iris",
+    strategy="p",
+    lm="embedded",
+    split="test",
+    score=0.9,
+    n=10,
+    n_failed=0,
+    interval=Interval(0.6, 1.0),
+    usage=Usage(300),
+    budget=Budget(400, "light"),
+    search=SEARCH,
+    seed=0,
+    scores={str(i): float(i > 0) for i in range(10)},
+    validation_after=0.9,
+)
 SMALL = replace(
-    BIG, test="suite.py::test_small", budget=Budget(100, "calls=100"), score=0.8, validation_after=0.7,
-    scores={str(i): float(i > 1) for i in range(10)}, search={**SEARCH, "calls": 99},
-)  # fmt: skip
+    BIG,
+    test="suite.py::test_small",
+    budget=Budget(100, "calls=100"),
+    score=0.8,
+    validation_after=0.7,
+    scores={str(i): float(i > 1) for i in range(10)},
+    search={**SEARCH, "calls": 99},
+)
 BASE = replace(BIG, strategy="none", score=0.5, scores={str(i): float(i > 4) for i in range(10)}, search={})
 
 

@@ -19,9 +19,20 @@ from copa_harness.results import (
 )
 
 MINIMUM = {
-    "test", "task", "strategy", "lm", "split", "score", "n", "n_failed", "interval", "usage", "phases", "verdict",
+    "test",
+    "task",
+    "strategy",
+    "lm",
+    "split",
+    "score",
+    "n",
+    "n_failed",
+    "interval",
+    "usage",
+    "phases",
+    "verdict",
     "artifact",
-}  # fmt: skip
+}
 USAGE = {"paid_calls", "cached_calls", "input_tokens", "output_tokens", "usd", "train_steps", "wall_s"}
 
 counts = st.integers(0, 10**6)

@@ -30,11 +30,19 @@ FOUR = [run("none", 24), run("w", 50), run("p", 57), run("p -> w -> p", 70)]
 @pytest.mark.parametrize(
     ("strategy", "kind"),
     [
-        ("none", "baseline"), ("w", "weights"), ("W -> w", "weights"), ("p", "prompts"),
-        ("demos -> instructions", "prompts"), ("p -> w", "joint"), ("joint", "joint"), ("gepa -> w -> gepa", "joint"),
-        ("miprov2", "other"), ("better_together", "other"), ("given program", "other"),
+        ("none", "baseline"),
+        ("w", "weights"),
+        ("W -> w", "weights"),
+        ("p", "prompts"),
+        ("demos -> instructions", "prompts"),
+        ("p -> w", "joint"),
+        ("joint", "joint"),
+        ("gepa -> w -> gepa", "joint"),
+        ("miprov2", "other"),
+        ("better_together", "other"),
+        ("given program", "other"),
     ],
-)  # fmt: skip
+)
 def test_a_strategy_has_a_column(strategy, kind):
     assert kind_of(strategy) == kind
 
@@ -89,9 +97,17 @@ def test_two_models_are_two_rows():
 
 
 def test_numbers_are_right_aligned_and_tables_fit_140_columns():
-    long = [run(s, 50, task="breast_cancer", usage=Usage(123456, 12345, 0, 10**8, 10**6, 0, 9999, 12345.6),
-                phases=(PhaseRecord(s, Usage(), 0.1, 0.9),), budget=Budget(400, "light"))
-            for s in ("none", "w", "p", "p -> w -> p", "bootstrap_fewshot_random_search")]  # fmt: skip
+    long = [
+        run(
+            s,
+            50,
+            task="breast_cancer",
+            usage=Usage(123456, 12345, 0, 10**8, 10**6, 0, 9999, 12345.6),
+            phases=(PhaseRecord(s, Usage(), 0.1, 0.9),),
+            budget=Budget(400, "light"),
+        )
+        for s in ("none", "w", "p", "p -> w -> p", "bootstrap_fewshot_random_search")
+    ]
     for _, table in all_tables(long):
         assert max(len(line) for line in table.splitlines()) <= 142
     lines = copa_table(FOUR).splitlines()
@@ -106,9 +122,16 @@ def test_the_phase_table_has_a_row_per_phase_and_a_total_per_run():
     record = run("w -> p", 70, usage=weights + prompts, phases=phases, **before_after)
     table = phase_table([record])
     assert cells(table, "instructions") == {
-        "task": "", "strategy": "", "phase": "instructions", "paid calls": "390", "cached": "9", "tokens": "9,880",
-        "train steps": "0", "seconds": "8.5", "score before -> after": "0.700 -> 0.900 +0.200",
-    }  # fmt: skip
+        "task": "",
+        "strategy": "",
+        "phase": "instructions",
+        "paid calls": "390",
+        "cached": "9",
+        "tokens": "9,880",
+        "train steps": "0",
+        "seconds": "8.5",
+        "score before -> after": "0.700 -> 0.900 +0.200",
+    }
     total = cells(table, "total")
     assert (total["paid calls"], total["tokens"], total["train steps"]) == ("400", "10,000", "48")
     assert total["score before -> after"] == "0.300 -> 0.900 +0.600"

@@ -8,9 +8,18 @@ from copa_harness.results import Budget
 
 SEARCH = {"reason": "the budget: 400 of 400 calls used", "n_trials": 12, "calls": 400}
 RUN = RunRecord(
-    test="test_it", task="iris", strategy="joint", lm="embedded", split="test", score=0.9, n=75, n_failed=0,
-    interval=None, budget=Budget(400, "light"), search=SEARCH,
-)  # fmt: skip
+    test="test_it",
+    task="iris",
+    strategy="joint",
+    lm="embedded",
+    split="test",
+    score=0.9,
+    n=75,
+    n_failed=0,
+    interval=None,
+    budget=Budget(400, "light"),
+    search=SEARCH,
+)
 
 
 def test_it_says_why_and_after_how_much():

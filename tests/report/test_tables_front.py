@@ -7,17 +7,33 @@ from copa_harness.results import Usage
 
 def run(**more):
     return RunRecord(
-        test="t", task="toy", strategy="p", lm="m", split="test", score=0.9, n=10, n_failed=0, interval=None,
-        usage=Usage(), **more,
-    )  # fmt: skip
+        test="t",
+        task="toy",
+        strategy="p",
+        lm="m",
+        split="test",
+        score=0.9,
+        n=10,
+        n_failed=0,
+        interval=None,
+        usage=Usage(),
+        **more,
+    )
 
 
 def entry(score, tokens, *, returned=False):
     return {
-        "score": score, "objective": "prompt_tokens", "prompt_tokens_per_answer": tokens, "usd_per_answer": None,
-        "output_tokens_per_answer": 4.0, "seconds_per_answer": 0.25, "longest_prompt": 1200, "n_demos": 3, "model": "m",
+        "score": score,
+        "objective": "prompt_tokens",
+        "prompt_tokens_per_answer": tokens,
+        "usd_per_answer": None,
+        "output_tokens_per_answer": 4.0,
+        "seconds_per_answer": 0.25,
+        "longest_prompt": 1200,
+        "n_demos": 3,
+        "model": "m",
         "returned": returned,
-    }  # fmt: skip
+    }
 
 
 FRONT = (entry(0.8, 100.0), entry(0.85, 400.0, returned=True), entry(0.86, 1000.0))

@@ -10,9 +10,18 @@ from copa_harness.session.settings import Settings
 
 def row(test, *gates, **more):
     record = RunRecord(
-        test=test, task="t", strategy="p", lm="m", split="test", score=0.5, n=9, n_failed=0,
-        interval=Interval(0.2, 0.8), gates=gates, verdict=Verdict.UNDECIDED,
-    )  # fmt: skip
+        test=test,
+        task="t",
+        strategy="p",
+        lm="m",
+        split="test",
+        score=0.5,
+        n=9,
+        n_failed=0,
+        interval=Interval(0.2, 0.8),
+        gates=gates,
+        verdict=Verdict.UNDECIDED,
+    )
     return {"order": 0, "test": test, "record": record.to_json(), "unchecked": False, **more}
 
 

@@ -115,9 +115,15 @@ def test_every_argument_of_copa_is_the_markers_or_left_out_on_purpose():
 
 def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
     given = {
-        "sampler": "gp", "pass_score": 0.5, "groundings": ["data"], "n_reflected": 0, "transfer": False,
-        "n_checkpoints": 2, "trials_at_once": 3, "lora": {"processes": 2},
-    }  # fmt: skip
+        "sampler": "gp",
+        "pass_score": 0.5,
+        "groundings": ["data"],
+        "n_reflected": 0,
+        "transfer": False,
+        "n_checkpoints": 2,
+        "trials_at_once": 3,
+        "lora": {"processes": 2},
+    }
     from copa_harness import COPA
 
     said = marker(strategy="p", min_score=0.9, **given).search_settings()

@@ -5,8 +5,13 @@ import pytest
 from copa_harness.errors import ArtifactError
 from copa_harness.store.artifacts import load_artifact, save_artifact
 
-STATE = {"predict": {"demos": [{"petal": 1.2, "token": "abcd1234efgh5678"}], "signature": {"instructions": "Answer."},
-                     "lm": {"model": "openai/x", "api_key": "abcd1234efgh5678"}}}  # fmt: skip
+STATE = {
+    "predict": {
+        "demos": [{"petal": 1.2, "token": "abcd1234efgh5678"}],
+        "signature": {"instructions": "Answer."},
+        "lm": {"model": "openai/x", "api_key": "abcd1234efgh5678"},
+    }
+}
 
 
 @pytest.fixture
@@ -30,8 +35,9 @@ def test_what_was_saved_is_loaded_and_verified(tmp_path, lora):
     assert artifact.program_state["predict"]["demos"] == STATE["predict"]["demos"]
     assert artifact.lora_directory == tmp_path / "artifacts" / "iris" / "lora"
     assert sorted(p.name for p in artifact.lora_directory.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors"
-    ]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert [p.name for p in (tmp_path / "artifacts").iterdir()] == ["iris"]
 
 
@@ -91,8 +97,16 @@ def test_a_manifest_cannot_lead_outside_the_folder(tmp_path, name):
         load_artifact(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "copa_harness artifact", "schema": 99}',
-                                  '{"kind": "copa_harness artifact", "schema": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"kind": "copa_harness artifact", "schema": 99}',
+        '{"kind": "copa_harness artifact", "schema": 1}',
+    ],
+)
 def test_a_broken_manifest_is_an_artifact_error_with_a_remedy(tmp_path, text):
     path = saved(tmp_path)
     (path / "manifest.json").write_text(text)

@@ -72,12 +72,17 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema": 99}, {"kind": "x"}, {"n": 7}, {"examples": [{"id": "a"}]}, {"examples": 3}, {"interval": {}},
+        {"schema": 99},
+        {"kind": "x"},
+        {"n": 7},
+        {"examples": [{"id": "a"}]},
+        {"examples": 3},
+        {"interval": {}},
         {"examples": [{"id": "a", "score": 7}], "n": 1},
         {"examples": [{"id": "a", "score": 1}, {"id": "a", "score": 0}], "n": 2},
         {"examples": [{"id": "a", "score": 1, "outcome": "lucky"}], "n": 1},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_baseline_is_an_error_and_not_a_missing_one(tmp_path, changes):
     edit(save_baseline(tmp_path, baseline()), **changes)
     with pytest.raises(ArtifactError, match=r"git checkout.*--copa-bless"):

@@ -55,8 +55,15 @@ def test_another_metric_or_data_is_said_and_scores_of_another_metric_are_not_com
 
 def test_the_text_tells_scores_difference_and_examples():
     text = diff_baselines(BEFORE, AFTER).text()
-    for words in ("score   0.625 -> 0.562", "3 examples in common", "1 better, 1 worse", "worse   a  1.000 -> 0.000",
-                  "gone    1 example: d", "new     1 example: e", "version dspy 3.4.0 -> 3.4.1"):  # fmt: skip
+    for words in (
+        "score   0.625 -> 0.562",
+        "3 examples in common",
+        "1 better, 1 worse",
+        "worse   a  1.000 -> 0.000",
+        "gone    1 example: d",
+        "new     1 example: e",
+        "version dspy 3.4.0 -> 3.4.1",
+    ):
         assert words in text
 
 

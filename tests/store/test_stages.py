@@ -12,8 +12,10 @@ def test_what_was_put_comes_back(tmp_path):
     store = StageStore(tmp_path / "stages")
     store.put("iris/joint", {"score": 0.5, "rows": [1, None, "ä"], "deep": {"a": [{}]}})
     assert StageStore(tmp_path / "stages").get("iris/joint") == {
-        "score": 0.5, "rows": [1, None, "ä"], "deep": {"a": [{}]}
-    }  # fmt: skip
+        "score": 0.5,
+        "rows": [1, None, "ä"],
+        "deep": {"a": [{}]},
+    }
 
 
 def test_nothing_is_created_before_the_first_put(tmp_path):

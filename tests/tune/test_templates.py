@@ -52,9 +52,16 @@ TEMPLATES = {
 """By name: a template written after the model family's own, and the token that ends an answer."""
 
 SPECIAL = (
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
-    "<start_of_turn>", "<end_of_turn>", "<|endoftext|>",
-)  # fmt: skip
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+)
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,15 @@ def make(stub, tiny_folder, tmp_path):
     def make_():
         door = Door(cache=ResponseCache(tmp_path / "responses"))
         lm = build_lm(
-            NAME, door=door, cache_dir=tmp_path, api_base=stub.url, base_weights=f"hf:{tiny_folder}",
-            num_retries=0, max_tokens=6, temperature=0.0,
-        )  # fmt: skip
+            NAME,
+            door=door,
+            cache_dir=tmp_path,
+            api_base=stub.url,
+            base_weights=f"hf:{tiny_folder}",
+            num_retries=0,
+            max_tokens=6,
+            temperature=0.0,
+        )
         return attach_provider(lm, settings=QUICK)
 
     return make_
@@ -142,8 +148,12 @@ def test_better_together_with_bootstrap_finetune_works_on_the_server(make, stub,
             metric=right, p=dspy.LabeledFewShot(k=2), w=dspy.BootstrapFinetune(metric=right, num_threads=2)
         )
         compiled = optimizer.compile(
-            program, trainset=examples[:6], valset=examples[6:], strategy="p -> w", num_threads=2,
+            program,
+            trainset=examples[:6],
+            valset=examples[6:],
+            strategy="p -> w",
+            num_threads=2,
             optimizer_compile_args={"w": {"teacher": teacher}},
-        )  # fmt: skip
+        )
     assert not compiled.flag_compilation_error_occurred
     assert any("@" in model for model in stub.answered)

@@ -11,8 +11,7 @@ falls to it is stopped; over all looks this happens by chance with probability a
 left of alpha, so next to no power is lost to a single look at all rows, and a large drop is found in half of them.
 
 Source: Lan & DeMets (1983), Biometrika 70:659, with the power family of Kim & DeMets (1987), Biometrika 74:149; the
-p-value orders outcomes by the row they stop at (Jennison & Turnbull 2000, section 8.4). Knows nothing of examples,
-gates, models or files.
+p-value orders outcomes by the row they stop at (Jennison & Turnbull 2000, section 8.4).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ The fractions are a fixed grid with equal weights ("diversified Kelly"), so no r
 * a shuffled split of N rows, asked about the mean of that very split: before row t the mean of what is left is
   (N mu - S_{t-1}) / (N - t + 1), which takes the place of mu; when it leaves [low, high] the answer is certain.
 
-Source: Waudby-Smith & Ramdas (2024), "Estimating means of bounded random variables by betting", JRSS-B 86:1, section
-5 (without replacement) and appendix B (grids). Knows nothing of examples, gates, models or files.
+Source: Waudby-Smith & Ramdas (2024), "Estimating means of bounded random variables by betting", JRSS-B 86:1, section 5
+(without replacement) and appendix B (grids).
 """
 
 from __future__ import annotations

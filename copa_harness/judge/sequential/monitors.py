@@ -11,8 +11,7 @@ A monitor per gate watches the rows and never takes back a verdict:
   the end (`noninferiority.py`). Either way the whole errs with probability at most alpha; the answer says how much
   power stopping early costs.
 
-Examples of one group are drawn together and are one bet. Knows nothing of models, files or pytest; whoever evaluates
-asks for the order, adds scores, and stops when told.
+Examples of one group are drawn together and are one bet.
 """
 
 from __future__ import annotations

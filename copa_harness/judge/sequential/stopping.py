@@ -8,9 +8,9 @@
     answer = watch.finish(evaluation of the examples used)
 
 All gates on scores are watched at once; the run ends when each has its verdict or one has failed. Statistics are
-`sequential.py`'s. Knows nothing of models, files or pytest.
+`sequential.py`'s.
 
-What a sequential run found, saved and cost, in numbers and in words. Knows nothing of how it was watched.
+What a sequential run found, saved and cost, in numbers and in words.
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ class SequentialAnswer:
     def to_json(self) -> dict[str, Any]:
         """The numbers, for a report."""
         return {
-            "n_used": self.n_used, "n_total": self.n_total, "usd_saved": self.usd_saved,
+            "n_used": self.n_used,
+            "n_total": self.n_total,
+            "usd_saved": self.usd_saved,
             "visible_drop": self.visible_drop,
             "power_fixed": None if self.power is None else self.power.fixed,
             "power_sequential": None if self.power is None else self.power.sequential,
             "mean_rows": None if self.power is None else self.power.mean_rows,
-        }  # fmt: skip
+        }
 
 
 def stopped_early(
@@ -99,8 +101,11 @@ def stopped_early(
     failed = monitor.verdict is Verdict.FAIL
     p_value = p_worse if failed else p_not_worse
     details = after_looking(answer.details, monitor) | {
-        "n_used": n_used, "n_total": n_total, "p_sequential": p_value, "alpha": monitor.alpha,
-    }  # fmt: skip
+        "n_used": n_used,
+        "n_total": n_total,
+        "p_sequential": p_value,
+        "alpha": monitor.alpha,
+    }
     looked = "exact McNemar test with error spending" if monitor.is_exact else "betting e-process"
     against = "a drop" if monitor.margin == 0 else f"a drop of more than {monitor.margin:g}"
     found = f"{against} is shown" if failed else f"{against} is ruled out" if monitor.margin else "a gain is shown"
@@ -309,8 +314,11 @@ class SequentialJudge:
             alpha = monitor.alpha_at_the_end
             note = f"(Looking early left an error rate of {alpha:.2g} of {self._alpha:.2g} for this last test.)"
         shared: dict[str, Any] = {
-            "alpha": alpha, "fingerprints": self._fingerprints, "seed": self._seed, "groups": self._groups,
-        }  # fmt: skip
+            "alpha": alpha,
+            "fingerprints": self._fingerprints,
+            "seed": self._seed,
+            "groups": self._groups,
+        }
         if kind == "regression":
             bless = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
             margin = self._gates.max_regression or 0.0

@@ -2,18 +2,15 @@
 
 A cost is held before anything is paid, in its worst case, and settled at what it turned out to be. Spent plus held
 never exceeds a ceiling. A cost that would fit if only the calls in flight turned out cheaper waits for them; one that
-cannot fit is refused. Amounts are integers (dollars as 10^-12 dollars), so no rounding adds up. Knows nothing of
-requests, engines, phases or processes.
+cannot fit is refused. Amounts are integers (dollars as 10^-12 dollars), so no rounding adds up.
 
 A cost held in several accounts at once, and which amounts the ceilings in force ask to know beforehand.
 
-Knows nothing of scopes, requests or engines.
-
 The most a call can cost, known before it is made, and what it did cost, known afterwards.
 
-A token of every byte-level tokenizer covers at least one byte, so a prompt's UTF-8 bytes plus an allowance for the
-chat template bound its tokens from above; `max_tokens` bounds the answer. What a provider does not report, or reports
-impossibly, counts as that bound. Knows nothing of budgets or accounts.
+A token of every byte-level tokenizer covers at least one byte, so a prompt's UTF-8 bytes plus an allowance for the chat
+template bound its tokens from above; `max_tokens` bounds the answer. What a provider does not report, or reports
+impossibly, counts as that bound.
 """
 
 from __future__ import annotations

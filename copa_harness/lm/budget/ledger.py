@@ -3,7 +3,7 @@
 It counts real payments, not distinct requests: what is bought by any pytest-xdist worker is held here before it is
 paid, in one SQLite transaction that no other process can interleave with. The holds of a process that died count as
 spent, since the provider may have billed them. Every run has a ledger of its own (`runs/<run id>.sqlite`), so a run
-that is started again begins at zero and pays for what is missing only. Knows nothing of requests, engines or phases.
+that is started again begins at zero and pays for what is missing only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Prices and answer limits of models behind endpoints, from the list that DSPy ships; the network is never asked.
-
-Knows nothing of budgets, requests or engines.
-"""
+"""Prices and answer limits of models behind endpoints, from the list that DSPy ships; the network is never asked."""
 
 from __future__ import annotations
 
@@ -71,9 +68,14 @@ class PriceList:
             self._rates[key] = self._flat_rates(*key)
         rates, usage = self._rates[key], response.usage
         special = (
-            usage.cache_read_tokens or usage.cache_write_tokens or usage.reasoning_tokens or usage.input_audio_tokens
-            or usage.output_audio_tokens or request.tools or request.config.service_tier
-        )  # fmt: skip
+            usage.cache_read_tokens
+            or usage.cache_write_tokens
+            or usage.reasoning_tokens
+            or usage.input_audio_tokens
+            or usage.output_audio_tokens
+            or request.tools
+            or request.config.service_tier
+        )
         served = (response.provider_data or {}).get("service_tier")
         if rates is None or special or served not in (None, "default", "auto", "standard"):
             usd, _ = estimate_cost(response, provider=self._provider, requested_model=model, request=request)

@@ -1,10 +1,10 @@
 """The cache key of one completion, and the JSON form of requests and answers.
 
-The key is the SHA-256 of, in this order: a format version, the canonical request, the rollout id, the candidate
-index, and the fingerprint of what answers it. The canonical request is DSPy's own serialization of
-`dspy.lm15.Request`: model name, system text, messages, tools and generation settings. The order of keys inside
-tools and schemas is kept on purpose: chat templates print them in order, so another order is another prompt.
-Credentials never are part of a request. Knows nothing of caches, budgets or engines.
+The key is the SHA-256 of, in this order: a format version, the canonical request, the rollout id, the candidate index,
+and the fingerprint of what answers it. The canonical request is DSPy's own serialization of `dspy.lm15.Request`: model
+name, system text, messages, tools and generation settings. The order of keys inside tools and schemas is kept on
+purpose: chat templates print them in order, so another order is another prompt. Credentials never are part of a
+request.
 """
 
 from __future__ import annotations

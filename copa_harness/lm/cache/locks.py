@@ -2,11 +2,9 @@
 
 A claim is a lock on one byte of one file, the byte the key's hash names, so any number of keys can be claimed at once
 and the system drops a claim the moment its owner dies, however it dies. Where the system has no such locks, keys share
-a limited number of lock files. Knows nothing of answers, requests or engines.
+a limited number of lock files.
 
 Which fork of the process this is: what must not cross a fork asks, without a system call each time.
-
-Knows nothing else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Looking after a response cache from outside a run: what it holds, dropping a part of it, emptying it.
 
 Opens the store as `ResponseCache` does, so a damaged one is quarantined here too, and touches nothing that is not its
-own. Knows nothing of requests, models or budgets, and loads none of their libraries.
+own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded model's files: a very small Llama with its tokenizer, made by ``python -m copa_harness.pretrain``.
+"""The embedded model's files: a very small Llama with its tokenizer, made by `pretrain`.
 
 Loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``. This module only says where the files are; it imports
 neither torch nor transformers.
@@ -20,6 +20,7 @@ def embedded_model_path() -> pathlib.Path:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model.safetensors in {folder}: expected the embedded model's files there; "
-            "reinstall copa-harness as a plain folder (not a zip), or make them with `python -m copa_harness.pretrain`"
+            "reinstall copa-harness as a plain folder (not a zip), or make them with "
+            "`python -m copa_harness.lm.embedded.pretrain`"
         )
     return folder

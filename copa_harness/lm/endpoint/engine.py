@@ -1,17 +1,15 @@
 """Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
 
-An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call;
-the door tries again as its `patience` says.
-Its fingerprint is made of the URL, the model and the parameters of the connection that can change an answer, never of
-credentials. LiteLLM is imported by the first call that needs it. Knows nothing of caches or budgets.
+An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call; the
+door tries again as its `patience` says. Its fingerprint is made of the URL, the model and the parameters of the
+connection that can change an answer, never of credentials. LiteLLM is imported by the first call that needs it.
 
 The default engine for endpoints: DSPy's native client over one pool of connections.
 
 DSPy's client opens its connections per LM and looks prices up by scanning its whole list on every call, some 3 ms of
 CPU. Here requests are built and answers read by the very same code of DSPy (lm15), so what is sent is what DSPy would
 send, but the connections are pooled for the process and prices are looked up once. Where DSPy would not use its native
-client (LiteLLM's providers, gateways set in the environment, headers of one's own), neither is it used here. Knows
-nothing of caches or budgets.
+client (LiteLLM's providers, gateways set in the environment, headers of one's own), neither is it used here.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
 DSPy's native client (lm15) builds requests and reads answers; this is only its transport, so every dialect it speaks
 goes through here. A thread waits on a connection of its own (see `connections`, and why); what goes through a proxy, or
 to a URL with a password in it, goes through aiohttp on one background event loop, which knows those. Every wait is
-bounded, redirects are not followed (a credential would travel with them). Knows nothing of models, prompts or budgets.
+bounded, redirects are not followed (a credential would travel with them).
 
 Blocking keep-alive connections to the servers of this process, lent to whatever thread asks.
 
 A thread that waits for its own socket is woken by the system when its answer is there. Behind an event loop it takes
 two more turns at the interpreter, which many computing threads make dear: with 64 threads that compute 0.5 ms per call,
 a stub server 50 ms away and two cores, one call cost 0.56 ms of CPU on a bare socket, 0.73 with http.client, 0.88 with
-urllib3 and 0.81 with aiohttp on a loop of its own. Requests and answers are written and read by the standard
-library's http.client; every wait is bounded by one deadline. Knows nothing of models, prompts or budgets.
+urllib3 and 0.81 with aiohttp on a loop of its own. Requests and answers are written and read by the standard library's
+http.client; every wait is bounded by one deadline.
 
 Plain chat completions on the wire: DSPy's own form of a request, filled in with texts.
 
@@ -19,7 +19,7 @@ Writing a request down takes DSPy's client as long as everything else it does. F
 of it is the same but the texts, so DSPy writes a sample once; if that shows its messages as plain rows, later requests
 of text alone are the sample with other rows. What they send is what DSPy would send. Anything else (tools, media, JSON
 modes, rotating credentials, dialects of one's own) is left to DSPy, and so is reading every answer. Tied to DSPy 3.4
-like `http_engine`. Knows nothing of caches or budgets.
+like `http_engine`.
 """
 
 from __future__ import annotations

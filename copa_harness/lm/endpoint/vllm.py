@@ -3,7 +3,7 @@
 A tuned model is `<base>@<digits>`, the digits being the fingerprint of base weights and LoRA adapter; under that name
 the server serves it and under that fingerprint its answers are cached, so an adapter trained anew is another model
 wherever its file lies. The adapter is loaded when the first answer is missing, again when the server has forgotten it
-(a restart), and not at all when every answer is known. Knows nothing of how adapters are trained.
+(a restart), and not at all when every answer is known.
 """
 
 from __future__ import annotations

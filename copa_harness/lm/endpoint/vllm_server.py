@@ -4,8 +4,7 @@ Three routes beside the ones that answer: `GET /v1/models`, `POST /v1/load_lora_
 `POST /v1/unload_lora_adapter {"lora_name"}`; the last two exist only if the server was started with `--enable-lora` and
 `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` (https://docs.vllm.ai/en/latest/features/lora/, "Dynamically serving LoRA
 Adapters"; the errors are those of `vllm/entrypoints/openai/serving_models.py`). The server reads an adapter from a path
-that *it* must see. Every refusal becomes one error that says what to set. Knows nothing of training, requests for
-answers, or caches.
+that *it* must see. Every refusal becomes one error that says what to set.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Cascade attention: rows of a batch attend to one copy of the prefix they share, and each to its own tokens.
 
 Symbols: B rows, H query heads over K key-value heads (G = H / K), n new tokens per row, P prefix tokens, D head width.
-Softmax attention over [prefix | own] splits exactly: with (o1, l1) the output and log-sum-exp over the prefix and
-(o2, l2) those over the own tokens, the output is o1 + (o2 - o1) * sigmoid(l2 - l1). The prefix part is one attention
-of B*G*n queries against keys that are read once, not B times (Juravsky et al. 2024, arXiv:2402.05099; Ye et al. 2024,
+Softmax attention over [prefix | own] splits exactly: with (o1, l1) the output and log-sum-exp over the prefix and (o2,
+l2) those over the own tokens, the output is o1 + (o2 - o1) * sigmoid(l2 - l1). The prefix part is one attention of
+B*G*n queries against keys that are read once, not B times (Juravsky et al. 2024, arXiv:2402.05099; Ye et al. 2024,
 "Cascade inference"). It is plugged into transformers as an attention function, so the model's own code runs around it.
-Knows nothing of requests, decoding or adapters, and refuses every attention it does not compute exactly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From messages to tokens: the chat template, the split into shared prefix and own suffix, and their errors.
 
 The engine and the trainer both come through here, so a training prompt is the inference prompt token for token.
-Knows nothing of weights, batches or generation.
 """
 
 from __future__ import annotations

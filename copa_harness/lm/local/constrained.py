@@ -7,8 +7,8 @@ allowed values gets the one whose text, up to and including the header that foll
 
 the sum lm-evaluation-harness takes for multiple choice (its `acc`; no division by length: the end of the field is
 scored too, so a value that begins like a longer one has no advantage). Token boundaries: every candidate is tokenized
-as one text with the whole prompt, and what is scored begins at the first token in which any two candidates differ. At
-a temperature T > 0 the value is drawn from softmax(score / T). Knows nothing of batches.
+as one text with the whole prompt, and what is scored begins at the first token in which any two candidates differ. At a
+temperature T > 0 the value is drawn from softmax(score / T).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The engine's own decoding loop, over a cascade cache: rows that are done leave t
 
 A batch is [shared prefix, kept once | padding | own suffix | new tokens]. The library's `generate` would carry done
 rows to the end and prepare its settings anew at each call. Also scores given continuations, which a constrained answer
-is chosen by. Knows nothing of requests, adapters or where prefixes come from.
+is chosen by.
 """
 
 from __future__ import annotations

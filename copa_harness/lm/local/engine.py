@@ -2,12 +2,9 @@
 
 Concurrent requests are generated together, behind one copy of the prefix they share. Exact in float32: every answer is
 the one a plain `generate` of that request alone gives, whoever else asked at the time. Greedy at temperature 0 or None;
-no setting of the folder's generation_config is used except its end tokens. Knows nothing of caching, budgets or
-training.
+no setting of the folder's generation_config is used except its end tokens.
 
 From a DSPy request to decoding rules, and from what was generated back to a DSPy response.
-
-Knows nothing of models in memory or batches.
 """
 
 from __future__ import annotations
@@ -388,11 +385,12 @@ def response_of(request: Request, answer: Answer, *, n_prompt: int, chat: ChatFo
                 token=piece(token),
                 logprob=_rounded(logprob),
                 token_id=token,
-                top=tuple(TopLogprob(token=piece(other), logprob=_rounded(value), token_id=other)
-                          for other, value in best),
+                top=tuple(
+                    TopLogprob(token=piece(other), logprob=_rounded(value), token_id=other) for other, value in best
+                ),
             )
             for token, (logprob, best) in zip(answer.ids, answer.logprobs, strict=True)
-        )  # fmt: skip
+        )
     return Response(
         id=None,
         model=request.model,

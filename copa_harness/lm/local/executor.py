@@ -1,7 +1,7 @@
 """The ways a batch of prompts is answered: the cascade loop, the library's `generate`, the scoring of continuations.
 
 Which way is taken, and what shares a batch, is decided elsewhere. Only the thread that holds the model may call in
-here. Knows nothing of queues, DSPy or files.
+here.
 """
 
 from __future__ import annotations

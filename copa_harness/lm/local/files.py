@@ -1,13 +1,11 @@
 """What a local model is made of, on disk: where its files lie and the hash of everything that shapes an answer.
 
-Knows nothing of torch: a run answered wholly from the cache fingerprints its models here and never imports
-torch or transformers. What was computed from files is
-remembered by their paths, modification times and sizes, since a fingerprint is asked for at every request.
+What was computed from files is remembered by their paths, modification times and sizes, since a fingerprint is asked
+for at every request.
 
 LoRA adapters as files: the manifest beside the weights, the fingerprint, and the check that both still match.
 
-A LoRA directory holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`. Knows nothing of
-torch or of how the weights came about; a manifest may carry any further fields its trainer wants to keep.
+A LoRA directory holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`.
 
 Weights somebody only has as a pickle: refused, or, for a user who insists, rewritten once as safetensors.
 
@@ -15,7 +13,7 @@ Reading a pickle can run whatever its author wrote into it. So nothing here or e
 said `allow_pickled_weights`, and the folder holds no safetensors. Then torch's restricted unpickler
 (`torch.load(weights_only=True)`, tensors and plain containers only) reads `pytorch_model*.bin` through transformers,
 once, and a copy of the model in safetensors is kept. That copy is what is hashed, mapped into memory, served and
-trained; the pickle is not opened again. Knows nothing of engines or requests.
+trained; the pickle is not opened again.
 """
 
 from __future__ import annotations
@@ -382,8 +380,9 @@ def rewritten(directory: Path, *, keep_in: Path) -> Path:
                 shutil.rmtree(partial, ignore_errors=True)
             logger.warning(
                 "read the pickled weights of %s with torch's restricted unpickler; kept as safetensors in %s",
-                directory, target,
-            )  # fmt: skip
+                directory,
+                target,
+            )
     return target
 
 

@@ -4,13 +4,13 @@ Symbols: B rows, n new tokens each, T = B * n tokens, H query and K key-value he
 library's does not: the projections that read one input are one matrix product, with weights laid out once for oneDNN
 (small batches run two to three times as fast as with weights laid out anew at every call); rows of several adapters
 share every product of the base, x W, and each adapter adds (x A) B to its own rows (Sheng et al. 2023, "S-LoRA",
-arXiv:2311.03285); nothing of transformers is imported, which takes longer than reading a small model. The arithmetic
-is the library's up to rounding. Knows nothing of files, requests or decoding.
+arXiv:2311.03285); nothing of transformers is imported, which takes longer than reading a small model. The arithmetic is
+the library's up to rounding.
 
 Model folders and LoRA folders that `local_llama` computes exactly: which they are, and their tensors.
 
 A folder is taken only when every setting that could change the arithmetic has a value known here; all others are
-answered by transformers and peft. Knows nothing of how a forward runs.
+answered by transformers and peft.
 """
 
 from __future__ import annotations
@@ -30,23 +30,66 @@ _KINDS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 _WITHOUT_EFFECT = frozenset(
     {
-        "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim",
-        "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "layer_types", "max_position_embeddings",
-        "max_window_layers", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
-        "num_key_value_heads", "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling",
-        "rope_theta", "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-        "use_sliding_window", "vocab_size",
+        "architectures",
+        "attention_bias",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "pretraining_tp",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",
+        "vocab_size",
     }
-)  # fmt: skip
+)
 """Settings of a configuration that are read here, or that change no logits; any other one that is set is refused."""
 
 _LORA_WITHOUT_EFFECT = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode",
-        "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-        "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
     }
-)  # fmt: skip
+)
 
 _LORA_TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.([qkvo]|gate|up|down)_proj\.lora_([AB])\.weight"
@@ -334,9 +377,13 @@ class LlamaDecoder:
                 rotated[:, shape.num_attention_heads :], states[:, :, n_rotated:].transpose(1, 2)
             )
             attended = cascade_attention(
-                rotated[:, : shape.num_attention_heads], keys, values, bias=bias, scale=shape.head_dim**-0.5,
+                rotated[:, : shape.num_attention_heads],
+                keys,
+                values,
+                bias=bias,
+                scale=shape.head_dim**-0.5,
                 prefixes=cascade.prefixes(index),
-            )  # fmt: skip
+            )
             hidden = run("out", attended.reshape(n_rows * n_new, -1), hidden)
             gate, up = run("gate_up", self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
             hidden = run("down", torch.nn.functional.silu(gate).mul_(up), hidden)
@@ -349,8 +396,14 @@ class LlamaDecoder:
 
         cascade = CascadeCache(self.n_layers, [RowGroup(0, 1, None)], room=len(ids))
         rows = [] if lora is None else [LoraRows(0, 1, lora)]
-        self.read(torch.tensor([ids]), positions=torch.arange(len(ids))[None], bias=None, cascade=cascade, n_kept=1,
-                  loras=rows)  # fmt: skip
+        self.read(
+            torch.tensor([ids]),
+            positions=torch.arange(len(ids))[None],
+            bias=None,
+            cascade=cascade,
+            n_kept=1,
+            loras=rows,
+        )
         return PrefixStates([LayerStates(*layer.buffers) for layer in cascade.layers])
 
     def _normed(self, x: Any, weight: Any) -> Any:

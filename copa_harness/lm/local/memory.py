@@ -1,14 +1,14 @@
 """How much memory a batch needs and how much there is, so that a batch too large is split before it is tried.
 Also which exceptions say that it did not suffice.
 
-Upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's
-intermediate values while the prompts are read. Knows nothing of models in memory, requests or batches' contents.
+Upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's intermediate
+values while the prompts are read.
 
 Which device a local model runs on, and in what arithmetic: checked as words first, against the machine when loading.
 
 Several processes of one session (pytest-xdist's workers) have a GPU each where there are several, instead of all models
 on the first one and every training on all of them: worker i takes GPU i mod n. Environment variables are left as they
-are. Knows nothing of models.
+are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ FREE_SHARE = 0.8
 """Share of the free memory that one batch may take."""
 
 _OUT_OF_MEMORY = (
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
-)  # fmt: skip
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+)
 """What torch says on CPUs (Linux, Windows), CUDA with its libraries, and MPS."""
 
 

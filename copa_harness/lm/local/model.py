@@ -1,13 +1,11 @@
 """One model in memory: loading, how its requests may be batched, LoRA adapters side by side.
 
 Base requests run on the model as loaded; LoRA requests on a second module tree that shares every base tensor and
-carries the adapters, so neither disturbs the other, and a trainer gets a third such tree. Knows nothing of
-requests, batches or prompts.
+carries the adapters, so neither disturbs the other, and a trainer gets a third such tree.
 
 What a model's batches may do without changing an answer, tried out on a few random tokens when it is loaded.
 
-Each check compares the logits of rows that share a batch with those each row gets from the library's model alone. Knows
-nothing of requests or of how a model is loaded.
+Each check compares the logits of rows that share a batch with those each row gets from the library's model alone.
 """
 
 from __future__ import annotations

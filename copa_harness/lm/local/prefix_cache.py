@@ -1,7 +1,6 @@
 """The shared prefix of a batch: its key-value states computed once, kept within a byte limit, spread over rows.
 
-Keys are (LoRA fingerprint, prefix tokens): states of two adapters never mix. Knows nothing of requests or
-decoding; only the thread that generates may use it.
+Keys are (LoRA fingerprint, prefix tokens): states of two adapters never mix.
 """
 
 from __future__ import annotations

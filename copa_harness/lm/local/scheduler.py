@@ -1,13 +1,11 @@
 """Requests from many threads become batches: one worker thread, a deadline of a few milliseconds, groups.
 
 A lone caller never waits: the deadline counts only while others are on their way or the last batch had company.
-Knows nothing of models; what may share a batch is the key that comes with a job, and the jobs run elsewhere.
 
 Batches of prompts: which may go together, which path they take, near-ties, memory.
 
 One `BatchGenerator` per model in memory, whatever the number of engines. A batch goes through the cascade loop where
-the model fits it, else through the library's `generate` behind [shared prefix | padding | own suffix]. Knows nothing
-of DSPy, files or names.
+the model fits it, else through the library's `generate` behind [shared prefix | padding | own suffix].
 """
 
 from __future__ import annotations

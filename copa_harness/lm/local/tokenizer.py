@@ -3,7 +3,7 @@
 What class of tokenizer a folder gets is for transformers to say: it goes by the model's type as well. Only the shipped
 folder, known to need nothing but its `tokenizer.json`, gets a stand-in: the part of a Hugging Face tokenizer that
 rendering, tokenizing and decoding need. Whatever else is asked of it, or a chat template beyond plain Jinja, goes to
-the library's own tokenizer, loaded then. Knows nothing of models in memory or prompts.
+the library's own tokenizer, loaded then.
 """
 
 from __future__ import annotations

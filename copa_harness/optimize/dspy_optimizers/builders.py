@@ -13,7 +13,7 @@ B = calls it may use, V and T = calls of one pass over the validation and the tr
 BootstrapFewShotWithOptuna with a seed, and for predictors that nothing was bootstrapped for.
 
 DSPy's own draws from Optuna without a seed, so no two runs agree, and fails on a predictor without demonstrations to
-choose from (``low=0 high=-1``). Knows Optuna and DSPy's class; knows nothing of sizes or budgets.
+choose from (``low=0 high=-1``).
 """
 
 from __future__ import annotations
@@ -186,10 +186,15 @@ def _together(job: OptimizerJob) -> Built:
 
 _SCORE_THEIR_RESULT = frozenset(
     {
-        "bootstrap_fewshot_random_search", "bootstrap_fewshot_optuna", "miprov2", "copro", "gepa", "infer_rules",
+        "bootstrap_fewshot_random_search",
+        "bootstrap_fewshot_optuna",
+        "miprov2",
+        "copro",
+        "gepa",
+        "infer_rules",
         "better_together",
     }
-)  # fmt: skip
+)
 """Not LabeledFewShot, BootstrapFewShot, KNNFewShot and BootstrapFinetune, which evaluate nothing, and not SIMBA, which
 evaluates on training examples."""
 
@@ -360,9 +365,12 @@ class SeededDemoStudy(teleprompt.BootstrapFewShotWithOptuna):
                 chosen = trial.suggest_int(f"demo_index_for_{name}", 0, len(compiled.demos) - 1)
                 predictor.demos = [dict(compiled.demos[chosen])]
         evaluate = dspy.Evaluate(
-            devset=self.valset, metric=self.metric, num_threads=self.num_threads, display_table=False,
+            devset=self.valset,
+            metric=self.metric,
+            num_threads=self.num_threads,
+            display_table=False,
             display_progress=False,
-        )  # fmt: skip
+        )
         score = float(evaluate(program).score)
         trial.set_user_attr("program", program)
         return score
@@ -381,9 +389,12 @@ class SeededDemoStudy(teleprompt.BootstrapFewShotWithOptuna):
         self.student = student.reset_copy()
         self.teacher = teacher.deepcopy() if teacher is not None else student.reset_copy()
         bootstrap = teleprompt.BootstrapFewShot(
-            metric=self.metric, max_bootstrapped_demos=max_demos, max_labeled_demos=self.max_labeled_demos,
-            teacher_settings=self.teacher_settings, max_rounds=self.max_rounds,
-        )  # fmt: skip
+            metric=self.metric,
+            max_bootstrapped_demos=max_demos,
+            max_labeled_demos=self.max_labeled_demos,
+            teacher_settings=self.teacher_settings,
+            max_rounds=self.max_rounds,
+        )
         self.compiled_teleprompter = bootstrap.compile(self.student, teacher=self.teacher, trainset=self.trainset)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed))
         study.optimize(self.objective, n_trials=self.num_candidate_sets)

@@ -1,7 +1,7 @@
 """The user's own arguments for a DSPy optimizer, put wherever DSPy takes them; unknown ones refused by name.
 
 Two of ours go wherever they are taken as well: the teacher, and the score from which a bootstrapped answer passes (DSPy
-takes any score above 0). Knows signatures; knows nothing of sizes or budgets.
+takes any score above 0).
 """
 
 from __future__ import annotations

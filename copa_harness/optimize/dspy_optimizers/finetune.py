@@ -3,7 +3,7 @@
 BootstrapFinetune crashes on one example that does not parse or gets no answer, and trains on nothing when no example
 passes; so it is given only examples the program was seen to get right (their answers are cached, the second run is
 free). BetterTogether's demo optimizers drop the models, so the `p` after a `w` would run on the base model;
-`PromptStep` puts them back. Knows nothing of sizes.
+`PromptStep` puts them back.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ class FinetuneStep(Teleprompter):
             predictor.lm = tuned_lms.setdefault(model_name(lm), finetunable(lm))
         teacher = teacher_for(job, given=teacher)
         runs = run_examples(
-            teacher or student, trainset, metric=job.scored, split="train", phase=Phase.BOOTSTRAP,
-            threads=job.threads, trace_to_metric=True, raise_if_nothing_works=False,
-        )  # fmt: skip
+            teacher or student,
+            trainset,
+            metric=job.scored,
+            split="train",
+            phase=Phase.BOOTSTRAP,
+            threads=job.threads,
+            trace_to_metric=True,
+            raise_if_nothing_works=False,
+        )
         passing = [e for e, run in zip(trainset, runs, strict=True) if (run.result.score or 0.0) >= job.min_score]
         if not passing:
             raise TrainingError(

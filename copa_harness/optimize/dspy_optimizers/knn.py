@@ -1,7 +1,6 @@
 """DSPy's KNNFewShot with what it leaves to the user: vectors without a model, and a model for the program it returns.
 
 Its result picks demonstrations anew for every input, which settings cannot express: such a program is run, not stored.
-Knows nothing of budgets or scores.
 """
 
 from __future__ import annotations
@@ -167,9 +166,15 @@ class NeighboursOptimizer(Teleprompter):
         """By identity of a training example the demonstrations of a run that passed."""
         job = self._job
         runs = run_examples(
-            program, job.trainset, metric=job.scored, split="train", phase=Phase.BOOTSTRAP, threads=job.threads,
-            trace_to_metric=True, raise_if_nothing_works=False,
-        )  # fmt: skip
+            program,
+            job.trainset,
+            metric=job.scored,
+            split="train",
+            phase=Phase.BOOTSTRAP,
+            threads=job.threads,
+            trace_to_metric=True,
+            raise_if_nothing_works=False,
+        )
         found: dict[int, dict[str, dspy.Example]] = {}
         for example, run in zip(job.trainset, runs, strict=True):
             pools = traced_pools(program, [example], [run], min_score=job.min_score)

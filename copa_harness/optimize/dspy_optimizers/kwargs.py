@@ -1,14 +1,14 @@
 """The words of `constraints={...}` and `optimizer_kwargs={...}`, checked where they are written.
 
 Plain Python, so that a wrong name or value is refused before anything heavy is loaded (a marker is read when tests are
-collected). Knows what may be said; knows nothing of prompts, costs or how an optimizer is run. Keyword names of DSPy's
-own classes are read from its source (`keywords`), and checked again when one is built (`arguments`).
+collected). Keyword names of DSPy's own classes are read from its source (`keywords`), and checked again when one is
+built (`arguments`).
 
 Which arguments DSPy's optimizers take, read from DSPy's source without importing it.
 
 A marker is read when tests are collected, and importing DSPy takes seconds; reading two signatures from one file takes
 milliseconds and holds for whatever version is installed. What cannot be found this way is not checked here: the
-optimizer refuses it when it is built (`arguments`). Knows names only; knows nothing of values.
+optimizer refuses it when it is built (`arguments`).
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def _arguments_in(tree: ast.Module, kind: str) -> set[str]:
     """Parameters of `__init__` and `compile` of a class; nothing when it has no constructor of its own."""
     methods = {
         method.name: method.args
-        for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind
-        for method in node.body if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "compile")
-    }  # fmt: skip
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == kind
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "compile")
+    }
     if "__init__" not in methods:
         return set()
     return {one.arg for args in methods.values() for one in (*args.posonlyargs, *args.args, *args.kwonlyargs)}

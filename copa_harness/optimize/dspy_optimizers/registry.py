@@ -55,18 +55,25 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     adapter = forgiving(default_adapter(), program=student, count=count)
     keeps_lms = False
     seen = Evaluations(
-        job.valset, allowance=job.allowance, calls_per_example=job.calls_per_example, known=job.known,
+        job.valset,
+        allowance=job.allowance,
+        calls_per_example=job.calls_per_example,
+        known=job.known,
         settings_of=lambda program: _settings_of(program, job, keep_lms=keeps_lms),
-    )  # fmt: skip
+    )
     with (
         current_scope().phase(Phase.SEARCH),
         step_scope(job.allowance, name=job.name),
         dspy.context(
-            lm=job.task_lm, adapter=adapter, callbacks=[*(dspy.settings.callbacks or []), seen],
-            num_threads=job.threads, max_errors=MAX_ERRORS, disable_history=True,
+            lm=job.task_lm,
+            adapter=adapter,
+            callbacks=[*(dspy.settings.callbacks or []), seen],
+            num_threads=job.threads,
+            max_errors=MAX_ERRORS,
+            disable_history=True,
         ),
         quiet(job.name),
-    ):  # fmt: skip
+    ):
         built = build(job)
         keeps_lms = built.tunes_weights
         if built.note:

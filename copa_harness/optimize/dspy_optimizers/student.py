@@ -4,18 +4,18 @@ DSPy's demo optimizers `reset` predictors, which drops each one's model: from th
 of the settings, and a program of several models is bootstrapped and scored on the wrong ones. SIMBA cannot name "the"
 model of such a program at all. Here predictors keep their model when reset, and where there are several, asking the
 program for its model gives the first and setting one (SIMBA: the same model under another rollout and temperature)
-changes those, and not the model. Knows programs and models; knows nothing of optimizers' sizes.
+changes those, and not the model.
 
 A prompt adapter that survives writers who cannot write: for proposals made inside DSPy's optimizers.
 
 MIPROv2, COPRO and InferRules die of the first proposal that does not parse or whose prompt does not fit the model, GEPA
 asks again and again and says nothing, and a small model is seldom understood and soon full. Under this adapter such a
 proposal becomes the instruction it was to improve (no proposal), its other fields become empty, and it is counted.
-Answers of the user's own program stay as strict as ever. Knows signatures; knows nothing of optimizers.
+Answers of the user's own program stay as strict as ever.
 
 Keeps the chatter of DSPy's optimizers (prints, progress bars, loggers) out of the user's log.
 
-What they print goes to the `copa_harness` logger at level DEBUG, where it can be had. Knows nothing of optimizers.
+What they print goes to the `copa_harness` logger at level DEBUG, where it can be had.
 
 What a DSPy optimizer evaluates, seen through DSPy's callbacks: remembered, and held to what can be paid.
 

@@ -1,12 +1,10 @@
 """Proposals of demonstration sets: labelled rows and passing traces, chosen in several ways and sizes, and none at all.
 
-Knows examples, traces and signatures; knows nothing of scores of sets (the study finds out) or of samplers. Sets are
-stratified by label when labels are categories, so a set of nine shows three of each of three classes.
+Sets are stratified by label when labels are categories, so a set of nine shows three of each of three classes.
 
 Pools of demonstrations and the sets taken from them: where rows come from, and which methods are asked for sets.
 
-Methods are taken in turn until something is known, then drawn by the run's `Learner`. Knows examples, traces and the
-run's memory; knows nothing of scores, samplers or instructions beyond what they settle.
+Methods are taken in turn until something is known, then drawn by the run's `Learner`.
 """
 
 from __future__ import annotations
@@ -284,18 +282,27 @@ def sets_from(
     if not sizes:
         return []
     known = _known_of(
-        pool, predictor, signature, memory=memory, mistakes=mistakes, instruction=instruction, shown=shown,
+        pool,
+        predictor,
+        signature,
+        memory=memory,
+        mistakes=mistakes,
+        instruction=instruction,
+        shown=shown,
         generator=generator,
-    )  # fmt: skip
+    )
     learner = memory.learner
     untried = ("mutated", *UNTRIED_METHODS)
     methods = known.methods if learner.knows("demos") else [m for m in untried if m in known.methods]
     by_arm = {arm_of(source, method): method for method in methods}
     arms = learner.choose("demos", list(by_arm), n=len(sizes), generator=generator)
     made = chosen_sets(
-        pool, source=source, plan=[(size, by_arm[arm]) for size, arm in zip(sizes, arms, strict=True)],
-        knowledge=known, generator=generator,
-    )  # fmt: skip
+        pool,
+        source=source,
+        plan=[(size, by_arm[arm]) for size, arm in zip(sizes, arms, strict=True)],
+        knowledge=known,
+        generator=generator,
+    )
     for one, arm in made:
         memory.note_demos(predictor, one, f"demos: {arm}")
     return [one for one, _ in made]
@@ -368,9 +375,14 @@ def settle(
     examples = [trainset[i] for i in stratified_order(strata_of(trainset), generator)[:n]]
     program = incumbent.with_demos({part.predictor: () for part in incumbent.parts}).program()
     runs = run_examples(
-        program, examples, metric=metric, split="train", phase=Phase.DEMOS, threads=threads,
+        program,
+        examples,
+        metric=metric,
+        split="train",
+        phase=Phase.DEMOS,
+        threads=threads,
         raise_if_nothing_works=False,
-    )  # fmt: skip
+    )
     predictors = dict(program.named_predictors())
     for part in open_parts:
         fields = tuple(predictors[part.predictor].signature.input_fields)
@@ -409,9 +421,15 @@ def bootstrapped(
     order = stratified_order(strata_of(trainset), np.random.default_rng([*seed, 404]))[:n]
     examples = [trainset[i] for i in order]
     runs = run_examples(
-        program, examples, metric=metric, split="train", phase=Phase.BOOTSTRAP, threads=threads, trace_to_metric=True,
+        program,
+        examples,
+        metric=metric,
+        split="train",
+        phase=Phase.BOOTSTRAP,
+        threads=threads,
+        trace_to_metric=True,
         raise_if_nothing_works=False,
-    )  # fmt: skip
+    )
     pools = traced_pools(program, examples, runs, min_score=settings.min_score)
     logger.info("bootstrap: %d of %d traces pass", max((len(pool) for pool in pools.values()), default=0), n)
     return pools

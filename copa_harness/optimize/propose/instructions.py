@@ -1,7 +1,4 @@
-"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows.
-
-Knows signatures and examples; knows nothing of prompt LMs (see `writing`) or of how proposals are scored.
-"""
+"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Gathers what a prompt phase may choose from: demonstration sets and instructions for every predictor.
 
-The order of options matters in one way only: starting points are made from the first ones. Knows the proposers; knows
-nothing of scores, samplers or how long the search will go on.
+The order of options matters in one way only: starting points are made from the first ones.
 """
 
 from __future__ import annotations
@@ -87,9 +86,16 @@ def propose_demos(
         )
     if settings.max_demos > 0:
         settle(
-            incumbent, trainset, metric=metric, settings=settings, allowance=allowance, threads=threads,
-            calls_per_example=calls_per_example, memory=memory, generator=np.random.default_rng([*seed, 505]),
-        )  # fmt: skip
+            incumbent,
+            trainset,
+            metric=metric,
+            settings=settings,
+            allowance=allowance,
+            threads=threads,
+            calls_per_example=calls_per_example,
+            memory=memory,
+            generator=np.random.default_rng([*seed, 505]),
+        )
     options: dict[str, tuple[DemoSet, ...]] = {}
     for i, (name, predictor) in enumerate(program.named_predictors()):
         sets: list[DemoSet] = []
@@ -100,11 +106,18 @@ def propose_demos(
                 generator = np.random.default_rng([*seed, i, j])
                 sets.extend(
                     sets_from(
-                        pool, source=source, predictor=name, signature=predictor.signature, settings=settings,
-                        memory=memory, mistakes=mistakes, instruction=predictor.signature.instructions,
-                        shown=predictor.demos, generator=generator,
+                        pool,
+                        source=source,
+                        predictor=name,
+                        signature=predictor.signature,
+                        settings=settings,
+                        memory=memory,
+                        mistakes=mistakes,
+                        instruction=predictor.signature.instructions,
+                        shown=predictor.demos,
+                        generator=generator,
                     )
-                )  # fmt: skip
+                )
         options[name] = (*sets, NO_DEMOS)
     return options
 
@@ -149,13 +162,24 @@ def propose_instructions(
         failures: Mapping[str, Sequence[Failure]] = {}
         if metric is not None and settings.n_reflected > 0:
             failures = find_failures(
-                incumbent, trainset, metric=metric, settings=settings, allowance=allowance, threads=threads,
-                calls_per_example=calls_per_example, generator=memory.generator(),
-            )  # fmt: skip
+                incumbent,
+                trainset,
+                metric=metric,
+                settings=settings,
+                allowance=allowance,
+                threads=threads,
+                calls_per_example=calls_per_example,
+                generator=memory.generator(),
+            )
         writer = InstructionWriter(
-            prompt_lm, incumbent=incumbent, trainset=trainset, settings=settings, memory=memory,
-            past=past or {}, failures=failures,
-        )  # fmt: skip
+            prompt_lm,
+            incumbent=incumbent,
+            trainset=trainset,
+            settings=settings,
+            memory=memory,
+            past=past or {},
+            failures=failures,
+        )
         written = writer.write(allowance, first_rollout=first_rollout)
     for name, predictor in incumbent.template.named_predictors():
         found = list(_ruled(name, predictor.signature, plain[name], trainset, seed=seed, memory=memory))

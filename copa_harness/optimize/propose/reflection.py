@@ -3,8 +3,7 @@
 Source: GEPA (Agrawal et al. 2025, arXiv 2507.19457): an LM that sees inputs, outputs and the metric's feedback in words
 proposes better than one that sees scores. Mistakes are looked for on training examples, never on validation. Blame goes
 along the trace: a predictor whose own outputs are labelled is to blame when they are wrong and cleared when they are
-right; predictors without labels before the first wrong one stay suspects. Knows programs, metrics and traces; knows
-nothing of the writer or of how proposals are scored.
+right; predictors without labels before the first wrong one stay suspects.
 """
 
 from __future__ import annotations
@@ -61,9 +60,14 @@ def find_failures(
     examples = [trainset[i] for i in order]
     program = incumbent.program()
     runs = run_examples(
-        program, examples, metric=metric, split="train", phase=Phase.INSTRUCTIONS, threads=threads,
+        program,
+        examples,
+        metric=metric,
+        split="train",
+        phase=Phase.INSTRUCTIONS,
+        threads=threads,
         raise_if_nothing_works=False,
-    )  # fmt: skip
+    )
     found: dict[str, list[Failure]] = {}
     for example, run in zip(examples, runs, strict=True):
         if run.result.score is None or run.result.score >= settings.min_score:

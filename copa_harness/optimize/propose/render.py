@@ -1,8 +1,7 @@
 """What a prompt LM is shown of a task, in words: the data, the steps of the program, demonstrations; and its answer.
 
 Everything is made by counting, without a model. A step sees its own fields only, and who writes its instruction must
-know more: what goes into the whole program, what has to come out, and what the other steps are told. Knows signatures
-and examples; knows nothing of scores, searches or prompts of its own.
+know more: what goes into the whole program, what has to come out, and what the other steps are told.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     otherwise answer virginica.
 
 Columns of numbers (missing ones allowed), of categories and of longer texts ("if message mentions refund ...") can all
-take part. Knows columns and labels; knows nothing of DSPy, prompts or scores. Thresholds are rounded to the precision
-the values are printed with: any number in (largest value on the left, smallest on the right] cuts the rows the same
-way, and the rounded midpoint is such a number.
+take part. Thresholds are rounded to the precision the values are printed with: any number in (largest value on the
+left, smallest on the right] cuts the rows the same way, and the rounded midpoint is such a number.
 """
 
 from __future__ import annotations

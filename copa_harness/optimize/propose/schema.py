@@ -1,6 +1,6 @@
 """What the data look like: which predictor answers which labelled field, which outputs are categories, how to split.
 
-Pure functions over examples and signatures; knows nothing of models or scores. Randomness is a generator passed in.
+Pure functions over examples and signatures. Randomness is a generator passed in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which rows make a demonstration set: spread wide, typical, near the mistakes, not known yet, or of proven weight.
 
 Symbols: n rows with vectors V (n, d) and strata (labels); every pick takes the strata in turn, so a set shows all
-labels as evenly as it can. Pure functions from vectors and a generator to row numbers; knows nothing of programs or
-scores.
+labels as evenly as it can. Pure functions from vectors and a generator to row numbers.
 
 * ``diverse``: farthest-first traversal (Gonzalez 1985; k-center), within each stratum, from a random first row.
 * ``typical``: the rows nearest to the centres of as many clusters of each stratum (k-means), drawn anew per set.
@@ -12,7 +11,7 @@ Rows as vectors, without a model: standardized numbers, one-hot categories, TF-I
 
 Symbols: n rows, d coordinates. Every column of the inputs becomes a block of coordinates whose mean squared distance
 between rows is 1, so a text counts as much as a number however many words it has. Missing numbers lie at the mean. Rows
-that are to be compared must be given in one call. Knows printed values; knows nothing of labels, models or scores.
+that are to be compared must be given in one call.
 """
 
 from __future__ import annotations

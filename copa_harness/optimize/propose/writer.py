@@ -3,8 +3,7 @@
 Grounded proposals follow MIPRO (Opsahl-Ong et al. 2024, arXiv 2406.11695): a summary of the data, the program's code,
 examples of the step, instructions tried before with their scores, a tip; and the demonstrations that carried weight in
 the trials so far. Which grounding, which tip, which temperature and which of the two ways is chosen by the run's
-`Learner`. Proposals are drawn under rollout ids, so they are repeatable. Knows signatures, examples and the run's
-memory; knows nothing of how proposals are scored.
+`Learner`. Proposals are drawn under rollout ids, so they are repeatable.
 """
 
 from __future__ import annotations

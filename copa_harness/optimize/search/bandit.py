@@ -11,16 +11,14 @@ which is a Bayesian linear bandit: the arms of one trial share its gain instead 
 an arm is that of its family (any demonstrations at all, ...) plus its own, so an arm never tried is expected to be as
 good as its family. What is proposed next is drawn by Thompson sampling (Thompson 1933; Agrawal and Goyal 2013, arXiv
 1209.3352): one draw of b from its posterior per proposal, and the best arm of the draw wins. Evidence from earlier
-phases fades, because the incumbent it was measured against is gone. Knows numbers and names; knows nothing of programs,
-prompts or models.
+phases fades, because the incumbent it was measured against is gone.
 
 What a run knows from its own trials, and what that says to its proposers: the memory between phases.
 
 Every option is remembered by its content with the arms it came from; every trial becomes evidence for the learner, a
 row of the regression on demonstrations, and a compact record for the result. Transfer goes both ways: the
 demonstrations that carried weight are told to the instruction proposers (`weighty_demos`), and what an instruction
-settles by itself frees places in demonstration sets (`settled`). Knows candidates and their scores; knows nothing of
-samplers, budgets or how anything is proposed.
+settles by itself frees places in demonstration sets (`settled`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A candidate: for every predictor an instruction, a list of demonstrations and the model (weights) it runs on.
 
 Symbols: W = the models of the parts, P = their instructions and demonstrations; a candidate is one point (W, P) of the
-search. Knows DSPy programs; knows nothing of scores, samplers or budgets.
+search.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ student's and v_e(all) the winner's. A part's credit on example e is
 and need all 2^k cells, so they are taken for up to three parts when those are scored or affordable; otherwise parts are
 left out one at a time, and a part whose cell is not affordable is estimated from the arms of the study's own trials.
 Credits are means over examples with paired intervals. They are of the validation examples the winner was chosen on, so
-they flatter it. Knows candidates and scores; knows nothing of steps, files or reports.
+they flatter it.
 """
 
 from __future__ import annotations

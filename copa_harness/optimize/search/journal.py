@@ -12,7 +12,7 @@ leave, is cut off when the journal is opened. It is a by-product, so a damaged o
 (`....jsonl.damaged`) and a new one is begun.
 
 No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnapshot`, which the file backend is not
-(checked when a journal is opened). Knows Optuna; knows nothing of programs, budgets or why a trial was made.
+(checked when a journal is opened).
 """
 
 from __future__ import annotations
@@ -253,8 +253,10 @@ class StudyJournal:
                 break
         logger.warning(
             "journal: trial %d of %r is not the one that was taken now; this run's trials are in %r",
-            number, self._name, name,
-        )  # fmt: skip
+            number,
+            self._name,
+            name,
+        )
         for trial in self._taken[len(self._known) : -1]:
             self._study.add_trial(trial)
 

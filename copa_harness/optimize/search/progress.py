@@ -4,8 +4,7 @@
 
 Lines are limited by time, so a log of a long run stays readable; there are no control characters, so a CI log shows
 what a terminal shows. Where no trial ends for a while (an opening, a training, another optimizer) a line comes all the
-same: a CI job that says nothing is taken for dead. Knows numbers and a place to write; knows nothing of studies,
-programs or pytest.
+same: a CI job that says nothing is taken for dead.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ A study shows a trial the incumbent's mistakes first (see `sheets`). For right/w
 before any loss, so the exact rule decides everything and nothing is dropped wrongly; for graded scores the order
 favours the trial, which makes the test drop less than its level allows.
 
-The rule is an Optuna pruner over reports ``trial.report(score, step=example index)``; knows nothing of
-programs or models.
+The rule is an Optuna pruner over reports ``trial.report(score, step=example index)``.
 
 Score sheets: which examples a candidate sees next, and what a half-filled sheet says about the whole.
 

@@ -2,14 +2,13 @@
 
 The examples have one fixed order. A candidate raced against another sees first the examples on which that other has
 something to gain on (see `sheets`), then the rest in the fixed order. One that was scored before costs nothing again.
-Before a block is started the allowance is asked whether it can be finished. Knows programs, metrics and budgets; knows
-nothing of samplers or proposals.
+Before a block is started the allowance is asked whether it can be finished.
 
 What a program's answers cost: prompt tokens, output tokens, dollars and seconds per answer.
 
 Measured on the validation examples while they are scored, from what was stored with every answer when it was bought; a
 replayed run sees the same numbers. An answer may take several calls (stages, retries); all of them count. Seconds are
-those of the calls one after another, as they were when bought. Knows calls; knows nothing of programs or scores.
+those of the calls one after another, as they were when bought.
 """
 
 from __future__ import annotations
@@ -143,9 +142,13 @@ class Validation:
     def over(self, examples: Sequence[dspy.Example]) -> Validation:
         """Other examples, scored in the same way."""
         return Validation(
-            examples, metric=self.metric, threads=self.threads, seed=self._seed,
-            block_size=self._given_block_size, observe=self._observe,
-        )  # fmt: skip
+            examples,
+            metric=self.metric,
+            threads=self.threads,
+            seed=self._seed,
+            block_size=self._given_block_size,
+            observe=self._observe,
+        )
 
     @property
     def n(self) -> int:

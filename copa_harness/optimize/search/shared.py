@@ -8,7 +8,7 @@ it finds unanswered, and then goes through the list in the common order, paying 
 
 A process is there while it holds the lock on its file beside the journal; the lock lapses with the process. Distinct
 requests are also counted for all processes together, so that not even processes that disagree (a metric that rolls
-dice) can pass the budget between them. Knows locks, scopes and candidates; knows nothing of samplers or steps.
+dice) can pass the budget between them.
 
 Which optimizations several processes may share, how they recognize each other, and the journal they write.
 
@@ -161,10 +161,15 @@ class Colleagues:
             with dspy.context(**{SETTING: scope}):
                 for candidate, rows in (*waiting[first:], *waiting[:first]):
                     run_examples(
-                        candidate.program(), [validation.examples[row] for row in rows], metric=validation.metric,
-                        split="validation", phase=phase, threads=validation.threads,
-                        ids=tuple(validation.ids[row] for row in rows), raise_if_nothing_works=False,
-                    )  # fmt: skip
+                        candidate.program(),
+                        [validation.examples[row] for row in rows],
+                        metric=validation.metric,
+                        split="validation",
+                        phase=phase,
+                        threads=validation.threads,
+                        ids=tuple(validation.ids[row] for row in rows),
+                        raise_if_nothing_works=False,
+                    )
         except BudgetExhausted as error:
             logger.debug("working ahead ended early: %s", error)  # the common order meets the same end, and says so
         finally:

@@ -2,7 +2,6 @@
 
 A point is a mapping from dimension to the *name* of an option, so a stored study and its dashboard read well. The
 incumbent's own settings are always among the options, so every space contains the program that has to be beaten.
-Knows candidates; knows nothing of scores or of how points are chosen.
 
 Checkpoints as levels of the weights: what every epoch of a training is good for, the study finds out.
 
@@ -17,7 +16,6 @@ of data; 50 training, 25 validation, 75 test rows; mean test score, difference t
     n = 1  .920                             n = 4  .919  -.001 [-.008, +.007]
 
 None differs from another beyond the noise; the default is 1, the highest mean and the smallest space after none at all.
-Knows adapters and candidates; knows nothing of scores.
 """
 
 from __future__ import annotations

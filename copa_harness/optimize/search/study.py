@@ -2,15 +2,13 @@
 
 A trial is one point of the space, scored on blocks of validation examples, first those that the incumbent gets wrong;
 it is dropped as soon as `RacingPruner` finds it hopeless. The opening shows the sampler every option (see `opening`);
-from then on it proposes. A point that was scored before, in this study or an earlier one, costs nothing. Knows nothing
-of where the options come from.
+from then on it proposes. A point that was scored before, in this study or an earlier one, costs nothing.
 
 A trial's life in a study: asked for, scored block by block, raced against the incumbent, told, shown.
 
 Only a fully scored trial becomes the incumbent. A trial sees first what the incumbent gets wrong: there it must gain
 something, and one that gains nothing is over after these few examples. One that was dropped is told to the sampler with
 its paired estimate (see `sheets.estimated_difference`), which uses what it did show.
-Knows nothing of the order in which trials are taken or of when a study ends.
 
 The words of a study: its settings, its trials, its outcome, and who watches it. Records only.
 
@@ -23,7 +21,6 @@ examples, and a point that shows nothing there is over.
 
 A tournament over all of them (successive halving; Karnin et al. 2013, Jamieson & Talwalkar 2016) was tried and is not
 used: beside a good incumbent it spends whole blocks on points that a few examples rule out for certain.
-Knows points and numbers; knows nothing of programs or models.
 
 Head-room: whether what a study can choose from could improve on the incumbent at all, judged from a few looks.
 
@@ -33,7 +30,7 @@ would buy more ties. One example won is head-room; the study then goes on, since
 
 Only looks at examples the incumbent does not already get fully right can show a gain, and a candidate dropped after an
 easy block gave none. By the rule of three, no gain in 60 such looks says with 95 % confidence that fewer than one look
-in twenty would have shown one. Knows scores by example; knows nothing of candidates.
+in twenty would have shown one.
 """
 
 from __future__ import annotations
@@ -302,20 +299,31 @@ class Race:
     def _show(self, record: TrialRecord, scores: Sequence[float | None], attributes: dict[str, Any]) -> None:
         if self.watchers.journal is not None:
             self.watchers.journal.add(
-                record.number, params=record.point, options=self.space.dimensions, value=record.value, scores=scores,
+                record.number,
+                params=record.point,
+                options=self.space.dimensions,
+                value=record.value,
+                scores=scores,
                 attributes={**attributes, "calls": self.allowance.scope.charged_calls},
-            )  # fmt: skip
+            )
         if self.watchers.progress is not None:
             self.watchers.progress.trial(
-                self.name, len(self.trials), scores=self.validation.scores(self.incumbent),
+                self.name,
+                len(self.trials),
+                scores=self.validation.scores(self.incumbent),
                 ceiling=self.allowance.ceiling,
-            )  # fmt: skip
+            )
         logger.debug(
             "%s: trial %d %s, %s on %d of %d; incumbent %.3f; calls %d",
-            self.name, record.number, record.outcome, "no score" if record.score is None else f"{record.score:.3f}",
-            record.n_scored, self.validation.n, self.validation.mean(self.incumbent),
+            self.name,
+            record.number,
+            record.outcome,
+            "no score" if record.score is None else f"{record.score:.3f}",
+            record.n_scored,
+            self.validation.n,
+            self.validation.mean(self.incumbent),
             self.allowance.scope.charged_calls,
-        )  # fmt: skip
+        )
 
 
 MAX_POINTS = 48
@@ -454,8 +462,12 @@ class _Study(Race):
             stopped = "budget"
         logger.info(
             "%s: stopped (%s) after %d trials at %.3f on %d validation examples",
-            self.name, stopped, len(self.trials), self.validation.mean(self.incumbent), self.validation.n,
-        )  # fmt: skip
+            self.name,
+            stopped,
+            len(self.trials),
+            self.validation.mean(self.incumbent),
+            self.validation.n,
+        )
         return SearchOutcome(self.incumbent, tuple(self.trials), stopped)
 
     # -- the two parts of a study

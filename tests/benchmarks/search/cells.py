@@ -33,8 +33,16 @@ WRITTEN_FOR = ("miprov2 light", "gepa")
 """Methods that are given the rule-based writer as their prompt LM."""
 
 _RIVAL_SOURCES = (
-    "registry", "optimizer_step", "evaluations", "builders", "writers", "together", "forgiving", "arguments", "quiet",
-)  # fmt: skip
+    "registry",
+    "optimizer_step",
+    "evaluations",
+    "builders",
+    "writers",
+    "together",
+    "forgiving",
+    "arguments",
+    "quiet",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +113,13 @@ def grid(*, tasks: Sequence[str], seeds: Sequence[int], budgets: Sequence[int], 
     def rank(cell: Cell) -> tuple[int, ...]:
         budget = (400, 100, 800, 200).index(cell.budget) if cell.budget in BUDGETS else 4
         return (
-            seeds.index(cell.seed) // 3, budget // 2, seeds.index(cell.seed), budget,
-            tasks.index(cell.task), methods.index(cell.method),
-        )  # fmt: skip
+            seeds.index(cell.seed) // 3,
+            budget // 2,
+            seeds.index(cell.seed),
+            budget,
+            tasks.index(cell.task),
+            methods.index(cell.method),
+        )
 
     cells = [Cell(t, s, b, m) for t in tasks for s in seeds for b in budgets for m in methods]
     return sorted(cells, key=rank)

@@ -112,10 +112,11 @@ def _reaching(results: Results) -> str:
             rows.append(row)
     headers = ["calls", "method", "reached", "of its calls", "of its first", "<= 1/3", *RIVALS]
     return _pairs(
-        rows, headers,
+        rows,
+        headers,
         "calls to the best rival's final validation score, as a share of all calls it used and of those after which it "
         "first had it\n(median over pairs, never = inf; the last columns: each rival by itself, share of its calls):",
-    )  # fmt: skip
+    )
 
 
 def _ratio(value: float) -> str:
@@ -153,32 +154,43 @@ def _as_json(results: Results) -> dict[str, Any]:
         "pairs": results.pairs,
         "scores": [
             {
-                "method": m, "budget": b, "n": len(results.of(m, b)),
+                "method": m,
+                "budget": b,
+                "n": len(results.of(m, b)),
                 "test": mean_of(map(test_score, results.of(m, b))).value,
                 "validation": mean_of(map(validation_score, results.of(m, b))).value,
                 "test_minus_joint": _mean_json(results.difference(m, "joint", b, test_score)),
             }
-            for m in methods for b in budgets if results.of(m, b)
+            for m in methods
+            for b in budgets
+            if results.of(m, b)
         ],
         "reach": [
             {
-                "method": m, "budget": b, "rival": name, "share_of_calls": [_finite(x) for x in found.of_total],
-                "share_of_first": [_finite(x) for x in found.of_first], "median": _finite(found.median_of_total),
+                "method": m,
+                "budget": b,
+                "rival": name,
+                "share_of_calls": [_finite(x) for x in found.of_total],
+                "share_of_first": [_finite(x) for x in found.of_first],
+                "median": _finite(found.median_of_total),
             }
-            for m in REACHING for b in budgets
+            for m in REACHING
+            for b in budgets
             for name, rivals in (("best", RIVALS), *((r, (r,)) for r in RIVALS))
             if (found := reach(results, m, rivals, b)).of_total
         ],
         "racing": [
             {"method": m, "budget": b, "left_out": _mean_json(saved_by_racing(results.of(m, b)))}
-            for m in COPA for b in budgets if results.of(m, b)
+            for m in COPA
+            for b in budgets
+            if results.of(m, b)
         ],
         "cells": [
             {key: value for key, value in r.items() if key not in ("state", "curve", "test")}
             | {"test_score": test_score(r), "curve": [[p["calls"], p["score"]] for p in r["curve"]]}
             for r in results.records
         ],
-    }  # fmt: skip
+    }
 
 
 def _mean_json(found: Mean) -> dict[str, Any]:

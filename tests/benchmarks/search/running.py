@@ -70,9 +70,13 @@ class Bench:
         if cell.method in RIVALS and not scores_its_result(step, given.get(step, {}), n_validation=len(task.valset)):
             held_back = len(task.valset) * len(task.program.predictors())
         copa = COPA(
-            metric=task.metric, budget=cell.budget + held_back, seed=cell.seed, lm=self.lm, threads=N_THREADS,
+            metric=task.metric,
+            budget=cell.budget + held_back,
+            seed=cell.seed,
+            lm=self.lm,
+            threads=N_THREADS,
             **arguments,
-        )  # fmt: skip
+        )
         if cell.method in CONTROLS:
             search = replace(copa.settings.search, stop_without_headroom=False)
             copa.settings = replace(copa.settings, search=search)
@@ -84,16 +88,31 @@ class Bench:
         test = self._test(task, program)
         cpu_test_s = time.process_time() - began_cpu - cpu_s
         record = {
-            "task": cell.task, "seed": cell.seed, "budget": cell.budget, "method": cell.method,
-            "validation": result.score_after, "baseline": result.score_before, "charged": result.charged_calls,
-            "paid": result.usage.paid_calls, "train_steps": result.usage.train_steps, "stopped": result.stopped,
-            "n_trials": result.n_trials, "notes": list(result.notes), "test": test,
+            "task": cell.task,
+            "seed": cell.seed,
+            "budget": cell.budget,
+            "method": cell.method,
+            "validation": result.score_after,
+            "baseline": result.score_before,
+            "charged": result.charged_calls,
+            "paid": result.usage.paid_calls,
+            "train_steps": result.usage.train_steps,
+            "stopped": result.stopped,
+            "n_trials": result.n_trials,
+            "notes": list(result.notes),
+            "test": test,
             "phases": [[p.phase, p.score_before, p.score_after] for p in result.phases],
-            "curve": curve.points, "n_candidates": len(curve.candidates), "n_full": curve.n_full,
-            "n_scored": sum(curve.candidates.values()), "n_validation": len(task.valset),
-            "model": result.model, "state": result.state,
-            "wall_s": round(wall_s, 2), "cpu_s": round(cpu_s, 2), "cpu_test_s": round(cpu_test_s, 2),
-        }  # fmt: skip
+            "curve": curve.points,
+            "n_candidates": len(curve.candidates),
+            "n_full": curve.n_full,
+            "n_scored": sum(curve.candidates.values()),
+            "n_validation": len(task.valset),
+            "model": result.model,
+            "state": result.state,
+            "wall_s": round(wall_s, 2),
+            "cpu_s": round(cpu_s, 2),
+            "cpu_test_s": round(cpu_test_s, 2),
+        }
         return record
 
     def test_curve(self, cell: Cell, record: dict[str, Any]) -> list[float]:

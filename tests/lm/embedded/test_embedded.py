@@ -27,9 +27,14 @@ def test_the_files_are_there_and_under_twelve_megabytes():
     folder = embedded_model_path()
     names = {path.name for path in folder.iterdir()}
     assert {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md",
-    } <= names  # fmt: skip
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= names
     assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 12e6
 
 

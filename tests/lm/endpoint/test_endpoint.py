@@ -45,11 +45,19 @@ class Handler(BaseHTTPRequestHandler):
             status, reply, headers = self.server.failures.pop(0)
         if reply is None:
             reply = {
-                "id": "r", "object": "chat.completion", "created": 1, "model": body["model"],
-                "choices": [{"index": 0, "finish_reason": "stop",
-                             "message": {"role": "assistant", "content": self.server.answer}}],
+                "id": "r",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": self.server.answer},
+                    }
+                ],
                 "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
-            }  # fmt: skip
+            }
         data = json.dumps(reply).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():

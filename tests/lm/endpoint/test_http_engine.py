@@ -122,7 +122,7 @@ ERROR = {"error": {"message": "no good"}}
         ({"cut_after": 0, "headers": {"Content-Length": "x"}}, ConnectionFailedError, "connection broke"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
-)  # fmt: skip
+)
 def test_every_bad_answer_is_an_error_of_its_kind_that_says_what_came(make, stub, stubs, reply, kind, message):
     stub.replies = [stubs.Reply(**reply)]
     with open_scope("t") as scope, pytest.raises(kind, match=message) as caught:

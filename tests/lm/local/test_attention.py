@@ -30,8 +30,10 @@ def models(tmp_path_factory):
     return model
 
 
-@pytest.mark.parametrize(("architecture", "fits"), [*((name, True) for name in FITTING), ("mistral", False),
-                                                    ("gemma3_text", False), ("lfm2", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "fits"),
+    [*((name, True) for name in FITTING), ("mistral", False), ("gemma3_text", False), ("lfm2", False)],
+)
 def test_full_attention_models_cascade_and_windows_and_convolutions_do_not(architecture, fits, models):
     assert models(architecture).cascades is fits
 
@@ -86,8 +88,9 @@ def test_continuations_have_the_log_probabilities_they_have_alone(architecture, 
             for choice, score in zip(row, given, strict=True):
                 logprobs = model.model(torch.tensor([tail + choice])).logits[0].log_softmax(-1)
                 steps = range(len(tail) - 1, len(tail) - 1 + len(choice))
-                assert score == pytest.approx(sum(float(logprobs[s, t]) for s, t in zip(steps, choice, strict=True)),
-                                              abs=1e-4)  # fmt: skip
+                assert score == pytest.approx(
+                    sum(float(logprobs[s, t]) for s, t in zip(steps, choice, strict=True)), abs=1e-4
+                )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -95,9 +98,11 @@ def test_cascade_and_stock_paths_give_the_same_tokens(seed, tmp_path):
     draw = random.Random(seed)
     architecture = draw.choice(FITTING)
     engine = TransformersEngine(
-        write_tiny_model(tmp_path / "m", architecture=architecture, seed=seed), name="hf:tiny", lora_dir=tmp_path,
+        write_tiny_model(tmp_path / "m", architecture=architecture, seed=seed),
+        name="hf:tiny",
+        lora_dir=tmp_path,
         max_batch=draw.choice([2, 5, 64]),
-    )  # fmt: skip
+    )
     systems = ["zebra 0.1 question " * draw.randint(4, 12), "answer 2.3 " * 8, None]
     requests = [
         Request(

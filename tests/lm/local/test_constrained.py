@@ -208,8 +208,9 @@ def test_every_stage_of_a_program_has_its_scores(make_lm):
     rows = [dspy.Example(question="zebra", label="red").with_inputs("question")]
     result = evaluate(TwoStages(), rows, metric=is_red, split="test", lm=make_lm()).results[0]
     assert {name: set(scores) for name, scores in result.label_scores.items()} == {
-        "state": {"on", "off"}, "label": {"red", "blue"},
-    }  # fmt: skip
+        "state": {"on", "off"},
+        "label": {"red", "blue"},
+    }
 
 
 def is_red(example, prediction, trace=None):

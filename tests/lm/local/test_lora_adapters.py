@@ -55,9 +55,11 @@ def plain_answers(folder, requests, adapters):
         )
         ids = inputs["input_ids"]
         out = modules[request.model].generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.config.max_tokens,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.config.max_tokens,
             do_sample=False,
-        )  # fmt: skip
+        )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
     return answers
 

@@ -27,9 +27,13 @@ def wide(tiny, tmp_path_factory):
     """A folder with 38 MB of float32 weights."""
     folder = tmp_path_factory.mktemp("model") / "wide"
     config = transformers.LlamaConfig(
-        hidden_size=256, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=2048,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

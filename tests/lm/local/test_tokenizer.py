@@ -45,8 +45,12 @@ PLAIN = "{%- for m in messages %}\n  {{ m.content | trim }}{{ eos_token }}{{ bos
 @pytest.mark.parametrize("template", [None, PLAIN, "{{ messages | tojson }}"])
 def test_prompts_are_the_librarys(both, template):
     ours, theirs = both
-    messages = [{"role": "system", "content": " Be <brief>. "}, {"role": "user", "content": "q\n"},
-                {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": " Be <brief>. "},
+        {"role": "user", "content": "q\n"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"},
+    ]
     for answer_next in (True, False):
         options = {"chat_template": template, "tokenize": False, "add_generation_prompt": answer_next}
         assert ours.apply_chat_template(messages, **options) == theirs.apply_chat_template(messages, **options)

@@ -122,9 +122,15 @@ def test_seed_0_is_a_seed_to_mipro(stages):
     def optimizer(seed):
         with open_scope("test") as scope:
             job = OptimizerJob(
-                name="miprov2", incumbent=Candidate.of(stages.program(), lm=None), trainset=[], valset=[],
-                metric=stages.metric, allowance=Allowance(scope, 100), calls_per_example=2, seed=seed,
-            )  # fmt: skip
+                name="miprov2",
+                incumbent=Candidate.of(stages.program(), lm=None),
+                trainset=[],
+                valset=[],
+                metric=stages.metric,
+                allowance=Allowance(scope, 100),
+                calls_per_example=2,
+                seed=seed,
+            )
             return build(job).optimizer
 
     # DSPy takes `seed or self.seed`: 0 would be its default, 9.

@@ -46,11 +46,15 @@ def test_the_result_of_a_simple_optimizer_is_still_paid_for(toy):
 @pytest.mark.parametrize(
     ("name", "kwargs", "n", "expected"),
     [
-        (RANDOM_SEARCH, {}, 500, True), ("gepa", {}, 9, True), ("simba", {}, 9, False),
-        ("bootstrap_fewshot", {}, 9, False), ("miprov2", {}, 500, True), ("miprov2", {"auto": "light"}, 100, True),
+        (RANDOM_SEARCH, {}, 500, True),
+        ("gepa", {}, 9, True),
+        ("simba", {}, 9, False),
+        ("bootstrap_fewshot", {}, 9, False),
+        ("miprov2", {}, 500, True),
+        ("miprov2", {"auto": "light"}, 100, True),
         ("miprov2", {"auto": "light"}, 101, False),
     ],
-)  # fmt: skip
+)
 def test_which_optimizers_score_their_result_themselves(name, kwargs, n, expected):
     assert scores_its_result(name, kwargs, n_validation=n) is expected
 
@@ -148,9 +152,12 @@ def evaluated(calls, *, second=None, valset=ROWS):
     with open_scope("test", budget=Budget(calls, "few")) as scope:
         allowance = Allowance(scope, calls)
         seen = Evaluations(
-            valset, allowance=allowance, calls_per_example=2, known=frozenset(),
+            valset,
+            allowance=allowance,
+            calls_per_example=2,
+            known=frozenset(),
             settings_of=lambda one: Candidate.of(one, lm=lm),
-        )  # fmt: skip
+        )
         evaluate = dspy.Evaluate(
             devset=ROWS, metric=lambda e, p, trace=None: rows.append(e.x) or 1.0, num_threads=4, display_progress=False
         )

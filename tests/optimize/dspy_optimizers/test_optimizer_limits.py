@@ -25,13 +25,25 @@ def longest_prompt(toy, program):
 
 @given(
     strategy=st.sampled_from(
-        ["labeled_fewshot", "bootstrap_fewshot", "bootstrap_fewshot_random_search", "knn_fewshot", "miprov2", "copro",
-         "p -> ensemble", "labeled_fewshot -> ensemble", "joint", "p -> w", "demos -> instructions", "none"]
+        [
+            "labeled_fewshot",
+            "bootstrap_fewshot",
+            "bootstrap_fewshot_random_search",
+            "knn_fewshot",
+            "miprov2",
+            "copro",
+            "p -> ensemble",
+            "labeled_fewshot -> ensemble",
+            "joint",
+            "p -> w",
+            "demos -> instructions",
+            "none",
+        ]
     ),
     limit=st.one_of(st.none(), st.integers(60, 300)),
     forbidden=st.sets(st.sampled_from(["big", "9.", "one of", "7"]), max_size=2),
     required=st.sets(st.sampled_from(["Be brief."]), max_size=1),
-)  # fmt: skip
+)
 @settings(max_examples=10)
 def test_no_strategy_returns_a_program_that_breaks_a_limit(toy_factory, strategy, limit, forbidden, required):
     toy = toy_factory()

@@ -84,11 +84,13 @@ def test_a_budget_that_ends_an_optimizer_leaves_its_best_program(toy, name, monk
 def test_two_runs_with_a_budget_that_ends_them_are_the_same(toy):
     states = [
         optimized(
-            toy, "bootstrap_fewshot_random_search", budget=130,
+            toy,
+            "bootstrap_fewshot_random_search",
+            budget=130,
             optimizer_kwargs={"bootstrap_fewshot_random_search": {"num_candidate_programs": 30}},
         ).copa_result.state
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert states[0] == states[1]
 
 

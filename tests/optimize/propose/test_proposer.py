@@ -55,9 +55,15 @@ def propose(toy, program, **settings):
     candidate = Candidate.of(program, lm=toy.lm())
     with open_scope("test") as scope:
         options = propose_demos(
-            candidate, trainset=toy.train, metric=toy.metric, settings=ProposalSettings(**settings),
-            allowance=Allowance(scope, 100), threads=4, seed=(0, 1), calls_per_example=1,
-        )  # fmt: skip
+            candidate,
+            trainset=toy.train,
+            metric=toy.metric,
+            settings=ProposalSettings(**settings),
+            allowance=Allowance(scope, 100),
+            threads=4,
+            seed=(0, 1),
+            calls_per_example=1,
+        )
         return options, scope.charged_calls
 
 

@@ -26,11 +26,13 @@ def follow(rule, row):
 
 def test_the_words_are_a_chain_of_if_and_otherwise():
     rule = Rule(
-        (((Condition("petal_length", "below", "2.5"),), "setosa"),
-         ((Condition("petal_width", "below", "1.7"),), "versicolor")),
+        (
+            ((Condition("petal_length", "below", "2.5"),), "setosa"),
+            ((Condition("petal_width", "below", "1.7"),), "versicolor"),
+        ),
         "virginica",
         1.0,
-    )  # fmt: skip
+    )
     assert rule.text == (
         "If petal_length is below 2.5 answer setosa, otherwise if petal_width is below 1.7 answer versicolor, "
         "otherwise answer virginica."

@@ -40,11 +40,19 @@ def write(student, toy, lm, *, memory=None, past=None, calls=200, metric=True, *
     """Options by predictor, and the scope they were proposed in."""
     with open_scope("test") as scope:
         options = propose_instructions(
-            student, plain={part.predictor: part.instruction for part in student.parts}, trainset=toy.train,
-            settings=ProposalSettings(**settings), allowance=Allowance(scope, calls), seed=0, prompt_lm=lm,
-            metric=toy.metric if metric else None, threads=4, calls_per_example=len(student.parts), past=past,
+            student,
+            plain={part.predictor: part.instruction for part in student.parts},
+            trainset=toy.train,
+            settings=ProposalSettings(**settings),
+            allowance=Allowance(scope, calls),
+            seed=0,
+            prompt_lm=lm,
+            metric=toy.metric if metric else None,
+            threads=4,
+            calls_per_example=len(student.parts),
+            past=past,
             knowledge=memory,
-        )  # fmt: skip
+        )
         return options, scope
 
 
@@ -67,9 +75,11 @@ def test_unusable_repeated_and_empty_proposals_are_left_out(toy):
 @pytest.mark.parametrize("grounding", GROUNDINGS)
 def test_every_grounding_shows_its_own_part(toy, grounding):
     marks = {
-        "data": "kind (to be answered): one of big", "program": "class TwoSteps",
-        "examples": "[[ ## step_examples ## ]]", "history": "0.25: Guess.",
-    }  # fmt: skip
+        "data": "kind (to be answered): one of big",
+        "program": "class TwoSteps",
+        "examples": "[[ ## step_examples ## ]]",
+        "history": "0.25: Guess.",
+    }
     student = Candidate.of(TwoSteps(), lm=two_steps())
     lm = ScriptedLM(lambda messages: {"proposed_instruction": "New.", "program_description": "It sorts things."})
     past = {"note": [("Guess.", 0.25)], "decide": [("Guess.", 0.25)]}
@@ -118,9 +128,15 @@ def test_without_feedback_the_right_answer_is_told(toy):
     student = Candidate.of(toy.program(), lm=toy.lm())
     with open_scope("test") as scope:
         failures = find_failures(
-            student, toy.train, metric=toy.metric, settings=ProposalSettings(), allowance=Allowance(scope, 50),
-            threads=2, calls_per_example=1, generator=np.random.default_rng(0),
-        )  # fmt: skip
+            student,
+            toy.train,
+            metric=toy.metric,
+            settings=ProposalSettings(),
+            allowance=Allowance(scope, 50),
+            threads=2,
+            calls_per_example=1,
+            generator=np.random.default_rng(0),
+        )
     assert failures["self"]
     assert all("The right answer: kind = big" in failure.text for failure in failures["self"])
 
@@ -163,8 +179,11 @@ def test_the_learner_decides_how_instructions_are_written(toy):
     assert made == ["reflected"] * 4
     before = write(student, toy, numbered())[0]
     assert [option.name.split()[0] for option in before["self"] if option.name[-1].isdigit()] == [
-        "written", "reflected", "written", "reflected"
-    ]  # fmt: skip
+        "written",
+        "reflected",
+        "written",
+        "reflected",
+    ]
 
 
 def test_the_code_of_a_bare_predictor_is_its_signature():

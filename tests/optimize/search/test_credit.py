@@ -53,9 +53,12 @@ def credit(student, winner, *, calls, knowledge=None):
         for candidate in (student, winner):
             validation.complete(candidate, allowance=Allowance(scope, 40), phase=Phase.SEARCH)
         found = assign_credit(
-            student, winner, validation=validation, allowance=Allowance(scope, 40 + calls),
+            student,
+            winner,
+            validation=validation,
+            allowance=Allowance(scope, 40 + calls),
             knowledge=knowledge or Knowledge(),
-        )  # fmt: skip
+        )
         return found, scope.charged_calls - 40
 
 
@@ -129,8 +132,10 @@ def test_every_stage_has_parts_of_its_own_and_shared_weights_are_one(pair):
     winner = student.with_lms((tuned, tuned)).with_demos({"first": DEMOS}).with_instructions({"second": "Good."})
     parts = changed_parts(student, winner)
     assert parts == (
-        CreditedPart("", "weights"), CreditedPart("first", "demonstrations"), CreditedPart("second", "instruction"),
-    )  # fmt: skip
+        CreditedPart("", "weights"),
+        CreditedPart("first", "demonstrations"),
+        CreditedPart("second", "instruction"),
+    )
     assert mixed(student, winner, parts).key == winner.key
     assert mixed(student, winner, ()).key == student.key
     assert mixed(student, winner, parts[1:]).lms == student.lms

@@ -134,8 +134,10 @@ def test_a_killed_run_goes_on_in_its_journal_to_the_numbers_of_one_that_was_not(
     whole = optimized(toy, tmp_path / "whole.jsonl", lm=_lm(_answers, tmp_path / "other"))
     assert 0 < n_before < resumed.n_trials
     assert (resumed.score_after, resumed.state, resumed.charged_calls) == (
-        whole.score_after, whole.state, whole.charged_calls,
-    )  # fmt: skip
+        whole.score_after,
+        whole.state,
+        whole.charged_calls,
+    )
     ours, theirs = trials(path), trials(tmp_path / "whole.jsonl")
     assert [(t.params, t.value) for t in ours] == [(t.params, t.value) for t in theirs]
     assert all(trial.state.is_finished() for trial in ours)

@@ -91,9 +91,16 @@ def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
 def propose(toy, candidate, memory, *, seed=0, **more):
     with open_scope("test") as scope:
         return propose_demos(
-            candidate, trainset=toy.train, metric=toy.metric, settings=ProposalSettings(**more),
-            allowance=Allowance(scope, 100), threads=4, seed=(seed, 1), calls_per_example=1, knowledge=memory,
-        )  # fmt: skip
+            candidate,
+            trainset=toy.train,
+            metric=toy.metric,
+            settings=ProposalSettings(**more),
+            allowance=Allowance(scope, 100),
+            threads=4,
+            seed=(seed, 1),
+            calls_per_example=1,
+            knowledge=memory,
+        )
 
 
 def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
@@ -103,9 +110,14 @@ def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
     student = Candidate.of(toy.program(), lm=lm)
     with open_scope("test") as scope:
         (options,) = propose_instructions(
-            student, plain={"self": "Tell."}, trainset=toy.train, settings=ProposalSettings(),
-            allowance=Allowance(scope, 100), seed=0, knowledge=memory,
-        ).values()  # fmt: skip
+            student,
+            plain={"self": "Tell."},
+            trainset=toy.train,
+            settings=ProposalSettings(),
+            allowance=Allowance(scope, 100),
+            seed=0,
+            knowledge=memory,
+        ).values()
     rule = next(option for option in options if option.name == "rule")
     answered = memory.settled_by(rule.text)
     assert 0 < sum(not right for right in answered.values()) < len(answered)

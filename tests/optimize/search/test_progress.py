@@ -78,13 +78,19 @@ def test_a_line_comes_also_where_no_trial_ends_for_long():
     ("settings", "stopped", "reason"),
     [
         ({"strategy": "demos -> instructions", "budget": 2000}, "converged", "no improvement over a full cycle"),
-        ({"strategy": "demos -> instructions", "budget": 2000, "max_cycles": 1, "epsilon": 0.0}, "max_cycles",
-         "max_cycles = 1, the last of which still improved"),
+        (
+            {"strategy": "demos -> instructions", "budget": 2000, "max_cycles": 1, "epsilon": 0.0},
+            "max_cycles",
+            "max_cycles = 1, the last of which still improved",
+        ),
         ({"strategy": "p", "budget": 60}, "budget", "the budget: "),
-        ({"strategy": "p", "budget": 900, "patience": 2, "n_rounds": 1}, "completed",
-         "all steps taken; the last search: no improvement in 2 trials"),
+        (
+            {"strategy": "p", "budget": 900, "patience": 2, "n_rounds": 1},
+            "completed",
+            "all steps taken; the last search: no improvement in 2 trials",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_record_and_the_last_line_say_why_it_ended(toy, settings, stopped, reason):
     lines = []
     optimizer = COPA(metric=toy.metric, lm=toy.lm(), on_progress=lines.append, **settings)
@@ -96,9 +102,11 @@ def test_the_record_and_the_last_line_say_why_it_ended(toy, settings, stopped, r
 
 def test_a_perfect_score_ends_it_and_is_said(toy):
     metric = lambda example, prediction, trace=None: 1.0  # noqa: E731
-    result = COPA(metric=metric, lm=toy.lm(), strategy="p").compile(
-        toy.program(), trainset=toy.train, valset=toy.val
-    ).copa_result  # fmt: skip
+    result = (
+        COPA(metric=metric, lm=toy.lm(), strategy="p")
+        .compile(toy.program(), trainset=toy.train, valset=toy.val)
+        .copa_result
+    )
     assert (result.stopped, result.reason) == ("perfect score", "perfect score on 16 validation examples")
 
 

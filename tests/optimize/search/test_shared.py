@@ -65,8 +65,10 @@ def trials_of(folder):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = open_journal(folder / "journal.jsonl")
-        return {name: optuna.load_study(study_name=name, storage=storage).get_trials()
-                for name in optuna.get_all_study_names(storage)}  # fmt: skip
+        return {
+            name: optuna.load_study(study_name=name, storage=storage).get_trials()
+            for name in optuna.get_all_study_names(storage)
+        }
     finally:
         optuna.logging.set_verbosity(optuna.logging.INFO)
 
@@ -151,9 +153,15 @@ def test_processes_know_each_other_by_what_they_search(toy, tmp_path):
         optimizer = COPA(lm=lm, **given)
         student = Candidate.of(toy.program(), lm=lm)
         return identity_of(
-            student, optimizer.steps, lms=[lm], settings=optimizer.settings, budget=optimizer.budget,
-            metric=optimizer.metric, splits=(toy.train, toy.val), further=(object(),),
-        )  # fmt: skip
+            student,
+            optimizer.steps,
+            lms=[lm],
+            settings=optimizer.settings,
+            budget=optimizer.budget,
+            metric=optimizer.metric,
+            splits=(toy.train, toy.val),
+            further=(object(),),
+        )
 
     assert identity() == identity()
     other = [identity(seed=1), identity(budget=101), identity(max_demos=3), identity(metric=lambda *_: 0.0)]

@@ -94,14 +94,23 @@ def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
         allowance = unlimited(scope)
         validation.complete(incumbent, allowance=allowance, phase=Phase.BASELINE)
         demos = propose_demos(
-            incumbent, trainset=toy.train, metric=toy.metric, settings=ProposalSettings(), allowance=allowance,
-            threads=4, seed=(0,), calls_per_example=1,
-        )  # fmt: skip
+            incumbent,
+            trainset=toy.train,
+            metric=toy.metric,
+            settings=ProposalSettings(),
+            allowance=allowance,
+            threads=4,
+            seed=(0,),
+            calls_per_example=1,
+        )
         space = Space.around(incumbent, demos=demos)
         outcome = search(
-            space, validation=validation, allowance=allowance,
-            settings=SearchSettings(sampler=sampler, seed=seed, **settings), phase=Phase.DEMOS,
-        )  # fmt: skip
+            space,
+            validation=validation,
+            allowance=allowance,
+            settings=SearchSettings(sampler=sampler, seed=seed, **settings),
+            phase=Phase.DEMOS,
+        )
         return outcome, validation, incumbent, scope
 
 

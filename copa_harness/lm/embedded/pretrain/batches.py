@@ -1,7 +1,7 @@
 """Episodes as token rows with everything the objectives supervise.
 
 A row holds one episode: the system message and as many turns as fit into T tokens. Symbols: B rows, T tokens, P
-recorded turns, S feature slots, C clauses. Position arrays index the T input tokens. Knows nothing of networks.
+recorded turns, S feature slots, C clauses. Position arrays index the T input tokens.
 """
 
 from __future__ import annotations
@@ -107,9 +107,10 @@ class EpisodeMaker:
         self._kernel_width = kernel_width
         vocabulary = tokenizer.get_vocab()
         self._pieces = sorted(
-            piece for piece in vocabulary
+            piece
+            for piece in vocabulary
             if len(piece) >= 2 and piece.isascii() and piece.isalpha() and piece.islower() and piece not in BANNED_WORDS
-        )  # fmt: skip
+        )
 
     def batch(self, mix: Mix, n_rows: int, *, seed: tuple[int, ...]) -> Batch:
         """``n_rows`` episodes, a pure function of the mix and the seed."""
@@ -183,12 +184,23 @@ class EpisodeMaker:
                     name_at[i, j] = base + np.searchsorted(starts, (name_start, name_end))
         ids = (ids + [0] * (t + 1))[: t + 1]
         return Row(
-            ids=np.array(ids, np.int64), weights=weights[:t], positions=np.minimum(positions[:t], 2047), turn=turn[:t],
-            kind=episode.kind, header=header, header_ok=header_ok, shares=episode.printed_shares(),
-            slot_ok=np.arange(N_SLOTS) < episode.n_features, kernel=self._kernel(episode, header_ok), value_at=value_at,
-            name_at=name_at, field_at=row_field, threshold_at=row_threshold, clause_label_at=row_label,
+            ids=np.array(ids, np.int64),
+            weights=weights[:t],
+            positions=np.minimum(positions[:t], 2047),
+            turn=turn[:t],
+            kind=episode.kind,
+            header=header,
+            header_ok=header_ok,
+            shares=episode.printed_shares(),
+            slot_ok=np.arange(N_SLOTS) < episode.n_features,
+            kernel=self._kernel(episode, header_ok),
+            value_at=value_at,
+            name_at=name_at,
+            field_at=row_field,
+            threshold_at=row_threshold,
+            clause_label_at=row_label,
             **episode.rule_targets(),
-        )  # fmt: skip
+        )
 
     def _kernel(self, episode: Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
         """Nadaraya-Watson weights of earlier turns, (P, P); zero for rules, where nearness is beside the point."""

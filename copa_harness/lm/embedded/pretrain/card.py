@@ -1,12 +1,10 @@
 """The model card of the shipped files, written from the run's own manifest, log and evaluation cells; no figure is
 typed by hand.
 
-This module knows nothing of torch.
-
 What choices are made on: the model's figures on the held-out development tasks, as Markdown for the card.
 
 Demonstrations in every prompt form, and how faithfully a stated two-clause rule is followed (accuracy against the
-rule's own answers, so that a bad rule cannot hide a bad reader). This module knows nothing of the tasks in ``suites/``.
+rule's own answers, so that a bad rule cannot hide a bad reader).
 """
 
 from __future__ import annotations
@@ -49,10 +47,10 @@ tags: [dspy, in-context-learning, from-scratch]
 # The embedded model of copa-harness
 
 A very small Llama decoder ({parameters:,} parameters) with its own tokenizer ({vocabulary:,} tokens), trained from
-scratch by `python -m copa_harness.pretrain train` on synthetic in-context classification episodes, rendered byte
-for byte as `dspy.ChatAdapter` renders them. It exists so that prompts, demonstrations and LoRA weights all really
-move a score on any machine within seconds. It knows no language and no facts; it is no general language model.
-
+scratch by `python -m copa_harness.lm.embedded.pretrain train` on synthetic in-context classification episodes,
+rendered byte for byte as `dspy.ChatAdapter` renders them. It exists so that prompts, demonstrations and LoRA weights
+all really move a score on any machine within seconds. It knows no language and no facts; it is no general language
+model.
 Load it with plain `AutoModelForCausalLM` / `AutoTokenizer`; pad on the left; it stops at `<|end|>`.
 """
 

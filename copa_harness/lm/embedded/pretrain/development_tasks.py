@@ -1,8 +1,8 @@
 """Held-out development tasks: what choices are made on, so that the tasks in ``suites/`` stay unseen.
 
-Made by scikit-learn's generators and from its digits (a few principal components, three digits at a time); scaled
-by the training rows' minimum and maximum to 0.0 .. 9.9 and printed with one decimal, like any task of this project
-that has no natural one-digit scale. Names and labels are plain words. This module knows nothing of models.
+Made by scikit-learn's generators and from its digits (a few principal components, three digits at a time); scaled by
+the training rows' minimum and maximum to 0.0 .. 9.9 and printed with one decimal, like any task of this project that
+has no natural one-digit scale. Names and labels are plain words.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ def scaled(features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> n
 
 
 def split_task(
-    name: str, features: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], *, seed: int,
-    fields: tuple[str, ...] = _FIELDS, labels: tuple[str, ...] = _LABELS, instruction: str = "Classify the record.",
+    name: str,
+    features: npt.NDArray[np.float64],
+    classes: npt.NDArray[np.int64],
+    *,
+    seed: int,
+    fields: tuple[str, ...] = _FIELDS,
+    labels: tuple[str, ...] = _LABELS,
+    instruction: str = "Classify the record.",
     scale: bool = True,
-) -> ClassificationTask:  # fmt: skip
+) -> ClassificationTask:
     """75 training and 75 test rows by a seeded permutation."""
     order = np.random.RandomState(seed).permutation(len(classes))
     train, test = order[:75], order[75:150]
@@ -46,9 +52,15 @@ def development_tasks(seed: int) -> list[ClassificationTask]:
     """Four tasks at one split seed."""
     blobs, blob_classes = make_blobs(150, n_features=4, centers=3, cluster_std=2.2, random_state=100 + seed)
     hard, hard_classes = make_classification(
-        150, n_features=4, n_informative=4, n_redundant=0, n_classes=3, n_clusters_per_class=1, class_sep=1.4,
+        150,
+        n_features=4,
+        n_informative=4,
+        n_redundant=0,
+        n_classes=3,
+        n_clusters_per_class=1,
+        class_sep=1.4,
         random_state=200 + seed,
-    )  # fmt: skip
+    )
     moons, moon_classes = make_moons(150, noise=0.15, random_state=300 + seed)
     digits = load_digits()
     chosen = np.isin(digits.target, (0, 3, 7) if seed % 2 else (1, 4, 8))

@@ -1,8 +1,8 @@
 """One synthetic in-context classification episode: its world, its words and the texts of its turns.
 
-An episode is one system message and turns that are each a demonstration for the later ones and a query itself. Its
-text is that of ``template``; its task is one of ``worlds``; its names and labels come from ``words`` or are random
-vocabulary pieces. Symbols: P recorded turns, S feature slots, C clauses. Knows nothing of tokens and networks.
+An episode is one system message and turns that are each a demonstration for the later ones and a query itself. Its text
+is that of ``template``; its task is one of ``worlds``; its names and labels come from ``words`` or are random
+vocabulary pieces. Symbols: P recorded turns, S feature slots, C clauses.
 """
 
 from __future__ import annotations
@@ -153,20 +153,27 @@ class Episode:
             else (rng.choice(["features"] * 6 + ["record", "input", "text", "sample", "values", "data"]),)
         )
         shape = template.Shape(
-            inputs=inputs, input_type=rng.choice(["str", "float"]) if several else "str", output=output,
-            output_description=label_list if described else "", literal=literal, reasoning=rng.random() < mix.reasoning,
-        )  # fmt: skip
+            inputs=inputs,
+            input_type=rng.choice(["str", "float"]) if several else "str",
+            output=output,
+            output_description=label_list if described else "",
+            literal=literal,
+            reasoning=rng.random() < mix.reasoning,
+        )
         shown = "`" + "`, `".join(inputs) + "`"
         instruction = rng.choice(
             [
-                "Classify the record.", "Classify the record.", f"Predict the {output}.",
+                "Classify the record.",
+                "Classify the record.",
+                f"Predict the {output}.",
                 "Assign each record to a group.",
                 f"Determine the {output} from the {rng.choice(['fields', 'values', 'features'])}.",
                 f"Given the fields {shown}, produce the fields `{output}`.",
                 f"Given the {' and '.join(self.names[:2])}, predict the {any_word(rng)} {output}.",
-                f"Classify the {any_word(rng)}.", f"Decide which {any_word(rng)} it is.",
+                f"Classify the {any_word(rng)}.",
+                f"Decide which {any_word(rng)} it is.",
             ]
-        )  # fmt: skip
+        )
         if (not described and literal is None) or rng.random() < 0.15:
             instruction += (
                 rng.choice([" Answer with one of: ", " Choose one of: ", " The answer is one of "]) + label_list + "."

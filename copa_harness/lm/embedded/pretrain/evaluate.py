@@ -1,9 +1,9 @@
 """The final table: what demonstrations, LoRA, both and a stated rule do for the embedded model on the three real
 tasks.
 
-Every cell (task, split seed, number of labelled rows) is one JSON file, so a killed evaluation goes on where it
-was; the table and its intervals are computed from the files alone. Settings are fixed in ``SETTINGS``, chosen on
-``devtasks`` before this was run. This module knows nothing of how the model was trained.
+Every cell (task, split seed, number of labelled rows) is one JSON file, so a killed evaluation goes on where it was;
+the table and its intervals are computed from the files alone. Settings are fixed in ``SETTINGS``, chosen on
+``devtasks`` before this was run.
 """
 
 from __future__ import annotations
@@ -116,9 +116,14 @@ def _cell(model: MeasuredModel, name: str, *, seed: int, n_labelled: int, settin
         started = time.perf_counter()
         note("rule", model, [], started, program.with_instructions(IRIS_RULE))
     return {
-        "schema": 1, "task": name, "seed": seed, "n_labelled": n_labelled, "n_test": len(test),
-        "settings": dataclasses.asdict(settings), "results": results,
-    }  # fmt: skip
+        "schema": 1,
+        "task": name,
+        "seed": seed,
+        "n_labelled": n_labelled,
+        "n_test": len(test),
+        "settings": dataclasses.asdict(settings),
+        "results": results,
+    }
 
 
 def _record(example: dspy.Example) -> Record:

@@ -1,8 +1,8 @@
 """Measures a small local model on classification programs: zero-shot, with demonstrations, with LoRA, with both.
 
-A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is
-greedy. Everything that shares a token prefix shares its KV cache. Independent of the rest of the package on
-purpose: it judges the model before there is a harness. This module knows nothing of which tasks are measured.
+A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is greedy.
+Everything that shares a token prefix shares its KV cache. Independent of the rest of the package on purpose: it judges
+the model before there is a harness.
 """
 
 from __future__ import annotations
@@ -129,9 +129,13 @@ class MeasuredModel:
         done = torch.zeros(n, dtype=torch.bool)
         for _ in range(max_new_tokens):
             logits = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
                 logits_to_keep=1,
-            ).logits  # fmt: skip
+            ).logits
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             written.append(tokens)
             done |= tokens[:, 0] == end
@@ -152,9 +156,15 @@ class MeasuredModel:
 
 
 def best_demos(
-    model: MeasuredModel, program: type[dspy.Signature], pool: list[Record], validation: list[Record],
-    *, n_demos: int, n_sets: int, seed: int,
-) -> list[Record]:  # fmt: skip
+    model: MeasuredModel,
+    program: type[dspy.Signature],
+    pool: list[Record],
+    validation: list[Record],
+    *,
+    n_demos: int,
+    n_sets: int,
+    seed: int,
+) -> list[Record]:
     """The best of ``n_sets`` random demonstration sets by accuracy on ``validation`` (the first of equals)."""
     rng = random.Random(seed)
     sets = [rng.sample(pool, min(n_demos, len(pool))) for _ in range(n_sets)]

@@ -1,9 +1,8 @@
 """The training-time network: the maths of ``LlamaForCausalLM`` with fewer operations and with taps for supervision.
 
-Symbols: B rows, T tokens, L layers, d width, H heads, h = d / H, f feed-forward width, V vocabulary, N number
-tokens. The embedding table is E = E0 + scatter(features @ P): rows of number tokens are a learned function of the
-printed value plus a residual. ``to_hf`` materialises everything into a plain ``LlamaForCausalLM``. This module
-knows nothing of episodes or losses.
+Symbols: B rows, T tokens, L layers, d width, H heads, h = d / H, f feed-forward width, V vocabulary, N number tokens.
+The embedding table is E = E0 + scatter(features @ P): rows of number tokens are a learned function of the printed value
+plus a residual. ``to_hf`` materialises everything into a plain ``LlamaForCausalLM``.
 """
 
 from __future__ import annotations
@@ -144,17 +143,27 @@ class TrainingNetwork(nn.Module):
         """A plain Hugging Face model with the same weights, in evaluation mode."""
         shape, d = self.shape, self.shape.width
         config = LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=d, intermediate_size=shape.feed_forward,
-            num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_heads,
-            max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=True, rms_norm_eps=NORM_EPSILON,
+            vocab_size=shape.vocabulary,
+            hidden_size=d,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_heads,
+            max_position_embeddings=MAX_POSITIONS,
+            tie_word_embeddings=True,
+            rms_norm_eps=NORM_EPSILON,
             rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-            pad_token_id=pad_id, bos_token_id=None, eos_token_id=end_id,
-        )  # fmt: skip
+            pad_token_id=pad_id,
+            bos_token_id=None,
+            eos_token_id=end_id,
+        )
         model = LlamaForCausalLM(config)
         table = self.table()
         state: dict[str, Tensor] = {
-            "model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": self.final_norm,
-        }  # fmt: skip
+            "model.embed_tokens.weight": table,
+            "lm_head.weight": table,
+            "model.norm.weight": self.final_norm,
+        }
         for layer in range(shape.n_layers):
             prefix = f"model.layers.{layer}."
             for i, name in enumerate("qkv"):

@@ -1,10 +1,10 @@
 """The losses of pretraining: the next token, and supervision of what the layers in between should know and look at.
 
 Small decoders stay for millions of tokens at "copies one of the labels seen". What ends that is telling the middle
-layers what to do, during training only: probes regress an example's own feature values where the answer is decided,
-and attention heads are pulled (cross-entropy over positions) to a Gaussian kernel over earlier examples
-(Nadaraya-Watson regression), and, when the instruction states a rule, to the thresholds of the value's field and to
-the label of the clause that fires. Symbols as in ``episodes``. This module knows nothing of optimization.
+layers what to do, during training only: probes regress an example's own feature values where the answer is decided, and
+attention heads are pulled (cross-entropy over positions) to a Gaussian kernel over earlier examples (Nadaraya-Watson
+regression), and, when the instruction states a rule, to the thresholds of the value's field and to the label of the
+clause that fires. Symbols as in ``episodes``.
 """
 
 from __future__ import annotations
@@ -204,11 +204,14 @@ class Supervision(nn.Module):
         fired_logits = at_headers @ self.fired_probe
         fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
         parts = {
-            "clause_name": name.item(), "own_clause": own.item(), "same_field": same.item(),
-            "first_true": first.item(), "fired": fired.item(),
+            "clause_name": name.item(),
+            "own_clause": own.item(),
+            "same_field": same.item(),
+            "first_true": first.item(),
+            "fired": fired.item(),
             "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
             "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
-        }  # fmt: skip
+        }
         return 0.5 * clause + 0.5 * fired_class, pulls, parts | extra
 
     def _normal(self, x: Tensor) -> Tensor:

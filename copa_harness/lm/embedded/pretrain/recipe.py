@@ -1,7 +1,7 @@
 """What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
 
-The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which
-it really ended) beside its log, and the model card prints that one. This module knows nothing of torch.
+The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which it
+really ended) beside its log, and the model card prints that one.
 """
 
 from __future__ import annotations
@@ -129,30 +129,63 @@ class Recipe:
 
 
 _BARE = Mix(
-    kinds=(1, 0, 0, 0.3), n_features=(2, 2, 0, 0, 0), n_classes=(1, 1, 0.2), formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
-    several_fields=0.0, single_styles=(6, 1, 1, 0, 0), spreads=(0.02, 0.05), system=0.0, literal=0.0, reasoning=0.0,
+    kinds=(1, 0, 0, 0.3),
+    n_features=(2, 2, 0, 0, 0),
+    n_classes=(1, 1, 0.2),
+    formats=(6, 2, 0.3, 0.3, 0.3, 0.3, 0.3),
+    several_fields=0.0,
+    single_styles=(6, 1, 1, 0, 0),
+    spreads=(0.02, 0.05),
+    system=0.0,
+    literal=0.0,
+    reasoning=0.0,
     plain_answer=1.0,
-)  # fmt: skip
+)
 _SHORT = Mix(
-    kinds=(1, 0.1, 0.1, 0.6), n_features=(2, 2, 2, 1, 0), several_fields=0.3, single_styles=(3, 1, 4, 0.5, 0.5),
-    spreads=(0.02, 0.06), system=0.4, literal=0.05, reasoning=0.0, plain_answer=1.0,
-)  # fmt: skip
+    kinds=(1, 0.1, 0.1, 0.6),
+    n_features=(2, 2, 2, 1, 0),
+    several_fields=0.3,
+    single_styles=(3, 1, 4, 0.5, 0.5),
+    spreads=(0.02, 0.06),
+    system=0.4,
+    literal=0.05,
+    reasoning=0.0,
+    plain_answer=1.0,
+)
 _RULES = Mix(
-    kinds=(0.35, 0, 0, 1), n_features=(1, 2, 2, 1, 0), several_fields=0.3, single_styles=(1, 1, 6, 1, 1), system=0.0,
-    literal=0.0, reasoning=0.0, plain_answer=1.0,
-)  # fmt: skip
+    kinds=(0.35, 0, 0, 1),
+    n_features=(1, 2, 2, 1, 0),
+    several_fields=0.3,
+    single_styles=(1, 1, 6, 1, 1),
+    system=0.0,
+    literal=0.0,
+    reasoning=0.0,
+    plain_answer=1.0,
+)
 _FULL = Mix(
-    kinds=(1, 0.15, 0.1, 0.7), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.5, spreads=(0.03, 0.08), system=0.9,
+    kinds=(1, 0.15, 0.1, 0.7),
+    n_features=(1, 1.5, 2, 3, 0.5),
+    several_fields=0.5,
+    spreads=(0.03, 0.08),
+    system=0.9,
     literal=0.1,
-)  # fmt: skip
+)
 _LONG = Mix(
-    kinds=(1, 0.15, 0.12, 0.25), n_features=(0.7, 1.2, 2, 4, 1), several_fields=0.5, single_styles=(1.5, 0.7, 6, 1, 1),
+    kinds=(1, 0.15, 0.12, 0.25),
+    n_features=(0.7, 1.2, 2, 4, 1),
+    several_fields=0.5,
+    single_styles=(1.5, 0.7, 6, 1, 1),
     stretch=0.35,
-)  # fmt: skip
+)
 _READ = Mix(
-    kinds=(0.15, 0, 0, 1), n_features=(1, 1.5, 2, 3, 0.5), several_fields=0.55, single_styles=(0.5, 0.5, 6, 1, 1),
-    literal=0.12, reasoning=0.04, stretch=0.2,
-)  # fmt: skip
+    kinds=(0.15, 0, 0, 1),
+    n_features=(1, 1.5, 2, 3, 0.5),
+    several_fields=0.55,
+    single_styles=(0.5, 0.5, 6, 1, 1),
+    literal=0.12,
+    reasoning=0.04,
+    stretch=0.2,
+)
 _READING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0)
 _DECIDING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0, decide=True)
 _POLISH = dataclasses.replace(_LONG, reasoning=0.1, same_start=0.25, stretch=0.0)

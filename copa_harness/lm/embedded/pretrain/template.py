@@ -1,8 +1,7 @@
 """The text of a classification conversation, character for character as ``dspy.ChatAdapter`` renders it.
 
-A fast re-statement of DSPy 3.4's ChatAdapter for the shapes the episodes use (several or single input fields, a
-label output, optionally a ``reasoning`` output before it). ``tests/pretrain/test_template.py`` holds it byte-equal
-to ``dspy.ChatAdapter().format``. This module knows nothing of tokens, numbers or rules.
+A fast re-statement of DSPy 3.4's ChatAdapter for the shapes the episodes use (several or single input fields, a label
+output, optionally a ``reasoning`` output before it). A test holds it byte-equal to ``dspy.ChatAdapter().format``.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Builds the embedded model's tokenizer: a small byte-level BPE, one token per number and per ChatAdapter phrase.
 
-Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47")
-is one token, so that a value is one embedding row and comparing two values is one attention score. Every fixed
-phrase of ``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a
-label is the same tokens wherever it stands. Longer numbers ("1065") fall into pieces. This module knows nothing of
-episodes or networks.
+Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47") is
+one token, so that a value is one embedding row and comparing two values is one attention score. Every fixed phrase of
+``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a label is the
+same tokens wherever it stands. Longer numbers ("1065") fall into pieces.
 
 Printed numbers: formats, and the fixed features from which the number tokens' embeddings are made.
 
 Symbols: v a printed value, u in [0, 1) its value as a share of its format's range (5.1 -> .51, 47 -> .47, 13.2 ->
-.132). The embedding row of a number token during pretraining is ``features(v) @ P + r`` with learned P, r, so that
-what is learned at one number holds for its neighbours. This module knows nothing of episodes.
+.132). The embedding row of a number token during pretraining is ``features(v) @ P + r`` with learned P, r, so that what
+is learned at one number holds for its neighbours.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The pretraining run: one seeded, resumable recipe from nothing to exported Hugging Face files.
 
-Batch s is a pure function of (seed, s), so a run killed at any step and started again goes on from its last
-checkpoint and gives, in the same arithmetic, the same weights. Checkpoints are safetensors + JSON; the log is one
-JSON object per line. Writing a file ``end_at`` with a step number into the run's folder moves the end (and with it
-the decay) there; the executed recipe records it. This module knows nothing of the tasks in ``suites/``.
+Batch s is a pure function of (seed, s), so a run killed at any step and started again goes on from its last checkpoint
+and gives, in the same arithmetic, the same weights. Checkpoints are safetensors + JSON; the log is one JSON object per
+line. Writing a file ``end_at`` with a step number into the run's folder moves the end (and with it the decay) there;
+the executed recipe records it.
 
 Muon for the matrices inside the layers: momentum, then the nearest orthogonal matrix by five Newton-Schulz
 steps.
 
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024. Matrices of one size are orthogonalised
-together, which is what makes it cheap on a CPU. This module knows nothing of the network.
+together, which is what makes it cheap on a CPU.
 """
 
 from __future__ import annotations
@@ -152,9 +152,12 @@ class PretrainingRun:
         numbers = number_strings_of(vocabulary)
         shape = NetworkShape(len(self.tokenizer), recipe.width, recipe.n_layers, recipe.n_heads, recipe.feed_forward)
         self.network = TrainingNetwork(
-            shape, number_ids=np.array([vocabulary[number] for number in numbers]),
-            number_features=number_features(numbers), tapped_layers=TAPPED_LAYERS, generator=generator,
-        )  # fmt: skip
+            shape,
+            number_ids=np.array([vocabulary[number] for number in numbers]),
+            number_features=number_features(numbers),
+            tapped_layers=TAPPED_LAYERS,
+            generator=generator,
+        )
         self.supervision = Supervision(recipe.width, generator=generator)
         self._muon = Muon(self.network.hidden_matrices(), weight_decay=recipe.muon_decay)
         others = [*self.network.other_parameters(), *self.supervision.parameters()]
@@ -172,9 +175,14 @@ class PretrainingRun:
         forward = torch.compile(self.network, dynamic=False) if self.recipe.compiled else self.network
         batches = EpisodeBatches(self.recipe, self.tokenizer)
         loader = DataLoader(
-            batches, batch_size=None, sampler=range(self.step, 10**9), num_workers=self._n_workers, collate_fn=_as_is,
-            prefetch_factor=6 if self._n_workers else None, multiprocessing_context="fork" if self._n_workers else None,
-        )  # fmt: skip
+            batches,
+            batch_size=None,
+            sampler=range(self.step, 10**9),
+            num_workers=self._n_workers,
+            collate_fn=_as_is,
+            prefetch_factor=6 if self._n_workers else None,
+            multiprocessing_context="fork" if self._n_workers else None,
+        )
         window, started, wall_before = _Window(), time.perf_counter(), self.wall_s
         bar = tqdm(total=self._last_step(), initial=self.step, unit="step", mininterval=5.0)
         for batch in loader:
@@ -239,11 +247,13 @@ class PretrainingRun:
 
     def _log(self, window: _Window, bar: tqdm[Any]) -> None:
         record = {
-            "step": self.step, "stage": self.recipe.stages[self.recipe.stage_at(self.step - 1)[0]].name,
-            "tokens": self.n_tokens, "wall_s": round(self.wall_s, 1),
+            "step": self.step,
+            "stage": self.recipe.stages[self.recipe.stage_at(self.step - 1)[0]].name,
+            "tokens": self.n_tokens,
+            "wall_s": round(self.wall_s, 1),
             "rate_share": round(self.recipe.rate_share(self.step, self._last_step()), 4),
             **window.means(),
-        }  # fmt: skip
+        }
         with (self._folder / "log.jsonl").open("a") as stream:
             stream.write(json.dumps(record) + "\n")
         bar.set_postfix(loss=record.get("loss"), demos=record.get("demos_turns_8_on"), rule=record.get("rule_turn_0"))
@@ -301,11 +311,17 @@ class PretrainingRun:
     def manifest(self) -> dict[str, Any]:
         """What has been executed, for the model card."""
         return {
-            "schema": 1, "recipe": self.recipe.ending_at(self._last_step()).to_json(), "steps": self.step,
-            "tokens": self.n_tokens, "wall_s": round(self.wall_s, 1), "n_parameters": self._n_parameters(),
+            "schema": 1,
+            "recipe": self.recipe.ending_at(self._last_step()).to_json(),
+            "steps": self.step,
+            "tokens": self.n_tokens,
+            "wall_s": round(self.wall_s, 1),
+            "n_parameters": self._n_parameters(),
             "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "python": platform.python_version(), "torch": torch.__version__, "commits": self._commits,
-        }  # fmt: skip
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commits": self._commits,
+        }
 
     def _n_parameters(self) -> int:
         inside = sum(parameter.numel() for parameter in self.network.parameters())

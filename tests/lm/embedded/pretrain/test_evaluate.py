@@ -15,13 +15,23 @@ def cell(task: str, seed: int, *, both: float = 0.9, rule: bool = False) -> dict
         accuracies["rule"] = 0.75
     results = {name: {"accuracy": value, "unparsed": 0.0, "seconds": 1.0} for name, value in accuracies.items()}
     settings = {
-        "form": "fields", "learning_rate": 3e-3, "batch_size": 16, "short_epochs": 6, "long_epochs": 20, "n_demos": 9,
+        "form": "fields",
+        "learning_rate": 3e-3,
+        "batch_size": 16,
+        "short_epochs": 6,
+        "long_epochs": 20,
+        "n_demos": 9,
         "n_sets": 10,
-    }  # fmt: skip
+    }
     return {
-        "schema": 1, "task": task, "seed": seed, "n_labelled": 75, "n_test": 75, "settings": settings,
+        "schema": 1,
+        "task": task,
+        "seed": seed,
+        "n_labelled": 75,
+        "n_test": 75,
+        "settings": settings,
         "results": results,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -54,14 +64,24 @@ def test_the_card_tells_the_run_and_the_results(tmp_path, cells):
 
     (tmp_path / "export").mkdir()
     config = {
-        "vocab_size": 5354, "num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 4,
+        "vocab_size": 5354,
+        "num_hidden_layers": 6,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
         "intermediate_size": 320,
-    }  # fmt: skip
+    }
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
     run = {
-        "recipe": SHIPPED.to_json(), "steps": 4800, "tokens": 19_000_000, "wall_s": 3000.0, "n_parameters": 1_800_000,
-        "machine": "a processor", "python": "3.11", "torch": "2.13", "commits": ["abc"],
-    }  # fmt: skip
+        "recipe": SHIPPED.to_json(),
+        "steps": 4800,
+        "tokens": 19_000_000,
+        "wall_s": 3000.0,
+        "n_parameters": 1_800_000,
+        "machine": "a processor",
+        "python": "3.11",
+        "torch": "2.13",
+        "commits": ["abc"],
+    }
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 50, "stage": "bare", "loss": 7.0}) + "\n")
     for i, one in enumerate(cells):

@@ -21,9 +21,17 @@ from copa_harness.lm.embedded.pretrain.measure import (
 def model(tokenizer) -> MeasuredModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=4, bos_token_id=None, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=4,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
     return MeasuredModel(LlamaForCausalLM(config).eval(), tokenizer)
 
 

@@ -21,9 +21,13 @@ def signature(shape: template.Shape):
 
 def shape(**changes) -> template.Shape:
     usual = {
-        "inputs": ("stem_height", "leaf_depth"), "input_type": "float", "output": "answer", "output_description": "",
-        "literal": None, "reasoning": False,
-    }  # fmt: skip
+        "inputs": ("stem_height", "leaf_depth"),
+        "input_type": "float",
+        "output": "answer",
+        "output_description": "",
+        "literal": None,
+        "reasoning": False,
+    }
     return template.Shape(**{**usual, **changes})
 
 

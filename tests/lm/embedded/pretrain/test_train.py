@@ -10,9 +10,14 @@ from copa_harness.lm.embedded.pretrain.recipe import SHIPPED, Recipe
 from copa_harness.lm.embedded.pretrain.train import PretrainingRun
 
 MICRO = dataclasses.replace(
-    SHIPPED, width=32, n_heads=4, feed_forward=48, compiled=False, decay_steps=2,
+    SHIPPED,
+    width=32,
+    n_heads=4,
+    feed_forward=48,
+    compiled=False,
+    decay_steps=2,
     stages=tuple(dataclasses.replace(stage, steps=2, rows=3, tokens=128) for stage in SHIPPED.stages[1:3]),
-)  # fmt: skip
+)
 
 
 def weights(run: PretrainingRun) -> list[torch.Tensor]:
