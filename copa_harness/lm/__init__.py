@@ -1,4 +1,4 @@
-"""The metered door to language models: engines, cache, budget, and the LM object DSPy programs hold.
+"""The metered gateway to language models: engines, cache, budget, and the LM object DSPy programs hold.
 
 Names load on first use (PEP 562), so importing this package loads neither dspy nor torch.
 """
@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "context": ["planning", "repeated"],
         "engine": ["Engine"],
         "factory": ["adapter_for", "build_lm"],
-        "gateway": ["Door"],
+        "gateway": ["Gateway"],
         "metered": ["MeteredLM"],
         "scripted": ["ScriptedLM"],
     },

@@ -5,7 +5,7 @@
     observer.seen      # one Observed per call, in any order
 
 The meter of a scope books what is *paid*, and a replay costs nothing; a search that prefers cheap programs must see
-what an answer costs when it is bought. So the door notes here, beside its bookkeeping, the usage, the price and the
+what an answer costs when it is bought. So the gateway notes here, beside its bookkeeping, the usage, the price and the
 seconds that were stored with the answer when it was.
 
 A plan before paying: the program runs against the cache alone, and what is missing is counted instead of bought.

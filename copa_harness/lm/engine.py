@@ -1,7 +1,7 @@
 """The seam for execution: what answers one request, and how it says who it is.
 
 An engine gives exactly one attempt at one completion. It owns no cache, no budget, no retries and no candidate fan-out;
-the door and DSPy do. Its fingerprint names everything that could change an answer and is not in the request.
+the gateway and DSPy do. Its fingerprint names everything that could change an answer and is not in the request.
 """
 
 from __future__ import annotations

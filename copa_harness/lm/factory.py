@@ -26,7 +26,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.engine import CapableEngine, Engine
 from copa_harness.lm.fast_path import PromptAdapter
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 
 _CHOICES = (
@@ -119,7 +119,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 def build_lm(
     spec: str,
     *,
-    door: Door,
+    gateway: Gateway,
     cache_dir: Path,
     device: str | None = None,
     worker: int | None = None,
@@ -136,7 +136,7 @@ def build_lm(
 
     Args:
         spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
-        door: Cache and meter of its calls.
+        gateway: Cache and meter of its calls.
         cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
         worker: This process's number among several that share the machine's GPUs, from 0: where the device is left
@@ -168,7 +168,7 @@ def build_lm(
         _refuse_served_weights(spec, base_weights, served_lora_path)
         return _local_lm(
             spec,
-            door=door,
+            gateway=gateway,
             lora_dir=Path(cache_dir) / LORA_FOLDER,
             engine_settings={
                 "device": device,
@@ -197,7 +197,7 @@ def build_lm(
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
     try:
-        lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), door=door)
+        lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), gateway=gateway)
     except (LMConfigurationError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
     if base_weights is None:
@@ -217,8 +217,8 @@ def build_lm(
     return lm.copy(engine=engine)
 
 
-def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
-    """A plain `dspy.LM` with its calls led through the door; its provider (fine-tuning) and defaults are kept.
+def meter_lm(lm: dspy.LM, *, gateway: Gateway) -> MeteredLM:
+    """A plain `dspy.LM` with its calls led through the gateway; its provider (fine-tuning) and defaults are kept.
 
     A `MeteredLM` comes back as it is.
 
@@ -233,7 +233,7 @@ def meter_lm(lm: dspy.LM, *, door: Door) -> MeteredLM:
     return MeteredLM(
         lm.model,
         engine=_endpoint_engine(lm),
-        door=door,
+        gateway=gateway,
         provider=lm.provider,
         model_type=lm.model_type,
         callbacks=lm.callbacks,
@@ -278,7 +278,7 @@ def _template_text(chat_template: Path | None) -> str | None:
 
 
 def _local_lm(
-    spec: str, *, door: Door, lora_dir: Path, engine_settings: dict[str, Any], lm_kwargs: dict[str, Any]
+    spec: str, *, gateway: Gateway, lora_dir: Path, engine_settings: dict[str, Any], lm_kwargs: dict[str, Any]
 ) -> MeteredLM:
     refused = sorted(CLIENT_KEYS.intersection(lm_kwargs))
     if refused:
@@ -295,7 +295,7 @@ def _local_lm(
     return MeteredLM(
         spec.rstrip("/"),
         engine=TransformersEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, **engine_settings),
-        door=door,
+        gateway=gateway,
         **{"temperature": 0.0, "max_tokens": max_tokens, **lm_kwargs},
     )
 

@@ -1,4 +1,4 @@
-"""The short way from a prompt to the door: for plain text, without what DSPy's call path does only for other calls.
+"""The short way from a prompt to the gateway: for plain text, without what DSPy's call path does only for other calls.
 
 DSPy turns every call into an OpenAI body, reads that back as a canonical request, and sets up retries, streaming,
 pricing, caching and history, which is a third of what a module call costs. Where none of it is asked for (text

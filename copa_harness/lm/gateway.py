@@ -1,11 +1,11 @@
-"""The one door every model call goes through: cache, single-flight, reserve, call, settle, store.
+"""The one gateway every model call goes through: cache, single-flight, reserve, call, settle, store.
 
 The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An answer
 found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted one does.
 Every try at a call is reserved, and settled or refunded, on its own; a failed one is refunded unless the provider may
 have billed it.
 
-What the threads of one process share on their way through the door: answers seen lately, and who asks for what now.
+What the threads of one process share on their way through the gateway: answers seen lately, and who asks for what now.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from copa_harness.lm.retry import Patience, patience_of
 from copa_harness.results import Usage
 
 RECENT_ANSWERS = 4096
-"""Answers a door keeps decoded in memory."""
+"""Answers a gateway keeps decoded in memory."""
 
 
 class RecentAnswers:
@@ -81,7 +81,7 @@ class Flights:
                     self._locks[key] = (lock, n_users - 1)
 
 
-class Door:
+class Gateway:
     """Caches, meters and bounds model calls. Thread-safe; shared by copies of the LMs that use it.
 
     Args:
@@ -95,7 +95,7 @@ class Door:
         self._recent = RecentAnswers()
         self._new_of_late = False
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Door:
+    def __deepcopy__(self, memo: dict[int, object]) -> Gateway:
         return self
 
     def call(self, engine: Engine, request: Request, *, model: str, rollout_id: object, candidate: int) -> Response:

@@ -1,8 +1,8 @@
-"""The LM object DSPy programs hold: a `dspy.LM` whose every completion goes through the door.
+"""The LM object DSPy programs hold: a `dspy.LM` whose every completion goes through the gateway.
 
 DSPy's request carries neither the rollout id nor the index of the n-th candidate, so `MeteredLM` notes both in a
 context variable around each call and the seam it hands to DSPy as `engine=` reads them there. Copies and deep copies
-share engine and door. DSPy's own response cache is off and its history kept short. Everything that depends on DSPy
+share engine and gateway. DSPy's own response cache is off and its history kept short. Everything that depends on DSPy
 3.4's call path is in this module.
 """
 
@@ -29,7 +29,7 @@ from copa_harness.lm.constrained import OutputField, checked_constrain, constrai
 from copa_harness.lm.context import current_repeat
 from copa_harness.lm.engine import CapableEngine, Engine
 from copa_harness.lm.fast_path import ShortWay, is_plain_call, outputs_of
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.provider_errors import passed_through_dspy
 from copa_harness.lm.retry import PatientEngine, RetryPolicy
 
@@ -50,11 +50,11 @@ _call: ContextVar[_Call | None] = ContextVar("copa_call", default=None)
 
 
 class _Seam:
-    """What DSPy sees as the engine: passes each request to the door together with the call it belongs to."""
+    """What DSPy sees as the engine: passes each request to the gateway together with the call it belongs to."""
 
-    def __init__(self, engine: Engine, door: Door) -> None:
+    def __init__(self, engine: Engine, gateway: Gateway) -> None:
         self.engine = engine
-        self.door = door
+        self.gateway = gateway
         # Asked for several times per call, and such a check looks at every method of the protocol.
         self.capable = engine if isinstance(engine, CapableEngine) else None
         self.short_way = ShortWay()
@@ -65,7 +65,7 @@ class _Seam:
     def complete(self, request: Request) -> Response:
         call = _call.get() or _Call(rollout_id=None)
         request = with_constraint(request, call.fields)
-        response = self.door.call(
+        response = self.gateway.call(
             self.engine, request, model=request.model, rollout_id=call.rollout_id, candidate=call.candidate
         )
         call.candidate += 1
@@ -79,7 +79,7 @@ class _Seam:
 
 
 class _AsyncSeam:
-    """The same for `acall`: the door blocks, so it is entered on a worker thread."""
+    """The same for `acall`: the gateway blocks, so it is entered on a worker thread."""
 
     def __init__(self, seam: _Seam) -> None:
         self.seam = seam
@@ -101,16 +101,16 @@ class _AsyncSeam:
 class MeteredLM(dspy.LM):
     """A DSPy language model whose completions are cached, metered and bounded by the current scope's budget.
 
-    `copy`, `deepcopy` and fine-tuning (`copy(model=...)`) share engine and door.
+    `copy`, `deepcopy` and fine-tuning (`copy(model=...)`) share engine and gateway.
 
     Args:
         model: Name of the model, as the engine knows it.
         engine: What answers. Client settings (keys, URLs, timeouts) belong to it.
-        door: The cache and meter calls go through.
+        gateway: The cache and meter calls go through.
         provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
-        num_retries: How often DSPy repeats a transient failure. 0: the door repeats, as the engine's `patience` says.
+        num_retries: How often DSPy repeats a transient failure. 0: the gateway repeats, as the engine's `patience` says.
         constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constrained`).
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
@@ -120,7 +120,7 @@ class MeteredLM(dspy.LM):
         model: str,
         *,
         engine: Engine,
-        door: Door,
+        gateway: Gateway,
         provider: Any = None,
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
@@ -129,7 +129,7 @@ class MeteredLM(dspy.LM):
         **kwargs: Any,
     ) -> None:
         self.constrain = checked_constrain(constrain, engine, model=model)
-        seam = _Seam(engine, door)
+        seam = _Seam(engine, gateway)
         super().__init__(
             model,
             temperature=temperature,
@@ -166,10 +166,10 @@ class MeteredLM(dspy.LM):
         return seam.capable
 
     @property
-    def door(self) -> Door:
+    def gateway(self) -> Gateway:
         """The cache and meter this LM's calls go through."""
         seam: _Seam = self._engine_spec
-        return seam.door
+        return seam.gateway
 
     @property
     def fingerprint(self) -> str:
@@ -227,12 +227,12 @@ class MeteredLM(dspy.LM):
     # -- copies
 
     def copy(self, **kwargs: Any) -> MeteredLM:
-        """As `dspy.LM.copy`; `engine=` and `door=` replace those, everything else keeps them."""
+        """As `dspy.LM.copy`; `engine=` and `gateway=` replace those, everything else keeps them."""
         engine = kwargs.pop("engine", self.engine)
-        door = kwargs.pop("door", self.door)
+        gateway = kwargs.pop("gateway", self.gateway)
         copied: MeteredLM = super().copy(**kwargs)
-        if engine is not self.engine or door is not self.door:
-            copied._engine_spec = _Seam(engine, door)
+        if engine is not self.engine or gateway is not self.gateway:
+            copied._engine_spec = _Seam(engine, gateway)
             copied._async_engine_spec = _AsyncSeam(copied._engine_spec)
         return copied
 

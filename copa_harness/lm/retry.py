@@ -140,7 +140,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How the door treats an engine: pace and retries. Shared by all calls of the engine."""
+    """How the gateway treats an engine: pace and retries. Shared by all calls of the engine."""
 
     retries: RetryPolicy
     pace: Pace | None = None

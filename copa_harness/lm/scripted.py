@@ -23,7 +23,7 @@ from typing import Any
 from dspy.lm15 import Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import ConfigurationError, ProviderError
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 
 Answer = str | Mapping[str, Any] | BaseException
@@ -158,7 +158,7 @@ class ScriptedLM(MeteredLM):
             of the texts and fields of a list, dict or text, and is unique to this object for a callable; pass one to
             share answers with a later instance on the same disk cache. A callable gets the model's name, so that
             copies under another name can have other weights.
-        door: Cache and meter; by default an own one in memory.
+        gateway: Cache and meter; by default an own one in memory.
         provider: DSPy fine-tuning provider, to test what fine-tunes.
         temperature: As in `MeteredLM`.
         max_tokens: As in `MeteredLM`.
@@ -171,7 +171,7 @@ class ScriptedLM(MeteredLM):
         *,
         model: str = "scripted/model",
         fingerprint: str | Callable[[str], str] | None = None,
-        door: Door | None = None,
+        gateway: Gateway | None = None,
         provider: Any = None,
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
@@ -180,7 +180,7 @@ class ScriptedLM(MeteredLM):
         super().__init__(
             model,
             engine=ScriptedEngine(answers, fingerprint=fingerprint),
-            door=Door(cache=None) if door is None else door,
+            gateway=Gateway(cache=None) if gateway is None else gateway,
             provider=provider,
             temperature=temperature,
             max_tokens=max_tokens,

@@ -1,4 +1,4 @@
-"""The session's language models, by name, behind one door and over one cache on disk.
+"""The session's language models, by name, behind one gateway and over one cache on disk.
 
 A model is made when it is first asked for; making one loads no weights.
 """
@@ -13,7 +13,7 @@ from copa_harness.session.settings import Settings
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.lm.gateway import Door
+    from copa_harness.lm.gateway import Gateway
     from copa_harness.lm.metered import MeteredLM
 
 
@@ -29,7 +29,7 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         from copa_harness.lm.cache.store import ResponseCache
-        from copa_harness.lm.gateway import Door
+        from copa_harness.lm.gateway import Gateway
 
         self._settings = settings
         directory = settings.cache_dir
@@ -43,7 +43,7 @@ class Models:
                 f"the cache directory {directory} cannot be used ({error}); make it writable, or name another one "
                 f"with --copa-cache-dir."
             ) from error
-        self.door = Door(cache=self._cache)
+        self.gateway = Gateway(cache=self._cache)
         self._models: dict[tuple[str, bool, bool], MeteredLM] = {}
 
     def named(self, name: str, *, is_base: bool = False, constrain: bool = False) -> MeteredLM:
@@ -62,7 +62,7 @@ class Models:
         """
         key = (name, is_base and self._settings.base_weights is not None, constrain)
         if key not in self._models:
-            self._models[key] = _build(name, self._settings, door=self.door, is_base=is_base, constrain=constrain)
+            self._models[key] = _build(name, self._settings, gateway=self.gateway, is_base=is_base, constrain=constrain)
         return self._models[key]
 
     def served(self) -> list[str]:
@@ -71,7 +71,7 @@ class Models:
         return list(dict.fromkeys(line for line in descriptions if line))
 
     def metered(self, lm: dspy.LM, *, constrain: bool = False) -> MeteredLM:
-        """A model somebody made (a fixture of the user's), led through the door unless it has one of its own.
+        """A model somebody made (a fixture of the user's), led through the gateway unless it has one of its own.
 
         Args:
             lm: The model.
@@ -87,7 +87,7 @@ class Models:
             raise ConfigurationError(
                 f"got {lm!r} as a language model; expected a dspy.LM or one made by copa_harness.build_lm(...)."
             )
-        metered = meter_lm(lm, door=self.door)
+        metered = meter_lm(lm, gateway=self.gateway)
         if constrain and not metered.constrain:
             metered = metered.copy()
             metered.constrain = checked_constrain(True, metered.engine, model=metered.model)
@@ -104,15 +104,17 @@ def check_names(settings: Settings) -> None:
     Raises:
         ConfigurationError: One cannot; the message names the choices.
     """
-    from copa_harness.lm.gateway import Door
+    from copa_harness.lm.gateway import Gateway
 
     for option, name in (("lm", settings.lm), ("prompt_lm", settings.prompt_lm)):
         if option in settings.forced and name is not None:
             is_base = option == "lm"
-            _build(name, settings, door=Door(cache=None), is_base=is_base, constrain=is_base and settings.constrain)
+            _build(
+                name, settings, gateway=Gateway(cache=None), is_base=is_base, constrain=is_base and settings.constrain
+            )
 
 
-def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrain: bool) -> MeteredLM:
+def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, constrain: bool) -> MeteredLM:
     from copa_harness.lm.factory import build_lm
 
     weights = settings.base_weights if is_base else None
@@ -125,7 +127,7 @@ def _build(name: str, settings: Settings, *, door: Door, is_base: bool, constrai
         of_local_models["allow_pickled_weights"] = True
     lm = build_lm(
         name,
-        door=door,
+        gateway=gateway,
         cache_dir=settings.cache_dir,
         api_base=settings.api_base if _is_at_the_endpoint(name, settings) else None,
         base_weights=weights,

@@ -392,7 +392,7 @@ def through_dspy(rounds):
 
     from copa_harness.evaluate import evaluate
     from copa_harness.lm.factory import build_lm
-    from copa_harness.lm.gateway import Door
+    from copa_harness.lm.gateway import Gateway
     from copa_harness.tasks import iris
 
     torch.set_num_threads(2)
@@ -402,7 +402,7 @@ def through_dspy(rounds):
     times = {"engine": [], "dspy": []}
     requests = []
     for _ in range(rounds + 1):
-        lm = build_lm("embedded", door=Door(cache=None), cache_dir=Path(SCRATCH.name))
+        lm = build_lm("embedded", gateway=Gateway(cache=None), cache_dir=Path(SCRATCH.name))
         complete = lm.engine.complete
         if not requests:
 

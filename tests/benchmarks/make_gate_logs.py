@@ -28,7 +28,7 @@ from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.runner import evaluate
 from copa_harness.lm import repeated
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.report.environment import git_commit, versions
 from copa_harness.tasks import breast_cancer
 from copa_harness.tasks.tabular import exact_match
@@ -79,7 +79,7 @@ def with_demos(task, k, seed, instruction=None):
     return program
 
 
-def systems(task, lm, warm, door, folder):
+def systems(task, lm, warm, gateway, folder):
     """(name, program, model, repeat) of everything that is to be run on a pool."""
     for k, seeds in DEMO_SEEDS.items():
         yield from ((f"demos-{k}-{seed}", with_demos(task, k, seed), lm, 0) for seed in seeds)
@@ -88,7 +88,7 @@ def systems(task, lm, warm, door, folder):
     for k, seed in SAMPLED:
         yield from ((f"sampled-{k}-{seed}-{r}", with_demos(task, k, seed), warm, r) for r in range(N_REPEATS))
     for seed in TUNED_SEEDS:
-        base = build_lm("embedded", door=door, cache_dir=folder)
+        base = build_lm("embedded", gateway=gateway, cache_dir=folder)
         optimizer = COPA(metric=task.metric, strategy="w", budget="light", lm=base, seed=seed)
         yield f"tuned-{seed}", optimizer.compile(task.program, trainset=task.trainset, valset=task.valset), base, 0
 
@@ -99,9 +99,9 @@ def main():
     arguments = parser.parse_args()
     logging.getLogger("dspy").setLevel(logging.ERROR)  # an answer that runs on is counted as wrong, not news
     cache = ResponseCache(arguments.cache / "responses")
-    door = Door(cache=cache)
-    lm = build_lm("embedded", door=door, cache_dir=arguments.cache)
-    warm = build_lm("embedded", door=door, cache_dir=arguments.cache, temperature=1.0)
+    gateway = Gateway(cache=cache)
+    lm = build_lm("embedded", gateway=gateway, cache_dir=arguments.cache)
+    warm = build_lm("embedded", gateway=gateway, cache_dir=arguments.cache, temperature=1.0)
     document = {
         "made_by": "python tests/benchmarks/make_gate_logs.py",
         "model": {"name": lm.model, "fingerprint": lm.fingerprint},
@@ -111,7 +111,7 @@ def main():
     }
     for task in pools():
         scores = {}
-        for name, program, model, repeat in systems(task, lm, warm, door, arguments.cache):
+        for name, program, model, repeat in systems(task, lm, warm, gateway, arguments.cache):
             with repeated(repeat):
                 answer = evaluate(program, task.testset, metric=task.metric, split="test", lm=model)
             scores[name] = "".join(str(int(row.score)) for row in answer.results)

@@ -1,4 +1,4 @@
-"""Shared by the tests of the door: a running stub server, and no price list from the network."""
+"""Shared by the tests of the gateway: a running stub server, and no price list from the network."""
 
 import pytest
 

@@ -7,17 +7,17 @@ from copa_harness.errors import ProviderError
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.context import NotCachedError, Plan, planning
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 
 
 @pytest.fixture
-def door(tmp_path):
-    return Door(cache=ResponseCache(tmp_path / "responses"))
+def gateway(tmp_path):
+    return Gateway(cache=ResponseCache(tmp_path / "responses"))
 
 
-def test_a_plan_asks_nothing_and_tells_missing_from_stored(door):
-    lm = ScriptedLM("x", door=door, fingerprint="w", max_tokens=20)
+def test_a_plan_asks_nothing_and_tells_missing_from_stored(gateway):
+    lm = ScriptedLM("x", gateway=gateway, fingerprint="w", max_tokens=20)
     lm("a")
     with planning() as plan:
         assert lm("a") == ["x"]
@@ -33,8 +33,10 @@ def test_a_plan_asks_nothing_and_tells_missing_from_stored(door):
 
 
 @pytest.mark.usefixtures("no_gateways")
-def test_a_plan_prices_an_evaluation_from_the_shipped_list(door, stub, tmp_path):
-    lm = build_lm("openai/gpt-4o-mini", door=door, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=100)
+def test_a_plan_prices_an_evaluation_from_the_shipped_list(gateway, stub, tmp_path):
+    lm = build_lm(
+        "openai/gpt-4o-mini", gateway=gateway, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=100
+    )
     program = dspy.Predict("question -> answer")
     program.set_lm(lm)
     program(question="0")
@@ -50,8 +52,10 @@ def test_a_plan_prices_an_evaluation_from_the_shipped_list(door, stub, tmp_path)
 
 
 @pytest.mark.usefixtures("no_gateways")
-def test_what_a_call_may_cost_is_known_from_those_that_are_stored_already(door, stub, tmp_path):
-    lm = build_lm("openai/gpt-4o-mini", door=door, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=100)
+def test_what_a_call_may_cost_is_known_from_those_that_are_stored_already(gateway, stub, tmp_path):
+    lm = build_lm(
+        "openai/gpt-4o-mini", gateway=gateway, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=100
+    )
     lm("a question")
     with planning() as stored:
         lm("a question")
@@ -63,8 +67,8 @@ def test_what_a_call_may_cost_is_known_from_those_that_are_stored_already(door, 
     assert Plan().each is None
 
 
-def test_calls_nobody_can_bound_are_said(door):
-    lm = ScriptedLM("x", door=door, fingerprint="w")
+def test_calls_nobody_can_bound_are_said(gateway):
+    lm = ScriptedLM("x", gateway=gateway, fingerprint="w")
     with planning() as plan, pytest.raises(NotCachedError):
         lm("a")
     assert plan.usage.estimated_calls == 1

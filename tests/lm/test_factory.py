@@ -9,13 +9,13 @@ import pytest
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.endpoint.engine import EndpointEngine
 from copa_harness.lm.factory import adapter_for, build_lm, meter_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 
 
 @pytest.fixture
 def build(tmp_path):
-    return lambda spec, **kwargs: build_lm(spec, door=Door(cache=None), cache_dir=tmp_path, **kwargs)
+    return lambda spec, **kwargs: build_lm(spec, gateway=Gateway(cache=None), cache_dir=tmp_path, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_the_json_fallback_of_the_chat_adapter_is_for_models_with_a_json_mode(bu
 
 
 def test_defaults_of_a_reasoning_model_survive_metering():
-    lm = meter_lm(dspy.LM("openai/gpt-5", temperature=1.0, max_tokens=16000), door=Door(cache=None))
+    lm = meter_lm(dspy.LM("openai/gpt-5", temperature=1.0, max_tokens=16000), gateway=Gateway(cache=None))
     assert lm.kwargs == {"temperature": 1.0, "max_completion_tokens": 16000}
 
 
 def test_building_an_endpoint_model_imports_neither_torch_nor_litellm(tmp_path):
     code = (
-        "import sys; from copa_harness.lm import Door, build_lm; from pathlib import Path\n"
-        f"build_lm('together_ai/a/b', door=Door(cache=None), cache_dir=Path({str(tmp_path)!r}))\n"
+        "import sys; from copa_harness.lm import Gateway, build_lm; from pathlib import Path\n"
+        f"build_lm('together_ai/a/b', gateway=Gateway(cache=None), cache_dir=Path({str(tmp_path)!r}))\n"
         "assert not {'torch', 'transformers', 'litellm.main', 'openai'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""})

@@ -1,4 +1,4 @@
-"""The short way to the door asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
+"""The short way to the gateway asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The door: replayed if known, bought once if not, counted either way, refunded on failure."""
+"""The gateway: replayed if known, bought once if not, counted either way, refunded on failure."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from dspy.lm15 import Message, Request, Response, TextPart, Usage
 from copa_harness.errors import BudgetExhausted, ProviderError
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.results import Budget
 
 
@@ -51,61 +51,61 @@ class PricedCountingEngine(CountingEngine):
         return self.complete(request, seed=seed), 0.25
 
 
-def ask(door, engine, prompt="x", *, rollout_id=None, candidate=0):
+def ask(gateway, engine, prompt="x", *, rollout_id=None, candidate=0):
     request = Request(model="m", messages=(Message.user(prompt),))
-    return door.call(engine, request, model="m", rollout_id=rollout_id, candidate=candidate)
+    return gateway.call(engine, request, model="m", rollout_id=rollout_id, candidate=candidate)
 
 
 @pytest.fixture(params=["memory", "disk"])
-def door(request, tmp_path):
+def gateway(request, tmp_path):
     if request.param == "memory":
-        yield Door(cache=None)
+        yield Gateway(cache=None)
     else:
         cache = ResponseCache(tmp_path / "responses")
-        yield Door(cache=cache)
+        yield Gateway(cache=cache)
         cache.close()
 
 
-def test_the_same_request_is_bought_once_and_its_replay_costs_nothing(door):
+def test_the_same_request_is_bought_once_and_its_replay_costs_nothing(gateway):
     engine = CountingEngine()
     with open_scope("t") as scope:
-        first, second = ask(door, engine), ask(door, engine)
+        first, second = ask(gateway, engine), ask(gateway, engine)
     assert (first.message.text, second.message.text) == ("1", "1")
     assert (first.usage.input_tokens, second.usage) == (5, Usage())
     usage = scope.usage()
     assert (usage.paid_calls, usage.cached_calls, usage.input_tokens, usage.output_tokens) == (1, 1, 5, 1)
 
 
-def test_rollouts_and_candidates_are_independent_and_each_is_kept(door):
+def test_rollouts_and_candidates_are_independent_and_each_is_kept(gateway):
     engine = CountingEngine()
     repeats = [(None, 0), (None, 1), (1, 0), (1, 1), (2, 0)]
-    once = [ask(door, engine, rollout_id=r, candidate=c).message.text for r, c in repeats]
-    again = [ask(door, engine, rollout_id=r, candidate=c).message.text for r, c in repeats]
+    once = [ask(gateway, engine, rollout_id=r, candidate=c).message.text for r, c in repeats]
+    again = [ask(gateway, engine, rollout_id=r, candidate=c).message.text for r, c in repeats]
     assert once == again == ["1", "2", "3", "4", "5"]
     assert len(set(engine.seeds)) == 5
     assert engine.seeds[0] == 0
 
 
-def test_other_weights_behind_the_same_name_are_never_answered_from_the_old_ones(door):
+def test_other_weights_behind_the_same_name_are_never_answered_from_the_old_ones(gateway):
     engine = CountingEngine()
-    ask(door, engine)
+    ask(gateway, engine)
     engine.weights = "w2"
-    assert ask(door, engine).message.text == "2"
+    assert ask(gateway, engine).message.text == "2"
     engine.weights = "w1"
-    assert ask(door, engine).message.text == "1"
+    assert ask(gateway, engine).message.text == "1"
 
 
-def test_the_same_request_from_many_threads_at_once_is_paid_once(door):
+def test_the_same_request_from_many_threads_at_once_is_paid_once(gateway):
     gate = threading.Event()
     engine = CountingEngine(gate=gate)
     with open_scope("t", budget=Budget(1)) as scope, ThreadPoolExecutor(16) as pool:
-        futures = [pool.submit(ask, door, engine) for _ in range(16)]
+        futures = [pool.submit(ask, gateway, engine) for _ in range(16)]
         gate.set()
         assert {future.result().message.text for future in futures} == {"1"}
     assert (scope.usage().paid_calls, scope.usage().cached_calls) == (1, 15)
 
 
-def test_different_requests_are_answered_side_by_side(door):
+def test_different_requests_are_answered_side_by_side(gateway):
     meet = threading.Barrier(8, timeout=5)
 
     class MeetingEngine(CountingEngine):
@@ -115,40 +115,40 @@ def test_different_requests_are_answered_side_by_side(door):
 
     engine = MeetingEngine()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda i: ask(door, engine, str(i)).message.text, range(8)))
+        answers = list(pool.map(lambda i: ask(gateway, engine, str(i)).message.text, range(8)))
     assert sorted(answers) == [str(i) for i in range(1, 9)]
 
 
-def test_the_budget_counts_distinct_requests_and_then_refuses(door):
+def test_the_budget_counts_distinct_requests_and_then_refuses(gateway):
     engine = CountingEngine()
     with open_scope("t", budget=Budget(2)) as scope:
         for prompt in ["a", "b", "a", "b"]:
-            ask(door, engine, prompt)
+            ask(gateway, engine, prompt)
         with pytest.raises(BudgetExhausted):
-            ask(door, engine, "c")
-        ask(door, engine, "a")
+            ask(gateway, engine, "c")
+        ask(gateway, engine, "a")
     assert scope.exhausted
     assert len(engine.seeds) == 2
 
 
-def test_a_replayed_answer_counts_against_the_budget_like_a_bought_one(door):
+def test_a_replayed_answer_counts_against_the_budget_like_a_bought_one(gateway):
     engine = CountingEngine()
     for prompt in "abc":
-        ask(door, engine, prompt)
+        ask(gateway, engine, prompt)
     with open_scope("resumed", budget=Budget(2)) as scope:
-        ask(door, engine, "a")
-        ask(door, engine, "b")
+        ask(gateway, engine, "a")
+        ask(gateway, engine, "b")
         with pytest.raises(BudgetExhausted):
-            ask(door, engine, "c")
+            ask(gateway, engine, "c")
     assert (scope.usage().paid_calls, scope.usage().cached_calls) == (0, 2)
 
 
-def test_many_threads_asking_different_things_pay_exactly_the_budget(door):
+def test_many_threads_asking_different_things_pay_exactly_the_budget(gateway):
     engine = CountingEngine()
 
     def work(index):
         try:
-            return ask(door, engine, str(index)).message.text
+            return ask(gateway, engine, str(index)).message.text
         except BudgetExhausted:
             return None
 
@@ -159,24 +159,24 @@ def test_many_threads_asking_different_things_pay_exactly_the_budget(door):
 
 
 @pytest.mark.parametrize("error", [ProviderError, RuntimeError, MemoryError, KeyboardInterrupt])
-def test_a_failed_call_is_refunded_and_not_remembered(door, error):
+def test_a_failed_call_is_refunded_and_not_remembered(gateway, error):
     engine = CountingEngine(n_failures=1, error=error)
     expected = error if error in (MemoryError, KeyboardInterrupt) else ProviderError
     with open_scope("t", budget=Budget(1)) as scope:
         with pytest.raises(expected):
-            ask(door, engine)
-        assert ask(door, engine).message.text == "2"
+            ask(gateway, engine)
+        assert ask(gateway, engine).message.text == "2"
     usage = scope.usage()
     assert (usage.paid_calls, usage.failed_calls) == (1, 0 if error is KeyboardInterrupt else 1)
 
 
-def test_threads_waiting_for_a_call_that_fails_try_themselves(door):
+def test_threads_waiting_for_a_call_that_fails_try_themselves(gateway):
     gate = threading.Event()
     engine = CountingEngine(gate=gate, n_failures=1)
 
     def work(_):
         try:
-            return ask(door, engine).message.text
+            return ask(gateway, engine).message.text
         except ProviderError:
             return "failed"
 
@@ -187,16 +187,16 @@ def test_threads_waiting_for_a_call_that_fails_try_themselves(door):
     assert len(engine.seeds) == 2
 
 
-def test_an_engine_that_knows_its_price_is_billed_in_dollars(door):
+def test_an_engine_that_knows_its_price_is_billed_in_dollars(gateway):
     with open_scope("t") as scope:
         for prompt in "aab":
-            ask(door, PricedCountingEngine(), prompt)
+            ask(gateway, PricedCountingEngine(), prompt)
     assert scope.usage().usd == 0.5
 
 
-def test_answers_on_disk_are_found_by_a_later_door(tmp_path):
+def test_answers_on_disk_are_found_by_a_later_gateway(tmp_path):
     engine = CountingEngine()
-    ask(Door(cache=ResponseCache(tmp_path)), engine)
+    ask(Gateway(cache=ResponseCache(tmp_path)), engine)
     with open_scope("later") as scope:
-        assert ask(Door(cache=ResponseCache(tmp_path)), engine).message.text == "1"
+        assert ask(Gateway(cache=ResponseCache(tmp_path)), engine).message.text == "1"
     assert scope.usage().paid_calls == 0

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 
@@ -28,7 +28,7 @@ def answer(messages):
     time.sleep(60 if mode == "hang" else 0.01)
     return "answer to " + prompt
 
-lm = ScriptedLM(answer, door=Door(cache=ResponseCache(directory / "responses")), fingerprint="w")
+lm = ScriptedLM(answer, gateway=Gateway(cache=ResponseCache(directory / "responses")), fingerprint="w")
 print("ready", flush=True)
 sys.stdin.readline()
 prompts = ["0"] if mode != "many" else [str(i % 30) for i in range(60)]

@@ -12,7 +12,7 @@ from dspy.lm15 import ContextLengthError, Message, Request, ServerError
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, ContextOverflowError, ProviderError
 from copa_harness.lm.budget.scope import open_scope
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import HISTORY_LENGTH, MeteredLM
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget, Phase
@@ -64,7 +64,7 @@ def test_best_of_n_gets_different_tries_and_replays_them_all(ask):
     assert ask.lm.calls == 4
 
 
-def test_copies_of_programs_and_lms_share_engine_door_and_meter(ask):
+def test_copies_of_programs_and_lms_share_engine_gateway_and_meter(ask):
     ask.set_lm(counting_lm())
     with open_scope("t", budget=Budget(1)) as scope:
         for program in [ask, ask.deepcopy(), copy.deepcopy(ask), ask.reset_copy()]:
@@ -81,12 +81,12 @@ def test_a_copy_with_another_model_name_asks_anew(ask):
     assert ask(question="q").answer == "2"
 
 
-def test_engine_and_door_can_be_replaced_in_a_copy():
+def test_engine_and_gateway_can_be_replaced_in_a_copy():
     lm, other = counting_lm(), ScriptedLM("other")
     assert lm.copy(engine=other.engine)("x") == ["other"]
-    door = Door(cache=None)
-    assert lm.copy(door=door).door is door
-    assert lm.copy().door is lm.door
+    gateway = Gateway(cache=None)
+    assert lm.copy(gateway=gateway).gateway is gateway
+    assert lm.copy().gateway is lm.gateway
 
 
 def test_dspys_own_cache_stays_off_whatever_is_asked(ask, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_spent_budget_ends_evaluate_at_once_and_is_not_a_wrong_answer(ask, n_t
     assert ask.lm.calls == scope.charged_calls == 5
 
 
-def test_async_calls_go_through_the_same_door(ask):
+def test_async_calls_go_through_the_same_gateway(ask):
     ask.set_lm(counting_lm())
 
     async def gather():
@@ -248,12 +248,12 @@ class NamingProvider(Provider):
         return f"{model}@tuned"
 
 
-def test_finetune_returns_an_lm_with_the_same_engine_door_and_provider():
+def test_finetune_returns_an_lm_with_the_same_engine_gateway_and_provider():
     provider = NamingProvider()
     lm = counting_lm(provider=provider)
     tuned = lm.finetune([{"messages": []}], train_data_format=None).result()
     assert tuned.model == "scripted/model@tuned"
-    assert (tuned.engine, tuned.door, tuned.provider) == (lm.engine, lm.door, provider)
+    assert (tuned.engine, tuned.gateway, tuned.provider) == (lm.engine, lm.gateway, provider)
     assert copy.deepcopy(lm).provider is provider
 
 

@@ -14,7 +14,7 @@ from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.context import repeated
 from copa_harness.lm.engine import seed_of
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import write_manifest
 from copa_harness.lm.metered import MeteredLM
@@ -25,16 +25,16 @@ PROMPT = "[[ ## question ## ]] 2.3 [[ ## answer ## ]]"
 
 
 @pytest.fixture
-def door(tmp_path):
-    return Door(cache=ResponseCache(tmp_path / "responses"))
+def gateway(tmp_path):
+    return Gateway(cache=ResponseCache(tmp_path / "responses"))
 
 
 class Shop:
     """A local model on one shared cache, and how often it was really asked."""
 
-    def __init__(self, folder, *, door, lora_dir):
+    def __init__(self, folder, *, gateway, lora_dir):
         self.engine = TransformersEngine(folder, name="hf:tiny", lora_dir=lora_dir, device="cpu")
-        self.lm = MeteredLM("hf:tiny", engine=self.engine, door=door, temperature=0.0, max_tokens=6)
+        self.lm = MeteredLM("hf:tiny", engine=self.engine, gateway=gateway, temperature=0.0, max_tokens=6)
 
     def ask(self, model="hf:tiny"):
         with open_scope("t") as scope:
@@ -48,8 +48,8 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path, door):
-    return Shop(write_tiny_model(tmp_path / "model", seed=0), door=door, lora_dir=tmp_path / "lora")
+def shop(tmp_path, gateway):
+    return Shop(write_tiny_model(tmp_path / "model", seed=0), gateway=gateway, lora_dir=tmp_path / "lora")
 
 
 def write_lora(directory, engine, *, seed):
@@ -91,7 +91,7 @@ def test_other_base_weights_at_the_same_path_give_no_stale_answer_in_the_same_pr
     before, _ = shop.ask()
     write_tiny_model(tmp_path / "model", seed=5)
     answer, paid = shop.ask()
-    fresh = Shop(tmp_path / "model", door=Door(cache=None), lora_dir=tmp_path / "lora")
+    fresh = Shop(tmp_path / "model", gateway=Gateway(cache=None), lora_dir=tmp_path / "lora")
     assert paid == 1
     assert answer == fresh.plain() != before
 
@@ -106,24 +106,24 @@ def test_another_chat_template_gives_no_stale_answer(shop, tmp_path):
         elif path.exists() and "chat_template" in (settings := json.loads(path.read_text())):
             path.write_text(json.dumps({**settings, "chat_template": template}))
     answer, paid = shop.ask()
-    fresh = Shop(tmp_path / "model", door=Door(cache=None), lora_dir=tmp_path / "lora")
+    fresh = Shop(tmp_path / "model", gateway=Gateway(cache=None), lora_dir=tmp_path / "lora")
     assert paid == 1
     assert answer == fresh.plain() != before
 
 
 @pytest.mark.usefixtures("no_gateways")
-def test_the_model_behind_the_same_name_on_another_url_gives_no_stale_answer(stubs, tmp_path, door):
+def test_the_model_behind_the_same_name_on_another_url_gives_no_stale_answer(stubs, tmp_path, gateway):
     with stubs.StubServer() as one, stubs.StubServer() as other:
         for stub, word in ((one, "one"), (other, "other")):
             stub.default.body = stubs.completion(word)
-            lm = build_lm("openai/m", door=door, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=9)
+            lm = build_lm("openai/m", gateway=gateway, cache_dir=tmp_path, api_base=stub.url, api_key="k", max_tokens=9)
             assert [lm("hi")[0] for _ in range(2)] == [word, word]
         assert (one.n_requests, other.n_requests) == (1, 1)
 
 
 @pytest.mark.usefixtures("no_gateways")
-def test_another_url_in_the_environment_gives_no_stale_answer(stubs, tmp_path, door, monkeypatch):
-    lm = build_lm("openai/m", door=door, cache_dir=tmp_path, api_key="k", max_tokens=9)
+def test_another_url_in_the_environment_gives_no_stale_answer(stubs, tmp_path, gateway, monkeypatch):
+    lm = build_lm("openai/m", gateway=gateway, cache_dir=tmp_path, api_key="k", max_tokens=9)
     first = lm.fingerprint
     monkeypatch.setenv("OPENAI_API_BASE", "http://127.0.0.1:9/v1")
     assert lm.fingerprint != first
@@ -132,21 +132,21 @@ def test_another_url_in_the_environment_gives_no_stale_answer(stubs, tmp_path, d
 @pytest.mark.parametrize(
     "change", [{"temperature": 0.5}, {"max_tokens": 8}, {"top_p": 0.9}, {"stop": ["x"]}, {"seed": 3}]
 )
-def test_every_setting_that_is_sent_is_in_the_key(door, change):
-    lm = ScriptedLM(lambda messages: "x", door=door, fingerprint="w", max_tokens=9)
+def test_every_setting_that_is_sent_is_in_the_key(gateway, change):
+    lm = ScriptedLM(lambda messages: "x", gateway=gateway, fingerprint="w", max_tokens=9)
     lm("hi")
     lm.copy(**change)("hi")
     assert lm.calls == 2
 
 
-def test_an_answer_given_while_the_model_was_exchanged_is_not_kept(door):
+def test_an_answer_given_while_the_model_was_exchanged_is_not_kept(gateway):
     weights = {"now": "old"}
 
     def answer(messages):
         weights["now"] = "new"
         return "from who knows which"
 
-    lm = ScriptedLM(answer, door=door, fingerprint=lambda model: weights["now"])
+    lm = ScriptedLM(answer, gateway=gateway, fingerprint=lambda model: weights["now"])
     lm("hi")
     weights["now"] = "old"
     lm("hi")
@@ -156,7 +156,7 @@ def test_an_answer_given_while_the_model_was_exchanged_is_not_kept(door):
 def test_repeats_are_independent_and_cached(tmp_path):
     def run():
         lm = ScriptedLM(
-            lambda messages, seed: f"seed {seed}", door=Door(cache=ResponseCache(tmp_path / "r")), fingerprint="w"
+            lambda messages, seed: f"seed {seed}", gateway=Gateway(cache=ResponseCache(tmp_path / "r")), fingerprint="w"
         )
         found = []
         for index in range(5):

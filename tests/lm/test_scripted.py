@@ -8,7 +8,7 @@ from dspy.lm15 import Message, Request
 
 from copa_harness.errors import ConfigurationError, ProviderError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 
 
@@ -63,22 +63,22 @@ def test_requests_that_reached_the_script_are_recorded_with_those_of_copies():
 
 
 def test_two_scripts_never_share_answers_unless_told_to(tmp_path):
-    door = Door(cache=ResponseCache(tmp_path))
-    one, other = (ScriptedLM(lambda messages, word=word: word, door=door) for word in ("one", "other"))
+    gateway = Gateway(cache=ResponseCache(tmp_path))
+    one, other = (ScriptedLM(lambda messages, word=word: word, gateway=gateway) for word in ("one", "other"))
     assert (one("q"), other("q")) == (["one"], ["other"])
-    same = [ScriptedLM(lambda messages, word=word: word, door=door, fingerprint="v1") for word in ("old", "new")]
+    same = [ScriptedLM(lambda messages, word=word: word, gateway=gateway, fingerprint="v1") for word in ("old", "new")]
     assert [lm("q") for lm in same] == [["old"], ["old"]]
-    retrained = ScriptedLM(lambda messages: "new", door=door, fingerprint="v2")
+    retrained = ScriptedLM(lambda messages: "new", gateway=gateway, fingerprint="v2")
     assert retrained("q") == ["new"]
 
 
 def test_the_fingerprint_of_a_list_is_its_content_so_a_later_run_finds_the_answers(tmp_path):
-    door = Door(cache=ResponseCache(tmp_path))
-    assert ScriptedLM(["a"], door=door)("q") == ["a"]
-    later = ScriptedLM(["a"], door=door)
+    gateway = Gateway(cache=ResponseCache(tmp_path))
+    assert ScriptedLM(["a"], gateway=gateway)("q") == ["a"]
+    later = ScriptedLM(["a"], gateway=gateway)
     assert later("q") == ["a"]
     assert later.calls == 0
-    assert ScriptedLM(["b"], door=door)("q") == ["b"]
+    assert ScriptedLM(["b"], gateway=gateway)("q") == ["b"]
 
 
 def test_a_fingerprint_may_depend_on_the_model_name():

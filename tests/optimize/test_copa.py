@@ -9,7 +9,7 @@ from copa_harness.errors import ConfigurationError, MetricError, ProviderError, 
 from copa_harness.evaluate import evaluate
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA, OptimizationResult, apply_state, to_state
 
@@ -109,8 +109,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_the_same(toy, tmp_p
         return good._answers(messages, model)
 
     def lm(script):
-        door = Door(cache=ResponseCache(tmp_path / "answers"))
-        return ScriptedLM(script, fingerprint=lambda model: f"toy:{model}", door=door)
+        gateway = Gateway(cache=ResponseCache(tmp_path / "answers"))
+        return ScriptedLM(script, fingerprint=lambda model: f"toy:{model}", gateway=gateway)
 
     with pytest.raises(Killed):
         optimized(toy, lm=lm(answers), threads=1)

@@ -7,7 +7,7 @@ import dspy
 import pytest
 
 from copa_harness.errors import TrainingDivergedError
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
@@ -25,7 +25,7 @@ def tiny_folder(tmp_path_factory):
 def tiny_lm(tiny_folder, tmp_path):
     def make():
         engine = TransformersEngine(tiny_folder, name="hf:tiny", lora_dir=tmp_path / "loras")
-        return MeteredLM("hf:tiny", engine=engine, door=Door(cache=None), max_tokens=4)
+        return MeteredLM("hf:tiny", engine=engine, gateway=Gateway(cache=None), max_tokens=4)
 
     return make
 

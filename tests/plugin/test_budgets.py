@@ -49,7 +49,7 @@ def copa_task():
 @pytest.fixture
 def copa_base_lm(copa_session):
     return ScriptedLM(
-        answer, model="scripted/shout", fingerprint="shout", door=copa_session.models.door, max_tokens=50
+        answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway, max_tokens=50
     )
 '''
 
@@ -193,7 +193,7 @@ def test_failures_are_counted_by_kind_apart_from_wrong_answers_with_the_first_tr
 
         @pytest.fixture
         def copa_base_lm(copa_session):
-            return ScriptedLM(fails_sometimes, model="s", fingerprint="f", door=copa_session.models.door)
+            return ScriptedLM(fails_sometimes, model="s", fingerprint="f", gateway=copa_session.models.gateway)
 
         @pytest.mark.copa(strategy="none")
         def test_too_many(copa_run):
@@ -229,7 +229,7 @@ def test_calls_hidden_in_a_metric_are_told_apart_and_counted(folder):
 
         @pytest.fixture
         def copa_task(copa_session):
-            judge = ScriptedLM("yes", model="judge", fingerprint="judge", door=copa_session.models.door)
+            judge = ScriptedLM("yes", model="judge", fingerprint="judge", gateway=copa_session.models.gateway)
 
             def judged(example, prediction, trace=None):
                 return judge(prediction.answer)[0] == "yes"

@@ -54,7 +54,7 @@ def copa_task():
 
 @pytest.fixture
 def copa_base_lm(copa_session):
-    return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", door=copa_session.models.door)
+    return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway)
 """
 
 SUITE = """

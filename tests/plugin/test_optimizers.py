@@ -78,13 +78,13 @@ def copa_task():
 
 @pytest.fixture(scope="session")
 def copa_base_lm(copa_session):
-    door = copa_session.models.door
-    return ScriptedLM(answer, model="scripted/shout", fingerprint=str, door=door, provider=Trainer())
+    gateway = copa_session.models.gateway
+    return ScriptedLM(answer, model="scripted/shout", fingerprint=str, gateway=gateway, provider=Trainer())
 
 
 @pytest.fixture(scope="session")
 def copa_prompt_lm(copa_session):
-    return ScriptedLM(write, model="scripted/writer", fingerprint="writer", door=copa_session.models.door)
+    return ScriptedLM(write, model="scripted/writer", fingerprint="writer", gateway=copa_session.models.gateway)
 '''
 
 SUITE = """

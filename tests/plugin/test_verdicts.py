@@ -58,7 +58,7 @@ def copa_task():
 def copa_base_lm(copa_session):
     version = "forgetful" if os.environ.get("SCRIPT_FORGETS") else "shout"
     return ScriptedLM(
-        answer, model="scripted/shout", fingerprint=version, door=copa_session.models.door, temperature=1.0
+        answer, model="scripted/shout", fingerprint=version, gateway=copa_session.models.gateway, temperature=1.0
     )
 '''
 

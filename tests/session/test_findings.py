@@ -60,9 +60,14 @@ def session(tmp_path):
 
 
 def scripted(session, script=answer):
-    door = session.models.door
+    gateway = session.models.gateway
     return ScriptedLM(
-        script, model="scripted/shout", fingerprint=lambda name: name, door=door, provider=Trainer(), temperature=1.0
+        script,
+        model="scripted/shout",
+        fingerprint=lambda name: name,
+        gateway=gateway,
+        provider=Trainer(),
+        temperature=1.0,
     )
 
 

@@ -31,7 +31,7 @@ def test_lines_of_progress_say_of_which_task_they_tell(tmp_path: Path) -> None:
     with CopaSession(settings(tmp_path), on_progress=lines.append) as session:
         for name in ("one", "two"):
             task = Task(name, program, lambda example, prediction, trace=None: 0.0, rows[:4], rows[4:8], rows[8:])
-            lm = ScriptedLM({"answer": name}, door=session.models.door)
+            lm = ScriptedLM({"answer": name}, gateway=session.models.gateway)
             session.run(task, lm=lm, marker=MarkerArguments(strategy="p", budget=60))
     assert [line for line in lines if line.startswith("one: p ended")]
     assert [line for line in lines if line.startswith("two: p ended")]

@@ -66,7 +66,7 @@ def session(settings):
 
 def scripted(session, provider=None):
     return ScriptedLM(
-        answer, model="scripted/shout", fingerprint=lambda name: name, door=session.models.door, provider=provider
+        answer, model="scripted/shout", fingerprint=lambda name: name, gateway=session.models.gateway, provider=provider
     )
 
 

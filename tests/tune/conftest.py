@@ -5,7 +5,7 @@ from typing import Literal
 import dspy
 import pytest
 
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.testing.tiny_models import write_tiny_model
@@ -33,7 +33,7 @@ def engine(tiny_folder, tmp_path):
 
 @pytest.fixture
 def lm(engine):
-    return MeteredLM("hf:tiny", engine=engine, door=Door(cache=None), max_tokens=16)
+    return MeteredLM("hf:tiny", engine=engine, gateway=Gateway(cache=None), max_tokens=16)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from copa_harness.errors import TrainingError
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.factory import build_lm, meter_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 
 WORDS = [a + b for a in "abcd" for b in "uvwxyz"]
 TUNED = "ft:gpt-4o-mini-2024-07-18:org::0001"
@@ -49,9 +49,9 @@ def openai_jobs(monkeypatch):
 @pytest.fixture
 def make(stub, tmp_path):
     def make_():
-        door = Door(cache=ResponseCache(tmp_path / "responses"))
+        gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
         return build_lm(
-            "openai/gpt-4o-mini", door=door, cache_dir=tmp_path, api_base=stub.url, num_retries=0, max_tokens=50
+            "openai/gpt-4o-mini", gateway=gateway, cache_dir=tmp_path, api_base=stub.url, num_retries=0, max_tokens=50
         )
 
     return make_
@@ -114,7 +114,7 @@ def test_a_provider_given_to_a_plain_lm_is_kept_and_used(stub, tmp_path):
     plain = dspy.LM(
         "openai/gpt-4o-mini", provider=OwnProvider("openai/org/tuned"), api_base=stub.url, cache=False, max_tokens=50
     )
-    lm = meter_lm(plain, door=Door(cache=ResponseCache(tmp_path / "responses")))
+    lm = meter_lm(plain, gateway=Gateway(cache=ResponseCache(tmp_path / "responses")))
     program = optimize(lm)
     assert program.copa_result.score_after == 1.0
     assert program.predictors()[0].lm.model == "openai/org/tuned"
@@ -124,6 +124,6 @@ def test_a_job_that_fails_says_why(stub, tmp_path):
     plain = dspy.LM(
         "openai/gpt-4o-mini", provider=OwnProvider(RuntimeError("quota of jobs")), api_base=stub.url, cache=False
     )
-    lm = meter_lm(plain, door=Door(cache=ResponseCache(tmp_path / "responses")))
+    lm = meter_lm(plain, gateway=Gateway(cache=ResponseCache(tmp_path / "responses")))
     with pytest.raises(TrainingError, match=r"fine-tuning 'openai/gpt-4o-mini' failed: quota of jobs"):
         optimize(lm)

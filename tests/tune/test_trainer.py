@@ -22,7 +22,7 @@ from copa_harness.errors import (
     TrainingMemoryError,
 )
 from copa_harness.lm.budget.scope import open_scope
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local import model as local_model
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE
@@ -302,7 +302,7 @@ def test_rows_of_a_program_train_and_serve_end_to_end(engine, trainer, program, 
     rows = render_rows(program, examples[:4:3], demos="none", seed=0)["self"]
     settings = LoraSettings(epochs=40, batch_size=2, learning_rate=2e-2)
     adapter = trainer.train(rows, settings=settings, served_with="none")
-    lm = MeteredLM(adapter.model, engine=engine, door=Door(cache=None), max_tokens=40)
+    lm = MeteredLM(adapter.model, engine=engine, gateway=Gateway(cache=None), max_tokens=40)
     with dspy.context(lm=lm):
         assert [program(**example.inputs()).colour for example in examples[:4:3]] == ["red"] * 2
 

@@ -10,7 +10,7 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import LoraSettings, attach_provider, finetune, render_rows
@@ -43,10 +43,10 @@ def stub(stubs, tiny_folder, tmp_path):
 @pytest.fixture
 def make(stub, tiny_folder, tmp_path):
     def make_():
-        door = Door(cache=ResponseCache(tmp_path / "responses"))
+        gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
         lm = build_lm(
             NAME,
-            door=door,
+            gateway=gateway,
             cache_dir=tmp_path,
             api_base=stub.url,
             base_weights=f"hf:{tiny_folder}",

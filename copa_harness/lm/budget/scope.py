@@ -1,6 +1,6 @@
 """A scope: the budget and the meter of one run, shared by every thread that works for it.
 
-The door reserves a request's key here before anything is paid and settles or refunds it afterwards. Counted are
+The gateway reserves a request's key here before anything is paid and settles or refunds it afterwards. Counted are
 *distinct* requests, bought or replayed (see `Budget`); asking the same thing again in the same scope is free. What was
 spent is kept per phase, and the phase belongs to the scope, not to a thread: DSPy's worker threads do not inherit
 context variables. Tokens, dollars and training steps are held in their worst case before they are paid, here and in the

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class AnswerStore(Protocol):
-    """What the door needs of a store."""
+    """What the gateway needs of a store."""
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The stored answer, or None."""

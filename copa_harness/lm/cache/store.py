@@ -4,7 +4,7 @@ An answer is stored as JSON with a checksum over key and text, in a diskcache fo
 pickle row, so a planted file can at worst be a miss. A damaged row is a miss and one warning; a store that cannot be
 opened or read is moved aside, kept for inspection, and rebuilt, with one warning.
 
-diskcache as the door needs it: bytes only, never a pickle, and a few connections for all threads of a process.
+diskcache as the gateway needs it: bytes only, never a pickle, and a few connections for all threads of a process.
 
 A connection per thread, as diskcache has it, costs milliseconds for each of a hundred threads and makes them wait for
 one another inside SQLite. Here a read borrows a bare one, and all writes share one.

@@ -1,7 +1,7 @@
 """Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
 
 An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call; the
-door tries again as its `patience` says. Its fingerprint is made of the URL, the model and the parameters of the
+gateway tries again as its `patience` says. Its fingerprint is made of the URL, the model and the parameters of the
 connection that can change an answer, never of credentials. LiteLLM is imported by the first call that needs it.
 
 The default engine for endpoints: DSPy's native client over one pool of connections.

@@ -73,7 +73,7 @@ class VllmEngine:
 
     @property
     def patience(self) -> Patience:
-        """How the door treats the server."""
+        """How the gateway treats the server."""
         return self._endpoint.patience
 
     def limits(self, model: str) -> Limits:

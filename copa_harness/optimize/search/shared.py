@@ -1,7 +1,7 @@
 """Several processes at work on one optimization: who is there, what each does first, and one budget for all.
 
 Every process runs the same search from the same seed. What a search decides depends on answers alone, every answer is
-on disk, and nobody pays for one that is there or on its way (`lm.door`); so all processes take the same trials and end
+on disk, and nobody pays for one that is there or on its way (`lm.gateway`); so all processes take the same trials and end
 with the same program, and one that comes later, or is killed, changes nothing but the time it takes. Work is shared
 where several candidates wait for a block of examples: each process begins at a place of its own in that list, buys what
 it finds unanswered, and then goes through the list in the common order, paying nothing for what the others bought.
@@ -288,7 +288,7 @@ def why_not_shared(steps: Sequence[Step], lms: Sequence[Any], budget: Budget) ->
     trains = any(step.kind in (StepKind.WEIGHTS, StepKind.JOINT) for step in steps)
     if trains and not all(hasattr(getattr(lm, "engine", None), "add_lora") for lm in lms):
         return "a provider's fine-tuning job would be started by each"
-    if any(getattr(getattr(lm, "door", None), "cache", None) is None for lm in lms):
+    if any(getattr(getattr(lm, "gateway", None), "cache", None) is None for lm in lms):
         return "its answers are kept in memory, where another process does not find them"
     return None
 

@@ -18,7 +18,7 @@ from copa_harness.evaluate import evaluate
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
 from copa_harness.optimize.result import apply_state
@@ -44,7 +44,7 @@ class Bench:
 
     def __init__(self, cache_dir: Path) -> None:
         self.cache = ResponseCache(cache_dir / "responses")
-        self.lm = build_lm("embedded", door=Door(cache=self.cache), cache_dir=cache_dir)
+        self.lm = build_lm("embedded", gateway=Gateway(cache=self.cache), cache_dir=cache_dir)
         self._tasks: dict[tuple[str, int], Any] = {}
 
     def task(self, cell: Cell) -> Any:

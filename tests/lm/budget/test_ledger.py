@@ -16,7 +16,7 @@ from copa_harness.lm.budget.cost import Cost, OverBudget
 from copa_harness.lm.budget.ledger import RunLedger, current_ledger, whole_run
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 
@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
@@ -41,7 +41,7 @@ def answer(messages):
     time.sleep(60 if mode == "hang" else chance.uniform(0, 0.004))
     return "word " * 5
 
-lm = ScriptedLM(answer, door=Door(cache=ResponseCache(directory)), fingerprint="w", max_tokens=8)
+lm = ScriptedLM(answer, gateway=Gateway(cache=ResponseCache(directory)), fingerprint="w", max_tokens=8)
 budget = Budget(calls=40, tokens=9000)
 
 def ask(prompt):
@@ -129,7 +129,7 @@ def test_what_a_killed_process_had_in_flight_counts_as_spent(start, tmp_path):
 
 
 def test_the_run_counts_real_payments_and_a_scope_counts_distinct_requests(tmp_path):
-    lm = ScriptedLM("x", door=Door(cache=ResponseCache(tmp_path)), fingerprint="w")
+    lm = ScriptedLM("x", gateway=Gateway(cache=ResponseCache(tmp_path)), fingerprint="w")
     for name in "ab":
         lm(name)
     with whole_run(Budget(calls=1), directory=tmp_path, run_id="r") as ledger, open_scope("t") as scope:
@@ -152,7 +152,7 @@ def test_a_run_started_again_begins_with_an_empty_ledger(tmp_path):
 
 
 def test_the_seconds_of_a_run_are_shared_and_end_it(tmp_path):
-    lm = ScriptedLM("x", door=Door(cache=None))
+    lm = ScriptedLM("x", gateway=Gateway(cache=None))
     with whole_run(Budget(seconds=0.05), directory=tmp_path, run_id="r"):
         lm("a")
         time.sleep(0.06)
@@ -189,7 +189,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_run_with_one_clear_error(tmp_
 
 
 def test_a_damaged_ledger_stops_the_run_instead_of_losing_count(tmp_path):
-    lm = ScriptedLM("x", door=Door(cache=None))
+    lm = ScriptedLM("x", gateway=Gateway(cache=None))
     with whole_run(Budget(calls=3), directory=tmp_path, run_id="r") as ledger:
         lm("a")
         with sqlite3.connect(ledger.path) as sql:

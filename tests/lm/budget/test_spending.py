@@ -17,7 +17,7 @@ from copa_harness.lm.budget.cost import Limits, prompt_tokens_from_above
 from copa_harness.lm.budget.scope import Scope, booked_as, open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.engine import time_left_s
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.retry import Patience, RetryPolicy
 from copa_harness.lm.scripted import ScriptedLM
@@ -61,9 +61,9 @@ class PaidEngine:
         return Response(id=None, model=request.model, message=message, finish_reason=reason, usage=usage), price
 
 
-def lm_of(engine, *, door=None, max_tokens=10, **kwargs):
-    door = Door(cache=None) if door is None else door
-    return MeteredLM("paid/model", engine=engine, door=door, max_tokens=max_tokens, **kwargs)
+def lm_of(engine, *, gateway=None, max_tokens=10, **kwargs):
+    gateway = Gateway(cache=None) if gateway is None else gateway
+    return MeteredLM("paid/model", engine=engine, gateway=gateway, max_tokens=max_tokens, **kwargs)
 
 
 def ask_all(lm, n):
@@ -196,7 +196,7 @@ def test_a_resumed_run_is_charged_what_its_answers_cost_when_they_were_bought(tm
     spent, bought = [], []
     for _ in range(2):
         engine = PaidEngine(KNOWN)
-        lm = lm_of(engine, door=Door(cache=ResponseCache(tmp_path)))
+        lm = lm_of(engine, gateway=Gateway(cache=ResponseCache(tmp_path)))
         with open_scope("t", budget=Budget(usd=5.0)) as scope:
             with pytest.raises(BudgetExhausted):
                 ask_all(lm, 50)
@@ -270,7 +270,7 @@ def test_a_refusal_is_an_error_of_its_own_paid_once(tmp_path):
             return Response(None, request.model, message, "stop", Usage(input_tokens=5, output_tokens=5)), 0.1
 
     engine = Refusing()
-    lm = lm_of(engine, door=Door(cache=ResponseCache(tmp_path)))
+    lm = lm_of(engine, gateway=Gateway(cache=ResponseCache(tmp_path)))
     with open_scope("t") as scope:
         for _ in range(2):
             with pytest.raises(RefusalError, match=r"refused to answer .*I cannot help with that"):

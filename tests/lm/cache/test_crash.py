@@ -21,7 +21,7 @@ import dspy
 from copa_harness.documents import write_atomic
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
@@ -48,7 +48,7 @@ def life(directory, mode, run_id):
         time.sleep(0.004)
         return "answer to " + prompt
 
-    lm = ScriptedLM(answer, door=Door(cache=ResponseCache(directory / "responses")), fingerprint="w", max_tokens=9)
+    lm = ScriptedLM(answer, gateway=Gateway(cache=ResponseCache(directory / "responses")), fingerprint="w", max_tokens=9)
     capped = Budget(calls=CEILING, output_tokens=10**6) if mode == "capped" else Budget(output_tokens=10**6)
     with whole_run(Budget(calls=10**4), directory=directory, run_id=run_id), open_scope("t", budget=capped) as scope:
 

@@ -1,4 +1,4 @@
-"""Endpoint models: DSPy's own client behind the door, against a loopback server; no credential ever shows."""
+"""Endpoint models: DSPy's own client behind the gateway, against a loopback server; no credential ever shows."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.endpoint.engine import EndpointEngine, public_url
 from copa_harness.lm.factory import build_lm, meter_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 
 API_KEY = "sk-test-0123456789abcdef"
 
@@ -95,8 +95,8 @@ PRICES = {"input_cost_per_token": 0.01, "output_cost_per_token": 0.1}
 
 @pytest.fixture
 def lm(server, tmp_path):
-    door = Door(cache=ResponseCache(tmp_path / "responses"))
-    return build_lm("openai/gpt-4o-mini", door=door, cache_dir=tmp_path, api_base=server.url, api_key=API_KEY)
+    gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
+    return build_lm("openai/gpt-4o-mini", gateway=gateway, cache_dir=tmp_path, api_base=server.url, api_key=API_KEY)
 
 
 def test_a_program_runs_against_the_endpoint_and_its_rerun_asks_nothing(lm, server):
@@ -134,7 +134,7 @@ def test_callbacks_and_usage_are_seen_once_by_dspy(lm):
     assert tracker.get_total_tokens()["openai/gpt-4o-mini"]["prompt_tokens"] == 11
 
 
-def test_transient_errors_are_retried_by_the_door_and_refunded(lm, server):
+def test_transient_errors_are_retried_by_the_gateway_and_refunded(lm, server):
     busy = (429, {"error": {"message": "slow down", "type": "rate_limit"}}, {"Retry-After": "1"})
     broken = (500, {"error": {"message": "oops"}}, {})
     server.failures = [busy, broken]
@@ -161,8 +161,8 @@ def test_an_error_that_repeats_the_key_shows_it_nowhere(lm, server):
 
 def test_a_url_with_a_password_and_a_signature_shows_neither(tmp_path):
     url = "http://user:hunter22@127.0.0.1:1/v1?sig=abcdef&api-version=2"
-    door = Door(cache=None)
-    lm = build_lm("openai/m", door=door, cache_dir=tmp_path, api_base=url, api_key=API_KEY, num_retries=0)
+    gateway = Gateway(cache=None)
+    lm = build_lm("openai/m", gateway=gateway, cache_dir=tmp_path, api_base=url, api_key=API_KEY, num_retries=0)
     with pytest.raises(ProviderError) as caught:
         lm("hi")
     seen = "".join(traceback.format_exception(caught.value)) + json.dumps(
@@ -174,7 +174,7 @@ def test_a_url_with_a_password_and_a_signature_shows_neither(tmp_path):
 
 def test_nothing_secret_is_on_disk(lm, tmp_path):
     lm("hi")
-    lm.door.cache.close()
+    lm.gateway.cache.close()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"prompt_tokens" in written or b"input_tokens" in written
     assert API_KEY.encode() not in written
@@ -228,13 +228,13 @@ def test_a_url_from_the_environment_is_another_endpoint(monkeypatch):
 
 
 def test_the_model_behind_the_same_name_on_another_url_is_asked_itself(tmp_path):
-    door = Door(cache=ResponseCache(tmp_path / "responses"))
+    gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
     answers = []
     for word in ["one", "other"]:
         with Server() as server:
             server.answer = word
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-            lm = build_lm("hosted_vllm/m", door=door, cache_dir=tmp_path, api_base=server.url, api_key="x")
+            lm = build_lm("hosted_vllm/m", gateway=gateway, cache_dir=tmp_path, api_base=server.url, api_key="x")
             answers += lm("hi") + lm("hi")
             server.shutdown()
     assert answers == ["one", "one", "other", "other"]
@@ -243,13 +243,13 @@ def test_the_model_behind_the_same_name_on_another_url_is_asked_itself(tmp_path)
 def test_a_plain_lm_is_metered_with_its_provider_and_defaults(server):
     defaults = {"temperature": 0.3, "max_tokens": 5}
     plain = dspy.LM("openai/m", api_base=server.url, api_key=API_KEY, train_kwargs={"a": 1}, **defaults)
-    lm = meter_lm(plain, door=Door(cache=None))
+    lm = meter_lm(plain, gateway=Gateway(cache=None))
     assert lm.provider is plain.provider
     assert isinstance(lm.provider, OpenAIProvider)
     assert (lm.kwargs, lm.train_kwargs, lm.engine.patience.retries.n_retries) == (defaults, {"a": 1}, 3)
     lm.copy(model="openai/ft:m:1")("hi")
     assert server.bodies[0]["model"] == "ft:m:1"
-    assert meter_lm(lm, door=Door(cache=None)) is lm
+    assert meter_lm(lm, gateway=Gateway(cache=None)) is lm
 
 
 def test_a_program_saved_with_an_endpoint_model_loads_as_plain_dspy(lm, tmp_path):
@@ -272,7 +272,7 @@ def test_text_completion_models_and_custom_engines_are_refused_with_the_reason()
             raise AssertionError
 
     with pytest.raises(ConfigurationError, match=r"custom engine already; give that engine to MeteredLM"):
-        meter_lm(dspy.LM("x/m", engine=Custom()), door=Door(cache=None))
+        meter_lm(dspy.LM("x/m", engine=Custom()), gateway=Gateway(cache=None))
 
 
 @pytest.mark.parametrize(

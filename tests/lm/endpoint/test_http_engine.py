@@ -27,7 +27,7 @@ from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.endpoint.engine import HttpEngine
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.results import Budget
 
 API_KEY = "sk-test-0123456789abcdef"
@@ -38,9 +38,9 @@ pytestmark = pytest.mark.usefixtures("no_gateways")
 @pytest.fixture
 def make(stub, tmp_path):
     def make_(spec="openai/gpt-4o-mini", **kwargs):
-        door = Door(cache=ResponseCache(tmp_path / "responses"))
+        gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
         defaults = {"api_base": stub.url, "api_key": API_KEY, "num_retries": 0, "max_tokens": 50}
-        return build_lm(spec, door=door, cache_dir=tmp_path, **{**defaults, **kwargs})
+        return build_lm(spec, gateway=gateway, cache_dir=tmp_path, **{**defaults, **kwargs})
 
     return make_
 

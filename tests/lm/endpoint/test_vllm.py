@@ -18,7 +18,7 @@ from copa_harness.errors import (
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.endpoint.vllm_server import VllmServer
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, write_manifest
 
 NAME = "hosted_vllm/org/toy"
@@ -50,9 +50,9 @@ def weights(tmp_path):
 @pytest.fixture
 def make(stub, weights, tmp_path):
     def make_(**kwargs):
-        door = Door(cache=ResponseCache(tmp_path / "responses"))
+        gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
         given = {"api_base": stub.url, "base_weights": f"hf:{weights}", "num_retries": 0, "max_tokens": 20, **kwargs}
-        return build_lm(NAME, door=door, cache_dir=tmp_path, **given)
+        return build_lm(NAME, gateway=gateway, cache_dir=tmp_path, **given)
 
     return make_
 
@@ -282,4 +282,4 @@ def test_the_key_goes_to_the_server_and_into_no_message(make, stub):
 )
 def test_base_weights_that_cannot_be_meant_are_refused(spec, given, said, tmp_path):
     with pytest.raises(ConfigurationError, match=said):
-        build_lm(spec, door=Door(cache=None), cache_dir=tmp_path, **given)
+        build_lm(spec, gateway=Gateway(cache=None), cache_dir=tmp_path, **given)

@@ -18,7 +18,7 @@ from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.constrained import choices_of
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.report.records import RunRecord
 from copa_harness.testing.tiny_models import write_tiny_model
@@ -38,9 +38,9 @@ def folder(tmp_path_factory):
 def make_lm(folder, tmp_path):
     def make(constrain=True, architecture=None, **kwargs):
         path = write_tiny_model(tmp_path / architecture, architecture=architecture) if architecture else folder
-        door = Door(cache=ResponseCache(tmp_path / "cache"))
+        gateway = Gateway(cache=ResponseCache(tmp_path / "cache"))
         settings = {"max_tokens": 12, "constrain": constrain, **kwargs}
-        return build_lm(f"hf:{path}", door=door, cache_dir=tmp_path, **settings)
+        return build_lm(f"hf:{path}", gateway=gateway, cache_dir=tmp_path, **settings)
 
     return make
 
@@ -118,9 +118,9 @@ def test_constrained_answers_are_cached_apart_and_replayed_with_their_scores(mak
 def test_the_order_and_company_of_requests_do_not_change_a_choice(make_lm):
     program = dspy.Predict(dspy.Signature("question -> label: Literal['red', 'blue', 'dark red', 'b']"))
     lm = make_lm()
-    together = [p.label for p in answers(program, lm.copy(door=Door(cache=None)))]
+    together = [p.label for p in answers(program, lm.copy(gateway=Gateway(cache=None)))]
     alone = []
-    with dspy.context(lm=lm.copy(door=Door(cache=None)), adapter=dspy.ChatAdapter()):
+    with dspy.context(lm=lm.copy(gateway=Gateway(cache=None)), adapter=dspy.ChatAdapter()):
         order = random.Random(0).sample(range(12), 12)
         found = {i: program(question=f"zebra {i} " * (1 + i % 5)).label for i in order}
         alone = [found[i] for i in range(12)]
@@ -160,7 +160,7 @@ def test_another_prompt_layout_is_refused(make_lm):
 
 def test_only_local_models_can_constrain(tmp_path):
     with pytest.raises(ConfigurationError, match="constrain=True"):
-        build_lm("openai/gpt-4o-mini", door=Door(cache=None), cache_dir=tmp_path, constrain=True)
+        build_lm("openai/gpt-4o-mini", gateway=Gateway(cache=None), cache_dir=tmp_path, constrain=True)
     with pytest.raises(ConfigurationError, match="constrain=True"):
         ScriptedLM("x", constrain=True)
 

@@ -7,7 +7,7 @@ import torch
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.memory import choose_device
 from copa_harness.testing.tiny_models import write_tiny_model
@@ -75,7 +75,7 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(gpus):
 )
 def test_words_that_mean_nothing_are_refused_before_anything_is_loaded(setting, message, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
-        build_lm("embedded", door=Door(cache=None), cache_dir=tmp_path, **setting)
+        build_lm("embedded", gateway=Gateway(cache=None), cache_dir=tmp_path, **setting)
 
 
 def test_engines_that_mean_the_same_device_in_other_words_share_one_model(tmp_path, gpus):

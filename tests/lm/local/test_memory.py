@@ -14,7 +14,7 @@ from copa_harness.errors import OutOfMemoryError, ProviderError
 from copa_harness.evaluate import evaluate
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.llama import LlamaDecoder
 from copa_harness.lm.local.memory import is_out_of_memory, last_words
@@ -99,7 +99,7 @@ def test_everybody_in_a_batch_hears_of_it(engine, fails):
 
 
 def test_an_evaluation_ends_with_it_instead_of_counting_failed_answers(folder, tmp_path, monkeypatch):
-    lm = build_lm(f"hf:{folder}", door=Door(cache=None), cache_dir=tmp_path, max_tokens=6)
+    lm = build_lm(f"hf:{folder}", gateway=Gateway(cache=None), cache_dir=tmp_path, max_tokens=6)
     monkeypatch.setattr("copa_harness.lm.local.scheduler.free_bytes", lambda device: 1000)
     rows = [dspy.Example(question=f"q{i}", answer="a").with_inputs("question") for i in range(3)]
     program = dspy.Predict("question -> answer")

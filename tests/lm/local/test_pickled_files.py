@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local import files as local_files
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import resolve_model_directory
@@ -48,7 +48,7 @@ class Malicious:
 
 
 def build(folder, cache, **given):
-    return build_lm(f"hf:{folder}", door=Door(cache=None), cache_dir=cache, max_tokens=6, **given)
+    return build_lm(f"hf:{folder}", gateway=Gateway(cache=None), cache_dir=cache, max_tokens=6, **given)
 
 
 def test_without_insisting_they_are_refused_and_the_error_names_both_ways_out(pickled, tmp_path):
@@ -100,7 +100,7 @@ def test_safetensors_are_preferred_and_no_copy_is_made(folder, tmp_path):
 
 def test_only_a_model_whose_weights_are_here_can_be_insisted_on(tmp_path):
     with pytest.raises(ConfigurationError, match="got allow_pickled_weights=True for 'openai/gpt-4o'"):
-        build_lm("openai/gpt-4o", door=Door(cache=None), cache_dir=tmp_path, allow_pickled_weights=True)
+        build_lm("openai/gpt-4o", gateway=Gateway(cache=None), cache_dir=tmp_path, allow_pickled_weights=True)
 
 
 def test_pickles_of_the_hub_are_fetched_only_when_there_is_nothing_else_and_somebody_insists(

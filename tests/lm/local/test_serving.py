@@ -15,7 +15,7 @@ from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.engine import time_left_s
 from copa_harness.lm.factory import build_lm
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.llama import LlamaDecoder
 from copa_harness.testing.tiny_models import write_tiny_model
@@ -33,8 +33,8 @@ def engine(folder, tmp_path):
 
 @pytest.fixture
 def lm(folder, tmp_path):
-    door = Door(cache=ResponseCache(tmp_path / "cache"))
-    return build_lm(f"hf:{folder}", door=door, cache_dir=tmp_path, max_tokens=8)
+    gateway = Gateway(cache=ResponseCache(tmp_path / "cache"))
+    return build_lm(f"hf:{folder}", gateway=gateway, cache_dir=tmp_path, max_tokens=8)
 
 
 def request(text="zebra", **config):
@@ -160,7 +160,7 @@ def test_a_chat_template_can_be_given_as_a_file(tmp_path):
     bare = write_tiny_model(tmp_path / "bare", chat_template=None)
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    given = {"door": Door(cache=None), "cache_dir": tmp_path, "max_tokens": 2}
+    given = {"gateway": Gateway(cache=None), "cache_dir": tmp_path, "max_tokens": 2}
     with pytest.raises(ConfigurationError, match="--copa-chat-template=FILE"):
         build_lm(f"hf:{bare}", **given)("x")
     assert build_lm(f"hf:{bare}", chat_template=template, **given)("x")
@@ -171,7 +171,7 @@ def test_a_chat_template_can_be_given_as_a_file(tmp_path):
 
 
 def test_a_dspy_program_runs_on_half_precision_when_asked(folder, tmp_path):
-    lm = build_lm(f"hf:{folder}", door=Door(cache=None), cache_dir=tmp_path, dtype="bfloat16", max_tokens=4)
+    lm = build_lm(f"hf:{folder}", gateway=Gateway(cache=None), cache_dir=tmp_path, dtype="bfloat16", max_tokens=4)
     assert isinstance(lm("zebra")[0], str)
     assert "bfloat16" in lm.engine.description
     assert isinstance(dspy.Predict("question -> answer"), dspy.Predict)

@@ -13,7 +13,7 @@ import pytest
 from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache.store import CacheWarning, ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.optimize.search.journal import Journal, open_journal
 from copa_harness.optimize.search.shared import alone_at
 
@@ -114,7 +114,7 @@ def _killed_run(toy_answers, toy, path, cache, n_calls):
 def _lm(answers, cache):
     from copa_harness.lm.scripted import ScriptedLM
 
-    return ScriptedLM(answers, fingerprint=lambda model: f"toy:{model}", door=Door(cache=ResponseCache(cache)))
+    return ScriptedLM(answers, fingerprint=lambda model: f"toy:{model}", gateway=Gateway(cache=ResponseCache(cache)))
 
 
 def _answers(messages, model):

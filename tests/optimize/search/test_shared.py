@@ -14,7 +14,7 @@ import pytest
 from copa_harness import COPA
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.gateway import Door
+from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import open_journal
@@ -40,8 +40,8 @@ def compiled(toy, folder, *, log, pause_s=0.0, kill_at=None, **settings):
                 os.kill(pid, signal.SIGKILL)
         return {"kind": answer_of(messages, model)}
 
-    door = Door(cache=ResponseCache(folder / "responses"))
-    lm = ScriptedLM(answers, fingerprint=lambda model: f"toy:{model}", door=door)
+    gateway = Gateway(cache=ResponseCache(folder / "responses"))
+    lm = ScriptedLM(answers, fingerprint=lambda model: f"toy:{model}", gateway=gateway)
     settings = {"strategy": "p", "budget": BUDGET, "threads": 2, "n_rounds": 1, "trials_at_once": 3, **settings}
     optimizer = COPA(metric=toy.metric, lm=lm, journal=folder / "journal.jsonl", **settings)
     return optimizer.compile(toy.program(), trainset=toy.train, valset=toy.val).copa_result
@@ -148,7 +148,7 @@ def test_another_optimization_does_not_join(tmp_path, monkeypatch):
 
 def test_processes_know_each_other_by_what_they_search(toy, tmp_path):
     def identity(**changes):
-        lm = ScriptedLM([], door=Door(cache=ResponseCache(tmp_path / "responses")), fingerprint="toy")
+        lm = ScriptedLM([], gateway=Gateway(cache=ResponseCache(tmp_path / "responses")), fingerprint="toy")
         given = {"strategy": "p", "budget": 100, "seed": 0, "metric": toy.metric, "constraints": None, **changes}
         optimizer = COPA(lm=lm, **given)
         student = Candidate.of(toy.program(), lm=lm)
@@ -189,7 +189,7 @@ def test_distinct_calls_of_all_processes_never_pass_the_budget(tmp_path):
     ],
 )
 def test_what_cannot_be_shared_says_why(tmp_path, strategy, budget, reason):
-    lm = ScriptedLM([], door=Door(cache=ResponseCache(tmp_path / "responses")))
+    lm = ScriptedLM([], gateway=Gateway(cache=ResponseCache(tmp_path / "responses")))
     found = why_not_shared(parse_strategy(strategy), [lm], budget)
     assert found is None if reason is None else reason in found
     in_memory = why_not_shared(parse_strategy("p"), [ScriptedLM([])], Budget(100))

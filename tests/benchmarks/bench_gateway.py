@@ -1,11 +1,11 @@
-"""What the door to models costs, and what it gains: beside DSPy's own cache, client and Evaluate. Prints ratios.
+"""What the gateway to models costs, and what it gains: beside DSPy's own cache, client and Evaluate. Prints ratios.
 
-    python tests/benchmarks/bench_door.py            # some minutes
-    python tests/benchmarks/bench_door.py --quick
+    python tests/benchmarks/bench_gateway.py            # some minutes
+    python tests/benchmarks/bench_gateway.py --quick
 
-(a) microseconds per lookup of a known and of an unknown answer: the door, dspy.cache, bare diskcache;
+(a) microseconds per lookup of a known and of an unknown answer: the gateway, dspy.cache, bare diskcache;
 (b) calls per second of a whole program (dspy.Predict) against a stub server in a process of its own, at two latencies
-    and three concurrencies: copa's evaluation and door, `dspy.Evaluate` alone, and a bare aiohttp client;
+    and three concurrencies: copa's evaluation and gateway, `dspy.Evaluate` alone, and a bare aiohttp client;
 (c) a fully cached evaluation beside DSPy's own module overhead. That overhead is what the same program costs DSPy when
     its LM answers at once from memory: an engine that returns a constant, no cache anywhere, no history;
 (d) duplicates and overshoot: calls the server saw, against distinct requests and against a ceiling;
@@ -31,7 +31,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SCRATCH = tempfile.TemporaryDirectory(prefix="bench_door_")
+SCRATCH = tempfile.TemporaryDirectory(prefix="bench_gateway_")
 os.environ["DSPY_CACHEDIR"] = f"{SCRATCH.name}/dspy"
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -48,7 +48,7 @@ from copa_harness.lm.budget.ledger import whole_run  # noqa: E402
 from copa_harness.lm.budget.scope import open_scope  # noqa: E402
 from copa_harness.lm.cache.store import ResponseCache  # noqa: E402
 from copa_harness.lm.factory import build_lm  # noqa: E402
-from copa_harness.lm.gateway import Door  # noqa: E402
+from copa_harness.lm.gateway import Gateway  # noqa: E402
 from copa_harness.lm.scripted import ScriptedLM  # noqa: E402
 from copa_harness.results import Budget  # noqa: E402
 from copa_harness.tasks import iris  # noqa: E402
@@ -90,8 +90,8 @@ class Server:
             return json.loads(reply.read())["n_requests"]
 
 
-def fresh_door(name):
-    return Door(cache=ResponseCache(Path(tempfile.mkdtemp(dir=SCRATCH.name)) / name))
+def fresh_gateway(name):
+    return Gateway(cache=ResponseCache(Path(tempfile.mkdtemp(dir=SCRATCH.name)) / name))
 
 
 def program_for(lm):
@@ -121,15 +121,15 @@ def best_us(action, n, repeats=3):
 
 def lookups(n):
     request = Request(model="m", messages=(Message.user("hello " * 60),), system="be brief " * 60)
-    lm = ScriptedLM(ANSWER, model="m", door=fresh_door("a"))
+    lm = ScriptedLM(ANSWER, model="m", gateway=fresh_gateway("a"))
 
-    def door(rollout):
-        return lm.door.call(lm.engine, request, model="m", rollout_id=rollout, candidate=0)
+    def gateway(rollout):
+        return lm.gateway.call(lm.engine, request, model="m", rollout_id=rollout, candidate=0)
 
     bare = diskcache.Cache(f"{SCRATCH.name}/bare")
     text = json.dumps({"answer": ANSWER})
     rounds = iter(range(10**9))
-    rows = [("door", best_us(lambda i: door(None), n), best_us(lambda i: door(next(rounds)), n))]
+    rows = [("gateway", best_us(lambda i: gateway(None), n), best_us(lambda i: gateway(next(rounds)), n))]
 
     plain = dspy.LM("openai/gpt-4o-mini", cache=True)
     from dspy.clients.call_result import CallResult
@@ -159,7 +159,9 @@ def lookups(n):
     print("\n(a) one lookup, microseconds (a miss includes storing the answer)")
     for name, hit, miss in rows:
         print(f"    {name:12s} hit {hit:7.0f}   miss {miss:7.0f}")
-    print(f"    door / dspy.cache: hit {rows[0][1] / rows[1][1]:.2f}, miss {rows[0][2] / rows[1][2]:.2f}", flush=True)
+    print(
+        f"    gateway / dspy.cache: hit {rows[0][1] / rows[1][1]:.2f}, miss {rows[0][2] / rows[1][2]:.2f}", flush=True
+    )
 
 
 def bare_client(url, n, concurrency):
@@ -210,7 +212,7 @@ def warm_up(program, n):
 def ours(url, model, n, concurrency):
     lm = build_lm(
         model,
-        door=fresh_door("b"),
+        gateway=fresh_gateway("b"),
         cache_dir=Path(SCRATCH.name),
         api_base=url,
         api_key="k",
@@ -256,7 +258,7 @@ def throughput(cases, *, rounds):
 
 def fully_cached(n):
     examples = examples_of(n)
-    lm = ScriptedLM(ANSWER, door=fresh_door("c"), temperature=0.0)
+    lm = ScriptedLM(ANSWER, gateway=fresh_gateway("c"), temperature=0.0)
     program = program_for(lm)
     evaluate(program, examples, metric=metric, split="bench", threads=1)
     plain = program_for(dspy.LM("fake/model", engine=Instant(), cache=False, temperature=0.0))
@@ -292,7 +294,7 @@ def exactness(n):
     with Server(0.01) as server:
         lm = build_lm(
             "openai/gpt-4o-mini",
-            door=fresh_door("d"),
+            gateway=fresh_gateway("d"),
             cache_dir=Path(SCRATCH.name),
             api_base=server.url,
             api_key="k",
@@ -340,7 +342,7 @@ class Recorder:
 
 def embedded(rounds):
     task = iris()
-    lm = build_lm("embedded", door=fresh_door("e"), cache_dir=Path(SCRATCH.name))
+    lm = build_lm("embedded", gateway=fresh_gateway("e"), cache_dir=Path(SCRATCH.name))
     engine = lm.engine
     program = task.program.deepcopy()
     for predictor in program.predictors():
@@ -348,7 +350,7 @@ def embedded(rounds):
     whole, own = [], []
     for _ in range(rounds + 1):
         recorder = Recorder(engine)
-        program.set_lm(lm.copy(engine=recorder, door=fresh_door("e")))
+        program.set_lm(lm.copy(engine=recorder, gateway=fresh_gateway("e")))
         began = time.perf_counter()
         evaluate(program, task.testset, metric=task.metric, split="test")
         whole.append(time.perf_counter() - began)
