@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
-from copa_harness.judge.messages import counted
+from copa_harness.wording import counted, size
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
@@ -125,11 +125,11 @@ def _stats(options: argparse.Namespace) -> tuple[str, int]:
     from copa_harness.lm.cache.maintenance import cache_stats
 
     stats = cache_stats(options.cache_dir)
-    lines = [f"{stats.directory}: {stats.n_answers:,} answers, {_size_text(stats.n_bytes)}"]
+    lines = [f"{stats.directory}: {stats.n_answers:,} answers, {size(stats.n_bytes)}"]
     if stats.oldest_s is not None and stats.newest_s is not None:
         lines.append(f"stored from {_date(stats.oldest_s)} to {_date(stats.newest_s)}")
     lines += [
-        f"moved aside as damaged: {path.name}, {_size_text(n_bytes)} (`copa cache prune` removes it)"
+        f"moved aside as damaged: {path.name}, {size(n_bytes)} (`copa cache prune` removes it)"
         for path, n_bytes in stats.damaged
     ]
     return "\n".join(lines), 0
@@ -141,7 +141,7 @@ def _prune(options: argparse.Namespace) -> tuple[str, int]:
     older_than_s = None if options.older_than is None else _seconds(options.older_than)
     max_bytes = None if options.max_size is None else _bytes(options.max_size)
     n_dropped, n_freed = prune_cache(options.cache_dir, older_than_s=older_than_s, max_bytes=max_bytes)
-    return f"dropped {n_dropped:,} answers, freed {_size_text(n_freed)}", 0
+    return f"dropped {n_dropped:,} answers, freed {size(n_freed)}", 0
 
 
 def _clear(options: argparse.Namespace) -> tuple[str, int]:
@@ -155,7 +155,7 @@ def _clear(options: argparse.Namespace) -> tuple[str, int]:
         if input(question).strip().lower() not in ("y", "yes"):
             return "copa: nothing was dropped", 1
     n_dropped, n_freed = clear_cache(options.cache_dir)
-    return f"dropped {n_dropped:,} answers, freed {_size_text(n_freed)}", 0
+    return f"dropped {n_dropped:,} answers, freed {size(n_freed)}", 0
 
 
 def _baseline_list(options: argparse.Namespace) -> tuple[str, int]:
@@ -225,13 +225,6 @@ def _bytes(text: str) -> int:
     if match is None or match.group(2) not in _SIZES:
         raise ConfigurationError(f"got the size {text!r}, expected bytes or a number and a unit: 500MB, 2GB, 1GiB")
     return int(float(match.group(1)) * _SIZES[match.group(2)])
-
-
-def _size_text(n_bytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes} bytes"
 
 
 def _date(seconds: float) -> str:

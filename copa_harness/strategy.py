@@ -13,13 +13,12 @@ Pure text: knows no optimizer, no model. Grammar: steps joined by `->` (or `→`
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from copa_harness.errors import ConfigurationError
+from copa_harness.errors import ConfigurationError, did_you_mean
 
 
 class StepKind(str, Enum):
@@ -119,9 +118,8 @@ def _step(word: str, known: tuple[str, ...], text: str) -> Step:
     if name in known:
         return Step(StepKind.OPTIMIZER, str(name))
     candidates = [*_KINDS, *known, "demos -> instructions"]
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigurationError(f"got {word!r} in the strategy {text!r}; expected {_expected(known)}.{meant}")
+    meant = did_you_mean(word, candidates) or "."
+    raise ConfigurationError(f"got {word!r} in the strategy {text!r}; expected {_expected(known)}{meant}")
 
 
 def _expected(known: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ FLOORS = {
     "results": 0,
     "documents": 0,
     "strategy": 0,
+    "wording": 0,
     "judge": 1,
     "lm": 2,
     "tasks": 2,

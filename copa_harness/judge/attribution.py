@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from copa_harness.judge.intervals import group_labels, grouped, mean_interval
-from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import (
     PairedDifference,
     clustered_difference_interval,
@@ -34,6 +34,7 @@ from copa_harness.judge.paired_tests import (
     permutation_p_value,
 )
 from copa_harness.results import Interval
+from copa_harness.wording import counted, number
 
 CELLS = ("base_plain", "base_optimized", "tuned_plain", "tuned_optimized")
 """The four systems: weights first, prompts second."""

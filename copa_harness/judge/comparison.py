@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
-from copa_harness.judge.messages import counted, number
 from copa_harness.judge.multiple import holm_adjusted
 from copa_harness.judge.paired_tests import paired_difference, permutation_p_value
 from copa_harness.results import Interval
+from copa_harness.wording import counted, number
 
 MIN_MOVED = 10
 """Rows that have to differ from the commonest value, over all tasks, before they are resampled."""

@@ -16,10 +16,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.messages import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
 from copa_harness.judge.paired_tests import PairedDifference, Pairs, pair_up, paired_difference, scores_by_id
 from copa_harness.results import EvaluationResult, GateResult, Verdict
+from copa_harness.wording import counted, number
 
 COMPARED = ("data", "split", "metric")
 """Fingerprints that must agree with the baseline's before scores may be compared."""

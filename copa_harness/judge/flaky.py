@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from copa_harness.judge.intervals import mean_interval, wilson_interval
-from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import scores_by_id
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Usage, Verdict
+from copa_harness.wording import counted, number
 
 Repeats = Mapping[str, Sequence[float | None]]
 """Scores of an example's repeats, by example id; None where a repeat has no score."""

@@ -22,8 +22,9 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.judge.differences import Reference, better_than, max_regression
 from copa_harness.judge.flaky import Repeats, flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
-from copa_harness.judge.messages import counted, interval_text, number, shortened
+from copa_harness.judge.messages import interval_text, shortened
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
+from copa_harness.wording import counted, dollars, number
 
 
 def judge_spending(
@@ -103,7 +104,7 @@ def _at_most(name: str, spent: float, most: float, *, unit: str) -> GateResult:
 def _unpriced(gate: str, usage: Usage) -> GateResult:
     message = (
         f"{counted(usage.unpriced_calls, 'call')} of {usage.paid_calls:,} have no known price, so the dollars spent "
-        f"are unknown (at least {_amount(usage.usd, 'dollars')}). Next: bound tokens instead (max_tokens), or use a "
+        f"are unknown (at least {dollars(usage.usd)}). Next: bound tokens instead (max_tokens), or use a "
         f"model whose price DSPy knows."
     )
     return GateResult(gate, Verdict.UNDECIDED, message, {"spent": usage.usd, "unpriced_calls": usage.unpriced_calls})
@@ -121,7 +122,7 @@ def _max_cost_per_answer(evaluation: EvaluationResult, most: float) -> GateResul
             f"answer was not seen. Next: run once with an empty cache (another --copa-cache-dir) to measure it."
         )
         return GateResult(gate, Verdict.UNDECIDED, message, details)
-    got, allowed = _amount(cost, "dollars"), _amount(most, "dollars")
+    got, allowed = dollars(cost), dollars(most)
     if cost <= most:
         return GateResult(gate, Verdict.PASS, f"{got} per answer of {allowed} allowed.", details)
     message = (
@@ -134,8 +135,7 @@ def _max_cost_per_answer(evaluation: EvaluationResult, most: float) -> GateResul
 
 def _amount(value: float, unit: str) -> str:
     if unit == "dollars":
-        digits = 2 if value >= 1 or value == 0 else min(8, 1 - math.floor(math.log10(value)))
-        return f"${value:,.{digits}f}"
+        return dollars(value)
     return f"{value:,.0f} {unit}" if value >= 10 or value == int(value) else f"{value:,.2g} {unit}"
 
 

@@ -5,7 +5,6 @@ Turns records into text for a terminal or a CI log.
 
 from __future__ import annotations
 
-import math
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from copa_harness.documents import mask_text
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
+from copa_harness.wording import counted, number
 
 MAX_VALUE_CHARACTERS = 160
 """A field's value is cut beyond this; the report has it whole."""
@@ -29,23 +29,10 @@ _SIGN = {
 }
 
 
-def number(value: float | None, *, signed: bool = False) -> str:
-    """A score or a difference to three decimals; '-' for none."""
-    if value is None or math.isnan(value):
-        return "-"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return text.replace("-0.000", "0.000").replace("+0.000", "0.000") if float(text) == 0 else text
-
-
 def interval_text(interval: Interval, *, signed: bool = False) -> str:
     """`95 % interval 0.667 to 0.853`."""
     low, high = number(interval.low, signed=signed), number(interval.high, signed=signed)
     return f"{100 * interval.level:g} % interval {low} to {high}"
-
-
-def counted(n: int, noun: str) -> str:
-    """`1 example`, `75 examples`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def score_line(evaluation: EvaluationResult) -> str:

@@ -26,7 +26,6 @@ import dspy
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
-from copa_harness.judge.messages import counted
 from copa_harness.judge.paired_tests import PairedDifference, paired_difference
 from copa_harness.optimize.budget import Allowance, OutOfCalls, step_scope
 from copa_harness.optimize.finalists import (
@@ -46,6 +45,7 @@ from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.results import Phase
 from copa_harness.strategy import Step, StepKind
+from copa_harness.wording import counted
 
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run

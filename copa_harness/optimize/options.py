@@ -16,6 +16,7 @@ from typing import Any
 from copa_harness.errors import ConfigurationError, did_you_mean
 from copa_harness.results import Budget
 from copa_harness.tune.settings import LoraSettings
+from copa_harness.wording import amount
 
 SAMPLERS: tuple[str, ...] = ("tpe", "random", "gp")
 """Optuna's samplers; see `samplers`."""
@@ -194,7 +195,7 @@ def describe_budget(budget: Budget) -> str:
         "input_tokens": "input tokens",
         "output_tokens": "output tokens",
     }
-    parts = [f"{_shown(ceiling)} {units.get(name, name)}" for name, ceiling in ceilings.items()]
+    parts = [f"{amount(ceiling)} {units.get(name, name)}" for name, ceiling in ceilings.items()]
     return f"{budget.name} (at most {', '.join(parts)} per task)"
 
 
@@ -241,10 +242,6 @@ def _number(clause: str, name: str, amount: float) -> float:
 
 def _plain(amount: float) -> str:
     return f"{amount:g}" if amount != int(amount) else str(int(amount))
-
-
-def _shown(amount: float) -> str:
-    return f"{amount:,.0f}" if amount == int(amount) else f"{amount:g}"
 
 
 OBJECTIVES = {"cheapest": "usd", "fastest": "seconds", "shortest": "prompt_tokens"}

@@ -25,6 +25,7 @@ from copa_harness.judge.messages import format_gates
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
 from copa_harness.results import SCHEMA, Verdict
+from copa_harness.wording import counted
 
 
 def verdict_counts(runs: Sequence[RunRecord]) -> str:
@@ -135,8 +136,11 @@ def read_report(path: Path) -> tuple[RunRecord, ...]:
 
 def markdown_report(runs: Sequence[RunRecord], *, environment: Mapping[str, Any]) -> str:
     """The report as GitHub Markdown: tables, gates, environment."""
-    count = f"{len(runs)} run" + ("" if len(runs) == 1 else "s")
-    lines = ["# copa-harness report", "", f"{count}: {verdict_counts(runs)}." if runs else "No runs."]
+    lines = [
+        "# copa-harness report",
+        "",
+        f"{counted(len(runs), 'run')}: {verdict_counts(runs)}." if runs else "No runs.",
+    ]
     for title, table in all_tables(runs, style="markdown"):
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table]
     if gate_lines := markdown_gates(runs):

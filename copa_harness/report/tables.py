@@ -19,7 +19,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from copa_harness.judge.messages import number
 from copa_harness.report.details import (
     attribution_table,
     credit_table,
@@ -33,6 +32,7 @@ from copa_harness.report.grouping import Kind, by_task, chosen, difference, dist
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.results import PhaseRecord, Usage
+from copa_harness.wording import number
 
 
 def ending_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:

@@ -23,6 +23,7 @@ from copa_harness.results import Interval, Verdict
 from copa_harness.session.gates import settle
 from copa_harness.session.plan import plan_text
 from copa_harness.session.settings import Settings
+from copa_harness.wording import ceiling
 
 if TYPE_CHECKING:
     from copa_harness.report.records import RunRecord
@@ -106,9 +107,9 @@ def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tu
 
 def _what_changed(path: Path, accepted: Baseline) -> str:
     """What accepting a run does to the baseline that is in its place: nobody should bless a loss unawares."""
-    from copa_harness.judge.messages import counted, number
     from copa_harness.judge.paired_tests import pair_up
     from copa_harness.store.baselines import read_baseline
+    from copa_harness.wording import counted, number
 
     now = f"score {number(accepted.score)} on {counted(len(accepted.scores), f'{accepted.split} example')}"
     if not path.exists():
@@ -267,11 +268,10 @@ def _spent(settings: Settings) -> list[str]:
     except CopaError as error:
         return [f"what the session spent cannot be told: {error}"]
     parts = []
-    for name, ceiling in budget.ceilings.items():
-        if name == "usd":
-            parts.append(f"${spent.usd:,.6g} of ${ceiling:,g}")
-        elif name != "seconds":
-            parts.append(f"{amount_of(spent, name):,} of {ceiling:,.10g} {name.replace('_', ' ')}")
+    for name, most in budget.ceilings.items():
+        if name != "seconds":
+            paid = f"${spent.usd:,.6g}" if name == "usd" else f"{amount_of(spent, name):,}"
+            parts.append(f"{paid} of {ceiling(name, most)}")
     return [f"the whole session paid {', '.join(parts)}"] if parts else []
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.judge.gates import is_failure, overall
-from copa_harness.judge.messages import counted
 from copa_harness.results import GateResult, PhaseRecord, Usage, Verdict
 from copa_harness.session.evaluation import Measured, attributed, groups_of, leakage_of, measure, searches_both
 from copa_harness.session.finish import candidate, to_row
@@ -23,6 +22,7 @@ from copa_harness.session.gates import ON_SCORES, Case, Memory, baseline_name
 from copa_harness.session.optimizations import Optimized, fingerprints_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import GATES, Settings, check_arguments
+from copa_harness.wording import counted
 
 if TYPE_CHECKING:
     import dspy

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.judge.gates import is_failure, overall
-from copa_harness.judge.messages import format_failure, number, score_line
+from copa_harness.judge.messages import format_failure, score_line
 from copa_harness.results import (
     Budget,
     EvaluationResult,
@@ -22,6 +22,7 @@ from copa_harness.results import (
     Usage,
     Verdict,
 )
+from copa_harness.wording import number
 
 if TYPE_CHECKING:
     import dspy

@@ -31,6 +31,7 @@ from copa_harness.optimize.options import check_groundings, check_sampler, parse
 from copa_harness.results import Budget
 from copa_harness.strategy import parse_strategy
 from copa_harness.tune.settings import check_lora
+from copa_harness.wording import ceiling
 
 
 def check_arguments(given: Mapping[str, Any], *, known: Sequence[str], where: str) -> None:
@@ -531,11 +532,7 @@ class Settings:
 
 def _ceilings(budget: Budget) -> str:
     """`400 calls, $2, 600 seconds`, or `unlimited calls`."""
-    parts = [
-        f"${amount:,g}" if name == "usd" else f"{amount:,.10g} {name.replace('_', ' ')}"
-        for name, amount in budget.ceilings.items()
-    ]
-    return ", ".join(parts) or "unlimited calls"
+    return ", ".join(ceiling(name, value) for name, value in budget.ceilings.items()) or "unlimited calls"
 
 
 def _from_source(setting: Setting, parse: Callable[[str], Any]) -> Any:

@@ -25,9 +25,10 @@ from typing import Any, get_args
 from copa_harness.documents import mask_secrets, to_jsonable, write_atomic
 from copa_harness.errors import ArtifactError
 from copa_harness.judge.differences import COMPARED
-from copa_harness.judge.messages import counted, interval_text, number
+from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference, scores_by_id
 from copa_harness.results import SCHEMA, EvaluationResult, Interval, Outcome
+from copa_harness.wording import counted, number
 
 KIND = "copa_harness baseline"
 

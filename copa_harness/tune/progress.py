@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from copa_harness.wording import duration
+
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
@@ -90,13 +92,3 @@ class Progress:
 
     def _remaining_s(self, now_s: float) -> float:
         return (now_s - self._began_s) / (self._n - self._n_before) * (self._n_total - self._n)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -25,9 +25,10 @@ from copa_harness.tune.checkpoints import Unfinished, checkpoint_folders, is_fin
 from copa_harness.tune.epochs import Charge, Outcome, memory_named, run_epochs
 from copa_harness.tune.job import TrainingJob
 from copa_harness.tune.processes import count_processes, train_in_processes
-from copa_harness.tune.progress import Progress, duration
+from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow, TrainingRow, encode_row
 from copa_harness.tune.settings import LoraSettings
+from copa_harness.wording import duration
 
 if TYPE_CHECKING:
     from copa_harness.lm.local.engine import TransformersEngine

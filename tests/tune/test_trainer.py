@@ -371,10 +371,3 @@ def test_progress_is_told_in_plain_lines_with_the_time_to_go(trainer, monkeypatc
     assert len(lines) == 4
     assert all(re.fullmatch(r"LoRA step \d of 4, epoch [12], loss \d+\.\d{3}, \d+ s to go", line) for line in lines)
     assert lines[-1].endswith("0 s to go")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
-)
-def test_a_duration_reads_as_people_say_it(seconds, text):
-    assert progress.duration(seconds) == text

@@ -36,6 +36,7 @@ from dspy.lm15 import (
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.results import Budget, Phase, Usage
+from copa_harness.wording import amount
 
 PICO = 10**12
 """Parts of a dollar an account counts in; the cheapest token price known is some 10^-9 dollars."""
@@ -99,13 +100,9 @@ class OverBudget(Exception):
         unit = {"usd": "$"}.get(self.what, "")
         name = {"calls": "paid calls", "usd": "dollars"}.get(self.what, self.what.replace("_", " "))
         return (
-            f"{unit}{_number(self.spent)} of {unit}{_number(self.ceiling)} {name} spent, the next call may cost up to "
-            f"{unit}{_number(self.asked)}"
+            f"{unit}{amount(self.spent)} of {unit}{amount(self.ceiling)} {name} spent, the next call may cost up to "
+            f"{unit}{amount(self.asked)}"
         )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.6g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,11 +123,6 @@ def last_words(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def readable(n_bytes: float) -> str:
-    """`812 MB`, `3.4 GB`."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")

@@ -29,10 +29,10 @@ from copa_harness.lm.local.memory import (
     free_bytes,
     is_out_of_memory,
     last_words,
-    readable,
 )
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import PrefixCache, PrefixKey
+from copa_harness.wording import size
 
 Payload = TypeVar("Payload")
 
@@ -368,7 +368,7 @@ class BatchGenerator:
             prompt = job.payload
             raise OutOfMemoryError(
                 f"one prompt of {len(prompt.tokens.ids)} tokens with max_tokens={prompt.rules.max_tokens} needs about "
-                f"{readable(needed)} on {self.model.device}, where {readable(free)} are free; {REMEDY}"
+                f"{size(needed, rough=True)} on {self.model.device}, where {size(free, rough=True)} are free; {REMEDY}"
             )
 
     def _generate(self, batch: Sequence[Job]) -> list[Answer]:

@@ -32,7 +32,6 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import takes_arguments
-from copa_harness.judge.messages import counted
 from copa_harness.optimize.dspy_optimizers.contract import (
     MAX_ERRORS,
     Built,
@@ -46,6 +45,7 @@ from copa_harness.optimize.dspy_optimizers.contract import (
 from copa_harness.optimize.dspy_optimizers.kwargs import KNN_KWARGS, check_kwargs
 from copa_harness.optimize.dspy_optimizers.student import forgiving
 from copa_harness.optimize.propose.schema import is_fully_labelled
+from copa_harness.wording import counted
 
 
 def build(job: OptimizerJob) -> Built:

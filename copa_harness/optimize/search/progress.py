@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.messages import counted
 from copa_harness.lm.budget.scope import Scope
+from copa_harness.wording import counted, duration
 
 logger = logging.getLogger("copa_harness")
 
@@ -120,10 +120,10 @@ class Progress:
     def _calls(self, ceiling: float, now: float) -> str:
         used, spent_s = self._scope.charged_calls, now - self._started
         if math.isinf(ceiling):
-            return f"{used:,} calls, {duration_text(spent_s)}"
+            return f"{used:,} calls, {duration(spent_s, rough=True)}"
         to_go = spent_s * max(0.0, ceiling - used) / used if used else math.nan
-        eta = "" if math.isnan(to_go) else f", at most about {duration_text(to_go)} to go"
-        return f"{used:,} of {ceiling:,.0f} calls, {duration_text(spent_s)}{eta}"
+        eta = "" if math.isnan(to_go) else f", at most about {duration(to_go, rough=True)} to go"
+        return f"{used:,} of {ceiling:,.0f} calls, {duration(spent_s, rough=True)}{eta}"
 
 
 def incumbent_text(scores: Sequence[float | None]) -> str:
@@ -133,10 +133,3 @@ def incumbent_text(scores: Sequence[float | None]) -> str:
         return "no score yet"
     interval, rows = mean_interval(known), counted(len(known), "row")
     return f"best {sum(known) / len(known):.3f} [{interval.low:.2f}, {interval.high:.2f}] on {rows}"
-
-
-def duration_text(seconds: float) -> str:
-    """`48 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

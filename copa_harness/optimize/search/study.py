@@ -46,7 +46,6 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.judge.messages import counted
 from copa_harness.optimize.budget import Allowance, OutOfCalls
 from copa_harness.optimize.options import SearchSettings
 from copa_harness.optimize.search.candidate import Candidate
@@ -57,6 +56,7 @@ from copa_harness.optimize.search.samplers import build_sampler, quiet_optuna
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import Point, Space
 from copa_harness.results import Phase
+from copa_harness.wording import counted
 
 
 class Ahead(Protocol):

@@ -6,7 +6,7 @@ import pytest
 
 from copa_harness import COPA
 from copa_harness.lm.budget.scope import open_scope
-from copa_harness.optimize.search.progress import Progress, duration_text, incumbent_text
+from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.results import Budget
 from copa_harness.tune.progress import Progress as Training
 from copa_harness.tune.progress import telling
@@ -121,7 +121,6 @@ def test_a_run_tells_its_steps_without_control_characters(toy):
 
 def test_numbers_are_written_for_people():
     assert incumbent_text([None]) == "no score yet"
-    assert [duration_text(seconds) for seconds in (7.4, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
 
 
 def test_one_row_is_not_said_as_several():
