@@ -129,7 +129,7 @@ class Gateway:
                 raise NotCachedError("not paid: only a plan is being made, and the answer is not stored", model=model)
             plan.add_known(key, call.bound())
         if found is None:
-            with self._flights.alone(key), self._store.claimed(key):
+            with self._flights.alone(key), self._store.locked(key):
                 found = self._replay(call)
                 self._new_of_late = found is None
                 if found is None:

@@ -118,7 +118,7 @@ def test_answers_that_a_full_disk_refuses_are_used_and_said_once(folder, monkeyp
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("copa_harness.lm.cache.store.SharedStore.add", refuse)
+        patch.setattr("diskcache.Cache.set", refuse)
         result = folder.runpytest_inprocess(*FLAGS)
     result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(["*cannot be written (database or disk is full); answers of this run are kept*"])
@@ -131,7 +131,7 @@ def test_where_warnings_are_errors_a_refused_answer_ends_the_run_and_is_no_wrong
     def refuse(self, key, row):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr("copa_harness.lm.cache.store.SharedStore.add", refuse)
+    monkeypatch.setattr("diskcache.Cache.set", refuse)
     result = folder.runpytest_inprocess(*FLAGS, "-W", "error")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["CacheError: the response cache in *(database or disk is full)*"])

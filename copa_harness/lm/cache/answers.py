@@ -1,4 +1,4 @@
-"""What a store of answers is, how an answer is written down, and the store in memory.
+"""What a store of answers is, how an answer is written down, and the store that is memory alone.
 
 An answer is written as JSON behind a checksum that covers its key too, so a truncated, altered or misplaced entry is
 recognized.
@@ -24,7 +24,7 @@ class AnswerStore(Protocol):
         """Store an answer."""
         ...
 
-    def claimed(self, key: str) -> Any:
+    def locked(self, key: str) -> Any:
         """Context manager: while it is held, no other process pays for `key`."""
         ...
 
@@ -72,8 +72,8 @@ class MemoryCache:
         self._rows[key] = encode_answer(key, value)
 
     @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """No other process can see this store: nothing to claim."""
+    def locked(self, key: str) -> Iterator[None]:
+        """No other process can see this store: nothing to lock."""
         yield
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""Claims on keys across processes: who holds one is the only one, anywhere on this machine, to pay for that key.
+"""Locks on keys across processes: whoever holds one is the only one, anywhere on this machine, to pay for that key.
 
-A claim is a lock on one byte of one file, the byte the key's hash names, so any number of keys can be claimed at once
-and the system drops a claim the moment its owner dies, however it dies. Where the system has no such locks, keys share
-a limited number of lock files.
+Each key is locked by one byte of one file, the byte the key's hash names, so any number of keys can be locked at once
+and the system releases a lock the moment its owner dies, however it dies. Where the system cannot lock bytes, keys
+share a limited number of lock files.
 
-Which fork of the process this is: what must not cross a fork asks, without a system call each time.
+`fork_count` says which fork of the process this is, without a system call: locks and connections must not cross a fork.
 """
 
 from __future__ import annotations
@@ -19,22 +19,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-_generation = 0
-
-
-def generation() -> int:
-    """A number that changes in a forked child."""
-    return _generation
-
-
-def _forked() -> None:
-    global _generation
-    _generation += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -45,9 +29,25 @@ N_BUCKETS = 256
 
 _POLL_S = (0.001, 0.02)
 
+_fork_count = 0
 
-class Claims:
-    """The claims of one cache directory.
+
+def fork_count() -> int:
+    """A number that changes in a forked child."""
+    return _fork_count
+
+
+def _forked() -> None:
+    global _fork_count
+    _fork_count += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+class KeyLocks:
+    """The locks of one cache directory.
 
     Args:
         directory: An existing folder for the lock file.
@@ -59,12 +59,12 @@ class Claims:
         weakref.finalize(self, self._file.close)
 
     def close(self) -> None:
-        """Close the file unless somebody holds a claim; it may be used again."""
+        """Close the file unless somebody holds a lock; it may be used again."""
         self._file.close()
 
     @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """While the block runs, no other thread or process holds a claim on `key`.
+    def locked(self, key: str) -> Iterator[None]:
+        """While the block runs, no other thread or process holds the lock on `key`.
 
         Raises:
             OSError: The system cannot lock the file.
@@ -102,10 +102,10 @@ class _LockFile:
 
     def _enter(self, byte: int) -> tuple[int, threading.Lock]:
         with self._mutex:
-            if self._descriptor < 0 or self._owner != generation():  # a fork does not inherit its parent's locks
+            if self._descriptor < 0 or self._owner != fork_count():  # a fork does not inherit its parent's locks
                 self._threads.clear()
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._owner = generation()
+                self._owner = fork_count()
             lock, n_interested = self._threads.get(byte, (threading.Lock(), 0))
             self._threads[byte] = (lock, n_interested + 1)
             return self._descriptor, lock
@@ -119,7 +119,7 @@ class _LockFile:
             del self._threads[byte]
 
     def close(self) -> None:
-        """Close the file unless somebody holds a claim; the next claim opens it again."""
+        """Close the file unless somebody holds a lock; the next lock opens it again."""
         with self._mutex:
             if not self._threads and self._descriptor >= 0:
                 os.close(self._descriptor)

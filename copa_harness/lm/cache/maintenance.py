@@ -1,7 +1,7 @@
 """Looking after a response cache from outside a run: what it holds, dropping a part of it, emptying it.
 
 Opens the store as `ResponseCache` does, so a damaged one is quarantined here too, and touches nothing that is not its
-own.
+own. When an answer was stored is not in diskcache's interface: it is read, and only read, from the database.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import diskcache
 
 from copa_harness.errors import CacheError
 from copa_harness.lm.cache.store import ResponseCache
 
 RESPONSES_FOLDER = "responses"
 """Folder of the response cache inside the cache directory."""
-
-_CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +54,20 @@ def cache_stats(directory: Path) -> CacheStats:
     """
     cache = _opened(directory)
     try:
-        oldest_s, newest_s = next(iter(cache._store._sql("SELECT MIN(store_time), MAX(store_time) FROM Cache")))
+        ((oldest_s, newest_s),) = _query(cache, "SELECT MIN(store_time), MAX(store_time) FROM Cache")
+        n_answers = len(cache)
     except sqlite3.Error as error:
         raise CacheError(f"cannot read the response cache in {cache.directory}: {error}") from error
-    stats = CacheStats(
+    finally:
+        cache.close()
+    return CacheStats(
         directory=cache.directory,
-        n_answers=len(cache),
+        n_answers=n_answers,
         n_bytes=_size(cache.directory / "answers"),
         oldest_s=oldest_s,
         newest_s=newest_s,
         damaged=tuple((path, _size(path)) for path in _damaged(cache.directory)),
     )
-    cache.close()
-    return stats
 
 
 def prune_cache(directory: Path, *, older_than_s: float | None = None, max_bytes: int | None = None) -> tuple[int, int]:
@@ -77,27 +81,18 @@ def prune_cache(directory: Path, *, older_than_s: float | None = None, max_bytes
     Raises:
         CacheError: There is no cache, or it cannot be written.
     """
-    before = cache_stats(directory)
-    cache = _opened(directory)
-    n_dropped = 0
-    try:
+
+    def drop(cache: ResponseCache) -> int:
+        n_dropped = 0
         if older_than_s is not None:
             limit_s = time.time() - older_than_s
-            while n_now := cache._store.drop("WHERE store_time < ?", (limit_s,), most=_CHUNK):
-                n_dropped += n_now
-        while max_bytes is not None and cache._store.volume() > max_bytes:
-            n_now = cache._store.drop(most=50)
-            if n_now == 0:
-                break
-            n_dropped += n_now
-        cache._store._sql("PRAGMA wal_checkpoint(TRUNCATE)")  # what was dropped really leaves the disk
-    except (sqlite3.Error, OSError) as error:
-        raise CacheError(f"cannot change the response cache in {cache.directory}: {error}") from error
-    finally:
-        cache.close()
-    for path, _ in before.damaged:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return n_dropped, max(0, _total(before) - _total(cache_stats(directory)))
+            rows = _query(cache, "SELECT key FROM Cache WHERE raw = 1 AND store_time < ?", limit_s)
+            n_dropped += cache.drop([key for (key,) in rows])
+        if max_bytes is not None:
+            n_dropped += cache.shrink(max_bytes)
+        return n_dropped
+
+    return _changed(directory, drop)
 
 
 def clear_cache(directory: Path) -> tuple[int, int]:
@@ -109,7 +104,28 @@ def clear_cache(directory: Path) -> tuple[int, int]:
     Raises:
         CacheError: There is no cache, or it cannot be written.
     """
-    return prune_cache(directory, older_than_s=float("-inf"))
+    return _changed(directory, ResponseCache.clear)
+
+
+def _changed(directory: Path, drop: Callable[[ResponseCache], int]) -> tuple[int, int]:
+    """Answers that `drop` dropped, and the bytes freed by that and by removing damaged stores."""
+    before = cache_stats(directory)
+    cache = _opened(directory)
+    try:
+        n_dropped = drop(cache)
+        _query(cache, "PRAGMA wal_checkpoint(TRUNCATE)")  # what was dropped really leaves the disk
+    except (sqlite3.Error, OSError, diskcache.Timeout) as error:
+        raise CacheError(f"cannot change the response cache in {cache.directory}: {error}") from error
+    finally:
+        cache.close()
+    for path, _ in before.damaged:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return n_dropped, max(0, _total(before) - _total(cache_stats(directory)))
+
+
+def _query(cache: ResponseCache, statement: str, *values: float) -> list[Any]:
+    with closing(sqlite3.connect(cache.database)) as sql:
+        return sql.execute(statement, values).fetchall()
 
 
 def _opened(directory: Path) -> ResponseCache:

@@ -1,43 +1,84 @@
 """Answers on disk, shared by threads and processes.
 
-An answer is stored as JSON with a checksum over key and text, in a diskcache folder whose disk class refuses every
-pickle row, so a planted file can at worst be a miss. A damaged row is a miss and one warning; a store that cannot be
-opened or read is moved aside, kept for inspection, and rebuilt, with one warning.
+The store is a `diskcache.Cache` in the folder `answers/`, whose disk class holds text keys and bytes, reads no pickle,
+and touches no file but its own. An answer is JSON with a checksum over key and text. A damaged or planted row is a miss
+and one warning; a store that cannot be opened or read is moved aside, kept for inspection, and rebuilt, with one
+warning.
 
-diskcache as the gateway needs it: bytes only, never a pickle, and a few connections for all threads of a process.
-
-A connection per thread, as diskcache has it, costs milliseconds for each of a hundred threads and makes them wait for
-one another inside SQLite. Here a read borrows a bare one, and all writes share one.
+diskcache gives every thread a connection of its own. SQLite lets go of the interpreter in each of the dozen statements
+that open one, or in each of those that store a row, and a hundred threads that do so at once mostly wait for one
+another: opened one after the other, 64 connections take 30 ms instead of 110. So threads take turns at their first use
+of the store and at writing; reading needs no turn.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 import time
 import warnings
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diskcache
-from diskcache.core import DBNAME, MODE_PICKLE, MODE_RAW
+from diskcache.core import DBNAME, MODE_BINARY, MODE_PICKLE, MODE_RAW
 from filelock import FileLock
 
 from copa_harness.errors import CacheError
 from copa_harness.lm.cache.answers import decode_answer, encode_answer
-from copa_harness.lm.cache.locks import Claims, generation
+from copa_harness.lm.cache.locks import KeyLocks, fork_count
+
+DEFAULT_SIZE_LIMIT = 8 * 2**30
+"""Bytes a store may take before the oldest answers are dropped."""
+
+_NO_LIMIT = 2**62
+
+_CHECK_SIZE_EVERY = 200
+
+_DROPPED_AT_ONCE = 500
+
+_SQLITE_TIMEOUT_S = 30.0
+
+_WAL_PAGES = 8000
+"""Checkpoints wait for the disk: 32 MB between them instead of 4 are as safe and an eighth as many."""
+
+_NOT_DAMAGE = ("locked", "readonly", "is full", "disk I/O")
+"""Complaints of sqlite that rebuilding the database would not cure."""
+
+_UNUSABLE = (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What diskcache raises on a file that is no database, or one with alien settings."""
+
+_OWN_FILE = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
+"""The names diskcache gives to files of large values."""
+
+
+T = TypeVar("T")
 
 
 class RefusedRowError(Exception):
-    """A row in the store is a pickle; it was not read."""
+    """A row in the store is none of ours; it was not read."""
 
 
-class JSONDisk(diskcache.Disk):
-    """Stores bytes only, and never unpickles: neither keys nor values."""
+class AnswerDisk(diskcache.Disk):
+    """What lies in the store: text keys, and bytes in the database or, when they are many, in a file of their own.
+
+    A row is never taken at its word: somebody else may have written it (a cache that is carried between machines). One
+    that holds a pickle is not read, one that names a file outside the store's own is neither read nor is that file
+    removed with it.
+
+    Args:
+        directory: The folder of the store.
+        settings: As in `diskcache.Disk`.
+    """
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self._folder = directory
 
     def put(self, key: Any) -> Any:
         """The key as a column: text as it is."""
@@ -49,7 +90,7 @@ class JSONDisk(diskcache.Disk):
         """The key of a row."""
         if not raw:
             raise RefusedRowError("the key of a row is a pickle")
-        return super().get(key, raw)
+        return key
 
     def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
         """The value as columns: bytes as they are."""
@@ -61,160 +102,32 @@ class JSONDisk(diskcache.Disk):
         """The value of a row."""
         if mode == MODE_PICKLE:
             raise RefusedRowError("the value of a row is a pickle")
-        return super().fetch(mode, filename, value, read)
-
-
-class SharedStore(diskcache.Cache):
-    """A `diskcache.Cache` whose connections are shared by the threads of the process.
-
-    `row` and `add` may be called by any thread at any time; around everything else the caller holds `lock`.
-    """
-
-    _shared: sqlite3.Connection | None = None
-    _owner = -1
-    _quicker: sqlite3.Connection | None = None
-    _quick_owner = -1
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        self.lock = threading.RLock()
-        self._readers: deque[sqlite3.Connection] = deque()  # those nobody reads with now
-        self._readers_owner = generation()
-        super().__init__(*arguments, **settings)
-
-    def row(self, key: str) -> Any:
-        """The value stored under `key` now, or None. Takes no lock for the usual row, one that is no file."""
-        readers, reader = self._borrowed()
-        try:
-            found = reader.execute(
-                "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (key,)
-            ).fetchall()
-        except BaseException:
-            reader.close()
-            raise
-        if readers is self._readers:
-            readers.append(reader)
-        else:
-            reader.close()  # the store was closed meanwhile
-        if not found:
-            return None
-        mode, filename, value = found[0]
         if mode == MODE_RAW and filename is None:
             return value
-        with self.lock:
-            return self.get(key)
+        if mode != MODE_BINARY or value is not None or not self._is_own(filename):
+            raise RefusedRowError(f"a row of mode {mode!r} names the file {filename!r}, which is none of the store's")
+        if not os.path.isfile(path := os.path.join(self._folder, filename)):
+            raise FileNotFoundError(path)  # diskcache takes it for a row that has just gone
+        return super().fetch(mode, filename, value, read)
 
-    def add(self, key: str, row: bytes) -> None:
-        """Store a row; the usual one, small and new, with one statement and no lock instead of diskcache's nine."""
-        if len(row) < self.disk_min_file_size:
-            now_s = time.time()
-            try:
-                self._quick().execute(
-                    "INSERT INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode,"
-                    " filename, value) VALUES (?, 1, ?, NULL, ?, 0, NULL, 0, ?, NULL, ?)",
-                    (key, now_s, now_s, MODE_RAW, sqlite3.Binary(row)),
-                )
-                return
-            except sqlite3.IntegrityError:
-                pass  # there is a row already: to be replaced with all that belongs to it
-        with self.lock:
-            self.set(key, row)
+    def filename(self, key: Any = diskcache.UNKNOWN, value: Any = diskcache.UNKNOWN) -> Any:
+        """A new name for a large value, and its whole path."""
+        name, path = super().filename(key, value)
+        if not self._is_own(name):
+            raise OSError(f"{path} leads out of the store")
+        return name, path
 
-    def _quick(self) -> sqlite3.Connection:
-        """A connection for single insertions of any thread at once.
+    def remove(self, file_path: Any) -> None:
+        """Remove the file of a row that goes, if it is one of the store's."""
+        if self._is_own(file_path):
+            super().remove(file_path)
 
-        SQLite itself makes threads that share a connection take turns, for microseconds. A lock of Python's around it
-        would be held while its owner waits for the interpreter, milliseconds when many threads compute.
-        """
-        if self._quicker is None or self._quick_owner != generation():
-            with self.lock:
-                if self._quicker is None or self._quick_owner != generation():
-                    self._quicker, self._quick_owner = self._connected(), generation()
-        return self._quicker
-
-    def _borrowed(self) -> tuple[deque[sqlite3.Connection], sqlite3.Connection]:
-        """A connection to read with alone, and where to put it back.
-
-        On a connection that several read with at once, the reads of others would keep an old state alive.
-        """
-        if self._readers_owner != generation():
-            self._readers, self._readers_owner = deque(), generation()
-        readers = self._readers
-        try:
-            return readers, readers.pop()
-        except IndexError:
-            return readers, self._connected()
-
-    def _connected(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            os.path.join(self._directory, DBNAME),
-            timeout=self._timeout,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        # Checkpoints wait for the disk; 32 MB between them instead of 4 are as safe and an eighth as many.
-        connection.execute("PRAGMA wal_autocheckpoint = 8000")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
-
-    @property
-    def _con(self) -> sqlite3.Connection:
-        if self._shared is None or self._owner != generation():  # a forked child must not use its parent's connection
-            self._shared, self._owner = None, generation()
-            connection = self._connected()
-            self._shared = connection
-            # As diskcache does: some pragmas hold for a connection only. The table may not exist yet.
-            try:
-                settings = connection.execute("SELECT key, value FROM Settings").fetchall()
-            except sqlite3.OperationalError:
-                settings = []
-            for key, value in settings:
-                if key.startswith("sqlite_"):
-                    self.reset(key, value, update=False)
-        return self._shared
-
-    def drop(self, where: str = "", arguments: tuple[float, ...] = (), *, most: int) -> int:
-        """Remove up to `most` rows, those stored first, and their files; how many it were.
-
-        Args:
-            where: SQL condition on the rows, with `arguments` for its question marks.
-            arguments: See `where`.
-            most: Rows at once: one transaction.
-        """
-        with self._transact(retry=True) as (sql, cleanup):
-            rows = sql(f"SELECT rowid, filename FROM Cache {where} ORDER BY rowid LIMIT {most}", arguments).fetchall()
-            for row, filename in rows:
-                sql("DELETE FROM Cache WHERE rowid = ?", (row,))
-                # A planted row may name any file; only the store's own are removed.
-                if filename and not Path(filename).is_absolute() and ".." not in Path(filename).parts:
-                    cleanup(filename)
-        return len(rows)
-
-    def close(self) -> None:
-        """Close the connection; the next use opens it again."""
-        for connection, owner in ((self._shared, self._owner), (self._quicker, self._quick_owner)):
-            if connection is not None and owner == generation():
-                connection.close()
-        self._shared = self._quicker = None
-        readers, self._readers = self._readers, deque()
-        if self._readers_owner == generation():
-            while readers:
-                readers.pop().close()
-
-
-DEFAULT_SIZE_LIMIT = 8 * 2**30
-"""Bytes a store may take before the oldest answers are dropped."""
-
-_CHECK_SIZE_EVERY = 200
-
-_DROPPED_AT_ONCE = 50
-
-_SQLITE_TIMEOUT_S = 30.0
-
-_NOT_DAMAGE = ("locked", "readonly", "is full", "disk I/O")
-"""Complaints of sqlite that rebuilding the database would not cure."""
-
-# What diskcache raises on a file that is no database, or one with alien settings.
-_UNUSABLE = (sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, AttributeError)
+    def _is_own(self, filename: object) -> bool:
+        """Whether a name is one the store gives, and no link leads from there to another place."""
+        if not isinstance(filename, str) or not _OWN_FILE.fullmatch(filename):
+            return False
+        path = os.path.join(os.path.realpath(self._folder), filename)
+        return os.path.realpath(path) == path
 
 
 class CacheWarning(UserWarning):
@@ -236,11 +149,13 @@ class ResponseCache:
 
     def __init__(self, directory: Path, *, size_limit: int | None = DEFAULT_SIZE_LIMIT) -> None:
         self.directory = Path(directory)
-        self._lock = threading.RLock()
         self._warned: set[str] = set()
         self._unwritten: dict[str, bytes] = {}  # paid answers the disk would not take: kept for this process
         self._size_limit = size_limit
         self._n_set = 0
+        self._thread = threading.local()
+        self._renew_turns()
+        _caches.add(self)
         try:
             (self.directory / "claims").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -248,20 +163,30 @@ class ResponseCache:
                 f"cannot create the response cache in {self.directory}: {error}; "
                 "expected a folder that can be written, choose one with --copa-cache-dir"
             ) from error
-        self._claims = Claims(self.directory / "claims")
+        self._locks = KeyLocks(self.directory / "claims")
         self._store = self._open_or_rebuild()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ResponseCache:
         return self
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file of the store."""
+        return self.directory / "answers" / str(DBNAME)
+
+    # -- answers
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer stored under `key`, or None. A damaged row is removed and counts as absent."""
         row: object = self._unwritten.get(key)
         if row is None:
             try:
-                row = self._healed(lambda store: store.row(key))
+                row = self._healed(lambda store: store.get(key))
             except RefusedRowError as error:
-                self._drop(key, error)
+                self._refuse(key, error)
                 return None
             except (sqlite3.Error, OSError, diskcache.Timeout) as error:
                 self._warn("read", f"the response cache in {self.directory} cannot be read ({error}); going on without")
@@ -271,14 +196,14 @@ class ResponseCache:
         try:
             return decode_answer(key, row)
         except ValueError as error:
-            self._drop(key, error)
+            self._refuse(key, error)
             return None
 
     def set(self, key: str, value: dict[str, Any]) -> None:
         """Store an answer. If the disk refuses, the answer is kept in memory and a warning says so once."""
         row = encode_answer(key, value)
         try:
-            self._healed(lambda store: store.add(key, row))
+            self._healed(lambda store: self._written(store, key, row))
             self._stay_below_limit()
         except (sqlite3.Error, OSError, diskcache.Timeout) as error:
             self._unwritten[key] = row
@@ -288,69 +213,119 @@ class ResponseCache:
                 "in memory only and will be paid for again next time",
             )
 
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """While the block runs, no other process pays for `key`; a killed owner's lock ends with it."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._locks.locked(key))
+            except OSError as error:
+                self._warn(
+                    "claim",
+                    f"cannot lock {self._locks.path} ({error}); other processes may pay for the same answers",
+                )
+            yield
+
+    def close(self) -> None:
+        """Close this thread's connection and the lock file; the cache may be used again afterwards."""
+        self._store.close()
+        self._locks.close()
+
+    # -- dropping
+
+    def clear(self) -> int:
+        """Drop every answer; how many it were.
+
+        Raises:
+            sqlite3.Error: The store cannot be written.
+        """
+        return self._healed(lambda store: int(store.clear()))
+
+    def drop(self, keys: list[str]) -> int:
+        """Drop these answers; how many were there.
+
+        Raises:
+            sqlite3.Error: The store cannot be written.
+        """
+        return self._healed(lambda store: _deleted(store, keys))
+
+    def shrink(self, n_bytes: int) -> int:
+        """Drop the answers stored first until the store takes `n_bytes` at most; how many it were.
+
+        Raises:
+            sqlite3.Error: The store cannot be written.
+        """
+        return self._healed(lambda store: _culled(store, n_bytes))
+
     def _stay_below_limit(self) -> None:
         self._n_set += 1
         if self._size_limit is None or self._n_set % _CHECK_SIZE_EVERY != 1:
             return
-        with self._store.lock:
+        with self._writing:
             if self._store.volume() < self._size_limit:
                 return
-            while self._store.volume() > 0.9 * self._size_limit and self._store.drop(most=_DROPPED_AT_ONCE):
-                pass
+            try:
+                self._store.cull()
+            except diskcache.Timeout:
+                return  # others write all the time; the next check comes soon
         self._warn(
             "size",
             f"the response cache in {self.directory} has reached its limit of {self._size_limit:,} bytes; the answers "
             "stored first are dropped and would be paid for again. `copa cache stats` shows what it holds",
         )
 
-    @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """While the block runs, no other process pays for `key`; a killed owner's claim ends with it."""
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self._claims.claimed(key))
-            except OSError as error:
-                self._warn(
-                    "claim",
-                    f"cannot lock {self._claims.path} ({error}); other processes may pay for the same answers",
-                )
-            yield
+    # -- turns of threads
 
-    def close(self) -> None:
-        """Close the database; the cache may be used again afterwards."""
-        with self._store.lock:
-            self._store.close()
-        self._claims.close()
+    def _renew_turns(self) -> None:
+        """New locks: those a fork inherits may be held by a thread it does not have."""
+        self._opening, self._writing, self._rebuilding = threading.Lock(), threading.Lock(), threading.RLock()
 
-    def __len__(self) -> int:
-        with self._store.lock:
-            return len(self._store)
+    def _connected(self) -> diskcache.Cache:
+        """The store, with this thread's connection to it open."""
+        store, forks = self._store, fork_count()
+        if getattr(self._thread, "connected", None) != (id(store), forks):
+            with self._opening:
+                store.get("")  # any use opens it
+            self._thread.connected = (id(store), forks)
+        return store
+
+    def _written(self, store: diskcache.Cache, key: str, row: bytes) -> None:
+        with self._writing:
+            store.set(key, row)
 
     # -- damage
 
-    def _healed(self, action: Callable[[SharedStore], Any]) -> Any:
+    def _healed(self, action: Callable[[diskcache.Cache], T]) -> T:
         """`action` on the store; once more on a rebuilt store if the database turns out to be damaged."""
         store = self._store
         try:
-            return action(store)
-        except sqlite3.DatabaseError as error:
-            if any(sign in str(error) for sign in _NOT_DAMAGE):
+            return action(self._connected())
+        except (sqlite3.DatabaseError, diskcache.Timeout) as failure:
+            # diskcache calls whatever keeps a transaction from starting a timeout.
+            error = failure.__context__ if isinstance(failure, diskcache.Timeout) else failure
+            if not isinstance(error, sqlite3.DatabaseError):
                 raise
+            if any(sign in str(error) for sign in _NOT_DAMAGE):
+                raise error from None
             self._rebuild(store, error)
-            return action(self._store)
+            return action(self._connected())
 
-    def _open(self) -> SharedStore:
-        return SharedStore(
+    def _open(self) -> diskcache.Cache:
+        for path in (self.database, *self.database.parent.glob(f"{DBNAME}-*")):
+            if path.is_symlink():
+                raise ValueError(f"{path.name} is a link to another place")
+        return diskcache.Cache(
             str(self.directory / "answers"),
-            disk=JSONDisk,
+            disk=AnswerDisk,
             timeout=_SQLITE_TIMEOUT_S,
-            eviction_policy="none",
-            size_limit=2**62 if self._size_limit is None else self._size_limit,
+            eviction_policy="least-recently-stored",
+            size_limit=_NO_LIMIT if self._size_limit is None else int(0.9 * self._size_limit),  # what `cull` leaves
             cull_limit=0,  # not while an answer is stored: see _stay_below_limit
             statistics=0,
+            sqlite_wal_autocheckpoint=_WAL_PAGES,
         )
 
-    def _open_or_rebuild(self) -> SharedStore:
+    def _open_or_rebuild(self) -> diskcache.Cache:
         # Many processes creating one sqlite file at once run into "database is locked": one at a time.
         try:
             with FileLock(self.directory / "claims" / "open.lock"):
@@ -367,16 +342,17 @@ class ResponseCache:
                 "expected a folder that can be read and written, choose another with --copa-cache-dir"
             ) from error
 
-    def _rebuild(self, damaged: SharedStore, error: Exception) -> None:
-        with self._lock:
+    def _rebuild(self, damaged: diskcache.Cache, error: Exception) -> None:
+        with self._rebuilding:
             if self._store is not damaged:
                 return  # another thread has done it
             damaged.close()
             with FileLock(self.directory / "claims" / "open.lock"):
                 try:
                     healthy = self._open()  # another process may have rebuilt it meanwhile
-                    if next(iter(healthy._sql("PRAGMA quick_check(1)")))[0] != "ok":
-                        raise sqlite3.DatabaseError("quick_check failed")
+                    with closing(sqlite3.connect(self.database, timeout=_SQLITE_TIMEOUT_S)) as sql:
+                        if sql.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                            raise sqlite3.DatabaseError("quick_check failed")
                 except _UNUSABLE:
                     self._move_aside(error)
                     healthy = self._open()
@@ -397,7 +373,7 @@ class ResponseCache:
             "rebuilt empty, so its answers will be paid for again",
         )
 
-    def _drop(self, key: str, error: Exception) -> None:
+    def _refuse(self, key: str, error: Exception) -> None:
         self._warn(
             "row",
             f"an entry of the response cache in {self.directory} is damaged and was refused ({error}); it counts as "
@@ -405,9 +381,9 @@ class ResponseCache:
         )
         self._unwritten.pop(key, None)
         try:
-            with self._store.lock:
+            with self._writing:
                 self._store.delete(key)
-        except (RefusedRowError, sqlite3.Error, OSError, diskcache.Timeout):
+        except (sqlite3.Error, OSError, diskcache.Timeout):
             return  # it stays refused; overwriting it later is enough
 
     def _warn(self, kind: str, message: str) -> None:
@@ -418,3 +394,28 @@ class ResponseCache:
             except CacheWarning:
                 # Warnings are errors here: one that ends the run, not one that a program takes for a bad answer.
                 raise CacheError(message) from None
+
+
+def _deleted(store: diskcache.Cache, keys: list[str]) -> int:
+    n_deleted = 0
+    for start in range(0, len(keys), _DROPPED_AT_ONCE):
+        with store.transact():
+            n_deleted += sum(store.delete(key) for key in keys[start : start + _DROPPED_AT_ONCE])
+    return n_deleted
+
+
+def _culled(store: diskcache.Cache, n_bytes: int) -> int:
+    store.reset("size_limit", n_bytes)
+    return int(store.cull())
+
+
+_caches: weakref.WeakSet[ResponseCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in _caches:
+        cache._renew_turns()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -53,7 +53,7 @@ from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.lm15 import LM15Error, Message, ProviderError, Request, Response, TextPart
 from dspy.lm15 import TimeoutError as ProviderTimedOut
 
-from copa_harness.lm.cache.locks import generation
+from copa_harness.lm.cache.locks import fork_count
 from copa_harness.lm.engine import time_left_s
 
 MOST_IDLE = 1024
@@ -91,7 +91,7 @@ class Connections:
         self._connect_timeout_s = connect_timeout_s
         self._largest_body = largest_body
         self._idle: dict[tuple[str, str], deque[tuple[_Connection, float]]] = {}
-        self._generation = generation()
+        self._generation = fork_count()
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
 
@@ -171,10 +171,10 @@ class Connections:
             connection.close()
 
     def _of_this_process(self) -> dict[tuple[str, str], deque[tuple[_Connection, float]]]:
-        if self._generation != generation():  # a fork must not speak over its parent's connections
+        if self._generation != fork_count():  # a fork must not speak over its parent's connections
             with self._lock:
-                if self._generation != generation():
-                    self._idle, self._generation = {}, generation()
+                if self._generation != fork_count():
+                    self._idle, self._generation = {}, fork_count()
         return self._idle
 
     def _context(self) -> ssl.SSLContext:

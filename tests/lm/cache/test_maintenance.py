@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(directory, monkeypatc
     def refuse(self, *args, **kwargs):
         raise sqlite3.OperationalError("attempt to write a readonly database")
 
-    monkeypatch.setattr("diskcache.Cache._transact", refuse)
+    monkeypatch.setattr("diskcache.Cache.clear", refuse)
     with pytest.raises(CacheError, match=r"cannot change the response cache .*readonly"):
         clear_cache(directory)
 

@@ -3,6 +3,8 @@
 import os
 import pickle
 import sqlite3
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -111,6 +113,84 @@ def test_a_planted_pickle_is_refused_not_read(directory, tmp_path):
     assert cache.get(KEY) == ANSWER
 
 
+@pytest.mark.parametrize("name", ["../../../victim.txt", "absolute", "ab/../../../../victim.txt", ""])
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4, "text", None])
+def test_a_planted_row_that_names_a_file_is_a_miss_and_never_touches_it(directory, tmp_path, mode, name):
+    victim = tmp_path / "victim.txt"
+    victim.write_bytes(encode_answer(KEY, ANSWER))
+    filename = str(victim) if name == "absolute" else name
+    filled(directory)
+    for key in (KEY, OTHER):
+        sql(directory, "UPDATE Cache SET mode = ?, filename = ?, value = NULL WHERE key = ?", mode, filename, key)
+    cache = ResponseCache(directory)
+    with pytest.warns(CacheWarning, match="damaged and was refused"):
+        assert cache.get(KEY) is None
+    cache.set(KEY, ANSWER)
+    cache.set(OTHER, ANSWER)  # written over without being read
+    assert cache.get(KEY) == cache.get(OTHER) == ANSWER
+    assert len(cache) == 2
+    assert victim.read_bytes() == encode_answer(KEY, ANSWER)
+
+
+def test_planted_rows_are_dropped_with_the_others_and_their_files_are_not(directory, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    cache = filled(directory)
+    sql(directory, "UPDATE Cache SET filename = ?, mode = 2 WHERE key = ?", str(victim), KEY)
+    sql(directory, "UPDATE Cache SET filename = ?, mode = 4, raw = 0 WHERE key = ?", "../../victim.txt", OTHER)
+    assert cache.shrink(0) == 2
+    assert victim.read_text() == "mine"
+
+
+def test_a_planted_link_leads_no_answer_out_of_the_store(directory, tmp_path):
+    cache, outside = filled(directory), tmp_path / "outside"
+    outside.mkdir()
+    for index in range(256):
+        (directory / "answers" / f"{index:02x}").symlink_to(outside)
+    with pytest.warns(CacheWarning, match=r"cannot be written .*leads out of the store"):
+        cache.set(KEY, {"text": "x" * 50_000})
+    assert list(outside.iterdir()) == []
+    assert cache.get(KEY) == {"text": "x" * 50_000}  # of this process' memory
+
+
+def test_a_planted_link_in_place_of_the_database_is_moved_aside(directory, tmp_path):
+    other = tmp_path / "other.db"
+    filled(directory)
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE mine (a)")
+    connection.close()
+    before = other.read_bytes()
+    database(directory).unlink()
+    database(directory).symlink_to(other)
+    with pytest.warns(CacheWarning, match=r"unusable \(cache.db is a link to another place\)"):
+        cache = ResponseCache(directory)
+    cache.set(KEY, ANSWER)
+    assert other.read_bytes() == before
+
+
+def test_a_row_whose_file_is_gone_or_is_no_file_is_a_miss(directory):
+    cache, answer = ResponseCache(directory), {"text": "x" * 50_000}
+    cache.set(KEY, answer)
+    (file,) = directory.rglob("*.val")
+    file.unlink()
+    assert cache.get(KEY) is None
+    os.mkfifo(file)
+    assert cache.get(KEY) is None  # and does not wait for somebody to write into it
+    cache.set(KEY, answer)
+    assert cache.get(KEY) == answer
+
+
+def test_rows_lie_in_the_database_as_they_always_did(directory):
+    filled(directory).set("ef" * 32, {"text": "x" * 50_000})
+    with sqlite3.connect(database(directory)) as connection:
+        rows = connection.execute("SELECT key, raw, expire_time, tag, mode, filename, value FROM Cache").fetchall()
+    connection.close()
+    assert rows[0] == (KEY, 1, None, None, 1, None, encode_answer(KEY, ANSWER))
+    key, raw, _, _, mode, filename, value = rows[2]
+    assert (key, raw, mode, value) == ("ef" * 32, 1, 2, None)
+    assert (directory / "answers" / filename).read_bytes() == encode_answer(key, {"text": "x" * 50_000})
+
+
 def test_a_planted_pickle_file_is_refused_not_read(directory, tmp_path):
     filled(directory)
     (directory / "answers" / "bomb.val").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
@@ -197,7 +277,7 @@ def test_an_answer_the_disk_refuses_is_kept_in_memory_with_one_warning(directory
     def refuse(*args, **kwargs):
         raise sqlite3.OperationalError(complaint)
 
-    monkeypatch.setattr(cache._store, "add", refuse)
+    monkeypatch.setattr(cache._store, "set", refuse)
     with pytest.warns(CacheWarning, match=f"cannot be written .{complaint}"):
         cache.set(KEY, ANSWER)
     cache.set(OTHER, ANSWER)  # a second warning would be an error here
@@ -205,16 +285,56 @@ def test_an_answer_the_disk_refuses_is_kept_in_memory_with_one_warning(directory
     assert not list(directory.glob("answers.damaged-*"))
 
 
-def test_a_claim_excludes_everybody_else_from_its_key_and_nobody_from_other_keys(directory):
+def test_a_store_that_somebody_else_keeps_locked_is_said_with_the_reason(directory, monkeypatch):
+    monkeypatch.setattr("copa_harness.lm.cache.store._SQLITE_TIMEOUT_S", 0.05)
+    cache = filled(directory)
+    other = sqlite3.connect(database(directory), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.warns(CacheWarning, match=r"cannot be written \(database is locked\)"):
+        cache.set(KEY, {"text": "new"})
+    assert cache.get(KEY) == {"text": "new"}
+    other.close()
+
+
+FORK = """
+import os, sys, threading
+from pathlib import Path
+from copa_harness.lm.cache.store import ResponseCache
+
+cache, held = ResponseCache(Path(sys.argv[1])), threading.Event()
+cache.set("ab" * 32, {"text": "parent"})
+
+def hold():
+    with cache._writing, cache._opening, cache.locked("ab" * 32):
+        held.set()
+        threading.Event().wait()
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if (child := os.fork()) == 0:
+    cache.set("cd" * 32, {"text": "child"})
+    os._exit(0 if cache.get("ab" * 32) == {"text": "parent"} else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert cache.get("cd" * 32) == {"text": "child"}
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent(directory):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, directory], check=True, timeout=60, env=environment)
+
+
+def test_a_lock_excludes_everybody_else_from_its_key_and_nobody_from_other_keys(directory):
     mine, other = ResponseCache(directory), ResponseCache(directory)  # another lock object, as another process has
     order = []
 
     def wait():
-        with other.claimed(KEY):
+        with other.locked(KEY):
             order.append("other")
 
-    with mine.claimed(KEY):
-        with mine.claimed("ab" + "0" * 62):  # another key: no wait
+    with mine.locked(KEY):
+        with mine.locked("ab" + "0" * 62):  # another key: no wait
             thread = threading.Thread(target=wait)
             thread.start()
         thread.join(0.1)
@@ -230,9 +350,9 @@ def test_without_locks_calls_go_on_after_one_warning(directory, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr("copa_harness.lm.cache.locks.fcntl.lockf", refuse)
-    with pytest.warns(CacheWarning, match=r"cannot lock .*no locks available"), cache.claimed(KEY):
+    with pytest.warns(CacheWarning, match=r"cannot lock .*no locks available"), cache.locked(KEY):
         pass
-    with warnings.catch_warnings(), cache.claimed(OTHER):
+    with warnings.catch_warnings(), cache.locked(OTHER):
         warnings.simplefilter("error")
 
 
@@ -262,16 +382,16 @@ def test_beyond_its_size_limit_the_oldest_answers_are_dropped_with_one_warning(d
     assert len(cache) < 300
 
 
-def test_the_lock_file_is_closed_with_the_cache_unless_somebody_holds_a_claim(directory):
+def test_the_lock_file_is_closed_with_the_cache_unless_somebody_holds_a_lock(directory):
     cache, other = ResponseCache(directory), ResponseCache(directory)
-    with cache.claimed(KEY):
+    with cache.locked(KEY):
         other.close()
-        assert cache._claims._file._descriptor >= 0
+        assert cache._locks._file._descriptor >= 0
     cache.close()
-    assert cache._claims._file._descriptor == -1
-    with cache.claimed(KEY):
+    assert cache._locks._file._descriptor == -1
+    with cache.locked(KEY):
         pass
-    assert cache._claims._file._threads == {}
+    assert cache._locks._file._threads == {}
 
 
 def test_an_answer_stored_again_replaces_the_old_one(directory):
