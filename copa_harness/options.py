@@ -81,7 +81,7 @@ MARKER = (
     "only. What: strategy, budget, lm, prompt_lm, seed, threads, constrain. "
     "Gates: min_score, max_regression, better_than, max_calls, max_tokens, max_usd, max_seconds, max_cost_per_answer, "
     "max_error_rate, min_pass_all, undecided_fails. "
-    "Search: max_cycles, epsilon, constraints, prefer, sampler, patience, adoption_p, trials_at_once, max_demos, "
+    "Search: max_cycles, epsilon, constraints, prefer, sampler, patience, adoption_p, max_demos, "
     "n_demo_sets, bootstrap, pass_score, n_proposed, groundings, n_reflected, transfer, n_rounds, n_checkpoints, "
     "epochs_with_demos, epochs_bare, bare_share, optimizer_kwargs, lora. "
     "What each means: copa_harness.session.settings.MarkerArguments."

@@ -32,7 +32,7 @@ import dspy
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.cost import Reservation
-from copa_harness.lm.budget.scope import SETTING, Meter, Scope
+from copa_harness.lm.budget.scope import SETTING, Scope
 from copa_harness.optimize.options import RunSettings
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.weights import is_tunable
@@ -115,10 +115,6 @@ class StepScope(Scope):
     def add_train_steps(self, n: int, wall_s: float) -> None:
         """Booked with the parent."""
         self._run.add_train_steps(n, wall_s)
-
-    def add_payments(self, other: Meter) -> None:
-        """Booked with the parent."""
-        self._run.add_payments(other)
 
     @property
     def charged_calls(self) -> int:

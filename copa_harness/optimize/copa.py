@@ -41,9 +41,9 @@ from copa_harness.optimize.options import (
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import credit_of
+from copa_harness.optimize.search.journal import exclusive_journal
 from copa_harness.optimize.search.progress import Progress
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.optimize.search.shared import admission, at_work, identity_of, why_not_shared
 from copa_harness.optimize.steps import execute
 from copa_harness.results import Budget
 from copa_harness.strategy import Step, parse_strategy
@@ -96,10 +96,8 @@ class COPA(Teleprompter):
         finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
         optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
         journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
-            started again replays from the response cache and goes on there; started twice at once, the two share the
-            work (see `sharing`). None keeps no journal.
-        trials_at_once: Candidates that race the best one together; several give processes that share the work more to
-            share. What is found depends on it, not on the number of processes.
+            started again replays from the response cache and goes on there. One process at a time
+            writes it. None keeps no journal.
         constraints: Hard limits that the returned program keeps, see `Constraints`: ``{"max_prompt_tokens": 800,
             "forbidden_text": [...], "required_text": [...], "max_usd_per_answer": .., "max_seconds_per_answer": ..}``.
         prefer: "best" score, or "cheapest within 1 point of best" (also "shortest", "fastest"; see `parse_preference`);
@@ -143,14 +141,13 @@ class COPA(Teleprompter):
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
         optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         journal: Path | str | None = None,
-        trials_at_once: int = 1,
         constraints: Mapping[str, Any] | Constraints | None = None,
         prefer: str | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         metric_arity(metric)
-        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds, trials_at_once=trials_at_once)
+        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds)
         at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets or 0, n_proposed=n_proposed)
         at_least(0, n_checkpoints=n_checkpoints, n_reflected=n_reflected)
         in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
@@ -174,7 +171,7 @@ class COPA(Teleprompter):
             threads=threads,
             max_cycles=max_cycles,
             epsilon=epsilon,
-            search=SearchSettings(sampler=sampler, patience=patience, trials_at_once=trials_at_once),
+            search=SearchSettings(sampler=sampler, patience=patience),
             proposals=ProposalSettings(
                 max_demos=max_demos,
                 n_demo_sets=n_demo_sets,
@@ -250,23 +247,9 @@ class COPA(Teleprompter):
             self.budget.name,
         )
         about = {"strategy": name, "budget": self.budget.name}
-        identity = (
-            None
-            if teacher is not None
-            else identity_of(
-                candidate,
-                steps,
-                lms=self._all_lms(candidate),
-                settings=settings,
-                budget=self.budget,
-                metric=self.metric,
-                splits=(train, validation_examples),
-                further=(self.finetune_data, self.constraints, self.preference),
-            )
-        )
         with (
-            at_work(self.journal, identity=identity, budget=self.budget, attributes=about) as (journal, colleagues),
-            open_scope(f"COPA {name}", budget=self.budget, shared=admission(colleagues)) as scope,
+            exclusive_journal(self.journal, attributes=about) as journal,
+            open_scope(f"COPA {name}", budget=self.budget) as scope,
             dspy.context(lm=candidate.lms[0]),
         ):
             run = Run(
@@ -282,7 +265,6 @@ class COPA(Teleprompter):
                 journal=journal,
                 progress=Progress(scope, write=self.on_progress),
                 constraints=self.constraints,
-                colleagues=colleagues,
             )
             if choice is not None:
                 run.note(str(choice), headline=True)
@@ -296,12 +278,6 @@ class COPA(Teleprompter):
         program = run.incumbent.program()
         program.copa_result = result_of(run, strategy=name, program=program, front=front, credit=credit)
         return program
-
-    def can_be_shared(self, student: dspy.Module, *, n_train: int, n_validation: int) -> bool:
-        """Whether another process that compiles the same could help, with so many examples and a journal."""
-        candidate = Candidate.of(student, lm=self.lm or dspy.settings.lm)
-        steps, _, _ = self._resolved(candidate, n_train, n_validation)
-        return self.journal is not None and why_not_shared(steps, self._all_lms(candidate), self.budget) is None
 
     def _all_lms(self, student: Candidate) -> tuple[Any, ...]:
         return (*student.lms, *(() if self.prompt_lm is None else (self.prompt_lm,)))

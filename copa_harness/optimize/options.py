@@ -66,8 +66,6 @@ class SearchSettings:
         max_trials: Trials at most, free ones included.
         patience: Trials in a row without a new incumbent that end the study; None never does.
         p_threshold: Level of the racing rule, 0..1; 0 turns its statistical part off.
-        trials_at_once: Trials that race the incumbent together. What is found depends on it, not on how many processes
-            share the racing.
         stop_without_headroom: Whether a study ends when enough looks have shown nothing to gain.
     """
 
@@ -76,7 +74,6 @@ class SearchSettings:
     max_trials: int = 2000
     patience: int | None = 40
     p_threshold: float = 0.1
-    trials_at_once: int = 1
     stop_without_headroom: bool = True
 
 

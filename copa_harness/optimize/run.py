@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import dspy
@@ -33,7 +32,6 @@ from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import Journal
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.optimize.search.shared import Colleagues
 from copa_harness.optimize.search.space import (
     DemoSet,
     InstructionOption,
@@ -43,7 +41,7 @@ from copa_harness.optimize.search.space import (
     checkpoint_levels,
     level_of,
 )
-from copa_harness.optimize.search.study import Watchers, nobody_ahead, search
+from copa_harness.optimize.search.study import Watchers, search
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
@@ -116,10 +114,9 @@ class Run(Story):
         journal: Journal | None = None,
         progress: Progress | None = None,
         constraints: Constraints | None = None,
-        colleagues: Colleagues | None = None,
     ) -> None:
         super().__init__(scope)
-        self.constraints, self.colleagues = constraints or Constraints(), colleagues
+        self.constraints = constraints or Constraints()
         self.journal, self.progress = journal, progress or Progress(scope)
         self.student = self.incumbent = student
         self.trainset, self.validation, self.metric = trainset, validation, metric
@@ -304,8 +301,7 @@ class Run(Story):
         if self.journal is not None:
             about = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
             journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=about | space.texts)
-        ahead = nobody_ahead if self.colleagues is None else partial(self.colleagues.ahead, validation=self.validation)
-        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids, ahead=ahead)
+        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids)
 
     def forbids(self, candidate: Candidate) -> str | None:
         """Which limit a candidate breaks, as far as is known, or None."""

@@ -2,8 +2,8 @@
 
 The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
 package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
-made: together with other processes that need it too where that can be (see `optimize.sharing`), under a lock that they
-wait for where not. One found on disk costs no call, no training step and no import of torch or Optuna.
+made: under a lock, so that of several processes that need it one makes it and the others wait and find it done. One
+found on disk costs no call, no training step and no import of torch or Optuna.
 
 Work on the disk: by one process at a time, and what a run says when the disk takes no more.
 
@@ -189,7 +189,7 @@ class Optimizations:
         settings: Settings,
         marker: MarkerArguments,
     ) -> Optimized:
-        """Made by this process: together with others that need the same, or by the first of them while they wait."""
+        """Made by this process while others that need the same wait, or found done after waiting for another."""
         from copa_harness.optimize.copa import COPA
         from copa_harness.optimize.search.progress import titled
 
@@ -207,8 +207,6 @@ class Optimizations:
             on_progress=titled(task.name, self._on_progress),
             **marker.search_settings(),
         )
-        if optimizer.can_be_shared(task.program, n_train=len(task.trainset), n_validation=len(task.valset)):
-            return self._made_by(optimizer, key, task, lm, settings)
         with alone(self._locks, key):
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
 
@@ -220,10 +218,9 @@ class Optimizations:
         cut_short = _cut_short(result, settings)
         if cut_short:
             key = hash_json([key, "cut short", result.to_json()])  # another session may have more to spend
-        with alone(self._locks, f"keep-{key}"):
-            if result.state is not None and not cut_short and self._stages.get(key) is None:
-                keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
-            finished = self._finished(key, task, program, lm, result, from_disk=False)
+        if result.state is not None and not cut_short:
+            keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
+        finished = self._finished(key, task, program, lm, result, from_disk=False)
         finished.cut_short = cut_short
         return finished
 

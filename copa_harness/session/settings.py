@@ -138,7 +138,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sampler": (_is_text, "'tpe', 'random' or 'gp'"),
     "patience": _POSITIVE,
     "adoption_p": _SHARE,
-    "trials_at_once": _POSITIVE,
     "max_demos": _COUNT,
     "n_demo_sets": _COUNT,
     "bootstrap": _SWITCH,
@@ -189,7 +188,6 @@ SEARCH = (
     "sampler",
     "patience",
     "adoption_p",
-    "trials_at_once",
     "max_demos",
     "n_demo_sets",
     "bootstrap",
@@ -270,7 +268,6 @@ class MarkerArguments:
         sampler: Optuna's sampler: `"tpe"`, `"random"` or `"gp"`.
         patience: Trials in a row without improvement that end a study.
         adoption_p: Level of the paired test that the result must pass against the program as written, 0..1.
-        trials_at_once: Candidates that race the best one together; more for processes that share a search.
         max_demos: Demonstrations in the largest sets.
         n_demo_sets: Demonstration sets proposed per predictor and round.
         bootstrap: Whether demonstrations are taken from the program's own passing traces.
@@ -313,7 +310,6 @@ class MarkerArguments:
     sampler: str | None = None
     patience: int | None = None
     adoption_p: float | None = None
-    trials_at_once: int | None = None
     max_demos: int | None = None
     n_demo_sets: int | None = None
     bootstrap: bool | None = None

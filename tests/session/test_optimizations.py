@@ -1,5 +1,11 @@
-"""The key of a finished optimization covers the modules that decide how it runs; its lines say whose they are."""
+"""Finished optimizations: what their key covers, whose the lines of progress are, and processes that take turns."""
 
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
 from pathlib import Path
 
 import dspy
@@ -45,3 +51,63 @@ def test_a_cache_that_cannot_be_made_is_told_with_its_remedy_once(tmp_path: Path
     with pytest.raises(ConfigurationError, match=r"cache directory .* cannot be used: cannot create") as told:
         CopaSession(settings(tmp_path))
     assert str(told.value).count("--copa-cache-dir") == 1
+
+
+def needing_it(folder: Path, *, doomed_after: int = 0):
+    """Starts processes that need one optimization; each writes down what it got.
+
+    Every call that reaches the model is a line of `calls.log`. The process that asks first kills itself at its call
+    number `doomed_after`, if that is above 0.
+    """
+    log, first = folder / "calls.log", folder / "first"
+
+    def answers(messages, model):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {json.dumps(messages)}\n")
+        if doomed_after and not first.exists() and len(log.read_text().splitlines()) >= doomed_after:
+            first.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.005)  # whoever does not wait for the other is seen in the log
+        return {"answer": "yes" if any(f"{i}\n" in messages[-1]["content"] for i in range(3)) else "no"}
+
+    def work(barrier) -> None:
+        rows = [dspy.Example(question=f"q{i}", answer="yes").with_inputs("question") for i in range(24)]
+        task = Task("needed", dspy.Predict("question -> answer"), exact, rows[:10], rows[10:18], rows[18:])
+        with CopaSession(settings(folder)) as session:
+            lm = ScriptedLM(answers, door=session.models.door, fingerprint="scripted")
+            barrier.wait(60)
+            run = session.run(task, lm=lm, marker=MarkerArguments(strategy="p", budget=60, adoption_p=1.0))
+            state = run.program.dump_state(json_mode=True)
+        (folder / f"{os.getpid()}.result").write_text(json.dumps([run.from_disk, run.score, state]))
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=work, args=(barrier,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    return both, [json.loads(path.read_text()) for path in folder.glob("*.result")]
+
+
+def exact(example, prediction, trace=None) -> float:
+    return float(example.answer == prediction.answer)
+
+
+def test_of_two_processes_that_need_the_same_one_makes_it_and_the_other_finds_it_done(tmp_path: Path) -> None:
+    both, results = needing_it(tmp_path)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted(from_disk for from_disk, _, _ in results) == [False, True]
+    assert results[0][1:] == results[1][1:]
+    calls = Counter(line.split(" ", 1)[1] for line in (tmp_path / "calls.log").read_text().splitlines())
+    assert len(calls) > 20
+    assert max(calls.values()) == 1, "a call was paid twice"
+
+
+def test_whoever_waits_makes_it_when_the_maker_is_killed_and_pays_for_no_answer_twice(tmp_path: Path) -> None:
+    both, results = needing_it(tmp_path, doomed_after=20)
+    assert sorted(process.exitcode for process in both) == [-signal.SIGKILL, 0]
+    assert [from_disk for from_disk, _, _ in results] == [False]
+    calls = Counter(line.split(" ", 1)[1] for line in (tmp_path / "calls.log").read_text().splitlines())
+    n_in_flight = settings(tmp_path).threads  # what the killed one had asked was never answered to anybody
+    assert sum(count - 1 for count in calls.values()) <= n_in_flight

@@ -121,7 +121,6 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
         "n_reflected": 0,
         "transfer": False,
         "n_checkpoints": 2,
-        "trials_at_once": 3,
         "lora": {"processes": 2},
     }
     from copa_harness import COPA
@@ -129,7 +128,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
     said = marker(strategy="p", min_score=0.9, **given).search_settings()
     optimizer = COPA(metric=lambda example, prediction, trace=None: 1.0, **said)
     proposals = optimizer.settings.proposals
-    assert (optimizer.settings.search.sampler, optimizer.settings.search.trials_at_once) == ("gp", 3)
+    assert optimizer.settings.search.sampler == "gp"
     assert (proposals.min_score, proposals.groundings, proposals.n_reflected) == (0.5, ("data",), 0)
     assert (proposals.transfer, optimizer.settings.n_checkpoints) == (False, 2)
     assert said["lora"] == {"processes": 2}

@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.cost import Account, Bounds, Ceilings, Cost, Hold, MemoryAccount, OverBudget, Reservation
@@ -98,12 +97,6 @@ class Meter:
         with self._lock:
             self._add(self.current_phase, Usage(train_steps=n, wall_s=0.0 if self._phases else wall_s))
 
-    def add_payments(self, other: Meter) -> None:
-        """Book what another meter paid, its replays left out: it bought for this one, in the same phases."""
-        for phase, usage in other.phase_usages().items():
-            with self._lock:
-                self._add(Phase(phase), replace(usage, cached_calls=0, wall_s=0.0))
-
     def _close_segment(self) -> None:
         now_s = time.monotonic()
         if self._phases:
@@ -144,7 +137,6 @@ class Scope(Meter):
         budget: The ceilings; unlimited by default.
         parent: The scope around, to whose ceilings on tokens, dollars, seconds and training steps everything is held
             too. (Its count of distinct requests is its own.)
-        shared: Counts a new request by its key for all processes that work on the same thing; False refuses it.
     """
 
     def __init__(
@@ -153,10 +145,8 @@ class Scope(Meter):
         *,
         budget: Budget | None = None,
         parent: Scope | None = None,
-        shared: Callable[[str], bool] | None = None,
     ) -> None:
         super().__init__()
-        self._shared = shared
         self.name = name
         self.budget = Budget() if budget is None else budget
         self._holders: dict[str, int] = {}  # keys reserved and not yet settled -> number of reservations
@@ -209,7 +199,7 @@ class Scope(Meter):
             again = paying and key in self._settled
             first = again or not (key in self._settled or key in self._holders)
             if first:
-                self._count_one(key)
+                self._count_one()
             if again:
                 self._n_again += 1
             else:
@@ -316,12 +306,12 @@ class Scope(Meter):
         with self._lock:
             self._closed = True
 
-    def _count_one(self, key: str) -> None:
+    def _count_one(self) -> None:
         if self._closed:
             raise BudgetExhausted(
                 f"scope {self.name!r} has ended; a thread left over from it asked for another model call"
             )
-        if self._n_counted + 1 > self.budget.calls or not (self._shared is None or self._shared(key)):
+        if self._n_counted + 1 > self.budget.calls:
             self._refused = True
             raise BudgetExhausted(
                 f"budget {self.budget.name!r} of {self.name!r} is spent: {self._n_counted} distinct requests of "
@@ -367,7 +357,6 @@ def open_scope(
     *,
     budget: Budget | None = None,
     parent: Scope | None = None,
-    shared: Callable[[str], bool] | None = None,
 ) -> Iterator[Scope]:
     """Open a scope for the duration of the block, and end it afterwards.
 
@@ -375,14 +364,13 @@ def open_scope(
         name: Shown in messages.
         budget: The ceilings; unlimited by default.
         parent: See `Scope`.
-        shared: See `Scope`.
 
     Yields:
         The scope; its usage stays readable after the block.
     """
     import dspy
 
-    scope = Scope(name, budget=budget, parent=parent, shared=shared)
+    scope = Scope(name, budget=budget, parent=parent)
     with _stack_lock:
         _stack.append(scope)
     try:

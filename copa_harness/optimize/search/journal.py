@@ -6,10 +6,10 @@ What a search decides depends on its seed and on the answers alone, and every an
 optimization that is started again *replays*: it takes the same trials in the same order, pays only for answers it does
 not have yet, and ends with the same numbers as one that was never interrupted. The journal follows: a trial that stands
 in it already is compared and not written twice, new ones are appended, and one that differs (somebody edited the file)
-begins a new study beside the old one; processes that share an optimization so write each trial once. A trial is written
-when it has ended, as one line, so a killed process leaves no half-run trial behind; half a line, which a full disk can
-leave, is cut off when the journal is opened. It is a by-product, so a damaged one ends no run: it is moved aside
-(`....jsonl.damaged`) and a new one is begun.
+begins a new study beside the old one. A trial is written when it has ended, as one line, so a killed process leaves no
+half-run trial behind; half a line, which a full disk can leave, is cut off when the journal is opened. It is a
+by-product, so a damaged one ends no run: it is moved aside (`....jsonl.damaged`) and a new one is begun. One process
+at a time writes it.
 
 No pickle: Optuna pickles snapshots only for backends that are `BaseJournalSnapshot`, which the file backend is not
 (checked when a journal is opened).
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -37,11 +37,14 @@ from optuna.storages.journal._base import BaseJournalSnapshot
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from copa_harness.errors import CacheError
+from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache.store import CacheWarning
 from copa_harness.optimize.search.samplers import quiet_optuna
 
 logger = logging.getLogger("copa_harness")
+
+ENTER_S = 10.0
+"""Seconds to wait for another process to be done with a journal before that is an error."""
 
 _BEGINNING = b'{"op_code":'
 """Of every line as Optuna writes it."""
@@ -152,8 +155,36 @@ def _move_aside(path: Path, why: str) -> None:
         logger.warning("%s", message)
 
 
+@contextmanager
+def exclusive_journal(path: Path | None, *, attributes: Mapping[str, Any]) -> Iterator[Journal | None]:
+    """The journal at `path`, which no other process writes while the block runs; None for no path.
+
+    The lock lapses with the process that holds it.
+
+    Raises:
+        ConfigurationError: Another process is writing it.
+        CacheError: It cannot be used.
+    """
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(path.name + ".owner"))
+    try:
+        lock.acquire(timeout=ENTER_S, poll_interval=0.01)
+    except Timeout:
+        raise ConfigurationError(
+            f"got {path} as the journal, which another process is writing at this moment; wait for it, or name another "
+            "file"
+        ) from None
+    try:
+        yield Journal(path, attributes=attributes)
+    finally:
+        lock.release()
+
+
 class Journal:
-    """The journal of one optimization; processes that make the same one write it together (see `sharing`).
+    """The journal of one optimization.
 
     Args:
         path: The file.
@@ -164,7 +195,6 @@ class Journal:
         self.path = path
         self._attributes = dict(attributes or {})
         self._storage = open_journal(path)
-        self._lock = FileLock(path.with_name(path.name + ".adding"))
         self._names: Counter[str] = Counter()
 
     def study(self, name: str, *, attributes: Mapping[str, Any] | None = None) -> StudyJournal:
@@ -173,20 +203,16 @@ class Journal:
         numbered = name if self._names[name] == 1 else f"{name} ({self._names[name]})"
         attributes = {**self._attributes, **(attributes or {})}
         with _told(self.path):
-            return StudyJournal(self._storage, numbered, attributes, lock=self._lock, path=self.path)
+            return StudyJournal(self._storage, numbered, attributes, path=self.path)
 
 
 class StudyJournal:
     """Appends the trials of one study that are not in the journal yet."""
 
-    def __init__(
-        self, storage: JournalStorage, name: str, attributes: Mapping[str, Any], *, lock: FileLock, path: Path
-    ) -> None:
-        self._storage, self._name, self._attributes, self._lock = storage, name, attributes, lock
-        self._path = path
+    def __init__(self, storage: JournalStorage, name: str, attributes: Mapping[str, Any], *, path: Path) -> None:
+        self._storage, self._name, self._attributes, self._path = storage, name, attributes, path
         self._taken: list[FrozenTrial] = []
-        with lock:
-            self._open(name)
+        self._open(name)
 
     def _open(self, name: str) -> None:
         with quiet_optuna():
@@ -200,11 +226,6 @@ class StudyJournal:
             if known.get(key) != value:
                 self._study.set_user_attr(key, value)
         self._known = self._study.get_trials(deepcopy=False)
-
-    @property
-    def n_known(self) -> int:
-        """Trials that stood in the journal when it was opened."""
-        return len(self._known)
 
     def add(
         self,
@@ -236,8 +257,7 @@ class StudyJournal:
             intermediate_values=_means(scores),
         )
         self._taken.append(trial)
-        with self._lock, _told(self._path):
-            self._known = self._study.get_trials(deepcopy=False)  # another process may have added it by now
+        with _told(self._path):
             while number < len(self._known) and not _same(self._known[number], trial):
                 self._turn_to_next(number)
             if number >= len(self._known):

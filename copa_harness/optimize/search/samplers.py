@@ -19,14 +19,13 @@ from copa_harness.optimize.options import SAMPLERS, check_sampler
 __all__ = ["SAMPLERS", "build_sampler", "quiet_optuna"]
 
 
-def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10, at_once: int = 1) -> BaseSampler:
+def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10) -> BaseSampler:
     """A seeded Optuna sampler.
 
     Args:
         name: One of `SAMPLERS`.
         seed: Of its random numbers.
         n_startup_trials: Trials before the surrogate is asked.
-        at_once: Trials asked for before the first of them is told.
 
     Raises:
         ConfigurationError: Unknown name.
@@ -37,10 +36,7 @@ def build_sampler(name: str, *, seed: int, n_startup_trials: int = 10, at_once: 
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "tpe":
-            # A trial that is not told yet counts as a bad one (constant liar), so that those beside it lie elsewhere.
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=at_once > 1, n_startup_trials=n_startup_trials
-            )
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=n_startup_trials)
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials, deterministic_objective=True)
 
 

@@ -39,7 +39,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -57,19 +57,6 @@ from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import Point, Space
 from copa_harness.results import Phase
 from copa_harness.wording import counted
-
-
-class Ahead(Protocol):
-    """Whoever can do something about candidates that are about to be scored."""
-
-    def __call__(self, candidates: Sequence[Candidate], *, bar: Candidate, allowance: Allowance, phase: Phase) -> None:
-        """See `Colleagues.ahead`."""
-        ...
-
-
-def nobody_ahead(candidates: Sequence[Candidate], *, bar: Candidate, allowance: Allowance, phase: Phase) -> None:
-    """What a process that works alone does about them: nothing."""
-
 
 Stopped = Literal["budget", "perfect score", "no improvement", "no head-room", "search space exhausted", "trials"]
 
@@ -141,13 +128,11 @@ class Watchers:
         progress: Says how far it is.
         journal: Keeps every trial on disk.
         forbids: Says why a candidate must not be returned, or None; asked before it is scored and after every block.
-        ahead: Told which candidates will be scored on their next block, before the first of them is.
     """
 
     progress: Progress | None = None
     journal: StudyJournal | None = None
     forbids: Callable[[Candidate], str | None] = lambda candidate: None
-    ahead: Ahead = nobody_ahead
 
 
 logger = logging.getLogger("copa_harness")
@@ -222,12 +207,8 @@ class Race:
         candidate = self.space.candidate(point)
         return Running(trial, point, candidate, self.validation.n_seen(candidate))
 
-    def block(self, one: Running, *, against: Candidate | None = None) -> Outcome | None:
-        """Score the next block and report it; how the trial ended, or None while it goes on.
-
-        Args:
-            one: The trial.
-            against: Whose mistakes come first; by default the incumbent's.
+    def block(self, one: Running) -> Outcome | None:
+        """Score the next block, the incumbent's mistakes first, and report it; how the trial ended, None if it goes on.
 
         Raises:
             OutOfCalls: The allowance does not suffice for the block; nothing was run.
@@ -240,7 +221,7 @@ class Race:
                 candidate,
                 allowance=self.allowance,
                 phase=self.phase,
-                against=None if self.is_forbidden else against or self.incumbent,
+                against=None if self.is_forbidden else self.incumbent,
             )
         for step, score in enumerate(self.validation.scores(candidate)):
             if score is not None and step not in one.reported:
@@ -442,7 +423,7 @@ def search(
     with quiet_optuna():
         study = optuna.create_study(
             direction="maximize",
-            sampler=build_sampler(settings.sampler, seed=settings.seed, at_once=settings.trials_at_once),
+            sampler=build_sampler(settings.sampler, seed=settings.seed),
             pruner=pruner,
         )
         race = _Study(space, study, pruner, validation, allowance, settings, phase, name, watchers or Watchers())
@@ -487,83 +468,25 @@ class _Study(Race):
             self.study.enqueue_trial(point)
 
     def _continue(self) -> Stopped:
-        """Race what waits and then what the sampler proposes, one by one or several at once."""
+        """Race what waits and then what the sampler proposes, one by one."""
         since_better = 0
         while len(self.trials) < self.settings.max_trials:
             if self.is_perfect:
                 return "perfect score"
-            before, n_before = self.incumbent, len(self.trials)
-            if self.settings.trials_at_once > 1:
-                self._several()
-            elif self.trials and not self._queue_waits():
+            before = self.incumbent
+            if self.trials and not self._queue_waits():
                 point = self.space.unseen(self.seen, self.generator)
                 if point is None:
                     return "search space exhausted"
                 if self.trials[-1].n_new == 0:
                     self.study.enqueue_trial(point)  # the sampler repeats itself: show it something new
-                self.one()
-            else:
-                self.one()
-            if len(self.trials) == n_before:
-                return "search space exhausted"
-            since_better = 0 if self.incumbent is not before else since_better + len(self.trials) - n_before
+            self.one()
+            since_better = 0 if self.incumbent is not before else since_better + 1
             if self._is_headless():
                 return "no head-room"
             if self.settings.patience is not None and since_better >= self.settings.patience:
                 return "no improvement"
         return "trials"
-
-    def _several(self) -> None:
-        """Race as many new points as the settings say and the allowance pays for, all proposed before any is told.
-
-        Raises:
-            OutOfCalls: The allowance does not suffice for one.
-        """
-        affordable = self.allowance.remaining / (self.validation.n * self.validation.calls_per_example(self.incumbent))
-        if affordable < 1:
-            raise OutOfCalls
-        n = min(self.settings.trials_at_once, affordable, self.settings.max_trials - len(self.trials))
-        batch: list[Running] = []
-        while len(batch) + 1 <= n and (point := self.space.unseen(self.seen, self.generator)) is not None:
-            seen = set(self.seen)
-            one = self.begin()
-            if self.space.signature(one.point) in seen:  # a point twice is nothing to share: something new instead
-                self.study.tell(one.trial, state=TrialState.FAIL)
-                self.study.enqueue_trial(point)
-                one = self.begin()
-            batch.append(one)
-        if batch:
-            self._together(batch)
-
-    def _together(self, running: Sequence[Running]) -> None:
-        """Score all of them block by block against the incumbent they start with.
-
-        They are told in the order in which they were asked for, so that the sampler's view does not depend on who fell
-        out first.
-        """
-        alive, bar = list(running), self.incumbent
-        ended: dict[int, Outcome] = {}
-        try:
-            while alive:
-                self._ahead(alive, bar)
-                for one in alive:
-                    outcome = self.block(one, against=bar)
-                    if outcome is not None:
-                        ended[id(one)] = outcome
-                        self.consider(one, outcome)
-                alive = [] if self.is_perfect else [one for one in alive if id(one) not in ended]
-        finally:
-            for one in running:
-                self.end(one, ended.get(id(one), "dropped"))
-
-    def _ahead(self, running: Sequence[Running], bar: Candidate) -> None:
-        """Tell whoever can help which candidates are scored next."""
-        candidates = [
-            one.candidate
-            for one in running
-            if self.watchers.forbids(one.candidate) is None and not self.validation.is_complete(one.candidate)
-        ]
-        self.watchers.ahead(candidates, bar=bar, allowance=self.allowance, phase=self.phase)
 
     def _is_headless(self) -> bool:
         """Whether nothing looked at so far gets an example right that the incumbent gets wrong, after enough looks."""

@@ -14,8 +14,7 @@ from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache.store import CacheWarning, ResponseCache
 from copa_harness.lm.gateway import Gateway
-from copa_harness.optimize.search.journal import Journal, open_journal
-from copa_harness.optimize.search.shared import alone_at
+from copa_harness.optimize.search.journal import Journal, exclusive_journal, open_journal
 
 
 def optimized(toy, path, *, lm=None, **settings):
@@ -215,7 +214,7 @@ def test_something_else_in_its_place_is_refused(toy, tmp_path):
 
 
 def test_a_journal_that_another_optimization_is_writing_is_refused(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("copa_harness.optimize.search.shared.ENTER_S", 0.1)
+    monkeypatch.setattr("copa_harness.optimize.search.journal.ENTER_S", 0.1)
     path = tmp_path / "journal.jsonl"
-    with alone_at(path), pytest.raises(ConfigurationError, match="another process is writing"):
+    with exclusive_journal(path, attributes={}), pytest.raises(ConfigurationError, match="another process is writing"):
         optimized(toy, path)
