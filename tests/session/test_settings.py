@@ -122,7 +122,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
         "transfer": False,
         "n_checkpoints": 2,
         "trials_at_once": 3,
-        "lora": {"processes": 2},
+        "lora": {"rank": 8},
     }
     from copa_harness import COPA
 
@@ -132,7 +132,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
     assert (optimizer.settings.search.sampler, optimizer.settings.search.trials_at_once) == ("gp", 3)
     assert (proposals.min_score, proposals.groundings, proposals.n_reflected) == (0.5, ("data",), 0)
     assert (proposals.transfer, optimizer.settings.n_checkpoints) == (False, 2)
-    assert said["lora"] == {"processes": 2}
+    assert said["lora"] == {"rank": 8}
     assert marker(strategy="p").search_settings() == {}
 
 
