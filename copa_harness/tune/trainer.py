@@ -177,7 +177,7 @@ class LoraTrainer:
             rows: at least one.
             settings: by default `LoraSettings()`.
             held_out: rows for early stopping.
-            served_with: which prompts the adapter is for, e.g. `none` or `resample:9` (see `describe_demos`);
+            served_with: which prompts the adapter is for, e.g. `none` or `resample:9` (see `RowDemos`);
                 kept in the manifest.
 
         Raises:
