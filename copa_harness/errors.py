@@ -126,15 +126,11 @@ class TrainingDivergedError(TrainingError):
     """The loss became infinite or far larger than it was; the message names a setting to try."""
 
 
-class TrainingInterruptedError(TrainingError):
-    """Fine-tuning was cut short by what the same training need not meet again: a process killed, memory used up.
+class TrainingMemoryError(TrainingError, OutOfMemoryError):
+    """A training step needs more memory than there is.
 
     What was trained up to the last epoch is kept; the same training goes on there.
     """
-
-
-class TrainingMemoryError(TrainingInterruptedError, OutOfMemoryError):
-    """A training step needs more memory than there is."""
 
 
 class ArtifactError(CopaError):

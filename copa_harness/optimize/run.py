@@ -45,7 +45,7 @@ from copa_harness.optimize.search.study import Watchers, search
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
-from copa_harness.tune.progress import telling
+from copa_harness.tune.progress import report_progress_to
 
 logger = logging.getLogger("copa_harness")
 
@@ -319,7 +319,7 @@ class Run(Story):
         """Tuned weights for the incumbent's prompts; see `train_weights`."""
         n_calls = len(self.trainset) * self.validation.calls_per_example(self.incumbent)
         try:
-            with telling(self.progress.doing):
+            with report_progress_to(self.progress.doing):
                 return train_weights(
                     WeightsJob(
                         incumbent=self.incumbent,

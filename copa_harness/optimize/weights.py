@@ -26,7 +26,7 @@ from copa_harness.optimize.search.candidate import Candidate, model_name
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.tune.rows import DemoMode, TrainingRow
+    from copa_harness.tune.rows import RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
 
 from copa_harness.optimize.options import WeightsSettings
@@ -137,7 +137,7 @@ def train_weights(job: WeightsJob) -> Trained:
 
 
 def _rows(job: WeightsJob) -> _Rows:
-    from copa_harness.tune.rows import TrainingRow
+    from copa_harness.tune.rows import RowDemos, TrainingRow
 
     names = [part.predictor for part in job.incumbent.parts]
     if job.finetune_data is not None:
@@ -148,12 +148,13 @@ def _rows(job: WeightsJob) -> _Rows:
     program = job.incumbent.program()
     labelled = all(is_fully_labelled(predictor.signature, job.trainset) for _, predictor in program.named_predictors())
     source = "gold labels" if labelled else "passing traces"
-    bare, n_examples = _rendered(job, program, labelled, demos="none", n_demos=0, n_variants=1)
+    bare, n_examples = _rendered(job, program, labelled, demos=RowDemos("none", seed=job.seed))
     n_demos = max(0, min(job.n_demos, n_examples - 1))
     if n_demos < 1:
         return _Rows(bare, 0, source, "none")
     n_variants = job.settings.n_variants or job.n_epochs
-    rows, _ = _rendered(job, program, labelled, demos="resample", n_demos=n_demos, n_variants=n_variants)
+    demos = RowDemos("resample", seed=job.seed, n_demos=n_demos, n_variants=n_variants)
+    rows, _ = _rendered(job, program, labelled, demos=demos)
     keep = job.settings.lora_settings(with_demos=True, seed=0).demonstrations == "keep"
     share = 0.0 if keep else job.settings.bare_share
     generator = np.random.default_rng([job.seed, 505])
@@ -165,11 +166,11 @@ def _rows(job: WeightsJob) -> _Rows:
             for i in sorted(generator.permutation(len(bare[name]))[: round(share * len(bare[name]))])
         ]
         mixed[name] = [*rows[name], *added]
-    return _Rows(mixed, n_demos, source, f"resample:{n_demos}" + (f" + none:{share:g}" if share else ""))
+    return _Rows(mixed, n_demos, source, demos.served_with + (f" + none:{share:g}" if share else ""))
 
 
 def _rendered(
-    job: WeightsJob, program: dspy.Module, labelled: bool, *, demos: DemoMode, n_demos: int, n_variants: int
+    job: WeightsJob, program: dspy.Module, labelled: bool, *, demos: RowDemos
 ) -> tuple[dict[str, tuple[TrainingRow, ...]], int]:
     """Rows by predictor, and how many examples they come from. Tracing twice costs the calls of once (cached)."""
     from copa_harness.tune.rows import render_rows
@@ -177,9 +178,7 @@ def _rendered(
 
     adapter = default_adapter()
     if labelled:
-        rows = render_rows(
-            program, job.trainset, demos=demos, seed=job.seed, n_demos=n_demos, n_variants=n_variants, adapter=adapter
-        )
+        rows = render_rows(program, job.trainset, demos=demos, adapter=adapter)
         return rows, len(job.trainset)
     if not job.can_afford_traces:
         raise NoTrainingRowsError(
@@ -194,9 +193,6 @@ def _rendered(
                 job.metric, example, prediction=prediction, trace=trace
             ),
             demos=demos,
-            seed=job.seed,
-            n_demos=n_demos,
-            n_variants=n_variants,
             pass_score=job.settings.min_score,
             adapter=adapter,
             threads=job.threads,

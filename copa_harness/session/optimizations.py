@@ -304,7 +304,6 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
     from copa_harness.store.stages import hash_json
     from copa_harness.strategy import parse_strategy
 
-    lora = marker.lora and {**marker.lora, "processes": None}  # how many train together changes no result
     return hash_json(
         {
             "task": task_fingerprint(task),
@@ -315,7 +314,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
             "budget": settings.budget.ceilings,
             "seed": settings.seed,
-            "search": {**marker.search_settings(), **({"lora": lora} if lora else {})},
+            "search": {**marker.search_settings(), **({"lora": marker.lora} if marker.lora else {})},
             "versions": versions(PACKAGES),
             "source": _own_source(),
         }

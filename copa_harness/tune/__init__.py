@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "provider": ["LoraProvider", "attach_provider", "finetune", "train_lora"],
-        "rows": ["TrainingRow", "describe_demos", "render_rows"],
+        "rows": ["RowDemos", "TrainingRow", "render_rows"],
         "settings": ["LoraSettings"],
         "traces": ["TraceRows", "rows_from_traces"],
         "trainer": ["LoraAdapter", "LoraTrainer"],

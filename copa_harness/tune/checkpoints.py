@@ -41,14 +41,6 @@ def recipe_lock(directory: Path, recipe: str, *, timeout: float = -1) -> FileLoc
     return FileLock(directory / LOCKS / f"{recipe}.lock", timeout=timeout)
 
 
-def workers_lock(directory: Path, recipe: str) -> FileLock:
-    """The lock that the first of several processes holds while it writes for the one that holds the recipe's lock.
-
-    A worker whose starter was killed ends within milliseconds; who takes its training up waits for that.
-    """
-    return recipe_lock(directory, f"{recipe}.workers")
-
-
 def epoch_folder(directory: Path, recipe: str, epoch: int) -> Path:
     """Where the checkpoint of an epoch that was not kept lies in the end."""
     return directory / f"{recipe}-{epoch:02d}"
@@ -61,9 +53,6 @@ def remove_leftovers(directory: Path, *, own: str) -> None:
         directory: of the LoRA adapters.
         own: the recipe whose lock the caller holds.
     """
-    if (directory / LOCKS / f"{own}.workers.lock").exists():
-        with workers_lock(directory, own):
-            pass
     for folder in (directory / UNFINISHED).glob("*"):
         if folder.name == own:
             _remove_partial(folder)
@@ -83,7 +72,7 @@ def _remove_partial(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-class Unfinished:
+class UnfinishedTraining:
     """The folder of one training in progress. Whoever makes one holds the recipe's lock.
 
     Args:
@@ -95,11 +84,6 @@ class Unfinished:
     def __init__(self, directory: Path, recipe: str, *, base_fingerprint: str) -> None:
         self._directory, self._recipe, self._base = directory, recipe, base_fingerprint
         self._folder = directory / UNFINISHED / recipe
-
-    @property
-    def workers_folder(self) -> Path:
-        """Where a job for several processes may lie; a kill leaves nothing that stays."""
-        return self._folder / f"workers{PARTIAL}"
 
     def save_state(self, state: TrainingState) -> None:
         """Replace the state to go on from."""

@@ -1,14 +1,11 @@
-"""The epochs of a training, each with its checkpoint on disk, and what is told of them in manifests.
+"""The epochs of a training, each with its checkpoint on disk; what they are charged; what they say without memory.
 
-The same in the process that asked for the training and in those it may start for it.
+A training is charged to the budget of a run: all its steps are held before the first one is taken. Steps that were
+taken before (by a training that was killed, or one that is finished and only read) count against the scope's ceilings
+as they did then, so that a run begun again stops where an uninterrupted one does; the ledger of the whole run counts
+only what is paid now. A scope is charged once for a recipe.
 
-A training that memory does not hold: one error that says where, how much at once, and what takes less.
-
-What a training is charged to the budget of a run: all its steps, held before the first one is taken.
-
-Steps that were taken before (by a training that was killed, or one that is finished and only read) count against the
-scope's ceilings as they did then, so that a run begun again stops where an uninterrupted one does; the ledger of the
-whole run counts only what is paid now. A scope is charged once for a recipe.
+A training that memory does not hold is one error that says where, how much at once, and what takes less.
 """
 
 from __future__ import annotations
@@ -23,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import BudgetExhausted, TrainingMemoryError
 from copa_harness.lm.budget.cost import Cost, Hold
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.lm.local.memory import is_out_of_memory, last_words
-from copa_harness.tune.progress import Progress, StepListener
+from copa_harness.lm.local.memory import is_out_of_memory, oom_message
+from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow
 from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
-    from copa_harness.tune.checkpoints import Unfinished
+    from copa_harness.tune.checkpoints import UnfinishedTraining
     from copa_harness.tune.loop import Training
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainingOutcome:
     """What a training has come to.
 
     Attributes:
@@ -50,16 +47,10 @@ class Outcome:
     held_out_losses: tuple[float, ...]
 
     @classmethod
-    def of(cls, training: Training) -> Outcome:
+    def of(cls, training: Training) -> TrainingOutcome:
         """Of a training as it stands."""
         losses, held_out = tuple(training.losses), tuple(training.held_out_losses)
         return cls(training.n_steps, training.best_epoch, losses, held_out)
-
-    @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> Outcome:
-        """Inverse of `dataclasses.asdict`, also after a way through JSON."""
-        losses, held_out = (tuple(map(float, given[name])) for name in ("losses", "held_out_losses"))
-        return cls(int(given["n_steps"]), int(given["best_epoch"]), losses, held_out)
 
     def details(self, epoch: int) -> dict[str, Any]:
         """For the manifest of the weights of `epoch`."""
@@ -75,17 +66,17 @@ class Outcome:
 
 def run_epochs(
     training: Training,
-    unfinished: Unfinished | None,
+    unfinished: UnfinishedTraining,
     *,
     details: Mapping[str, Any],
-    progress: StepListener,
+    progress: Progress,
     before_step: Callable[[], None],
-) -> Outcome:
+) -> TrainingOutcome:
     """Train the epochs that are left and write, after each, its checkpoint and then the state to go on from.
 
     Args:
         training: at its beginning, or restored.
-        unfinished: where to write; None in a process that leaves it to another.
+        unfinished: where to write.
         details: of the training as a whole, for the manifests; `recipe` among them.
         progress: hears of every step.
         before_step: called before every optimizer step.
@@ -95,66 +86,30 @@ def run_epochs(
     """
     while not training.finished:
         training.run_epoch(progress, before_step=before_step)
-        if unfinished is None:
-            continue
-        own = {"kind": "lora checkpoint", "parent": details["recipe"]}
-        epoch = training.n_epochs
-        told = {**details, **Outcome.of(training).details(epoch), **own}
-        unfinished.write_epoch(epoch, training.model, details=told)
+        epoch, own = training.n_epochs, {"kind": "lora checkpoint", "parent": details["recipe"]}
+        manifest = {**details, **TrainingOutcome.of(training).details(epoch), **own}
+        unfinished.write_epoch(epoch, training.model, details=manifest)
         unfinished.save_state(training.state())
-    return Outcome.of(training)
-
-
-LESS_MEMORY = "a smaller micro_batch_size, a smaller max_length (longer rows are left out), or fewer demonstrations"
-"""What makes a training take less."""
-
-
-@contextmanager
-def memory_named(
-    recipe: str, *, device: Any, rows: Sequence[EncodedRow], settings: LoraSettings, progress: Progress
-) -> Iterator[None]:
-    """Turns whatever torch, numpy or Python say when memory runs out into one error.
-
-    Args:
-        recipe: the training's content address.
-        device: it runs on.
-        rows: it trains on.
-        settings: of it.
-        progress: of it.
-
-    Raises:
-        TrainingMemoryError: memory ran out.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        n_rows = settings.micro_batch_size or settings.batch_size
-        raise TrainingMemoryError(
-            f"memory on {device} does not suffice for the LoRA training {recipe}: step {progress.n_done + 1}, up to "
-            f"{n_rows} rows at once of up to {max(len(row.ids) for row in rows)} tokens ({last_words(error)}); what "
-            f"was trained up to the last epoch is kept for these settings; remedy: {LESS_MEMORY}, "
-            "lora={'precision': 'bfloat16'}, another --copa-device, or less else in that memory"
-        ) from error
+    return TrainingOutcome.of(training)
 
 
 _charged: weakref.WeakKeyDictionary[Scope, set[str]] = weakref.WeakKeyDictionary()
+"""The recipes each scope has been charged for."""
 
 _charged_lock = threading.Lock()
 
 
-class Charge:
+class TrainingCharge:
     """Holds the steps of one training in a scope, from now until `settle`.
 
     Args:
-        scope: Whose budget pays.
-        recipe: The training's content address.
-        planned: Steps of the whole training, if it is not stopped early.
-        taken_before: How many of them need not be paid any more.
+        scope: whose budget pays.
+        recipe: the training's content address.
+        planned: steps of the whole training, if it is not stopped early.
+        taken_before: how many of them need not be paid any more.
 
     Raises:
-        BudgetExhausted: They do not fit under a ceiling.
+        BudgetExhausted: they do not fit under a ceiling.
     """
 
     def __init__(self, scope: Scope, recipe: str, *, planned: int, taken_before: int) -> None:
@@ -177,7 +132,7 @@ class Charge:
         """To be called between steps.
 
         Raises:
-            BudgetExhausted: The seconds of the scope, of one around it, or of the run are over.
+            BudgetExhausted: the seconds of the scope, of one around it, or of the run are over.
         """
         if self._scope.remaining_s <= 0:
             self._scope.hold(Cost()).release()  # refuses in the scope's own words
@@ -191,3 +146,34 @@ class Charge:
             self._paid.settle(Cost(train_steps=max(0, taken - self._before)))
         with _charged_lock:
             _charged.setdefault(self._scope, set()).add(self._recipe)
+
+
+@contextmanager
+def explain_out_of_memory(
+    recipe: str, *, device: Any, rows: Sequence[EncodedRow], settings: LoraSettings, progress: Progress
+) -> Iterator[None]:
+    """Turns whatever torch, numpy or Python say when memory runs out into one error.
+
+    Args:
+        recipe: the training's content address.
+        device: it runs on.
+        rows: it trains on.
+        settings: of it.
+        progress: of it.
+
+    Raises:
+        TrainingMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        n_rows = settings.micro_batch_size or settings.batch_size
+        raise TrainingMemoryError(
+            f"memory on {device} does not suffice for the LoRA training {recipe}: step {progress.n_done + 1}, up to "
+            f"{n_rows} rows at once of up to {max(len(row.ids) for row in rows)} tokens ({oom_message(error)}); what "
+            "was trained up to the last epoch is kept for these settings; remedy: a smaller micro_batch_size, a "
+            "smaller max_length (longer rows are left out), or fewer demonstrations, lora={'precision': 'bfloat16'}, "
+            "another --copa-device, or less else in that memory"
+        ) from error

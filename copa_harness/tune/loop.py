@@ -4,8 +4,7 @@
 
 Repeats bit for bit on a CPU with the same number of threads: initial weights, row order and the base model's own
 dropout come from generators seeded here. `Training.state()` after any epoch holds all that the epochs after it depend
-on, so a training taken up again ends with the very weights of one never interrupted. Several processes may share a
-training (see `peers`): each computes its part of every batch, and all take the same steps.
+on, so a training taken up again ends with the very weights of one never interrupted.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from copa_harness.errors import TrainingDivergedError, TrainingError
 from copa_harness.lm.local.model import quiet_peft
 from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
 from copa_harness.tune.low_rank import speed_up
-from copa_harness.tune.peers import Peers, add_up_gradients, share_of
-from copa_harness.tune.progress import StepListener
+from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow
 from copa_harness.tune.settings import LoraSettings
 
@@ -81,12 +79,6 @@ def count_steps(rows: Sequence[EncodedRow], settings: LoraSettings) -> int:
     return sum(math.ceil(len(epoch) / settings.batch_size) for epoch in epochs)
 
 
-def count_operations(base: Any, rows: Sequence[EncodedRow], settings: LoraSettings) -> float:
-    """Floating-point operations of a training, roughly: a product forward and one backward per weight and token."""
-    n_tokens = sum(len(row.ids) for epoch in rows_by_epoch(rows, n_epochs=settings.epochs) for row in epoch)
-    return 4.0 * n_tokens * float(sum(each.numel() for each in base.parameters()))
-
-
 class Training:
     """One training, an epoch at a time.
 
@@ -96,7 +88,6 @@ class Training:
         held_out: for early stopping, may be empty.
         settings: rates, sizes, epochs, seed.
         pad_id: token id to pad with.
-        peers: the processes that share this training, each with the same arguments otherwise; None: there are none.
 
     Attributes:
         n_steps: optimizer steps so far.
@@ -114,11 +105,10 @@ class Training:
         held_out: Sequence[EncodedRow],
         settings: LoraSettings,
         pad_id: int,
-        peers: Peers | None = None,
     ) -> None:
         import torch
 
-        self.model, self.settings, self._peers = model, settings, peers
+        self.model, self.settings = model, settings
         self.n_steps, self.n_total = 0, count_steps(rows, settings)
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
@@ -153,7 +143,7 @@ class Training:
         waited = self.n_epochs - self.best_epoch
         return self.n_epochs >= self.settings.epochs or waited >= self.settings.early_stop_patience
 
-    def run_epoch(self, progress: StepListener, *, before_step: Callable[[], None] = lambda: None) -> None:
+    def run_epoch(self, progress: Progress, *, before_step: Callable[[], None] = lambda: None) -> None:
         """Train one epoch and measure the held-out rows; `before_step` is called before every optimizer step.
 
         Raises:
@@ -166,7 +156,7 @@ class Training:
         total = n_tokens = 0.0
         with torch.random.fork_rng():
             # A base model may have dropout of its own; an epoch's must not depend on those before it in this process.
-            torch.manual_seed(int(np.random.default_rng(self._dropout_seed(epoch)).integers(2**62)))
+            torch.manual_seed(int(np.random.default_rng([self.settings.seed, epoch]).integers(2**62)))
             for batch in batches_of(self._epochs[epoch - 1], self.settings.batch_size, self._rng):
                 before_step()
                 n_answer = sum(len(row.targets) for row in batch)
@@ -180,15 +170,8 @@ class Training:
             self.held_out_losses.append(self._held_out_loss())
         self.model.eval()
 
-    def _dropout_seed(self, epoch: int) -> list[int]:
-        own = [] if self._peers is None or self._peers.index == 0 else [self._peers.index]
-        return [self.settings.seed, epoch, *own]
-
     def _held_out_loss(self) -> float:
-        own = share_of(self._held_out, self._peers)
-        total = self._loss.total(own, batch_size=self.settings.batch_size)
-        if self._peers is not None:
-            total = self._peers.add_up_number(total)
+        total = self._loss.total(self._held_out, batch_size=self.settings.batch_size)
         return total / sum(len(row.targets) for row in self._held_out)
 
     def _step(self, batch: Sequence[EncodedRow], n_answer: int) -> float:
@@ -198,13 +181,11 @@ class Training:
         rate = self.settings.learning_rate * relative_rate(self.n_steps, self.settings.warmup_steps, self.n_total)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        batch_loss, own = 0.0, share_of(batch, self._peers)
-        for part in parts_of(own, most_rows=self.settings.micro_batch_size) if own else ():
+        batch_loss = 0.0
+        for part in parts_of(batch, most_rows=self.settings.micro_batch_size):
             loss = self._loss.sum(part) / n_answer
             loss.backward()
             batch_loss += loss.item()
-        if self._peers is not None:
-            batch_loss = add_up_gradients(self._peers, list(self._trainable.values()), batch_loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), self.settings.max_grad_norm))
         if not math.isfinite(batch_loss) or not math.isfinite(norm):
             raise TrainingDivergedError(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from copa_harness.wording import duration
 
@@ -19,25 +19,17 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
 
-
-_told: ContextVar[Callable[[str], None] | None] = ContextVar("copa_training_told", default=None)
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("copa_training_progress", default=None)
 
 
 @contextmanager
-def telling(listener: Callable[[str], None]) -> Iterator[None]:
-    """Tell `listener` after every step of this thread's trainings how far they are: `LoRA step 3 of 16, 20 s to go`."""
-    token = _told.set(listener)
+def report_progress_to(listener: Callable[[str], None]) -> Iterator[None]:
+    """Call `listener` after every step of this thread's trainings with a line: `LoRA step 3 of 16, 20 s to go`."""
+    token = _listener.set(listener)
     try:
         yield
     finally:
-        _told.reset(token)
-
-
-class StepListener(Protocol):
-    """Whoever wants to hear of optimizer steps."""
-
-    def step(self, epoch: int, loss: float) -> None:
-        """One optimizer step is done; `loss` is its batch's, in nats per answer token."""
+        _listener.reset(token)
 
 
 class Progress:
@@ -74,7 +66,7 @@ class Progress:
         """One optimizer step is done; `loss` is its batch's, in nats per answer token."""
         self._n += 1
         now_s = time.monotonic()
-        if (listener := _told.get()) is not None:
+        if (listener := _listener.get()) is not None:
             listener(f"LoRA step {self._n:,} of {self._n_total:,}, {duration(self._remaining_s(now_s))} to go")
         if self._bar is not None:
             self._bar.update()

@@ -1,10 +1,12 @@
 """Training rows: the prompt exactly as the program's prompt adapter sends it at inference, then the wanted answer.
 
+`render_rows` makes them from labelled examples, `render_calls` from any calls of a predictor (`traces` has those of
+passing runs); `encode_row` turns one into the very prompt tokens of inference, the answer's tokens, and the positions
+to learn.
+
 A LoRA adapter works with the prompts it was trained on: rows without demonstrations spoil the use of demonstrations and
 the reverse. So a row is rendered with the demonstrations that will be served: none, the program's own, or k drawn anew
 for every row and variant.
-
-Training rows as tokens: the very prompt tokens of inference, and which positions to learn.
 """
 
 from __future__ import annotations
@@ -24,6 +26,42 @@ if TYPE_CHECKING:
 
 DemoMode = Literal["none", "program", "resample"]
 """Demonstrations in training prompts: none; the program's own at the time; k others drawn for every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowDemos:
+    """Which demonstrations training rows carry.
+
+    Attributes:
+        mode: see `DemoMode`.
+        seed: of the drawing with `resample`.
+        n_demos: demonstrations per row with `resample`.
+        n_variants: renderings per example with `resample`, each with other demonstrations.
+
+    Raises:
+        ConfigurationError: the numbers do not fit the mode.
+    """
+
+    mode: DemoMode
+    seed: int
+    n_demos: int = 0
+    n_variants: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("none", "program", "resample"):
+            raise ConfigurationError(f"got demos={self.mode!r}; expected 'none', 'program' or 'resample'")
+        numbers = f"n_demos={self.n_demos}, n_variants={self.n_variants}"
+        if self.mode == "resample" and (self.n_demos < 1 or self.n_variants < 1):
+            raise ConfigurationError(f"got demos='resample' with {numbers}; expected at least 1 of each")
+        if self.mode != "resample" and (self.n_demos != 0 or self.n_variants != 1):
+            raise ConfigurationError(
+                f"got {numbers} with demos={self.mode!r}; they mean something only with 'resample'"
+            )
+
+    @property
+    def served_with(self) -> str:
+        """What an adapter's manifest says of rows rendered in this way: `none`, `program`, `resample:9`."""
+        return f"resample:{self.n_demos}" if self.mode == "resample" else self.mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +129,11 @@ class PredictorCall:
     fields: Mapping[str, Any]
 
 
-def describe_demos(demos: DemoMode, *, n_demos: int = 0) -> str:
-    """What the manifest's `served_with` says of rows rendered in this way."""
-    return f"resample:{n_demos}" if demos == "resample" else demos
-
-
 def render_rows(
     program: dspy.Module,
     examples: Sequence[dspy.Example],
     *,
-    demos: DemoMode,
-    seed: int,
-    n_demos: int = 0,
-    n_variants: int = 1,
+    demos: RowDemos,
     adapter: Any = None,
 ) -> dict[str, tuple[TrainingRow, ...]]:
     """Rows from labelled examples: the example's own fields are the answer of every predictor.
@@ -111,10 +141,7 @@ def render_rows(
     Args:
         program: whose predictors' signatures (instructions included) and prompt adapter shape the rows.
         examples: labelled; every predictor must find all its input and output fields in them.
-        demos: see `DemoMode`.
-        seed: of the drawing of demonstrations.
-        n_demos: demonstrations per row with `resample`.
-        n_variants: renderings per example with `resample`, each with other demonstrations.
+        demos: which demonstrations they carry.
         adapter: DSPy prompt adapter; by default the one DSPy is configured with, else `dspy.ChatAdapter()`.
 
     Returns:
@@ -122,70 +149,38 @@ def render_rows(
 
     Raises:
         TrainingError: no examples; an example lacks a field a predictor needs; too few to draw from.
-        ConfigurationError: `n_demos` or `n_variants` do not fit `demos`.
     """
     if not examples:
         raise TrainingError("got no examples to make training rows from; expected at least one")
     rendered: dict[str, tuple[TrainingRow, ...]] = {}
     for name, predictor in program.named_predictors():
         calls = [_gold_call(name, predictor.signature, example, i) for i, example in enumerate(examples)]
-        rendered[name] = render_calls(
-            predictor.signature,
-            calls,
-            demos=demos,
-            seed=seed,
-            n_demos=n_demos,
-            n_variants=n_variants,
-            adapter=adapter,
-            program_demos=predictor.demos,
-        )
+        rendered[name] = render_calls(predictor, calls, demos=demos, adapter=adapter)
     return rendered
 
 
 def render_calls(
-    signature: Any,
-    calls: Sequence[PredictorCall],
-    *,
-    demos: DemoMode,
-    seed: int,
-    n_demos: int,
-    n_variants: int,
-    adapter: Any,
-    program_demos: Sequence[Any],
+    predictor: Any, calls: Sequence[PredictorCall], *, demos: RowDemos, adapter: Any
 ) -> tuple[TrainingRow, ...]:
     """Rows of one predictor; see `render_rows`. A call is never shown among its own demonstrations."""
     import dspy
 
-    _check_demo_arguments(demos, n_demos, n_variants)
+    signature = predictor.signature
     adapter = adapter or dspy.settings.adapter or dspy.ChatAdapter()
     rows = []
-    for variant in range(n_variants):
+    for variant in range(demos.n_variants):
         for i, call in enumerate(calls):
-            if demos == "program":
-                shown = [demo for demo in program_demos if not _same_inputs(signature, demo, call.inputs)]
-            elif demos == "resample":
-                rng = np.random.default_rng([seed, variant, i])
-                shown = _draw(signature, calls, i, n_demos=n_demos, rng=rng)
+            if demos.mode == "program":
+                shown = [demo for demo in predictor.demos if not _same_inputs(signature, demo, call.inputs)]
+            elif demos.mode == "resample":
+                rng = np.random.default_rng([demos.seed, variant, i])
+                shown = _draw(signature, calls, i, n_demos=demos.n_demos, rng=rng)
             else:
                 shown = []
             prompt = adapter.format(signature, shown, dict(call.inputs))
             answer = adapter.format_assistant_message_content(signature, dict(call.outputs))
             rows.append(TrainingRow((*prompt, {"role": "assistant", "content": answer}), variant))
     return tuple(rows)
-
-
-def _check_demo_arguments(demos: DemoMode, n_demos: int, n_variants: int) -> None:
-    if demos not in ("none", "program", "resample"):
-        raise ConfigurationError(f"got demos={demos!r}; expected 'none', 'program' or 'resample'")
-    if demos == "resample" and (n_demos < 1 or n_variants < 1):
-        raise ConfigurationError(
-            f"got demos='resample' with n_demos={n_demos}, n_variants={n_variants}; expected at least 1 of each"
-        )
-    if demos != "resample" and (n_demos != 0 or n_variants != 1):
-        raise ConfigurationError(
-            f"got n_demos={n_demos}, n_variants={n_variants} with demos={demos!r}; they mean something only with "
-            "'resample'"
-        )
 
 
 def _draw(
@@ -237,20 +232,24 @@ def filled_inputs(signature: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """Token ids of a row. Loss falls on those from `n_prompt` on and on the positions `also` (in demonstrations).
+    """A row as tokens.
 
-    For `variant` see `TrainingRow`.
+    Attributes:
+        ids: token ids of prompt and answer.
+        n_prompt: how many of them are the prompt's; loss falls on all after them.
+        variant: see `TrainingRow`.
+        demo_targets: positions in the prompt, in demonstrations' answers, on which loss falls too.
     """
 
     ids: tuple[int, ...]
     n_prompt: int
     variant: int = 0
-    also: tuple[int, ...] = ()
+    demo_targets: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[int, ...]:
         """Positions of the tokens to learn; the first is at least 1."""
-        return (*self.also, *range(self.n_prompt, len(self.ids)))
+        return (*self.demo_targets, *range(self.n_prompt, len(self.ids)))
 
 
 def encode_row(
@@ -279,8 +278,8 @@ def encode_row(
     end = next((i for i, token in enumerate(answer_ids) if token in eos_ids), None)
     # What a template writes after the end token (often a newline) is never generated.
     answer_ids = answer_ids[: end + 1] if end is not None else [*answer_ids, *sorted(eos_ids)[:1]]
-    also = _demo_targets(chat, row, prompt, prompt_ids, eos_ids=eos_ids) if learn_from_demos else ()
-    return EncodedRow((*prompt_ids, *answer_ids), len(prompt_ids), row.variant, also)
+    in_demos = _demo_targets(chat, row, prompt, prompt_ids, eos_ids=eos_ids) if learn_from_demos else ()
+    return EncodedRow((*prompt_ids, *answer_ids), len(prompt_ids), row.variant, in_demos)
 
 
 def _demo_targets(

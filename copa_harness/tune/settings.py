@@ -30,7 +30,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Settings of one training; every field but `processes` is part of the adapter's recipe.
+    """Settings of one training; every field is part of the adapter's recipe.
 
     Attributes:
         rank, alpha: size and scale (alpha / rank) of the low-rank update.
@@ -56,10 +56,6 @@ class LoraSettings:
         held_out_share: share of the rows, 0..1, the weights step keeps for early stopping; 0 trains all epochs.
         precision: `float32`, or `bfloat16`: products are computed in bfloat16 (autocast), LoRA weights and optimizer
             stay in float32. Faster on GPUs and on CPUs with bfloat16 units; other weights come out.
-        processes: processes that share every batch, each on a device of its own; `auto` is one per visible GPU where
-            that is worth starting them (see `processes.count_processes`), else one, as on a CPU. The weights are the
-            same up to rounding, so it is no part of the recipe, no more than the device or its threads are: an adapter
-            trained on one machine is found on another, and a training can be taken up with another number.
 
     Raises:
         ConfigurationError: a value out of range.
@@ -82,7 +78,6 @@ class LoraSettings:
     demonstrations: Literal["mix", "keep", "drop"] = "mix"
     held_out_share: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    processes: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha", "epochs", "batch_size", "micro_batch_size", "max_length", "early_stop_patience"):
@@ -95,12 +90,6 @@ class LoraSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < most:
                 raise ConfigurationError(f"LoRA setting {name}: got {value!r}; expected {said}")
-        if self.processes != "auto" and (
-            isinstance(self.processes, bool) or not isinstance(self.processes, int) or self.processes < 1
-        ):
-            raise ConfigurationError(
-                f"LoRA setting processes: got {self.processes!r}; expected 'auto' or a whole number of at least 1"
-            )
         if not isinstance(self.learn_from_demos, bool):
             raise ConfigurationError(
                 f"LoRA setting learn_from_demos: got {self.learn_from_demos!r}; expected True or False"
@@ -116,12 +105,6 @@ class LoraSettings:
             )
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    def in_recipe(self) -> dict[str, Any]:
-        """By name, all that shapes the weights a training gives."""
-        given = dataclasses.asdict(self)
-        del given["processes"]
-        return given
 
     def replaced(self, changes: Mapping[str, Any]) -> LoraSettings:
         """These settings with some changed by name.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from copa_harness.errors import MetricError, ProviderError
-from copa_harness.tune.rows import DemoMode, PredictorCall, TrainingRow, filled_inputs, render_calls
+from copa_harness.tune.rows import PredictorCall, RowDemos, TrainingRow, filled_inputs, render_calls
 
 if TYPE_CHECKING:
     import dspy
@@ -38,21 +38,13 @@ class TraceRows:
     n_failed: int
     errors: tuple[str, ...] = ()
 
-    @property
-    def all_rows(self) -> tuple[TrainingRow, ...]:
-        """Rows of all predictors together."""
-        return tuple(row for rows in self.rows.values() for row in rows)
-
 
 def rows_from_traces(
     program: dspy.Module,
     examples: Sequence[dspy.Example],
     *,
     metric: Callable[..., Any],
-    demos: DemoMode,
-    seed: int,
-    n_demos: int = 0,
-    n_variants: int = 1,
+    demos: RowDemos,
     pass_score: float = 1.0,
     adapter: Any = None,
     lm: Any = None,
@@ -64,12 +56,9 @@ def rows_from_traces(
         program: the program as it stands; its demonstrations are used for running, `demos` for rendering.
         examples: with inputs set.
         metric: `metric(example, prediction, trace)`; a score of at least `pass_score` passes.
-        demos: see `render_rows`; `resample` draws from the passing calls.
-        seed: of the drawing of demonstrations.
-        n_demos: demonstrations per row with `resample`.
-        n_variants: renderings per call with `resample`.
-        adapter: DSPy prompt adapter of the rows; see `render_rows`.
+        demos: which demonstrations the rows carry; `resample` draws from the passing calls.
         pass_score: 0..1.
+        adapter: DSPy prompt adapter of the rows; see `render_rows`.
         lm: the model to run on; by default the predictors' own or DSPy's configured one.
         threads: examples run at once.
 
@@ -107,19 +96,7 @@ def rows_from_traces(
             given = filled_inputs(signature, inputs)
             outputs = {field: prediction[field] for field in signature.output_fields}
             calls[names[id(predictor)]].append(PredictorCall(given, outputs, {**given, **outputs}))
-    rows = {
-        name: render_calls(
-            predictors[name].signature,
-            own,
-            demos=demos,
-            seed=seed,
-            n_demos=n_demos,
-            n_variants=n_variants,
-            adapter=adapter,
-            program_demos=predictors[name].demos,
-        )
-        for name, own in calls.items()
-    }
+    rows = {name: render_calls(predictors[name], own, demos=demos, adapter=adapter) for name, own in calls.items()}
     return TraceRows(rows, counts["passed"], counts["wrong"], counts["unparsed"], counts["failed"], errors)
 
 

@@ -1,10 +1,9 @@
-"""`LoraTrainer`: from rows to a LoRA adapter on disk, never the same training twice.
+"""`LoraTrainer`: from rows to a LoRA adapter on disk, never the same training twice. `LoraAdapter`: what it leaves.
 
 An adapter's directory is named by its recipe, the hash of base fingerprint, rows and settings; it appears when the
-training is finished, and a finished one is only read (without importing torch). A training that was killed goes on at
-its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken.
-
-`LoraAdapter`: what a training leaves behind, read from its manifest.
+training is finished, and a finished one is only read (without importing torch). Whoever needs the same recipe in
+another process waits for the one that trains it. A training that was killed goes on at its last epoch. Optimizer steps
+are held in the budget of the current scope before the first is taken.
 """
 
 from __future__ import annotations
@@ -18,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingInterruptedError
+from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingMemoryError
 from copa_harness.lm.budget.scope import current_scope
 from copa_harness.lm.local.files import LoraFiles, hash_mapping, model_name, read_lora
-from copa_harness.tune.checkpoints import Unfinished, checkpoint_folders, is_finished, recipe_lock, remove_leftovers
-from copa_harness.tune.epochs import Charge, Outcome, memory_named, run_epochs
-from copa_harness.tune.job import TrainingJob
-from copa_harness.tune.processes import count_processes, train_in_processes
+from copa_harness.tune.checkpoints import (
+    UnfinishedTraining,
+    checkpoint_folders,
+    is_finished,
+    recipe_lock,
+    remove_leftovers,
+)
+from copa_harness.tune.epochs import TrainingCharge, TrainingOutcome, explain_out_of_memory, run_epochs
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow, TrainingRow, encode_row
 from copa_harness.tune.settings import LoraSettings
@@ -33,6 +36,14 @@ from copa_harness.wording import duration
 if TYPE_CHECKING:
     from copa_harness.lm.local.engine import TransformersEngine
     from copa_harness.tune.loop import TrainingState
+
+logger = logging.getLogger(__name__)
+
+RECIPE_SCHEMA = 2
+"""Raise when equal rows and settings come to give other weights."""
+
+_one_at_a_time = threading.Lock()
+"""Two trainings at once on one machine take longer than one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,62 +81,53 @@ class LoraAdapter:
     steps_now: int = 0
     checkpoints: tuple[LoraAdapter, ...] = ()
 
+    @classmethod
+    def from_files(cls, files: LoraFiles, *, base: str, trained_now: bool = False, steps_now: int = 0) -> LoraAdapter:
+        """The adapter in a finished training's folder, with its checkpoints (read when they are first served).
 
-def adapter_of(files: LoraFiles, *, base: str, trained_now: bool, steps_now: int) -> LoraAdapter:
-    """The adapter in a finished training's folder, with its checkpoints (read when they are first served).
-
-    Args:
-        files: as `read_lora` gives them.
-        base: the base model's name in requests.
-        trained_now: see `LoraAdapter`.
-        steps_now: see `LoraAdapter`.
-    """
-    details, recipe = files.details, files.directory.name
-    folders = checkpoint_folders(details, files.directory.parent)
-    checkpoints = tuple(
-        LoraAdapter(
-            model=model_name(base, str(each["fingerprint"])),
-            directory=folder,
-            fingerprint=str(each["fingerprint"]),
-            recipe=recipe,
-            train_steps=int(each["train_steps"]),
-            trained_now=trained_now,
-            final_loss=_loss(each),
-            epoch=int(each["epoch"]),
+        Args:
+            files: as `read_lora` gives them.
+            base: the base model's name in requests.
+            trained_now: see `LoraAdapter`.
+            steps_now: see `LoraAdapter`.
+        """
+        details, recipe = files.details, files.directory.name
+        folders = checkpoint_folders(details, files.directory.parent)
+        checkpoints = tuple(
+            cls(
+                model=model_name(base, str(each["fingerprint"])),
+                directory=folder,
+                fingerprint=str(each["fingerprint"]),
+                recipe=recipe,
+                train_steps=int(each["train_steps"]),
+                trained_now=trained_now,
+                final_loss=_final_loss(each),
+                epoch=int(each["epoch"]),
+            )
+            for each, folder in zip(details["checkpoints"], folders, strict=True)
         )
-        for each, folder in zip(details["checkpoints"], folders, strict=True)
-    )
-    return LoraAdapter(
-        model=model_name(base, files.fingerprint),
-        directory=files.directory,
-        fingerprint=files.fingerprint,
-        recipe=recipe,
-        train_steps=int(details["train_steps"]),
-        trained_now=trained_now,
-        final_loss=_loss(details["checkpoints"][int(details["epoch"]) - 1]),
-        n_over_long=int(details["n_over_long"]),
-        max_tokens=int(details.get("max_tokens", 0)),
-        epoch=int(details["epoch"]),
-        steps_now=steps_now,
-        checkpoints=checkpoints,
-    )
+        return cls(
+            model=model_name(base, files.fingerprint),
+            directory=files.directory,
+            fingerprint=files.fingerprint,
+            recipe=recipe,
+            train_steps=int(details["train_steps"]),
+            trained_now=trained_now,
+            final_loss=_final_loss(details["checkpoints"][int(details["epoch"]) - 1]),
+            n_over_long=int(details["n_over_long"]),
+            max_tokens=int(details.get("max_tokens", 0)),
+            epoch=int(details["epoch"]),
+            steps_now=steps_now,
+            checkpoints=checkpoints,
+        )
 
 
-def _loss(checkpoint: Mapping[str, Any]) -> float:
+def _final_loss(checkpoint: Mapping[str, Any]) -> float:
     held_out = checkpoint["held_out_loss"]
     return float(checkpoint["loss"] if held_out is None else held_out)
 
 
-logger = logging.getLogger(__name__)
-
-RECIPE_SCHEMA = 2
-"""Raise when equal rows and settings come to give other weights."""
-
-_one_at_a_time = threading.Lock()
-"""Two trainings at once on one machine take longer than one after the other."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One training to be done."""
 
@@ -136,8 +138,8 @@ class _Job:
     served_with: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Encoded:
+@dataclass(frozen=True, slots=True)
+class _EncodedRows:
     """Its rows as tokens, how many were too long, and what a row may have."""
 
     rows: Sequence[EncodedRow]
@@ -176,7 +178,7 @@ class LoraTrainer:
             rows: at least one.
             settings: by default `LoraSettings()`.
             held_out: rows for early stopping.
-            served_with: which prompts the adapter is for, e.g. `none` or `resample:9` (see `describe_demos`);
+            served_with: which prompts the adapter is for, e.g. `none` or `resample:9` (see `RowDemos`);
                 kept in the manifest.
 
         Raises:
@@ -185,8 +187,6 @@ class LoraTrainer:
             TrainingError: no rows, only over-long rows, a chat template that cannot be trained on, diverging loss.
             TrainingMemoryError: a step needs more memory than there is (what was trained up to the last epoch is kept,
                 to go on from).
-            TrainingInterruptedError: one of several processes was killed (likewise).
-            ConfigurationError: more processes asked for than there are devices.
             ArtifactError: the finished adapter is damaged.
         """
         settings = settings or LoraSettings()
@@ -213,7 +213,7 @@ class LoraTrainer:
                 "base": self.engine.fingerprint(self.engine.name),
                 "rows": [_plain(row) for row in rows],
                 "held_out": [_plain(row) for row in held_out],
-                "settings": settings.in_recipe(),
+                "settings": dataclasses.asdict(settings),
                 "served_with": served_with,
             }
         )[:32]
@@ -223,8 +223,10 @@ class LoraTrainer:
         files = read_lora(self.directory / recipe)
         if steps_now is None:
             planned, taken = int(files.details["planned_steps"]), int(files.details["train_steps"])
-            Charge(current_scope(), recipe, planned=planned, taken_before=planned).settle(taken)
-        adapter = adapter_of(files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0)
+            TrainingCharge(current_scope(), recipe, planned=planned, taken_before=planned).settle(taken)
+        adapter = LoraAdapter.from_files(
+            files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0
+        )
         self.engine.add_lora(adapter.directory)
         if self.directory.absolute() != self.engine.lora_dir.absolute():  # there it looks by itself, when asked
             for checkpoint in adapter.checkpoints:
@@ -235,26 +237,23 @@ class LoraTrainer:
         """Train and publish; the optimizer steps taken now. The recipe's lock is held."""
         from copa_harness.tune import loop
 
-        base = self.engine.generator.model
-        encoded = self._encoded(job, context_length=base.context_length)
+        encoded = self._encoded(job, context_length=self.engine.generator.model.context_length)
         remove_leftovers(self.directory, own=job.recipe)
-        unfinished = Unfinished(self.directory, job.recipe, base_fingerprint=self.engine.fingerprint(self.engine.name))
+        base_fingerprint = self.engine.fingerprint(self.engine.name)
+        unfinished = UnfinishedTraining(self.directory, job.recipe, base_fingerprint=base_fingerprint)
         state = unfinished.load_state()
         before = 0 if state is None else int(state.record["n_steps"])
         planned = loop.count_steps(encoded.rows, job.settings)
-        n_processes = 1  # also when all that is left is to move the checkpoints to their places
-        if before < planned:
-            work = loop.count_operations(base.model, encoded.rows, job.settings)
-            n_processes = count_processes(job.settings, base.device, work=work)
-        details = self._details(job, encoded, n_processes=n_processes)
-        charge = Charge(current_scope(), job.recipe, planned=planned, taken_before=before)
+        details = self._details(job, encoded)
+        charge = TrainingCharge(current_scope(), job.recipe, planned=planned, taken_before=before)
         progress, began_s = Progress(planned, n_done=before), time.monotonic()
-        run = self._run if n_processes == 1 else self._run_in_processes
         try:
             with _one_at_a_time, progress:
                 if state is not None:
                     logger.info("LoRA training %s goes on after step %d", job.recipe, before)
-                outcome = run(job, encoded, unfinished, state, details, progress, charge)
+                outcome = self._run(
+                    job, encoded, unfinished, state=state, details=details, progress=progress, charge=charge
+                )
             wall_s, n_epochs = time.monotonic() - began_s, len(outcome.losses)
             logger.info(
                 "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
@@ -269,7 +268,7 @@ class LoraTrainer:
                 kept=outcome.best_epoch,
                 details={**details, **outcome.details(outcome.best_epoch), **own, "wall_s": round(wall_s, 3)},
             )
-        except TrainingInterruptedError:
+        except TrainingMemoryError:
             raise
         except TrainingError:
             unfinished.discard()  # it would fail again in the same way
@@ -282,19 +281,22 @@ class LoraTrainer:
     def _run(
         self,
         job: _Job,
-        encoded: _Encoded,
-        unfinished: Unfinished,
+        encoded: _EncodedRows,
+        unfinished: UnfinishedTraining,
+        *,
         state: TrainingState | None,
         details: Mapping[str, Any],
         progress: Progress,
-        charge: Charge,
-    ) -> Outcome:
-        """All epochs that are left, in this process."""
+        charge: TrainingCharge,
+    ) -> TrainingOutcome:
+        """All epochs that are left."""
         from copa_harness.lm.local.model import share_weights
         from copa_harness.tune import loop
 
         base = self.engine.generator.model
-        with memory_named(job.recipe, device=base.device, rows=encoded.rows, settings=job.settings, progress=progress):
+        with explain_out_of_memory(
+            job.recipe, device=base.device, rows=encoded.rows, settings=job.settings, progress=progress
+        ):
             training = loop.Training(
                 loop.add_lora(share_weights(base.model), job.settings),
                 encoded.rows,
@@ -308,53 +310,20 @@ class LoraTrainer:
                 training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
             )
 
-    def _run_in_processes(
-        self,
-        job: _Job,
-        encoded: _Encoded,
-        unfinished: Unfinished,
-        state: TrainingState | None,
-        details: Mapping[str, Any],
-        progress: Progress,
-        charge: Charge,
-    ) -> Outcome:
-        """The same in several; the first of them writes the files."""
-        base = self.engine.generator.model
-        shared = TrainingJob(
-            directory=self.directory.absolute(),
-            recipe=job.recipe,
-            base=base.directory.absolute(),
-            base_fingerprint=self.engine.fingerprint(self.engine.name),
-            dtype=base.dtype,
-            device=base.device.type,
-            pad_id=base.pad_id,
-            n_processes=details["processes"],
-            resumes=state is not None,
-            settings=job.settings,
-            rows=encoded.rows,
-            held_out=encoded.held_out,
-            details=details,
-        )
-        logger.info("LoRA training %s in %d processes", job.recipe, shared.n_processes)
-        return train_in_processes(
-            shared, unfinished.workers_folder, progress=progress, before_step=charge.check_seconds
-        )
-
-    def _details(self, job: _Job, encoded: _Encoded, *, n_processes: int) -> Mapping[str, Any]:
+    def _details(self, job: _Job, encoded: _EncodedRows) -> Mapping[str, Any]:
         """What the manifests of all checkpoints and of the finished adapter have in common."""
         return {
             "base": self.engine.name,
             "recipe": job.recipe,
-            "settings": job.settings.in_recipe(),
+            "settings": dataclasses.asdict(job.settings),
             "served_with": job.served_with,
-            "processes": n_processes,
             "n_rows": len(encoded.rows),
             "n_held_out": len(encoded.held_out),
             "n_over_long": encoded.n_over_long,
             "max_tokens": encoded.max_tokens,
         }
 
-    def _encoded(self, job: _Job, *, context_length: int) -> _Encoded:
+    def _encoded(self, job: _Job, *, context_length: int) -> _EncodedRows:
         longest = min(job.settings.max_length or context_length, context_length)
         rows, n_long = self._encode(job.rows, longest=longest, learn_from_demos=job.settings.learn_from_demos)
         held_out, n_long_held_out = self._encode(job.held_out, longest=longest)
@@ -372,7 +341,7 @@ class LoraTrainer:
                 len(job.held_out),
                 longest,
             )
-        return _Encoded(rows, held_out, n_long + n_long_held_out, longest)
+        return _EncodedRows(rows, held_out, n_long + n_long_held_out, longest)
 
     def _encode(
         self, rows: Sequence[TrainingRow], *, longest: int, learn_from_demos: bool = False

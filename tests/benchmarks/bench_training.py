@@ -148,7 +148,7 @@ def our_steps(model, rows, settings, *, answer):
     from copa_harness.tune.progress import Progress
     from copa_harness.tune.rows import EncodedRow
 
-    encoded = [EncodedRow(tuple(ids), answers[-7], also=tuple(answers[:-7])) for ids, answers in rows]
+    encoded = [EncodedRow(tuple(ids), answers[-7], demo_targets=tuple(answers[:-7])) for ids, answers in rows]
     training = Training(model, encoded, held_out=(), settings=settings, pad_id=0)
     with Progress(training.n_total) as progress:
         while asked_threads() is not None:

@@ -121,7 +121,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
         "n_reflected": 0,
         "transfer": False,
         "n_checkpoints": 2,
-        "lora": {"processes": 2},
+        "lora": {"rank": 8},
     }
     from copa_harness import COPA
 
@@ -131,7 +131,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
     assert optimizer.settings.search.sampler == "gp"
     assert (proposals.min_score, proposals.groundings, proposals.n_reflected) == (0.5, ("data",), 0)
     assert (proposals.transfer, optimizer.settings.n_checkpoints) == (False, 2)
-    assert said["lora"] == {"processes": 2}
+    assert said["lora"] == {"rank": 8}
     assert marker(strategy="p").search_settings() == {}
 
 

@@ -21,8 +21,8 @@ from copa_harness.tune.rows import EncodedRow
 PREFIX = tuple(range(10, 22))
 ROWS = (
     EncodedRow((*PREFIX, 30, 31, 32, 33), 14),
-    EncodedRow((*PREFIX, 30, 40, 41, 42, 43, 44, 45), 17, also=(5, 6)),
-    EncodedRow((*PREFIX, 50, 51), 13, also=(11, 12)),
+    EncodedRow((*PREFIX, 30, 40, 41, 42, 43, 44, 45), 17, demo_targets=(5, 6)),
+    EncodedRow((*PREFIX, 50, 51), 13, demo_targets=(11, 12)),
 )
 """Twelve tokens shared; two rows also learn what stands inside the prefix."""
 

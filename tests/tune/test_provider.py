@@ -10,7 +10,7 @@ import pytest
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TrainingError
 from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.tune import LoraSettings, attach_provider, finetune, render_rows
+from copa_harness.tune import LoraSettings, RowDemos, attach_provider, finetune, render_rows
 
 QUICK = LoraSettings(rank=4, epochs=1, batch_size=4)
 
@@ -22,7 +22,7 @@ def tunable(lm, engine):
 
 @pytest.fixture
 def chat_rows(program, examples):
-    rows = render_rows(program, examples, demos="none", seed=0)["self"]
+    rows = render_rows(program, examples, demos=RowDemos("none", seed=0))["self"]
     return [{"messages": list(row.messages)} for row in rows]
 
 
@@ -37,7 +37,7 @@ def test_lm_finetune_gives_an_lm_named_by_its_weights(tunable, engine, chat_rows
 
 def test_finetune_takes_rows_or_chat_dictionaries(lm, engine, program, examples, chat_rows):
     options = {"directory": engine.lora_dir, "settings": QUICK, "served_with": "none"}
-    by_row = finetune(lm, render_rows(program, examples, demos="none", seed=0)["self"], **options)
+    by_row = finetune(lm, render_rows(program, examples, demos=RowDemos("none", seed=0))["self"], **options)
     by_dict = finetune(lm, chat_rows, **options)
     assert by_row.model == by_dict.model != lm.model
     assert by_row.engine is lm.engine

@@ -9,7 +9,7 @@ import pytest
 
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.tune import TrainingRow, describe_demos, render_rows
+from copa_harness.tune import RowDemos, TrainingRow, render_rows
 from copa_harness.tune.rows import encode_row
 
 
@@ -39,7 +39,7 @@ def tokens_of(engine, messages):
 def test_training_prompts_equal_inference_prompts_token_by_token(demos, engine, program, examples):
     if demos == "program":
         program.demos = examples[:2]
-    rows = render_rows(program, examples[2:], demos=demos, seed=0)["self"]
+    rows = render_rows(program, examples[2:], demos=RowDemos(demos, seed=0))["self"]
     for row, example in zip(rows, examples[2:], strict=True):
         (served,) = inference_prompts(program, example, [{"colour": example.colour}])
         encoded = encode_row(engine.chat, row, eos_ids=engine.eos_ids)
@@ -51,7 +51,7 @@ def test_training_prompts_equal_inference_prompts_with_several_predictors_and_re
     example = dspy.Example(text="a b", topic="t", reasoning="because", score=0.5).with_inputs("text")
     program.first.demos = [dspy.Example(text="c d", topic="u")]
     program.second.predict.demos = [dspy.Example(text="c d", topic="u", score=0.25)]  # incomplete: no reasoning
-    rows = render_rows(program, [example], demos="program", seed=0)
+    rows = render_rows(program, [example], demos=RowDemos("program", seed=0))
     served = inference_prompts(program, example, [{"topic": "t"}, {"reasoning": "because", "score": 0.5}])
     assert list(rows) == ["first", "second.predict"]
     for (row,), messages in zip(rows.values(), served, strict=True):
@@ -60,7 +60,7 @@ def test_training_prompts_equal_inference_prompts_with_several_predictors_and_re
 
 
 def test_the_trained_answer_is_what_the_prompt_adapter_parses_and_ends_with_the_end_token(engine, program, examples):
-    row = render_rows(program, examples[:1], demos="none", seed=0)["self"][0]
+    row = render_rows(program, examples[:1], demos=RowDemos("none", seed=0))["self"][0]
     encoded = encode_row(engine.chat, row, eos_ids=engine.eos_ids)
     *answer, end = encoded.ids[encoded.n_prompt :]
     assert end in engine.eos_ids
@@ -69,8 +69,8 @@ def test_the_trained_answer_is_what_the_prompt_adapter_parses_and_ends_with_the_
 
 def test_the_configured_prompt_adapter_shapes_the_rows(program, examples):
     with dspy.context(adapter=dspy.JSONAdapter()):
-        configured = render_rows(program, examples[:1], demos="none", seed=0)["self"][0]
-    given = render_rows(program, examples[:1], demos="none", seed=0, adapter=dspy.JSONAdapter())["self"][0]
+        configured = render_rows(program, examples[:1], demos=RowDemos("none", seed=0))["self"][0]
+    given = render_rows(program, examples[:1], demos=RowDemos("none", seed=0), adapter=dspy.JSONAdapter())["self"][0]
     assert configured == given
     assert '"colour"' in given.answer
 
@@ -79,7 +79,7 @@ def test_gold_rows_for_a_field_without_label_are_a_clear_error():
     program = dspy.ChainOfThought("question -> answer")
     example = dspy.Example(question="q", answer="a").with_inputs("question")
     with pytest.raises(TrainingError, match=r"lacks reasoning.*'predict'.*rows_from_traces"):
-        render_rows(program, [example], demos="none", seed=0)
+        render_rows(program, [example], demos=RowDemos("none", seed=0))
 
 
 def shown_notes(row):
@@ -89,7 +89,7 @@ def shown_notes(row):
 
 
 def test_resampled_demonstrations_are_k_others_and_differ_between_variants(program, examples):
-    rows = render_rows(program, examples, demos="resample", seed=0, n_demos=4, n_variants=3)["self"]
+    rows = render_rows(program, examples, demos=RowDemos("resample", seed=0, n_demos=4, n_variants=3))["self"]
     assert [row.variant for row in rows] == [0] * 9 + [1] * 9 + [2] * 9
     for row, example in zip(rows, examples * 3, strict=True):
         notes = shown_notes(row)
@@ -100,37 +100,39 @@ def test_resampled_demonstrations_are_k_others_and_differ_between_variants(progr
 
 def test_an_example_with_the_same_inputs_is_not_among_the_demonstrations(program, examples):
     twin = dspy.Example(size=0.5, note=examples[0].note, colour="blue").with_inputs("size", "note")
-    rows = render_rows(program, [*examples, twin], demos="resample", seed=0, n_demos=8, n_variants=4)["self"]
+    rows = render_rows(program, [*examples, twin], demos=RowDemos("resample", seed=0, n_demos=8, n_variants=4))["self"]
     assert all(examples[0].note not in shown_notes(rows[10 * variant + i]) for variant in range(4) for i in (0, 9))
 
 
 def test_a_row_is_left_out_of_the_programs_own_demonstrations(program, examples):
     program.demos = examples[:3]
-    rows = render_rows(program, examples[:4], demos="program", seed=0)["self"]
+    rows = render_rows(program, examples[:4], demos=RowDemos("program", seed=0))["self"]
     assert [len(shown_notes(row)) for row in rows] == [2, 2, 2, 3]
 
 
 def test_rows_depend_on_the_seed_and_nothing_else(program, examples):
-    options = {"demos": "resample", "n_demos": 3, "n_variants": 2}
-    first = render_rows(program, examples, seed=1, **options)
-    assert first == render_rows(program, examples, seed=1, **options)
-    assert first != render_rows(program, examples, seed=2, **options)
+    first, again, other = (
+        render_rows(program, examples, demos=RowDemos("resample", seed=seed, n_demos=3, n_variants=2))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
 
 
 def test_too_few_examples_to_draw_from_and_no_examples_are_errors(program, examples):
     with pytest.raises(TrainingError, match="only 2 other examples"):
-        render_rows(program, examples[:3], demos="resample", seed=0, n_demos=3)
+        render_rows(program, examples[:3], demos=RowDemos("resample", seed=0, n_demos=3))
     with pytest.raises(TrainingError, match="no examples"):
-        render_rows(program, [], demos="none", seed=0)
+        render_rows(program, [], demos=RowDemos("none", seed=0))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"demos": "all"}, {"demos": "resample"}, {"demos": "none", "n_demos": 3}, {"demos": "program", "n_variants": 2}],
+    [{"mode": "all"}, {"mode": "resample"}, {"mode": "none", "n_demos": 3}, {"mode": "program", "n_variants": 2}],
 )
-def test_arguments_that_do_not_fit_together_are_refused(options, program, examples):
+def test_arguments_that_do_not_fit_together_are_refused(options):
     with pytest.raises(ConfigurationError, match=r"expected|only with"):
-        render_rows(program, examples, seed=0, **options)
+        RowDemos(seed=0, **options)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +151,5 @@ def test_a_row_that_is_no_conversation_with_an_answer_is_refused(row):
 
 
 def test_the_description_of_demonstrations_names_their_number():
-    assert [describe_demos("none"), describe_demos("resample", n_demos=9)] == ["none", "resample:9"]
+    given = (RowDemos("none", seed=0), RowDemos("resample", seed=0, n_demos=9))
+    assert [demos.served_with for demos in given] == ["none", "resample:9"]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from copa_harness.lm.local.chat_template import ChatFormat, request_messages
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.tune import TrainingRow, render_rows
+from copa_harness.tune import RowDemos, TrainingRow, render_rows
 from copa_harness.tune.rows import encode_row
 
 LLAMA = (
@@ -152,7 +152,7 @@ def several_predictors():
 @pytest.mark.parametrize("case", [one_predictor, demonstrations, several_turns, several_predictors])
 def test_a_row_begins_with_the_tokens_that_are_served_and_goes_on_with_the_answer(case, adapter, chat):
     program, example, answers, demos = case()
-    rows = render_rows(program, [example], demos=demos, seed=0, adapter=adapter())
+    rows = render_rows(program, [example], demos=RowDemos(demos, seed=0), adapter=adapter())
     if adapter is dspy.JSONAdapter:
         served = [chat.prompt(row[0].prompt).ids for row in rows.values()]  # it asks endpoints for more than text
     else:

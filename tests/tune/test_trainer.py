@@ -28,7 +28,7 @@ from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE
 from copa_harness.lm.local.model import quiet_peft
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, progress, render_rows
+from copa_harness.tune import LoraSettings, LoraTrainer, RowDemos, TrainingRow, progress, render_rows
 from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.loop import relative_rate
 from copa_harness.tune.rows import encode_row
@@ -299,7 +299,7 @@ def test_a_recipe_asked_for_by_many_at_once_is_trained_once(engine):
 
 
 def test_rows_of_a_program_train_and_serve_end_to_end(engine, trainer, program, examples):
-    rows = render_rows(program, examples[:4:3], demos="none", seed=0)["self"]
+    rows = render_rows(program, examples[:4:3], demos=RowDemos("none", seed=0))["self"]
     settings = LoraSettings(epochs=40, batch_size=2, learning_rate=2e-2)
     adapter = trainer.train(rows, settings=settings, served_with="none")
     lm = MeteredLM(adapter.model, engine=engine, gateway=Gateway(cache=None), max_tokens=40)

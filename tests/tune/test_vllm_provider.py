@@ -13,7 +13,7 @@ from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.tune import LoraSettings, attach_provider, finetune, render_rows
+from copa_harness.tune import LoraSettings, RowDemos, attach_provider, finetune, render_rows
 
 QUICK = LoraSettings(rank=4, epochs=1, batch_size=4)
 NAME = "hosted_vllm/org/toy"
@@ -61,7 +61,7 @@ def make(stub, tiny_folder, tmp_path):
 
 @pytest.fixture
 def chat_rows(program, examples):
-    rows = render_rows(program, examples, demos="none", seed=0)["self"]
+    rows = render_rows(program, examples, demos=RowDemos("none", seed=0))["self"]
     return [{"messages": list(row.messages)} for row in rows]
 
 

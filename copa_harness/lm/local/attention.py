@@ -27,7 +27,7 @@ _HARMLESS = frozenset(
 _in_use: ContextVar[CascadeCache | None] = ContextVar("copa_cascade", default=None)
 
 
-class Unfit(Exception):
+class UnsupportedModel(Exception):
     """This architecture asks its attention for something that the cascade does not do."""
 
 
@@ -233,7 +233,7 @@ def _attention(
     cascade = _in_use.get()
     asked = sorted(name for name, setting in kwargs.items() if name not in _HARMLESS and setting is not None)
     if cascade is None or asked:
-        raise Unfit(f"attention with {', '.join(asked) or 'no cascade in use'}")
+        raise UnsupportedModel(f"attention with {', '.join(asked) or 'no cascade in use'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     prefixes = cascade.prefixes(cascade.latest.index)
     return cascade_attention(query, key, value, bias=attention_mask, scale=scale, prefixes=prefixes), None

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from copa_harness.errors import ArtifactError, ConfigurationError, OutOfMemoryError
-from copa_harness.lm.local.memory import is_out_of_memory, last_words
+from copa_harness.lm.local.memory import is_out_of_memory, oom_message
 
 FINGERPRINT_SCHEMA = 1
 """Raise when the engine itself starts to answer differently from equal files."""
@@ -406,8 +406,8 @@ def _rewrite(directory: Path, kept: list[Path], target: Path) -> None:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"memory does not suffice to rewrite the pickled weights of {directory} ({last_words(error)}); remedy: "
-                "rewrite them as safetensors on a larger machine"
+                f"memory does not suffice to rewrite the pickled weights of {directory} ({oom_message(error)}); "
+                "remedy: rewrite them as safetensors on a larger machine"
             ) from error
         raise ConfigurationError(
             f"could not load the pickled weights of {directory} as a causal language model: {error}"

@@ -118,7 +118,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _OUT_OF_MEMORY)
 
 
-def last_words(error: BaseException) -> str:
+def oom_message(error: BaseException) -> str:
     """The first line of what an exception says: torch adds C++ stacks and advice on its own settings."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from copa_harness.errors import ConfigurationError, OutOfMemoryError
 from copa_harness.lm.embedded import embedded_model_path
-from copa_harness.lm.local.attention import RowGroup, Unfit
+from copa_harness.lm.local.attention import RowGroup, UnsupportedModel
 from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Reader, Suffixes
 from copa_harness.lm.local.files import LoraFiles
 from copa_harness.lm.local.llama import FusedLora, LlamaDecoder, read_lora_tensors, read_shape, read_tensors
-from copa_harness.lm.local.memory import Footprint, is_out_of_memory, last_words
+from copa_harness.lm.local.memory import Footprint, is_out_of_memory, oom_message
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ExactnessChecks:
                 groups = [RowGroup(0, 2, cache), RowGroup(2, 3, None)]
                 suffixes = Suffixes(tails, [6, 6, 0], groups)
                 run = CascadeRun(reader, suffixes, device=self.model.device, pad_id=self.pad_id, room=1)
-        except (Unfit, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as reason:
+        except (UnsupportedModel, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as reason:
             logger.info("%s goes without cascade attention: %s: %s", self.name, type(reason).__name__, reason)
             return False
         alone = [torch.cat([head, short], 1), torch.cat([head, long], 1), long]
@@ -235,8 +235,8 @@ class LocalModel:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"memory on {self.device} does not suffice for the weights of {self.directory} in {self.dtype} "
-                    f"({last_words(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another --copa-device, or "
-                    "less else in that memory"
+                    f"({oom_message(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another --copa-device, "
+                    "or less else in that memory"
                 ) from error
             raise ConfigurationError(
                 f"could not load {self.directory} on {self.device} as a causal language model in {self.dtype}: "

@@ -28,7 +28,7 @@ from copa_harness.lm.local.memory import (
     FREE_SHARE,
     free_bytes,
     is_out_of_memory,
-    last_words,
+    oom_message,
 )
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import PrefixCache, PrefixKey
@@ -200,7 +200,7 @@ def load_generator(directory: Path, *, device: str, dtype: str, fingerprint: str
                     raise
                 raise OutOfMemoryError(
                     f"memory on {device} holds the weights of {directory} in {dtype}, but not what is made of them to "
-                    f"answer ({last_words(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another "
+                    f"answer ({oom_message(error)}); remedy: a smaller model, --copa-dtype=bfloat16, another "
                     "--copa-device, or less else in that memory"
                 ) from error
             _generators[key] = (fingerprint, generator)
@@ -348,7 +348,7 @@ class BatchGenerator:
                 raise OutOfMemoryError(
                     f"memory on {self.model.device} does not suffice for one prompt of "
                     f"{len(batch[0].payload.tokens.ids)} tokens alone, with max_tokens="
-                    f"{batch[0].payload.rules.max_tokens} ({last_words(error)}); {REMEDY}"
+                    f"{batch[0].payload.rules.max_tokens} ({oom_message(error)}); {REMEDY}"
                 ) from error
             logger.warning("out of memory on %s with %d requests; trying halves", self.model.device, len(batch))
             middle = len(batch) // 2

@@ -255,7 +255,7 @@ def checkpoint_levels(candidate: Candidate, lms: Sequence[Any], *, n: int) -> tu
 def _adapter(lm: Any) -> LoraAdapter | None:
     """The adapter behind a tuned model, None when it is no LoRA adapter of this project."""
     from copa_harness.lm.local.files import find_lora, read_lora, split_model_name
-    from copa_harness.tune.trainer import adapter_of
+    from copa_harness.tune.trainer import LoraAdapter
 
     base, digits = split_model_name(model_name(lm))
     directory = getattr(getattr(lm, "engine", None), "lora_dir", None)
@@ -267,4 +267,4 @@ def _adapter(lm: Any) -> LoraAdapter | None:
     files = read_lora(folder)
     if "checkpoints" not in files.details:
         return None  # a checkpoint itself
-    return adapter_of(files, base=base, trained_now=False, steps_now=0)
+    return LoraAdapter.from_files(files, base=base)

@@ -11,8 +11,6 @@ from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.memory import choose_device
 from copa_harness.testing.tiny_models import write_tiny_model
-from copa_harness.tune import LoraSettings
-from copa_harness.tune.processes import count_processes
 
 
 @pytest.fixture
@@ -46,13 +44,6 @@ def gpus(monkeypatch):
 def test_every_process_of_several_has_a_gpu_of_its_own_unless_one_was_named(n_gpus, asked, worker, expected, gpus):
     gpus(n_gpus)
     assert choose_device(asked, worker=worker) == expected
-
-
-@pytest.mark.parametrize(("worker", "expected"), [(None, 4), (0, 1), (5, 1)])
-def test_a_training_shares_all_gpus_only_in_a_process_that_has_them_for_itself(worker, expected, gpus):
-    gpus(4)
-    device = torch.device(choose_device(None, worker=worker))
-    assert count_processes(LoraSettings(), device, work=1e18) == expected
 
 
 def test_a_gpu_that_is_not_there_is_a_clear_error(gpus):

@@ -17,7 +17,7 @@ from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.llama import LlamaDecoder
-from copa_harness.lm.local.memory import is_out_of_memory, last_words
+from copa_harness.lm.local.memory import is_out_of_memory, oom_message
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.testing.tiny_models import write_tiny_model
 
@@ -77,7 +77,7 @@ def test_torch_itself_says_what_is_taken_for_too_little_memory():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
-    assert "\n" not in last_words(raised.value)
+    assert "\n" not in oom_message(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from copa_harness.lm.budget.scope import open_scope
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.results import Budget
 from copa_harness.tune.progress import Progress as Training
-from copa_harness.tune.progress import telling
+from copa_harness.tune.progress import report_progress_to
 
 
 class Clock:
@@ -38,7 +38,7 @@ def test_while_weights_are_trained_the_time_to_go_is_the_trainings():
         scope.reserve("request")
         progress = Progress(scope, write=lines.append, clock=clock)
         progress.at("step 2: w", scores=[1.0] * 5)
-        with telling(progress.doing):
+        with report_progress_to(progress.doing):
             Training(16).step(1, 0.5)
         clock.now += 20
         progress.tick()
