@@ -1,7 +1,5 @@
-# Two commands do everything, including the virtual environment:
-#   make suites   the main job: improve and gate the real tasks
-#   make test     lint, types, architecture and unit tests
-# Options go through ARGS:  make suites ARGS="--copa-budget=medium -k iris"
+# make suites and make test do everything, including the virtual environment. Options of pytest go through ARGS:
+#   make suites ARGS="--copa-budget=medium -k iris"
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,11 +10,12 @@ BIN := $(VENV)/bin
 # Two busy processes on few cores: OpenMP's spinning barriers would make torch ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: suites test lint types unit clean help
+.PHONY: suites test lint types unit format clean help
 .DEFAULT_GOAL := help
 
-help:
-	@sed -n '2,4p' Makefile | sed 's/^# //'
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo 'options: ARGS="-k iris" for pytest, BUDGET=medium, PYTHON=python3.11, VENV=.venv'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "==> creating $(VENV) and installing copa-harness (once; a few minutes)"
@@ -25,23 +24,29 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-suites: $(VENV)/.installed
+suites: $(VENV)/.installed  ## the main job: improve and gate the real tasks; reports/latest.md says what happened
 	@echo "==> pytest suites/ --copa-budget=$(BUDGET) $(ARGS)"
 	@$(BIN)/python -m pytest suites/ --copa-budget=$(BUDGET) $(ARGS)
 
-test: lint types unit
+test: lint types unit  ## lint, types, architecture and unit tests
 
-lint: $(VENV)/.installed
-	@echo "==> ruff check"
+lint: $(VENV)/.installed  ## ruff: rules and layout, nothing is changed
+	@echo "==> ruff check, ruff format --check"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed  ## mypy --strict on the package
 	@echo "==> mypy --strict copa_harness"
 	@$(BIN)/mypy
 
-unit: $(VENV)/.installed
+unit: $(VENV)/.installed  ## unit tests, by two processes
 	@echo "==> pytest tests/ -n 2 $(ARGS)"
 	@$(BIN)/python -m pytest tests/ -q -n 2 $(ARGS)
 
-clean:
+format: $(VENV)/.installed  ## ruff: mend what can be mended, lay out the rest
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check .
+
+clean:  ## remove the virtual environment, caches and answers
 	rm -rf $(VENV) .copa_cache .pytest_cache .mypy_cache .ruff_cache

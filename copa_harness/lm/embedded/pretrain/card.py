@@ -58,9 +58,9 @@ _HELD_OUT = """## What it never saw
 
 Every training token comes from a generator (`episodes.py`, `worlds.py`): random classes, rules, names and labels.
 No data set is read. All words of the names, fields and labels of Iris, Wine and Breast Cancer are banned from that
-generator (`words.py`, `BANNED_WORDS`) and a test decodes episodes to check it. The tokenizer's English comes from
+generator (`worlds.py`, `BANNED_WORDS`) and a test decodes episodes to check it. The tokenizer's English comes from
 Python's own language reference with the banned words left out. Decisions during development (sizes, stages, prompt
-form, LoRA settings) were made on the episodes' own figures and on the held-out tasks of `devtasks.py` (blobs,
+form, LoRA settings) were made on the episodes' own figures and on the held-out tasks of `development_tasks.py` (blobs,
 `make_classification`, moons, principal components of digits). The three tasks of `suites/` were run for the table
 below only, after the model and the settings were fixed. The wording and shape of a stated rule (`If {field} is
 below {t} answer {label}, otherwise ...`) is that which the optimizer writes; it was chosen before training. An
