@@ -1,4 +1,4 @@
-"""The pytest gateway: options, marker, fixtures, hooks. It translates; every decision is made in `session.py` and below.
+"""The pytest plugin: options, marker, fixtures, hooks. It translates; every decision is made in `session` and below.
 
 This module imports pytest and the standard library only, and an installed but unused plugin does nothing: settings
 are read, and the rest of the package imported, once a copa test has been collected (one that carries the `copa`

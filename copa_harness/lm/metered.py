@@ -110,7 +110,7 @@ class MeteredLM(dspy.LM):
         provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
-        num_retries: How often DSPy repeats a transient failure. 0: the gateway repeats, as the engine's `patience` says.
+        num_retries: How often DSPy repeats a transient failure. 0: the gateway does, as the engine's `patience` says.
         constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constrained`).
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """

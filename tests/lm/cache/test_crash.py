@@ -48,7 +48,8 @@ def life(directory, mode, run_id):
         time.sleep(0.004)
         return "answer to " + prompt
 
-    lm = ScriptedLM(answer, gateway=Gateway(cache=ResponseCache(directory / "responses")), fingerprint="w", max_tokens=9)
+    gateway = Gateway(cache=ResponseCache(directory / "responses"))
+    lm = ScriptedLM(answer, gateway=gateway, fingerprint="w", max_tokens=9)
     capped = Budget(calls=CEILING, output_tokens=10**6) if mode == "capped" else Budget(output_tokens=10**6)
     with whole_run(Budget(calls=10**4), directory=directory, run_id=run_id), open_scope("t", budget=capped) as scope:
 
