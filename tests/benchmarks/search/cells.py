@@ -1,7 +1,7 @@
 """Cells of the grid: what each is, in which order they are run, and where their results lie.
 
 A cell is one optimization: task x seed x budget x method. Its result is one JSON file under a folder named after the
-sources that could have changed it, so results of different versions never mix. Knows nothing of how a cell is run.
+sources that could have changed it, so results of different versions never mix.
 """
 
 from __future__ import annotations
@@ -32,18 +32,6 @@ METHODS = (*COPA, *CONTROLS, *RIVALS)
 WRITTEN_FOR = ("miprov2 light", "gepa")
 """Methods that are given the rule-based writer as their prompt LM."""
 
-_RIVAL_SOURCES = (
-    "registry",
-    "optimizer_step",
-    "evaluations",
-    "builders",
-    "writers",
-    "together",
-    "forgiving",
-    "arguments",
-    "quiet",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -67,11 +55,12 @@ def version_of(method: str) -> str:
     """
     optimize, tune = PACKAGE / "optimize", PACKAGE / "tune"
     if method in RIVALS:
-        files = [optimize / f"{name}.py" for name in _RIVAL_SOURCES]
+        files = [optimize / "steps.py", *sorted((optimize / "dspy_optimizers").glob("*.py"))]
         files += sorted(tune.glob("*.py")) if method == "better_together" else []
         files += [Path(__file__).with_name("writer.py")] if method in WRITTEN_FOR else []
     else:
-        files = [*sorted(optimize.glob("*.py")), *sorted(tune.glob("*.py"))]
+        ours = {path for path in optimize.rglob("*.py") if path.parent.name != "dspy_optimizers"}
+        files = [*sorted(ours), *sorted(tune.glob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
