@@ -226,6 +226,15 @@ def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, data: str | bytes) -> Path:
     """Write a file under a temporary name beside `path`, then rename: who sees the name sees the whole content.
 

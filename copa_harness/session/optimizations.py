@@ -329,7 +329,8 @@ def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
 @cache
 def _own_source() -> str:
     """SHA-256 of the modules that decide how an optimization runs: a changed optimizer makes new results."""
-    from copa_harness.store.stages import hash_file, hash_json
+    from copa_harness.documents import hash_file
+    from copa_harness.store.stages import hash_json
 
     package = Path(__file__).parents[1]
     files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.local.memory import checked_device, checked_dtype
+from copa_harness.lm.local.devices import checked_device, checked_dtype
 from copa_harness.optimize.dspy_optimizers.kwargs import check_optimizer_kwargs
 from copa_harness.optimize.options import check_groundings, check_sampler, parse_budget, parse_limits, parse_preference
 from copa_harness.results import Budget

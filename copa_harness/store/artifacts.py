@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from copa_harness.documents import (
+    hash_file,
     is_secret_key,
     mask_secrets,
     pretty_json,
@@ -27,7 +28,7 @@ from copa_harness.documents import (
 )
 from copa_harness.errors import ArtifactError
 from copa_harness.results import SCHEMA
-from copa_harness.store.fingerprints import hash_file, hash_json
+from copa_harness.store.fingerprints import hash_json
 
 KIND = "copa_harness artifact"
 PROGRAM = "program.json"

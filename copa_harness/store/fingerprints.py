@@ -13,14 +13,12 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from copa_harness.documents import canonical_json, to_jsonable
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PRIVATE_PREFIX = "dspy_"
-_CHUNK_BYTES = 1 << 20
 
 
 def hash_json(value: Any) -> str:
@@ -46,15 +44,6 @@ def hash_examples(examples: Iterable[Any]) -> str:
         inputs = getattr(example, "_input_keys", None)
         rows.append([public, sorted(inputs) if inputs is not None else None])
     return hash_json(rows)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def hash_source(function: Callable[..., Any] | type) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 
 from copa_harness.documents import canonical_json, find_credential, to_jsonable, write_atomic
 from copa_harness.results import SCHEMA
-from copa_harness.store.fingerprints import hash_examples, hash_file, hash_json, hash_source
+from copa_harness.store.fingerprints import hash_examples, hash_json, hash_source
 
-__all__ = ["StageStore", "hash_examples", "hash_file", "hash_json", "hash_source"]
+__all__ = ["StageStore", "hash_examples", "hash_json", "hash_source"]
 
 
 class StageStore:

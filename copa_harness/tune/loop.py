@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from copa_harness.errors import TrainingDivergedError, TrainingError
-from copa_harness.lm.local.model import quiet_peft
+from copa_harness.lm.local.model import silence_peft
 from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
 from copa_harness.tune.low_rank import speed_up
 from copa_harness.tune.progress import Progress
@@ -53,7 +53,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps weights transposed
     )
-    with torch.random.fork_rng(), quiet_peft():
+    with torch.random.fork_rng(), silence_peft():
         try:
             wrapped = peft.get_peft_model(model, config)
         except ValueError as error:

@@ -333,9 +333,9 @@ def write_lora(folder: Path, base: LocalModel, seed: int):
     import peft
 
     from copa_harness.lm.local.files import base_fingerprint, write_manifest
-    from copa_harness.lm.local.model import quiet_peft, share_weights
+    from copa_harness.lm.local.model import share_weights, silence_peft
 
-    with quiet_peft():
+    with silence_peft():
         settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         tuned = peft.get_peft_model(share_weights(base.model), settings)
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ from copa_harness.session import CopaSession, MarkerArguments, Settings, optimiz
 
 def test_the_optimizers_own_source_is_part_of_the_key(tmp_path: Path, monkeypatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("copa_harness.store.stages.hash_file", lambda path: seen.append(str(path)) or "hash")
+    monkeypatch.setattr("copa_harness.documents.hash_file", lambda path: seen.append(str(path)) or "hash")
     optimizations._own_source.__wrapped__()
     package = Path(copa_harness.__file__).parent
     assert str(package / "optimize" / "copa.py") in seen

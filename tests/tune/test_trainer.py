@@ -26,7 +26,7 @@ from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local import model as local_model
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE
-from copa_harness.lm.local.model import quiet_peft
+from copa_harness.lm.local.model import silence_peft
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.tune import LoraSettings, LoraTrainer, RowDemos, TrainingRow, progress, render_rows
 from copa_harness.tune.batches import BatchLoss
@@ -75,7 +75,7 @@ def test_answers_of_an_adapter_equal_those_of_peft_alone_also_beside_other_adapt
     for i, adapter in enumerate((None, first, second)):
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
         if adapter:
-            with quiet_peft():
+            with silence_peft():
                 model = peft.PeftModel.from_pretrained(model, str(adapter.directory))
         generated = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert texts[i::3] == [tokenizer.decode(generated, skip_special_tokens=True)] * 3

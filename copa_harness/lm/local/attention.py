@@ -4,7 +4,8 @@ Symbols: B rows, H query heads over K key-value heads (G = H / K), n new tokens 
 Softmax attention over [prefix | own] splits exactly: with (o1, l1) the output and log-sum-exp over the prefix and (o2,
 l2) those over the own tokens, the output is o1 + (o2 - o1) * sigmoid(l2 - l1). The prefix part is one attention of
 B*G*n queries against keys that are read once, not B times (Juravsky et al. 2024, arXiv:2402.05099; Ye et al. 2024,
-"Cascade inference"). It is plugged into transformers as an attention function, so the model's own code runs around it.
+"Cascade inference"). `llama` calls `cascade_attention` itself; any other model gets it as an attention function of
+transformers, so that the model's own code runs around it.
 """
 
 from __future__ import annotations

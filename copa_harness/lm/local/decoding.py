@@ -1,16 +1,14 @@
-"""How each row of a batch picks its tokens and when it stops, in our loop and in the library's `generate`.
+"""From logits to answers: how each row of a batch picks its tokens, when it stops, and the engine's own decoding loop.
 
-Every row has rules and random numbers of its own, so requests with different temperatures, limits and stop
-strings share a batch and none can tell who else was in it. A step whose choice hangs on less than rounding
-(a near-tie) is flagged, since there the batch could decide; the engine then answers that row alone.
+Every row has rules and random numbers of its own (`DecodingRules`, `RowState`), so requests with different
+temperatures, limits and stop strings share a batch and none can tell who else was in it. Sampling is by inversion: one
+uniform number per token against the cumulative probabilities in token order. A step whose choice hangs on less than
+rounding (a near-tie) is flagged, since there the batch could decide; the engine then answers that row alone.
 
-Sampling is by inversion: one uniform number per token against the cumulative probabilities in token order.
-
-The engine's own decoding loop, over a cascade cache: rows that are done leave the batch at once.
-
-A batch is [shared prefix, kept once | padding | own suffix | new tokens]. The library's `generate` would carry done
-rows to the end and prepare its settings anew at each call. Also scores given continuations, which a constrained answer
-is chosen by.
+`RowChooser` and `RowStopper` serve both loops, the library's `generate` and `CascadeRun`. That one works on a cascade
+cache, [shared prefix, kept once | padding | own suffix | new tokens]; rows that are done leave the batch at once, where
+`generate` would carry them to the end and prepare its settings anew at each call. It also scores given continuations,
+by which a constrained answer is chosen.
 """
 
 from __future__ import annotations
@@ -30,6 +28,12 @@ NEAR_TIE = {"float32": 3e-5}
 
 NEAR_EDGE = 2e-5
 """The same for a sampled token: distance in probability to a neighbour's edge, or to the top_p cut."""
+
+SHRINK_SHARE = 0.125
+"""Share of done rows from which they are dropped from the batch; copying the others' states costs about one step."""
+
+FIRST_ROOM_TOKENS = 64
+"""Room for new tokens a batch starts with; grows when answers are longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +242,6 @@ class RowStopper:
             row.reason = "length"
         elif self._is_cancelled(i):
             row.reason = "cancelled"
-
-
-SHRINK_SHARE = 0.125
-"""Share of done rows from which they are dropped from the batch; copying the others' states costs about one step."""
-
-FIRST_ROOM_TOKENS = 64
-"""Room for new tokens a batch starts with; grows when answers are longer."""
 
 
 @dataclass(frozen=True, slots=True)

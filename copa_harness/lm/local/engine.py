@@ -26,6 +26,7 @@ from copa_harness.errors import (
 )
 from copa_harness.lm.local.chat_template import ChatFormat, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules
+from copa_harness.lm.local.devices import checked_device, checked_dtype, choose_device
 from copa_harness.lm.local.files import (
     LoraFiles,
     base_fingerprint,
@@ -35,7 +36,6 @@ from copa_harness.lm.local.files import (
     resolve_model_directory,
     split_model_name,
 )
-from copa_harness.lm.local.memory import checked_device, checked_dtype, choose_device
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, TokenLogprob

@@ -1,7 +1,7 @@
-"""The ways a batch of prompts is answered: the cascade loop, the library's `generate`, the scoring of continuations.
+"""A batch of prompts becomes answers: by the cascade loop, by the library's `generate`, or by scoring continuations.
 
-Which way is taken, and what shares a batch, is decided elsewhere. Only the thread that holds the model may call in
-here.
+`scheduler` decides which prompts share a batch and which way it takes. Only the thread that holds the model may call
+in here.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def lora_key(prompt: Prompt) -> str:
     return prompt.lora.fingerprint if prompt.lora else ""
 
 
-class Paths:
-    """The ways to answer with one model.
+class BatchExecutor:
+    """Answers batches with one model.
 
     Args:
         model: the model in memory.
@@ -104,7 +104,7 @@ class Paths:
             return f"one {lora_key(prompt)}"
         return "mixed"
 
-    def cascade(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[RowState]:
+    def by_cascade(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[RowState]:
         """Rows of a batch through the cascade loop.
 
         Args:
@@ -168,7 +168,7 @@ class Paths:
         ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
         return Suffixes(ids, lengths, groups, loras)
 
-    def stock(
+    def by_generate(
         self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool], plain: bool = False
     ) -> list[RowState]:
         """Rows by the library's `generate`; `plain` is its own way, alone and without a prefix of ours."""

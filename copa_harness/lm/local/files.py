@@ -1,13 +1,9 @@
-"""What a local model is made of, on disk: where its files lie and the hash of everything that shapes an answer.
+"""What a local model is on disk: model folders, LoRA folders, and the hash of everything that shapes an answer.
 
-What was computed from files is remembered by their paths, modification times and sizes, since a fingerprint is asked
-for at every request.
-
-LoRA adapters as files: the manifest beside the weights, the fingerprint, and the check that both still match.
-
-A LoRA directory holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`.
-
-Weights somebody only has as a pickle: refused, or, for a user who insists, rewritten once as safetensors.
+Three parts: model folders and their fingerprint (`base_fingerprint`); LoRA folders, which hold
+`adapter_model.safetensors`, `adapter_config.json` and `manifest.json`, and the check that all still match
+(`read_lora`); weights somebody only has as a pickle (`convert_pickled`). What was computed from files is remembered by
+their paths, modification times and sizes (`remembered`), since a fingerprint is asked for at every request.
 
 Reading a pickle can run whatever its author wrote into it. So nothing here or elsewhere does, but for one case: a user
 said `allow_pickled_weights`, and the folder holds no safetensors. Then torch's restricted unpickler
@@ -33,8 +29,11 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from copa_harness import documents
 from copa_harness.errors import ArtifactError, ConfigurationError, OutOfMemoryError
 from copa_harness.lm.local.memory import is_out_of_memory, oom_message
+
+logger = logging.getLogger(__name__)
 
 FINGERPRINT_SCHEMA = 1
 """Raise when the engine itself starts to answer differently from equal files."""
@@ -54,6 +53,19 @@ SHAPING_FILES = (
     "chat_template.json",
 )
 """Files beside the weights that shape a model's answers, where a folder has them."""
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+MANIFEST_FILE = "manifest.json"
+
+NAME_DIGITS = 12
+"""Hex digits of the fingerprint that go into a fine-tuned model's name."""
+
+PICKLED = "pytorch_model*.bin"
+"""Names under which transformers looks for pickled weights."""
+
+CONVERSION_SCHEMA = 1
+"""Raise when the same pickle comes to be rewritten differently."""
 
 Stamp = tuple[tuple[int, int], ...]
 """(mtime in ns, size in bytes) of several paths."""
@@ -83,9 +95,8 @@ def remembered(key: Hashable, paths: Sequence[Path], compute: Callable[[], Value
 
 
 def hash_mapping(value: Mapping[str, Any]) -> str:
-    """Sha256, in hex, of a JSON mapping in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Sha256, in hex, of a JSON mapping in canonical form."""
+    return hashlib.sha256(documents.canonical_json(value).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -94,20 +105,12 @@ def hash_file(path: Path) -> str:
     Raises:
         ArtifactError: the file is not there.
     """
-    return remembered(("file", path), [path], lambda: _hash_file(path))
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return remembered(("file", path), [path], lambda: documents.hash_file(path))
     except FileNotFoundError as error:
         raise ArtifactError(
             f"got no file at {path}; expected a complete model folder; remedy: fetch it again"
         ) from error
-    return digest.hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -126,8 +129,8 @@ def resolve_model_directory(path: Path | str, *, rewrite_pickled_in: Path | None
 
     Args:
         path: a folder or an id.
-        rewrite_pickled_in: where weights that come as a pickle only are kept as safetensors (see `local_pickled`); None
-            leaves them alone, and they are refused when they are to be read.
+        rewrite_pickled_in: where weights that come as a pickle only are kept as safetensors (see `convert_pickled`);
+            None leaves them alone, and they are refused when they are to be read.
 
     Raises:
         ConfigurationError: neither a model folder nor an id that can be had, or a pickle that holds more than tensors.
@@ -141,8 +144,7 @@ def resolve_model_directory(path: Path | str, *, rewrite_pickled_in: Path | None
             directory = _snapshot(path, ("pytorch_model*.bin",))
     if rewrite_pickled_in is None:
         return directory
-
-    return rewritten(directory, keep_in=rewrite_pickled_in)
+    return convert_pickled(directory, keep_in=rewrite_pickled_in)
 
 
 def _snapshot(path: Path | str, more_patterns: Sequence[str]) -> Path:
@@ -235,16 +237,6 @@ def _shaping_files(directory: Path) -> list[Path]:
     return files
 
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-CONFIG_FILE = "adapter_config.json"
-
-MANIFEST_FILE = "manifest.json"
-
-NAME_DIGITS = 12
-"""Hex digits of the fingerprint that go into a fine-tuned model's name."""
-
-
 @dataclass(frozen=True, slots=True)
 class LoraFiles:
     """One trained LoRA adapter on disk.
@@ -281,9 +273,8 @@ def write_manifest(directory: Path, *, base_fingerprint: str, details: Mapping[s
         "files": files,
         **details,
     }
-    temporary = directory / f".{MANIFEST_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(directory / MANIFEST_FILE)
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    documents.write_atomic(directory / MANIFEST_FILE, text)
     return LoraFiles(directory, str(manifest["fingerprint"]), base_fingerprint, manifest)
 
 
@@ -339,16 +330,7 @@ def _lora_fingerprint(base_fingerprint: str, files: Mapping[str, str]) -> str:
     return hash_mapping({"base": base_fingerprint, "files": dict(files)})
 
 
-logger = logging.getLogger(__name__)
-
-PICKLED = "pytorch_model*.bin"
-"""Names under which transformers looks for pickled weights."""
-
-CONVERSION_SCHEMA = 1
-"""Raise when the same pickle comes to be rewritten differently."""
-
-
-def rewritten(directory: Path, *, keep_in: Path) -> Path:
+def convert_pickled(directory: Path, *, keep_in: Path) -> Path:
     """A model folder with safetensors: `directory` itself if it holds some, else its rewritten copy.
 
     Args:
@@ -400,8 +382,8 @@ def _rewrite(directory: Path, kept: list[Path], target: Path) -> None:
         )
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
-            f"the pickled weights of {directory} hold more than tensors ({_found(error)}) and are refused; remedy: "
-            "get them as safetensors from whoever made them"
+            f"the pickled weights of {directory} hold more than tensors ({_what_is_refused(error)}) and are refused; "
+            "remedy: get them as safetensors from whoever made them"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -421,7 +403,7 @@ def _rewrite(directory: Path, kept: list[Path], target: Path) -> None:
         shutil.copytree(directory / "additional_chat_templates", target / "additional_chat_templates")
 
 
-def _found(error: pickle.UnpicklingError) -> str:
+def _what_is_refused(error: pickle.UnpicklingError) -> str:
     """What the unpickler would not take, without torch's advice to take it all the same."""
     text = str(error)
     if match := re.search(r"GLOBAL (\S+)", text):

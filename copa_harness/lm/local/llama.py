@@ -7,10 +7,8 @@ share every product of the base, x W, and each adapter adds (x A) B to its own r
 arXiv:2311.03285); nothing of transformers is imported, which takes longer than reading a small model. The arithmetic is
 the library's up to rounding.
 
-Model folders and LoRA folders that `local_llama` computes exactly: which they are, and their tensors.
-
-A folder is taken only when every setting that could change the arithmetic has a value known here; all others are
-answered by transformers and peft.
+`read_shape` and `read_lora_tensors` say which model folders and LoRA folders are computed here: those in which every
+setting that could change the arithmetic has a value known here. All others are answered by transformers and peft.
 """
 
 from __future__ import annotations
@@ -25,6 +23,12 @@ from typing import Any
 
 from copa_harness.lm.local.attention import CascadeCache, RowGroup, cascade_attention
 from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, LoraFiles
+
+PACK_LIMIT_BYTES = 1 << 30
+"""More weights are used as they lie in memory: laid out anew, they are there twice."""
+
+_FUSED = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""Products of a layer and the projections in each."""
 
 _KINDS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -127,7 +131,7 @@ class LoraTensors:
 
 
 def read_shape(directory: Path) -> LlamaShape | None:
-    """The sizes of the model in a folder; None if it is not plain enough to be computed by `local_llama`."""
+    """The sizes of the model in a folder; None if it is not plain enough to be computed here."""
     config = _read_json(directory / "config.json")
     kind = str(config.get("model_type"))
     is_plain = (
@@ -210,13 +214,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # the library says better what is wrong with it
     return found if isinstance(found, dict) else {}
-
-
-PACK_LIMIT_BYTES = 1 << 30
-"""More weights are used as they lie in memory: laid out anew, they are there twice."""
-
-_FUSED = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""Products of a layer and the projections in each."""
 
 
 @dataclass(frozen=True, slots=True)

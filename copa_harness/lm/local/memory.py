@@ -1,24 +1,14 @@
 """How much memory a batch needs and how much there is, so that a batch too large is split before it is tried.
-Also which exceptions say that it did not suffice.
 
-Upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's intermediate
-values while the prompts are read.
-
-Which device a local model runs on, and in what arithmetic: checked as words first, against the machine when loading.
-
-Several processes of one session (pytest-xdist's workers) have a GPU each where there are several, instead of all models
-on the first one and every training on all of them: worker i takes GPU i mod n. Environment variables are left as they
-are.
+Needs are upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's
+intermediate values while the prompts are read. Also which exceptions say that memory did not suffice.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from copa_harness.errors import ConfigurationError
 
 BATCH_LIMIT_BYTES = 2 << 30
 """A batch of several requests stays below this even where there is more: larger ones are no faster."""
@@ -121,62 +111,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 def oom_message(error: BaseException) -> str:
     """The first line of what an exception says: torch adds C++ stacks and advice on its own settings."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
-
-
-def checked_device(device: str | None) -> str | None:
-    """`device` itself, if torch may have one of that name.
-
-    Raises:
-        ConfigurationError: It is no device's name.
-    """
-    if device is not None and not re.fullmatch(rf"({'|'.join(DEVICE_TYPES)})(:\d+)?", device):
-        raise ConfigurationError(
-            f"got the device {device!r}; expected {', '.join(DEVICE_TYPES)}, or one of several such as cuda:1"
-        )
-    return device
-
-
-def checked_dtype(dtype: str | None) -> str:
-    """`dtype`, float32 by default.
-
-    Raises:
-        ConfigurationError: It is none of `DTYPES`.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"got dtype {dtype!r}; expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    return dtype or DTYPES[0]
-
-
-def choose_device(asked: str | None, *, worker: int | None = None) -> str:
-    """The device to load a model on.
-
-    Args:
-        asked: What somebody wants: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
-        worker: This process's number among several that share the machine, from 0; None if it has it for itself. It
-            decides between several GPUs where `asked` does not.
-
-    Returns:
-        `cuda` without a number only to a process that has all GPUs: a training may take them all then.
-
-    Raises:
-        ConfigurationError: There is no such device.
-    """
-    import torch
-
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked is None and not n_gpus:
-        return "cpu"
-    if asked in (None, "cuda") and n_gpus:
-        return "cuda" if worker is None else f"cuda:{worker % n_gpus}"
-    device = torch.device(str(asked))
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        visible = ", ".join(f"cuda:{i}" for i in range(n_gpus)) or "none: no driver, no GPU, or a torch without CUDA"
-        raise ConfigurationError(
-            f"got the device {asked!r}; visible CUDA devices: {visible}; remedy: one of them, or --copa-device=cpu"
-        )
-    return str(asked)

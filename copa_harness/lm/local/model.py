@@ -1,11 +1,11 @@
-"""One model in memory: loading, how its requests may be batched, LoRA adapters side by side.
+"""One model in memory: loading, what its batches may do, LoRA adapters side by side.
 
 Base requests run on the model as loaded; LoRA requests on a second module tree that shares every base tensor and
-carries the adapters, so neither disturbs the other, and a trainer gets a third such tree.
+carries the adapters, so neither disturbs the other, and a trainer gets a third such tree (`share_weights`).
 
-What a model's batches may do without changing an answer, tried out on a few random tokens when it is loaded.
-
-Each check compares the logits of rows that share a batch with those each row gets from the library's model alone.
+What batches may do without changing an answer is tried out on a few random tokens when the model is loaded: each of
+`ExactnessChecks` compares the logits of rows that share a batch with those each row gets from the library's model
+alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from copa_harness.lm.local.llama import FusedLora, LlamaDecoder, read_lora_tenso
 from copa_harness.lm.local.memory import Footprint, is_out_of_memory, oom_message
 
 logger = logging.getLogger(__name__)
+
+MAX_LORAS_IN_MEMORY = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +145,18 @@ def _rope_depends_on_length(config: Any) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-MAX_LORAS_IN_MEMORY = 32
-
-
 class LocalModel:
     """A causal language model in memory.
 
     Attributes:
-        decoder: our own forward, for models that `local_llama` computes; None for others. The embedded model has only
+        decoder: our own forward, for models that `llama` computes; None for others. The embedded model has only
             this until something asks for `model`, since importing transformers takes longer than all else.
         pads: whether prompts of different lengths may share a batch, padded on the left, without changing an answer.
         shares_prefix: whether a batch may start from the states of a prefix computed once.
         context_length: tokens of prompt and answer together that the model can hold.
         eos_ids: token ids that end an answer.
         lock: held while a batch is generated.
-        cascades: whether batches may go through cascade attention (see `local_cascade`): on CPUs, where it was measured
+        cascades: whether batches may go through cascade attention (see `attention`): on CPUs, where it was measured
             to be faster, and where it gives this architecture's logits.
         footprint: bytes a token needs.
 
@@ -222,7 +221,7 @@ class LocalModel:
         import transformers
 
         try:
-            with _quiet(transformers):
+            with _no_progress_bars():
                 model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     self.directory,
                     dtype=getattr(torch, self.dtype),
@@ -290,7 +289,7 @@ class LocalModel:
         name = f"lora_{lora.fingerprint[:32]}"  # peft refuses dots in names
         if name not in self._loras:
             # The trainer stores float32 adapters; peft would otherwise keep them so beside a bfloat16 base.
-            with quiet_peft():
+            with silence_peft():
                 if self._with_loras is None:
                     self._with_loras = peft.PeftModel.from_pretrained(
                         share_weights(self.model), str(lora.directory), adapter_name=name
@@ -326,7 +325,7 @@ def _special_ids(model: Any) -> tuple[frozenset[int], int]:
 
 
 @contextmanager
-def quiet_peft() -> Iterator[None]:
+def silence_peft() -> Iterator[None]:
     """Silences what peft's own code provokes (it asks transformers 5 for a deprecated attribute)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -339,16 +338,15 @@ def share_weights(model: Any) -> Any:
     return copy.deepcopy(model, memo=shared)
 
 
-class _quiet:
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
     """Silences transformers' progress bars while a model loads, and restores the user's choice."""
+    from transformers.utils import logging as library_logging
 
-    def __init__(self, transformers: Any) -> None:
-        self._logging = transformers.utils.logging
-
-    def __enter__(self) -> None:
-        self._enabled = self._logging.is_progress_bar_enabled()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._enabled:
-            self._logging.enable_progress_bar()
+    were_shown = library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            library_logging.enable_progress_bar()

@@ -34,11 +34,6 @@ class PrefixCache:
     def __contains__(self, key: PrefixKey) -> bool:
         return key in self._entries
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the states kept now."""
-        return self._bytes
-
     def states(self, key: PrefixKey, read: Callable[[PrefixKey], Any]) -> Any:
         """The states of this prefix (batch of one), computed now if they are not kept.
 

@@ -1,11 +1,12 @@
-"""Requests from many threads become batches: one worker thread, a deadline of a few milliseconds, groups.
+"""Requests from many threads become batches on one worker thread, and batches become answers.
 
-A lone caller never waits: the deadline counts only while others are on their way or the last batch had company.
+`Batcher` collects: a batch is closed a few milliseconds after its oldest job came. A lone caller never waits, since
+that deadline counts only while others are on their way or the last batch had company.
 
-Batches of prompts: which may go together, which path they take, near-ties, memory.
-
-One `BatchGenerator` per model in memory, whatever the number of engines. A batch goes through the cascade loop where
-the model fits it, else through the library's `generate` behind [shared prefix | padding | own suffix].
+`BatchGenerator`, one per model in memory whatever the number of engines, decides: which prompts go together, whether
+they fit into memory, which way they take. That is the cascade loop where the model fits it, else the library's
+`generate` behind [shared prefix | padding | own suffix]. A row whose answer hangs on a near-tie is answered again,
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Generic, Literal, TypeVar
 
 from copa_harness.errors import OutOfMemoryError, ProviderError
 from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, RowState
-from copa_harness.lm.local.executor import Answer, Paths, Prompt, lora_key
+from copa_harness.lm.local.executor import Answer, BatchExecutor, Prompt, lora_key
 from copa_harness.lm.local.memory import (
     BATCH_LIMIT_BYTES,
     FREE_SHARE,
@@ -34,14 +35,24 @@ from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import PrefixCache, PrefixKey
 from copa_harness.wording import size
 
-Payload = TypeVar("Payload")
+logger = logging.getLogger(__name__)
 
+Payload = TypeVar("Payload")
 AnswerT = TypeVar("AnswerT")
 
 DEFAULT_WINDOW_S = 0.004
 
 IDLE_S = 2.0
 """Seconds without work after which the worker thread ends; the next job starts another."""
+
+NEAR_CHOICE = 1e-3
+"""Two continuations whose log-probabilities differ by less are scored again, alone."""
+
+REMEDY = (
+    "remedy: fewer or shorter demonstrations, a smaller max_tokens, a smaller model or --copa-dtype=bfloat16, another "
+    "--copa-device, or less else in that memory; then the same command again, which goes on where this run ended"
+)
+"""Against too little memory for one prompt; batches have been split by then."""
 
 
 @dataclass(eq=False, slots=True)
@@ -138,10 +149,10 @@ class Batcher(Generic[Payload, AnswerT]):
                 self._waiting = []
                 self._had_company = len(waiting) > 1
             if waiting:
-                self._work_off(waiting)
+                self._run_one_batch(waiting)
             del waiting  # an idle worker must not keep answers alive
 
-    def _work_off(self, waiting: list[BatchJob[Payload, AnswerT]]) -> None:
+    def _run_one_batch(self, waiting: list[BatchJob[Payload, AnswerT]]) -> None:
         """Run one batch out of `waiting` and put the rest back in front of what has come since."""
         batch = waiting
         try:
@@ -162,17 +173,6 @@ class Batcher(Generic[Payload, AnswerT]):
         while (left := deadline - time.monotonic()) > 0 and (self._n_arriving or self._had_company):
             self._condition.wait(left)
 
-
-logger = logging.getLogger(__name__)
-
-NEAR_CHOICE = 1e-3
-"""Two continuations whose log-probabilities differ by less are scored again, alone."""
-
-REMEDY = (
-    "remedy: fewer or shorter demonstrations, a smaller max_tokens, a smaller model or --copa-dtype=bfloat16, another "
-    "--copa-device, or less else in that memory; then the same command again, which goes on where this run ended"
-)
-"""Against too little memory for one prompt; batches have been split by then."""
 
 Job = BatchJob[Prompt, Answer]
 
@@ -221,7 +221,7 @@ class BatchGenerator:
         self.model = model
         self.cascades = model.cascades
         self.prefixes = PrefixCache()
-        self._paths = Paths(model, self.prefixes)
+        self._executor = BatchExecutor(model, self.prefixes)
         self.n_batches = self.n_rows = self.n_near_ties = 0
         self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run, prepare=self._read_prefix)
 
@@ -247,7 +247,7 @@ class BatchGenerator:
     # -- which prompts go together
 
     def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int, bool]:
-        prefix = self._paths.prefix_key(prompt)
+        prefix = self._executor.prefix_key(prompt)
         width = 0 if self.model.pads else len(prompt.tokens.ids) - len(prefix[1])
         return prefix, width, bool(prompt.choices)
 
@@ -276,13 +276,13 @@ class BatchGenerator:
         return self._within_limits([job for group in picked for job in group])
 
     def _family(self, prompt: Prompt) -> str:
-        return self._paths.family(prompt) if self.cascades else f"one {lora_key(prompt)}"
+        return self._executor.family(prompt) if self.cascades else f"one {lora_key(prompt)}"
 
     def _is_lone(self, group: Sequence[Job]) -> bool:
-        return len(group) == 1 and self.model.pads and self._paths.prefix_key(group[0].payload) not in self.prefixes
+        return len(group) == 1 and self.model.pads and self._executor.prefix_key(group[0].payload) not in self.prefixes
 
     def _own_width(self, group: Sequence[Job]) -> int:
-        n_prefix = len(self._paths.prefix_key(group[0].payload)[1])
+        n_prefix = len(self._executor.prefix_key(group[0].payload)[1])
         return max(len(job.payload.tokens.ids) for job in group) - n_prefix
 
     def _within_limits(self, jobs: Sequence[Job]) -> Sequence[Job]:
@@ -298,7 +298,7 @@ class BatchGenerator:
     def _bytes(self, jobs: Sequence[Job]) -> int:
         """Upper estimate of what a batch of these jobs needs."""
         prompts = [job.payload for job in jobs]
-        keys = {self._paths.prefix_key(prompt) for prompt in prompts}
+        keys = {self._executor.prefix_key(prompt) for prompt in prompts}
         kept_once = 0 if len(keys) == len(prompts) else sum(len(key[1]) for key in keys)
         longest = max(len(p.tokens.ids) for p in prompts)
         shortest_prefix = min((len(key[1]) for key in keys), default=0) if kept_once and self.cascades else 0
@@ -319,14 +319,14 @@ class BatchGenerator:
         import torch
 
         oldest = waiting[0].payload
-        key = self._paths.prefix_key(oldest)
+        key = self._executor.prefix_key(oldest)
         if not self.cascades or not key[1] or key in self.prefixes:
             return
-        if len(waiting) > 1 and sum(self._paths.prefix_key(job.payload) == key for job in waiting) < 2:
+        if len(waiting) > 1 and sum(self._executor.prefix_key(job.payload) == key for job in waiting) < 2:
             return  # a lone prefix among others: they are padded together
         with self.model.lock, torch.inference_mode(), suppress(RuntimeError, MemoryError):
             # What fails here, for want of memory, fails again with the batch, and is reported there.
-            self._paths.read_prefix(oldest)
+            self._executor.read_prefix(oldest)
 
     def _run(self, batch: Sequence[Job]) -> None:
         import torch
@@ -374,13 +374,13 @@ class BatchGenerator:
     def _generate(self, batch: Sequence[Job]) -> list[Answer]:
         """Answers of a batch; a row that hangs on a near-tie is answered again, alone and by the library."""
         prompts = [job.payload for job in batch]
-        path = self._paths.cascade if self.cascades else self._paths.stock
+        path = self._executor.by_cascade if self.cascades else self._executor.by_generate
         rows = path(prompts, is_cancelled=lambda i: batch[i].cancelled)
         answers = []
         for job, row in zip(batch, rows, strict=True):
             near_tie = row.near_tie
             if near_tie:
-                row = self._paths.stock([job.payload], is_cancelled=job.is_cancelled, plain=True)[0]
+                row = self._executor.by_generate([job.payload], is_cancelled=job.is_cancelled, plain=True)[0]
             answers.append(_to_answer(job.payload, row, near_tie=near_tie))
         return answers
 
@@ -388,13 +388,13 @@ class BatchGenerator:
         """Log-probabilities of each prompt's choices; where the best two nearly tie, each is scored alone."""
         prompts = [job.payload for job in batch]
         if not self.cascades:
-            alone = [self._paths.score_alone(prompt) for prompt in prompts]
+            alone = [self._executor.score_alone(prompt) for prompt in prompts]
             return [Answer((), "", "stop", False, choice_scores=tuple(row)) for row in alone]
         answers = []
-        for prompt, row in zip(prompts, self._paths.score(prompts), strict=True):
+        for prompt, row in zip(prompts, self._executor.score(prompts), strict=True):
             best = sorted(row, reverse=True)[:2]
             near_tie = len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
-            scores = self._paths.score_alone(prompt) if near_tie else row
+            scores = self._executor.score_alone(prompt) if near_tie else row
             answers.append(Answer((), "", "stop", near_tie, choice_scores=tuple(scores)))
         return answers
 

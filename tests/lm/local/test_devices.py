@@ -8,8 +8,8 @@ import torch
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
+from copa_harness.lm.local.devices import choose_device
 from copa_harness.lm.local.engine import TransformersEngine
-from copa_harness.lm.local.memory import choose_device
 from copa_harness.testing.tiny_models import write_tiny_model
 
 

@@ -18,9 +18,9 @@ def write_lora(engine, folder, seed, **settings):
     import peft
     import torch
 
-    from copa_harness.lm.local.model import quiet_peft, share_weights
+    from copa_harness.lm.local.model import share_weights, silence_peft
 
-    with quiet_peft():
+    with silence_peft():
         config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
         tuned = peft.get_peft_model(share_weights(engine.model), config)
         draw = torch.Generator().manual_seed(seed)
@@ -38,13 +38,13 @@ def plain_answers(folder, requests, adapters):
     import torch
     import transformers
 
-    from copa_harness.lm.local.model import quiet_peft
+    from copa_harness.lm.local.model import silence_peft
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     modules = {"hf:tiny": transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
     for name, directory in adapters.items():
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with quiet_peft():
+        with silence_peft():
             modules[name] = peft.PeftModel.from_pretrained(base, directory).eval()
     answers = []
     for request in requests:
