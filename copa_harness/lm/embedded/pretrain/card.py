@@ -1,9 +1,7 @@
-"""The model card of the shipped files, written from the run's own manifest, log and evaluation cells; no figure is
-typed by hand.
+"""The model card of the shipped files, written from the run's own manifest, log and evaluation cells.
 
-What choices are made on: the model's figures on the held-out development tasks, as Markdown for the card.
-
-Demonstrations in every prompt form, and how faithfully a stated two-clause rule is followed (accuracy against the
+No figure is typed by hand. ``development_table`` measures what choices are made on: the held-out development tasks,
+with demonstrations in every prompt form, and how faithfully a stated two-clause rule is followed (accuracy against the
 rule's own answers, so that a bad rule cannot hide a bad reader).
 """
 
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from copa_harness.documents import write_atomic
 from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
 from copa_harness.lm.embedded.pretrain.evaluate import IRIS_RULE, read_cells, table, targets
 from copa_harness.lm.embedded.pretrain.measure import (
@@ -37,6 +36,8 @@ SHIPPED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+
+FORMS: tuple[Form, ...] = ("float_fields", "str_fields", "single")
 
 _HEAD = """---
 license: apache-2.0
@@ -125,9 +126,7 @@ def ship(run_folder: pathlib.Path, into: pathlib.Path, card: str) -> None:
         shutil.copyfile(run_folder / "export" / name, temporary)
         temporary.chmod(0o644)
         os.replace(temporary, into / name)
-    temporary = into / "README.md.tmp"
-    temporary.write_text(card)
-    os.replace(temporary, into / "README.md")
+    write_atomic(into / "README.md", card)
 
 
 def _run_section(run: dict[str, Any], config: dict[str, Any], log: list[dict[str, Any]]) -> str:
@@ -187,9 +186,6 @@ def _results_section(cells: list[dict[str, Any]]) -> str:
         f'bootstrap over tasks x seeds. The rule: "{IRIS_RULE}"\n\n'
     )
     return f"{text}{table(cells)}\n### Targets\n\n{targets(cells)}\n{_WHY}"
-
-
-FORMS: tuple[Form, ...] = ("float_fields", "str_fields", "single")
 
 
 def median_rule(task: ClassificationTask) -> tuple[str, list[str]]:

@@ -1,8 +1,8 @@
 """One synthetic in-context classification episode: its world, its words and the texts of its turns.
 
 An episode is one system message and turns that are each a demonstration for the later ones and a query itself. Its text
-is that of ``template``; its task is one of ``worlds``; its names and labels come from ``words`` or are random
-vocabulary pieces. Symbols: P recorded turns, S feature slots, C clauses.
+is that of ``template``; its task is one of ``worlds``, as are its names and labels, unless these are random vocabulary
+pieces. Symbols: P recorded turns, S feature slots, C clauses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mix:
         kinds: Weights of ``KINDS``.
         n_features: Weights of 1..5 features.
         n_classes: Weights of 2..4 classes.
-        formats: Weights of ``numbers.FORMATS``.
+        formats: Weights of ``tokenizer.FORMATS``.
         several_fields: Share of episodes with one input field per feature.
         single_styles: Weights of "5.1 3.5", "5.1, 3.5", "a=5.1, b=3.5", "a 5.1, b 3.5", "a: 5.1, b: 3.5".
         spreads: Standard deviations of the Gaussian classes as shares of the range, drawn uniformly.

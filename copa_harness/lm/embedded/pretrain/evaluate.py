@@ -1,16 +1,14 @@
-"""The final table: what demonstrations, LoRA, both and a stated rule do for the embedded model on the three real
-tasks.
+"""The final table: what demonstrations, LoRA, both and a stated rule do for the embedded model on three real tasks.
 
 Every cell (task, split seed, number of labelled rows) is one JSON file, so a killed evaluation goes on where it was;
 the table and its intervals are computed from the files alone. Settings are fixed in ``SETTINGS``, chosen on
-``devtasks`` before this was run.
+``development_tasks`` before this was run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import dspy
 import numpy as np
 from tqdm import tqdm
 
+from copa_harness.documents import write_atomic
 from copa_harness.lm.embedded.pretrain.measure import LoraSettings, MeasuredModel, Record, best_demos, with_lora
 
 TASKS = ("iris", "wine", "breast_cancer")
@@ -78,9 +77,7 @@ def evaluate(
         if path.exists():
             continue
         cell = _cell(model, name, seed=seed, n_labelled=size, settings=settings)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(cell, indent=1))
-        os.replace(temporary, path)
+        write_atomic(path, json.dumps(cell, indent=1))
 
 
 def _cell(model: MeasuredModel, name: str, *, seed: int, n_labelled: int, settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Measures a small local model on classification programs: zero-shot, with demonstrations, with LoRA, with both.
 
 A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is greedy.
-Everything that shares a token prefix shares its KV cache. Independent of the rest of the package on purpose: it judges
-the model before there is a harness.
+Everything that shares a token prefix shares its KV cache. A few lines of transformers and peft on purpose, instead of
+this package's engine and trainer: it judges the model that those are then tested on.
 """
 
 from __future__ import annotations

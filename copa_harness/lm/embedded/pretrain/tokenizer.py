@@ -1,15 +1,14 @@
-"""Builds the embedded model's tokenizer: a small byte-level BPE, one token per number and per ChatAdapter phrase.
+"""The embedded model's tokenizer: a small byte-level BPE, one token per number and per ChatAdapter phrase.
 
 Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47") is
 one token, so that a value is one embedding row and comparing two values is one attention score. Every fixed phrase of
 ``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a label is the
 same tokens wherever it stands. Longer numbers ("1065") fall into pieces.
 
-Printed numbers: formats, and the fixed features from which the number tokens' embeddings are made.
-
-Symbols: v a printed value, u in [0, 1) its value as a share of its format's range (5.1 -> .51, 47 -> .47, 13.2 ->
-.132). The embedding row of a number token during pretraining is ``features(v) @ P + r`` with learned P, r, so that what
-is learned at one number holds for its neighbours.
+Number tokens also have fixed features, from which their embeddings are made. Symbols: v a printed value, u in [0, 1)
+its value as a share of its format's range (5.1 -> .51, 47 -> .47, 13.2 -> .132). The embedding row of a number token
+during pretraining is ``number_features(v) @ P + r`` with learned P, r, so that what is learned at one number holds for
+its neighbours.
 """
 
 from __future__ import annotations
@@ -112,6 +111,15 @@ CHAT_TEMPLATE: Final = (
 NUMBER_PATTERN: Final = r"\d\.\d\d|\d\d\.\d|\d\.\d|\d{1,3}"
 
 
+FORMATS: tuple[str, ...] = ("d.d", "dd", "d", "ddd", "0.dd", "dd.d", "d.dd")
+
+FORMAT_RANGE = {"d.d": 10.0, "dd": 100.0, "d": 10.0, "ddd": 1000.0, "0.dd": 1.0, "dd.d": 100.0, "d.dd": 10.0}
+
+_FREQUENCIES = np.array([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16])
+
+_LOG_FREQUENCIES = np.array([0.25, 0.5, 1.0, 2.0])
+
+
 def number_strings() -> list[str]:
     """Every number that is one token: d, dd, ddd, d.d, dd.d, d.dd without superfluous leading zeros."""
     numbers = [str(value) for value in range(1000)]
@@ -189,15 +197,6 @@ def _bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, st
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return model["vocab"], [(left, right) for left, right in merges]
-
-
-FORMATS: tuple[str, ...] = ("d.d", "dd", "d", "ddd", "0.dd", "dd.d", "d.dd")
-
-FORMAT_RANGE = {"d.d": 10.0, "dd": 100.0, "d": 10.0, "ddd": 1000.0, "0.dd": 1.0, "dd.d": 100.0, "d.dd": 10.0}
-
-_FREQUENCIES = np.array([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16])
-
-_LOG_FREQUENCIES = np.array([0.25, 0.5, 1.0, 2.0])
 
 
 def print_number(share: float, fmt: str) -> str:

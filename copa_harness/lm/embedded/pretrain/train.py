@@ -5,10 +5,8 @@ and gives, in the same arithmetic, the same weights. Checkpoints are safetensors
 line. Writing a file ``end_at`` with a step number into the run's folder moves the end (and with it the decay) there;
 the executed recipe records it.
 
-Muon for the matrices inside the layers: momentum, then the nearest orthogonal matrix by five Newton-Schulz
-steps.
-
-Source: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024. Matrices of one size are orthogonalised
+The matrices inside the layers are trained by Muon: momentum, then the nearest orthogonal matrix by five Newton-Schulz
+steps (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024). Matrices of one size are orthogonalised
 together, which is what makes it cheap on a CPU.
 """
 
@@ -32,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from copa_harness.documents import write_atomic
 from copa_harness.lm.embedded.pretrain.batches import Batch, EpisodeMaker
 from copa_harness.lm.embedded.pretrain.episodes import KINDS
 from copa_harness.lm.embedded.pretrain.network import NetworkShape, TrainingNetwork
@@ -44,60 +43,8 @@ from copa_harness.lm.embedded.pretrain.tokenizer import (
     save_tokenizer,
 )
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-
-class Muon:
-    """Muon over parameters that are matrices or stacks of matrices.
-
-    Args:
-        parameters: Tensors of shape (out, in) or (n, out, in).
-        momentum: Decay of the gradient average; Nesterov's form is used.
-        weight_decay: Decoupled, per unit of learning rate.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
-        self._parameters = parameters
-        self._momentum, self._weight_decay = momentum, weight_decay
-        self.buffers = [torch.zeros_like(parameter) for parameter in parameters]
-        self._groups: dict[tuple[int, int], list[int]] = {}
-        for i, parameter in enumerate(parameters):
-            rows, columns = parameter.shape[-2:]
-            self._groups.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """One update from the gradients in place."""
-        for indices in self._groups.values():
-            updates: list[Tensor] = []
-            for i in indices:
-                gradient = self._parameters[i].grad
-                assert gradient is not None
-                self.buffers[i].lerp_(gradient, 1 - self._momentum)
-                update = gradient.lerp(self.buffers[i], self._momentum)
-                update = update.view(-1, *update.shape[-2:])
-                updates.append(update.mT if update.shape[-2] > update.shape[-1] else update)
-            orthogonal = _orthogonalised(torch.cat(updates))
-            start = 0
-            for i in indices:
-                parameter = self._parameters[i]
-                n = parameter.numel() // (parameter.shape[-1] * parameter.shape[-2])
-                update = orthogonal[start : start + n]
-                start += n
-                rows, columns = parameter.shape[-2:]
-                update = (update.mT if rows > columns else update).reshape(parameter.shape)
-                parameter.mul_(1 - learning_rate * self._weight_decay)
-                parameter.add_(update, alpha=-learning_rate * max(1.0, rows / columns) ** 0.5)
-
-
-def _orthogonalised(x: Tensor) -> Tensor:
-    """Stack of (rows <= columns) matrices with all singular values drawn towards 1, in bfloat16 inside."""
-    a, b, c = _COEFFICIENTS
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-9)).bfloat16()
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.float()
+_MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the Newton-Schulz polynomial a x + b x^3 + c x^5."""
 
 
 _TURN_BUCKETS = {"turn_0": (0, 1), "turns_1_3": (1, 4), "turns_4_7": (4, 8), "turns_8_on": (8, 10**6)}
@@ -269,7 +216,7 @@ class PretrainingRun:
         progress = {"step": str(self.step), "n_tokens": str(self.n_tokens), "wall_s": str(self.wall_s)}
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=progress)
         os.replace(temporary, self._folder / "state.safetensors")
-        _write_json(self._folder / "run.json", self.manifest())
+        write_atomic(self._folder / "run.json", json.dumps(self.manifest(), indent=1))
         self.export(self._folder / "export")
 
     def _load(self) -> None:
@@ -304,9 +251,7 @@ class PretrainingRun:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            write_atomic(path, "".join(line + "\n" for line in kept))
 
     def manifest(self) -> dict[str, Any]:
         """What has been executed, for the model card."""
@@ -343,12 +288,6 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1))
-    os.replace(temporary, path)
-
-
 def _processor() -> str:
     try:
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
@@ -365,3 +304,56 @@ def _commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     )
     return answer.stdout.strip() or "unknown"
+
+
+class Muon:
+    """Muon over parameters that are matrices or stacks of matrices.
+
+    Args:
+        parameters: Tensors of shape (out, in) or (n, out, in).
+        momentum: Decay of the gradient average; Nesterov's form is used.
+        weight_decay: Decoupled, per unit of learning rate.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
+        self._parameters = parameters
+        self._momentum, self._weight_decay = momentum, weight_decay
+        self.buffers = [torch.zeros_like(parameter) for parameter in parameters]
+        self._groups: dict[tuple[int, int], list[int]] = {}
+        for i, parameter in enumerate(parameters):
+            rows, columns = parameter.shape[-2:]
+            self._groups.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One update from the gradients in place."""
+        for indices in self._groups.values():
+            updates: list[Tensor] = []
+            for i in indices:
+                gradient = self._parameters[i].grad
+                assert gradient is not None
+                self.buffers[i].lerp_(gradient, 1 - self._momentum)
+                update = gradient.lerp(self.buffers[i], self._momentum)
+                update = update.view(-1, *update.shape[-2:])
+                updates.append(update.mT if update.shape[-2] > update.shape[-1] else update)
+            orthogonal = _orthogonalised(torch.cat(updates))
+            start = 0
+            for i in indices:
+                parameter = self._parameters[i]
+                n = parameter.numel() // (parameter.shape[-1] * parameter.shape[-2])
+                update = orthogonal[start : start + n]
+                start += n
+                rows, columns = parameter.shape[-2:]
+                update = (update.mT if rows > columns else update).reshape(parameter.shape)
+                parameter.mul_(1 - learning_rate * self._weight_decay)
+                parameter.add_(update, alpha=-learning_rate * max(1.0, rows / columns) ** 0.5)
+
+
+def _orthogonalised(x: Tensor) -> Tensor:
+    """Stack of (rows <= columns) matrices with all singular values drawn towards 1, in bfloat16 inside."""
+    a, b, c = _MUON_COEFFICIENTS
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-9)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.float()

@@ -1,14 +1,12 @@
-"""The synthetic tasks behind the episodes: how feature values and labels come about, and rules put into words.
+"""What episodes are about: how feature values and labels come about, rules put into words, and the words themselves.
 
 A world draws N examples: ``shares`` (N, F), each value as a share 0..1 of its column's range, and ``classes`` (N,).
 Kinds: ``gauss`` (Gaussian classes, sometimes correlated or with noise columns), ``linear`` (bands along one direction),
 ``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states).
 
-Words the synthetic episodes are made of: field names, label words, and the words that must never appear.
-
-Two sources: a list of plain English words and an endless supply of pronounceable invented words. ``BANNED_WORDS`` holds
-every word of the task names, field names and labels of Iris, Wine and Breast Cancer (the tasks in ``suites/``); none of
-them is ever produced, neither as a name or label nor in the tokenizer's corpus.
+Field names and labels have two sources: a list of plain English words and an endless supply of pronounceable invented
+words. ``BANNED_WORDS`` holds every word of the task names, field names and labels of Iris, Wine and Breast Cancer (the
+tasks in ``suites/``); none of them is ever produced, neither as a name or label nor in the tokenizer's corpus.
 """
 
 from __future__ import annotations
