@@ -1,7 +1,19 @@
 """Tiny random models on disk: a test double for local models, as `ScriptedLM` is for any model.
 
 `write_tiny_model` writes a folder that loads like any Hugging Face model, in a fraction of a second and a few hundred
-kilobytes. Its answers are noise, but they depend on every token of the prompt, and LoRA training changes them.
+kilobytes. Its answers are noise, but they depend on every token of the prompt, and LoRA training changes them. For
+tests of what needs a model in this process: an engine, a chat template, a training.
+
+    from copa_harness.lm.local.engine import TransformersEngine
+    from copa_harness.testing.tiny_models import write_tiny_model
+
+    @pytest.fixture(scope="session")
+    def tiny(tmp_path_factory):
+        return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+    def test_my_template_is_served(tiny, tmp_path):
+        engine = TransformersEngine(tiny, name="hf:tiny", lora_dir=tmp_path, chat_template=MY_TEMPLATE)
+        assert engine.complete(request, seed=0).message.text
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -131,16 +130,14 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(directory, monkeypatc
         clear_cache(directory)
 
 
-def test_the_command_loads_neither_torch_nor_dspy_and_is_quick(directory):
+def test_the_command_loads_neither_torch_nor_dspy(directory):
     code = (
         "import sys; from copa_harness.cli import main; status = main(sys.argv[1:]);"
         "assert not {'torch', 'dspy', 'litellm', 'pytest'} & set(sys.modules); sys.exit(status)"
     )
-    began = time.monotonic()
     subprocess.run(
         [sys.executable, "-c", code, "cache", "stats", "--cache-dir", str(directory)],
         check=True,
         capture_output=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert time.monotonic() - began < 10

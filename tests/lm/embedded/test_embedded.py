@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import dspy
 import pytest
@@ -44,10 +43,8 @@ def test_finding_the_model_imports_no_torch():
     assert answer.stdout.strip() == "False"
 
 
-def test_it_is_a_plain_llama_that_loads_in_a_second(model):
-    started = time.perf_counter()
-    load_model(embedded_model_path())
-    assert time.perf_counter() - started < 1.0
+def test_it_is_a_plain_llama(model):
+    assert type(model.model).__name__ == "LlamaForCausalLM"
     assert json.loads((embedded_model_path() / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 

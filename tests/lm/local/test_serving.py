@@ -96,9 +96,7 @@ def test_an_answer_that_takes_longer_than_the_budget_leaves_is_given_up_and_the_
     finally:
         time_left_s.reset(token)
     monkeypatch.undo()
-    began = time.monotonic()
     assert engine.complete(request(), seed=0).usage.output_tokens == 6
-    assert time.monotonic() - began < 5
 
 
 def test_a_request_whose_caller_is_gone_is_dropped_from_the_queue(engine, monkeypatch):

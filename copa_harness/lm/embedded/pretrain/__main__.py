@@ -2,6 +2,7 @@
 
 python -m copa_harness.lm.embedded.pretrain train --folder runs/embedded
 python -m copa_harness.lm.embedded.pretrain evaluate --folder runs/embedded
+python -m copa_harness.lm.embedded.pretrain develop --folder runs/embedded
 python -m copa_harness.lm.embedded.pretrain card --folder runs/embedded --into copa_harness/lm/embedded
 """
 
@@ -13,7 +14,11 @@ import pathlib
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs one verb; heavy imports happen after parsing."""
-    parser = argparse.ArgumentParser(prog="python -m copa_harness.lm.embedded.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m copa_harness.lm.embedded.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="run the recipe, or go on with it")
     train.add_argument("--folder", type=pathlib.Path, required=True)
