@@ -22,7 +22,7 @@ from copa_harness.errors import ConfigurationError, TrainingError
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.lm.local.chat_template import ChatFormat
+    from copa_harness.lm.local.chat_template import ChatTemplate
 
 DemoMode = Literal["none", "program", "resample"]
 """Demonstrations in training prompts: none; the program's own at the time; k others drawn for every row."""
@@ -253,7 +253,7 @@ class EncodedRow:
 
 
 def encode_row(
-    chat: ChatFormat, row: TrainingRow, *, eos_ids: frozenset[int], learn_from_demos: bool = False
+    chat: ChatTemplate, row: TrainingRow, *, eos_ids: frozenset[int], learn_from_demos: bool = False
 ) -> EncodedRow:
     """A row as tokens: the very prompt tokens of inference, then the answer's up to and with its end token.
 
@@ -283,7 +283,7 @@ def encode_row(
 
 
 def _demo_targets(
-    chat: ChatFormat, row: TrainingRow, prompt: str, prompt_ids: Sequence[int], *, eos_ids: frozenset[int]
+    chat: ChatTemplate, row: TrainingRow, prompt: str, prompt_ids: Sequence[int], *, eos_ids: frozenset[int]
 ) -> tuple[int, ...]:
     """Positions of the demonstrations' answers (end tokens included) in the prompt's tokens."""
     offsets = chat.offsets(prompt)

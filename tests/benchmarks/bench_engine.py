@@ -1,6 +1,7 @@
 """Local generation: milliseconds per request of several ways to answer the same requests, taken in turn in one run.
 
     python tests/benchmarks/bench_engine.py                     # both sizes, 1 and 2 threads: some minutes
+    python tests/benchmarks/bench_engine.py --quick             # the small model, 2 threads
     python tests/benchmarks/bench_engine.py --sizes 2M --threads 1 --rounds 3
 
 Random Llama models made on the spot; a prefix of 600 tokens (12 demonstrations) shared by all requests, suffixes of
@@ -178,7 +179,6 @@ def ours(generator, work, *, cascades, indices=None, loras=None, warm=False):
                     lora=lora,
                     chat=chat,
                     eos_ids=frozenset(),
-                    max_batch=128,
                 )
             )
         return list(generator.wait(job).ids)
@@ -467,12 +467,15 @@ def start_up():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the small model, 2 threads")
     parser.add_argument("--sizes", nargs="+", default=["2M", "100M"], choices=SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["speed", "adapters", "precision", "dspy", "start-up"])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.threads = ["2M"], [2]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     figures = {}

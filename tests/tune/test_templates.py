@@ -9,7 +9,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from copa_harness.lm.local.chat_template import ChatFormat, request_messages
+from copa_harness.lm.local.chat_template import ChatTemplate, request_messages
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import RowDemos, TrainingRow, render_rows
 from copa_harness.tune.rows import encode_row
@@ -82,7 +82,7 @@ def tokenizer_of():
 @pytest.fixture(params=list(TEMPLATES))
 def chat(request, tokenizer_of):
     template, end = TEMPLATES[request.param]
-    return ChatFormat(tokenizer_of(end), name=request.param, chat_template=template)
+    return ChatTemplate(tokenizer_of(end), name=request.param, chat_template=template)
 
 
 def ends_of(chat):

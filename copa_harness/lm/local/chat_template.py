@@ -27,7 +27,7 @@ class PromptTokens:
     n_prefix: int
 
 
-class ChatFormat:
+class ChatTemplate:
     """A tokenizer together with its chat template.
 
     Args:

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from copa_harness.lm.constrained import OutputField
-from copa_harness.lm.local.chat_template import ChatFormat, PromptTokens
+from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens
 from copa_harness.lm.local.decoding import DecodingRules
 from copa_harness.lm.local.executor import Answer
 
@@ -65,7 +65,7 @@ def answer_constrained(
     prompt_text: str,
     prompt: PromptTokens,
     rules: DecodingRules,
-    chat: ChatFormat,
+    chat: ChatTemplate,
     ask: Ask,
 ) -> ConstrainedAnswer:
     """Write the fields one after the other.

@@ -4,7 +4,7 @@ Concurrent requests are generated together, behind one copy of the prefix they s
 the one a plain `generate` of that request alone gives, whoever else asked at the time. Greedy at temperature 0 or None;
 no setting of the folder's generation_config is used except its end tokens.
 
-From a DSPy request to decoding rules, and from what was generated back to a DSPy response.
+`rules_of` turns a DSPy request into decoding rules, `response_of` what was generated into a DSPy response.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from copa_harness.errors import (
     ProviderError,
     ProviderTimeoutError,
 )
-from copa_harness.lm.local.chat_template import ChatFormat, PromptTokens, request_messages
+from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules
 from copa_harness.lm.local.devices import checked_device, checked_dtype, choose_device
 from copa_harness.lm.local.files import (
@@ -40,13 +40,12 @@ from copa_harness.lm.local.files import (
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, TokenLogprob
 
-    from copa_harness.lm.local.chat_template import ChatFormat
     from copa_harness.lm.local.constrained import Choice, ConstrainedAnswer
-    from copa_harness.lm.local.decoding import DecodingRules
     from copa_harness.lm.local.executor import Answer
     from copa_harness.lm.local.scheduler import BatchGenerator, Job
 
-DEFAULT_MAX_BATCH = 128
+DEFAULT_MAX_TOKENS = 512
+"""Most tokens of an answer when the request names no limit (less if the context has less room)."""
 
 
 class TransformersEngine:
@@ -59,9 +58,8 @@ class TransformersEngine:
         name: the base model's name in requests, `embedded` or `hf:<path or id>`.
         lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
         device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
-        worker: this process's number among several that share the GPUs (see `local_devices`).
+        worker: this process's number among several that share the GPUs (see `devices`).
         dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
-        max_batch: most requests generated together.
         chat_template: Jinja text that replaces the folder's chat template.
         rewrite_pickled_in: see `resolve_model_directory`.
     """
@@ -77,23 +75,19 @@ class TransformersEngine:
         device: str | None = None,
         worker: int | None = None,
         dtype: str | None = None,
-        max_batch: int = DEFAULT_MAX_BATCH,
         chat_template: str | None = None,
         rewrite_pickled_in: Path | None = None,
     ) -> None:
-        if max_batch < 1:
-            raise ConfigurationError(f"got max_batch={max_batch}; expected at least 1")
         self.name = name
         self.lora_dir = Path(lora_dir)
         self.dtype = checked_dtype(dtype)
         self._path = path
         self._device, self._worker = checked_device(device), worker
-        self._max_batch = max_batch
         self._chat_template, self._rewrite_in = chat_template, rewrite_pickled_in
         self._lock = threading.RLock()
         self._directory: Path | None = None
         self._lora_directories: dict[str, Path] = {}
-        self._chat: ChatFormat | None = None
+        self._chat: ChatTemplate | None = None
         self._generator: BatchGenerator | None = None
         self._loaded = ""
 
@@ -113,7 +107,7 @@ class TransformersEngine:
             return self._directory
 
     @property
-    def chat(self) -> ChatFormat:
+    def chat(self) -> ChatTemplate:
         """Tokenizer and chat template, loaded at the first use.
 
         Raises:
@@ -130,12 +124,12 @@ class TransformersEngine:
                         f"could not load the tokenizer of {self.name} from {self.directory}: {error}; "
                         "expected a folder that AutoTokenizer loads without trust_remote_code"
                     ) from error
-                self._chat = ChatFormat(tokenizer, name=self.name, chat_template=self._chat_template)
+                self._chat = ChatTemplate(tokenizer, name=self.name, chat_template=self._chat_template)
             return self._chat
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or what stands for it (see `local_tokenizer`)."""
+        """The Hugging Face tokenizer, or what stands for it (see `tokenizer`)."""
         return self.chat.tokenizer
 
     @property
@@ -250,7 +244,6 @@ class TransformersEngine:
                 lora=lora,
                 chat=self.chat,
                 eos_ids=self.eos_ids,
-                max_batch=self._max_batch,
                 choices=choices,
             )
         )
@@ -315,10 +308,6 @@ class TransformersEngine:
         return files
 
 
-DEFAULT_MAX_TOKENS = 512
-"""Most tokens of an answer when the request names no limit (less if the context has less room)."""
-
-
 def rules_of(request: Request, seed: int, *, prompt: Sequence[int], context: int) -> DecodingRules:
     """How a request's answer is decoded.
 
@@ -371,7 +360,7 @@ def check_room(n_tokens: int, *, context: int, name: str) -> None:
         )
 
 
-def response_of(request: Request, answer: Answer, *, n_prompt: int, chat: ChatFormat) -> Response:
+def response_of(request: Request, answer: Answer, *, n_prompt: int, chat: ChatTemplate) -> Response:
     """A generated answer as DSPy wants it, with log-probabilities if they were asked for."""
     from dspy.lm15 import Message, Response, TokenLogprob, TopLogprob, Usage
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from copa_harness.lm.local.attention import RowGroup
-from copa_harness.lm.local.chat_template import ChatFormat, PromptTokens
+from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens
 from copa_harness.lm.local.decoding import (
     FIRST_ROOM_TOKENS,
     CascadeRun,
@@ -41,16 +41,14 @@ class Prompt:
         lora: the adapter that answers, None for the base model.
         chat: tokens to text.
         eos_ids: tokens that end the answer.
-        max_batch: bounds the batch it may be in.
         choices: continuations to score instead of generating, each at least one token.
     """
 
     tokens: PromptTokens
     rules: DecodingRules
     lora: LoraFiles | None
-    chat: ChatFormat
+    chat: ChatTemplate
     eos_ids: frozenset[int]
-    max_batch: int
     choices: tuple[tuple[int, ...], ...] = ()
 
 

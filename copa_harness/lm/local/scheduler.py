@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 Payload = TypeVar("Payload")
 AnswerT = TypeVar("AnswerT")
 
+MAX_BATCH = 128
+"""Most requests answered together."""
+
 DEFAULT_WINDOW_S = 0.004
 
 IDLE_S = 2.0
@@ -287,10 +290,9 @@ class BatchGenerator:
 
     def _within_limits(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """As many of the first jobs as a batch may hold, at least one."""
-        most = min(job.payload.max_batch for job in jobs)
         free = free_bytes(self.model.device)
         limit = BATCH_LIMIT_BYTES if free is None else min(BATCH_LIMIT_BYTES, FREE_SHARE * free)
-        n = min(len(jobs), most)
+        n = min(len(jobs), MAX_BATCH)
         while n > 1 and (needed := self._bytes(jobs[:n])) > limit:
             n = max(1, min(n - 1, int(n * limit / needed)))
         return jobs[:n]

@@ -91,8 +91,9 @@ def test_answers_of_a_mixed_batch_equal_plain_one_request_generate(architecture,
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_answers_do_not_depend_on_order_threads_or_company(seed, tiny_folders, tmp_path):
-    engine = TransformersEngine(tiny_folders("qwen2", seed), name="hf:tiny", lora_dir=tmp_path, max_batch=7)
+def test_answers_do_not_depend_on_order_threads_or_company(seed, tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("copa_harness.lm.local.scheduler.MAX_BATCH", 7)
+    engine = TransformersEngine(tiny_folders("qwen2", seed), name="hf:tiny", lora_dir=tmp_path)
     requests = make_requests(20, seed=seed)
     one_by_one = [engine.complete(request, seed=0).text for request in requests]
     shuffled = random.Random(seed).sample(range(20), 20)
