@@ -1,5 +1,8 @@
 """Fine-tuning: training rows rendered as they will be served, a LoRA trainer, and DSPy's provider over it.
 
+Read `trainer` first: `rows` (and `traces`) is what it is given, `epochs` and `checkpoints` how a training is charged,
+kept and taken up again, `loop` the training itself, over `batches` and `low_rank`. `provider` is DSPy's way in.
+
 Names load on first use (PEP 562), so importing this package loads neither dspy nor torch.
 """
 
