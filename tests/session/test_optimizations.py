@@ -74,7 +74,7 @@ def needing_it(folder: Path, *, doomed_after: int = 0):
         rows = [dspy.Example(question=f"q{i}", answer="yes").with_inputs("question") for i in range(24)]
         task = Task("needed", dspy.Predict("question -> answer"), exact, rows[:10], rows[10:18], rows[18:])
         with CopaSession(settings(folder)) as session:
-            lm = ScriptedLM(answers, door=session.models.door, fingerprint="scripted")
+            lm = ScriptedLM(answers, gateway=session.models.gateway, fingerprint="scripted")
             barrier.wait(60)
             run = session.run(task, lm=lm, marker=MarkerArguments(strategy="p", budget=60, adoption_p=1.0))
             state = run.program.dump_state(json_mode=True)

@@ -24,6 +24,8 @@ from copa_harness.errors import (
     ProviderError,
     ProviderTimeoutError,
 )
+from copa_harness.lm.context import time_left_s
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.local.chat_template import ChatFormat, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules
 from copa_harness.lm.local.files import (
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_BATCH = 128
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An engine over one local model and its LoRA adapters.
 
     Constructing it costs nothing; the weights are loaded at the first request, once per process and folder.
@@ -67,6 +69,7 @@ class TransformersEngine:
     """
 
     can_constrain = True
+    takes_lora = True
 
     def __init__(
         self,
@@ -96,13 +99,6 @@ class TransformersEngine:
         self._chat: ChatFormat | None = None
         self._generator: BatchGenerator | None = None
         self._loaded = ""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersEngine:
-        """Itself: DSPy deep-copies programs with their models, and weights and counters must stay shared."""
-        return self
-
-    def __copy__(self) -> TransformersEngine:
-        return self
 
     @property
     def directory(self) -> Path:
@@ -256,9 +252,7 @@ class TransformersEngine:
         )
 
     def _wait(self, job: Job) -> Answer:
-        from copa_harness.lm.engine import time_left_s
-
-        left_s = time_left_s.get()
+        left_s = time_left_s()
         try:
             return self.generator.wait(job, timeout_s=None if math.isinf(left_s) else max(0.0, left_s))
         except FutureTimeoutError as error:
