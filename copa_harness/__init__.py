@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from copa_harness.lazy import attach
 
 if TYPE_CHECKING:
-    from copa_harness.lm.budget.scope import open_scope as open_scope
+    from copa_harness.lm.context import open_scope as open_scope
     from copa_harness.lm.factory import build_lm as build_lm
     from copa_harness.lm.metered import MeteredLM as MeteredLM
     from copa_harness.lm.scripted import ScriptedLM as ScriptedLM
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _load, __dir__, __all__ = attach(
     __name__,
     {
-        "lm.budget.scope": ["open_scope"],
+        "lm.context": ["open_scope"],
         "lm.factory": ["build_lm"],
         "lm.metered": ["MeteredLM"],
         "lm.scripted": ["ScriptedLM"],

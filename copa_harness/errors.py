@@ -43,10 +43,12 @@ class ProviderError(CopaError):
         kind: Under which name failures of this class are counted.
         billed: Whether the provider charges for the call: None when nobody can know. What is not certainly free is
             booked at the worst case that was reserved for it.
+        transient: Whether another try may mend it.
     """
 
     kind = "provider"
     billed: bool | None = False
+    transient = False
 
 
 class ContextOverflowError(ProviderError):
@@ -59,12 +61,14 @@ class RateLimitError(ProviderError):
     """The provider asked to slow down (HTTP 429)."""
 
     kind = "rate limit"
+    transient = True
 
 
 class ProviderTimeoutError(ProviderError):
     """No answer in time. The provider may be working on it still, and bill it."""
 
     kind = "timeout"
+    transient = True
     billed = None
 
 
@@ -72,12 +76,14 @@ class ServerFailureError(ProviderError):
     """The provider failed (HTTP 5xx)."""
 
     kind = "server error"
+    transient = True
 
 
 class ConnectionFailedError(ProviderError):
     """The connection could not be made, or broke."""
 
     kind = "connection"
+    transient = True
 
 
 class AuthenticationError(ProviderError):
@@ -96,6 +102,7 @@ class MalformedAnswerError(ProviderError):
     """The provider sent something, and it is no answer: broken JSON, missing fields."""
 
     kind = "malformed answer"
+    transient = True
     billed = None
 
 

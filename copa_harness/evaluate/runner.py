@@ -43,9 +43,8 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.lm.budget.scope import current_scope
-from copa_harness.lm.constrained import label_scores_wanted
-from copa_harness.lm.fast_path import PromptAdapter
+from copa_harness.lm.context import current_scope, in_context
+from copa_harness.lm.dspy_internals import prompt_adapter
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 
 logger = logging.getLogger("copa_harness")
@@ -74,7 +73,7 @@ def default_adapter() -> Any:
     That one makes one call per answer. DSPy's default asks a second time in JSON when an answer does not parse;
     a metered run must not pay twice for an answer that is simply wrong.
     """
-    return dspy.settings.adapter or PromptAdapter(use_json_adapter_fallback=False)
+    return dspy.settings.adapter or prompt_adapter(use_json_adapter_fallback=False)
 
 
 def program_lms(program: dspy.Module) -> tuple[Any, ...]:
@@ -130,11 +129,8 @@ def evaluate(
     """
     scope = current_scope()
     before, started = scope.usage(), time.perf_counter()
-    token = label_scores_wanted.set(True)
-    try:
+    with in_context(label_scores=True):
         runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
-    finally:
-        label_scores_wanted.reset(token)
     usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
     results = tuple(run.result for run in runs)
     scores = [result.score for result in results if result.score is not None]

@@ -1,4 +1,4 @@
-"""The metered gateway to language models: engines, cache, budget, and the LM object DSPy programs hold.
+"""Language models: the gateway all calls go through, its cache and budget, the engines, and what a DSPy program holds.
 
 Names load on first use (PEP 562), so importing this package loads neither dspy nor torch.
 """
@@ -11,11 +11,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "budget.ledger": ["whole_run"],
-        "budget.scope": ["Scope", "booked_as", "current_scope", "open_scope"],
+        "budget.scope": ["Scope"],
         "cache.store": ["ResponseCache"],
-        "context": ["planning", "repeated"],
+        "context": ["booked_as", "current_scope", "dry_run", "in_context", "observing", "open_scope", "repeated"],
         "engine": ["Engine"],
-        "factory": ["adapter_for", "build_lm"],
+        "factory": ["ModelSettings", "adapter_for", "build_lm"],
         "gateway": ["Gateway"],
         "metered": ["MeteredLM"],
         "scripted": ["ScriptedLM"],

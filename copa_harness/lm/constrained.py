@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,13 +16,10 @@ import dspy
 from dspy.lm15 import Request
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.engine import Engine
 
 EXTENSION = "copa_constrain"
 """Name in `Request.config.extensions`."""
-
-
-label_scores_wanted: ContextVar[bool] = ContextVar("copa_label_scores_wanted", default=False)
-"""Whether predictions shall carry the log-probability of every allowed value, as with the LM's own `logprobs=True`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +28,6 @@ class OutputField:
 
     name: str
     choices: tuple[str, ...] | None
-
-
-def can_constrain(engine: object) -> bool:
-    """Whether an engine chooses answers by the log-probabilities of the allowed ones."""
-    return bool(getattr(engine, "can_constrain", False))
 
 
 def choices_of(annotation: Any) -> tuple[str, ...] | None:
@@ -69,13 +60,14 @@ def nothing_to_constrain(program: dspy.Module, lm: object) -> bool:
 
 
 def constraint_of_call(
-    messages: Sequence[Mapping[str, Any]] | None, settings: MutableMapping[str, Any]
+    messages: Sequence[Mapping[str, Any]] | None, settings: MutableMapping[str, Any], *, label_scores: bool
 ) -> tuple[OutputField, ...] | None:
     """The output fields of the predictor that is calling; None when none of them has a list of allowed values.
 
     Args:
         messages: Of the call.
         settings: Of the call; told so where label scores are wanted, and DSPy hands them on to the prediction.
+        label_scores: Whether they are (see `CallContext`).
 
     Raises:
         ConfigurationError: It has one, and the prompt is not in `dspy.ChatAdapter`'s layout.
@@ -94,7 +86,7 @@ def constraint_of_call(
             f"got a prompt by {adapter} for the fields {', '.join(field.name for field in fields)}; constrained "
             "answers expect dspy.ChatAdapter's layout; remedy: use dspy.ChatAdapter, or drop constrain=True"
         )
-    if label_scores_wanted.get():
+    if label_scores:
         settings["logprobs"] = True
     return fields
 
@@ -119,13 +111,13 @@ def constraint_of(request: Request) -> tuple[OutputField, ...] | None:
     return tuple(OutputField(name, None if choices is None else tuple(choices)) for name, choices in listed)
 
 
-def checked_constrain(constrain: bool, engine: object, *, model: str) -> bool:
-    """`constrain` itself, if the engine can do it.
+def checked_constrain(constrain: bool, engine: Engine | None, *, model: str) -> bool:
+    """`constrain` itself, if the engine can do it; None stands for an endpoint's.
 
     Raises:
         ConfigurationError: It cannot: an endpoint shows no log-probabilities of given texts.
     """
-    if constrain and not can_constrain(engine):
+    if constrain and (engine is None or not engine.can_constrain):
         raise ConfigurationError(
             f"got constrain=True for {model!r}; constrained answers need the log-probabilities of every allowed value, "
             "which only a model in this process has: 'embedded' or 'hf:<path or id>'"

@@ -1,48 +1,215 @@
-"""What the answers to a block of calls cost: tokens, dollars and seconds, the same whether bought now or replayed.
+"""What travels with a call beside its request: one frozen `CallContext`.
 
-    with observing() as observer:
-        program(question=...)
-    observer.seen      # one Observed per call, in any order
+    open_scope    whose budget pays        booked_as   the phase it is billed to
+    repeated      which repeat of a run    dry_run     count what would be paid, pay nothing
+    observing     who is told the costs    evaluate()  whether log-probabilities of labels are wanted
+         |
+         v   `in_context(...)`: a copy with that changed, for the time of a block
+    ONE entry of DSPy's settings           DSPy runs programs in threads of its own and hands them its settings and
+         |                                 nothing else, so a context variable alone would be lost on the way
+         v   `MeteredLM.__call__`: a copy with the rollout id and the constrained fields of this call
+    ONE context variable                   set while the call runs; DSPy makes a call in the thread that asked for it
+         |                                 (or hands its context over, for `acall`)
+         v   `Gateway.call`: reads who pays and who is told; adds the seconds the budget leaves
+    the engine, which may ask `time_left_s()`
 
-The meter of a scope books what is *paid*, and a replay costs nothing; a search that prefers cheap programs must see
-what an answer costs when it is bought. So the gateway notes here, beside its bookkeeping, the usage, the price and the
-seconds that were stored with the answer when it was.
+Threads that DSPy starts for fine-tuning inherit neither; calls there are charged to the innermost scope that is open
+anywhere in the process.
 
-A plan before paying: the program runs against the cache alone, and what is missing is counted instead of bought.
+**Observing.** The meter of a scope books what is *paid*, and a replay costs nothing; a search that prefers cheap
+programs must see what an answer costs when it is bought. So the gateway tells an `Observer`, beside its bookkeeping,
+the usage, the price and the seconds that were stored with the answer when it was.
 
-    with planning() as plan:
-        evaluate(program, examples, ...)
-    print(plan.summary())
+**Dry runs.** The program runs against the cache alone. Every call whose answer is not stored is counted with the most
+it can cost, and refused with `NotCachedError`. What a program or an optimizer would ask *because of* the missing
+answers cannot be known, so a dry run is a lower bound for the calls of an optimization and exact for an evaluation with
+one call per example.
 
-Every call whose answer is not stored is counted with the most it can cost, and refused with `NotCachedError`. What a
-program or an optimizer would ask *because of* the missing answers cannot be known, so a plan is a lower bound for the
-calls of an optimization and exact for an evaluation with one call per example.
-
-Repeats of a whole run: the same program on the same examples several times, each time with answers of its own.
-
-    for index in range(5):
-        with repeated(index):
-            evaluate(program, examples, ...)
-
-Every call inside is stored and sampled under its repeat, so repeats are independent, and each is cached: running the
-five again asks nothing. Repeat 0 is the plain run and shares its answers.
+**Repeats** of a whole run: every call inside is stored and sampled under its repeat, so repeats are independent, and
+each is cached: running them again asks nothing. Repeat 0 is the plain run and shares its answers.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
+
+import dspy
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.budget.cost import Cost
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.lm.constrained import OutputField
 from copa_harness.lm.provider_errors import EngineError
-from copa_harness.results import Usage
+from copa_harness.results import Budget, Phase, Usage
 
-OBSERVER_SETTING = "copa_observer"
-"""Name under which the observer stands in DSPy's settings, which DSPy carries into its worker threads."""
+
+class Completions:
+    """How many completions of one call have arrived: DSPy asks for its `n` one after another."""
+
+    __slots__ = ("n_arrived",)
+
+    def __init__(self) -> None:
+        self.n_arrived = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """What travels with a call.
+
+    Attributes:
+        scope: Who pays; None for the innermost scope open in the process.
+        phase: What it is billed to, None for the phase the scope is in.
+        repeat: Which repeat of a run it belongs to; 0 is the plain run.
+        dry_run: Counts what would be paid, and nothing is.
+        observer: Is told what the answer cost when it was bought.
+        label_scores: Whether predictions shall carry the log-probability of every allowed value of a constrained field,
+            as with the LM's own `logprobs=True`.
+        rollout_id: DSPy's rollout id together with the repeat, or None. From here on known during a call only.
+        fields: The output fields of a constrained answer.
+        completions: How many of the call's completions have arrived.
+        time_left_s: Seconds the budget leaves it.
+    """
+
+    scope: Scope | None = None
+    phase: Phase | None = None
+    repeat: int = 0
+    dry_run: DryRun | None = None
+    observer: Observer | None = None
+    label_scores: bool = False
+    rollout_id: object = None
+    fields: tuple[OutputField, ...] | None = None
+    completions: Completions | None = None
+    time_left_s: float = math.inf
+
+
+SETTING = "copa_context"
+"""Name of the context in DSPy's settings."""
+
+_NOTHING = CallContext()
+
+_call: ContextVar[CallContext | None] = ContextVar("copa_call", default=None)
+
+
+def current_context() -> CallContext:
+    """The context of calls made here and now."""
+    found = dspy.settings.get(SETTING)
+    return found if isinstance(found, CallContext) else _NOTHING
+
+
+@contextmanager
+def in_context(**changes: Any) -> Iterator[CallContext]:
+    """Change fields of the context for the block, in whatever thread DSPy runs what is in it.
+
+    Also the way to take a context into a thread of one's own: `with in_context(scope=scope): ...`.
+    """
+    context = replace(current_context(), **changes)
+    with dspy.context(**{SETTING: context}):
+        yield context
+
+
+def current_call() -> CallContext | None:
+    """The context of the call under way in this thread, None outside calls."""
+    return _call.get()
+
+
+@contextmanager
+def calling(context: CallContext) -> Iterator[None]:
+    """Have `context` be that of the call under way, for the block and this thread."""
+    token = _call.set(context)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def time_left_s() -> float:
+    """Seconds the budget leaves the call under way."""
+    context = _call.get()
+    return math.inf if context is None else context.time_left_s
+
+
+# -- scopes
+
+_stack_lock = threading.Lock()
+
+_stack: list[Scope] = []
+
+_default = Scope("process")
+
+
+def scope_of(context: CallContext) -> Scope:
+    """Who pays for a call: the context's scope, else the innermost one open in the process, else an unlimited one."""
+    if context.scope is not None:
+        return context.scope
+    with _stack_lock:
+        return _stack[-1] if _stack else _default
+
+
+def current_scope() -> Scope:
+    """The scope calls are charged to here and now."""
+    return scope_of(current_context())
+
+
+@contextmanager
+def open_scope(name: str, *, budget: Budget | None = None, parent: Scope | None = None) -> Iterator[Scope]:
+    """Open a scope for the duration of the block, and end it afterwards.
+
+    Args:
+        name: Shown in messages.
+        budget: The ceilings; unlimited by default.
+        parent: See `Scope`.
+
+    Yields:
+        The scope; its usage stays readable after the block.
+    """
+    scope = Scope(name, budget=budget, parent=parent)
+    with _stack_lock:
+        _stack.append(scope)
+    try:
+        with in_context(scope=scope):
+            yield scope
+    finally:
+        with _stack_lock:
+            _stack.remove(scope)
+        scope.close()
+
+
+@contextmanager
+def booked_as(phase: Phase) -> Iterator[None]:
+    """Stamp every call inside the block with `phase`, whatever phase the scope is in.
+
+    For calls that hide in something else: what a metric asks a judge model is booked as `Phase.METRIC`.
+    """
+    with in_context(phase=phase):
+        yield
+
+
+# -- repeats
+
+
+@contextmanager
+def repeated(index: int) -> Iterator[None]:
+    """Make every call inside the block belong to repeat `index`.
+
+    Args:
+        index: From 0; 0 is the plain run.
+
+    Raises:
+        ConfigurationError: Not a whole number of at least 0.
+    """
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise ConfigurationError(f"got the repeat {index!r}, expected a whole number from 0 up")
+    with in_context(repeat=index):
+        yield
+
+
+# -- observing
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +236,20 @@ class Observer:
 
     @property
     def seen(self) -> tuple[Observed, ...]:
-        """The calls so far."""
+        """The calls so far, in any order."""
         with self._lock:
             return tuple(self._seen)
 
 
 @contextmanager
 def observing() -> Iterator[Observer]:
-    """Note every call inside the block, in whatever thread DSPy runs it."""
-    import dspy
-
+    """Note every call inside the block: what its answer cost, the same whether bought now or replayed."""
     observer = Observer()
-    with dspy.context(**{OBSERVER_SETTING: observer}):
+    with in_context(observer=observer):
         yield observer
 
 
-def current_observer() -> Observer | None:
-    """Who is told of calls here and now."""
-    import dspy
-
-    found: Any = dspy.settings.get(OBSERVER_SETTING)
-    return found if isinstance(found, Observer) else None
-
-
-PLAN_SETTING = "copa_plan"
-"""Name under which the plan stands in DSPy's settings, which DSPy carries into its worker threads."""
+# -- dry runs
 
 
 class NotCachedError(EngineError):
@@ -102,7 +258,7 @@ class NotCachedError(EngineError):
     kind = "not cached"
 
 
-class Plan:
+class DryRun:
     """What a run would ask and pay. Thread-safe."""
 
     def __init__(self) -> None:
@@ -122,12 +278,6 @@ class Plan:
             if key not in self._missing:
                 self._missing[key] = Cost(calls=1) if worst is None else worst
                 self._n_unbounded += worst is None
-
-    @property
-    def n_cached(self) -> int:
-        """Distinct calls whose answers are stored."""
-        with self._lock:
-            return len(self._known)
 
     @property
     def usage(self) -> Usage:
@@ -167,47 +317,8 @@ class Plan:
 
 
 @contextmanager
-def planning() -> Iterator[Plan]:
-    """Pay for nothing inside the block, in whatever thread DSPy runs it, and count what would have been paid."""
-    import dspy
-
-    plan = Plan()
-    with dspy.context(**{PLAN_SETTING: plan}):
-        yield plan
-
-
-def current_plan() -> Plan | None:
-    """The plan being made here and now."""
-    import dspy
-
-    found = dspy.settings.get(PLAN_SETTING)
-    return found if isinstance(found, Plan) else None
-
-
-REPEAT_SETTING = "copa_repeat"
-"""Name under which the index stands in DSPy's settings, which DSPy carries into its worker threads."""
-
-
-@contextmanager
-def repeated(index: int) -> Iterator[None]:
-    """Make every call inside the block, in whatever thread DSPy runs it, belong to repeat `index`.
-
-    Args:
-        index: From 0; 0 is the plain run.
-
-    Raises:
-        ConfigurationError: Not a whole number of at least 0.
-    """
-    import dspy
-
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise ConfigurationError(f"got the repeat {index!r}, expected a whole number from 0 up")
-    with dspy.context(**{REPEAT_SETTING: index}):
-        yield
-
-
-def current_repeat() -> int:
-    """The repeat calls belong to here and now; 0 outside every `repeated` block."""
-    import dspy
-
-    return int(dspy.settings.get(REPEAT_SETTING) or 0)
+def dry_run() -> Iterator[DryRun]:
+    """Pay for nothing inside the block, and count what would have been paid."""
+    run = DryRun()
+    with in_context(dry_run=run):
+        yield run

@@ -1,64 +1,23 @@
-"""The seam for execution: what answers one request, and how it says who it is.
+"""What answers one request: the base class of every engine, and what each may say of itself.
 
-An engine gives exactly one attempt at one completion. It owns no cache, no budget, no retries and no candidate fan-out;
-the gateway and DSPy do. Its fingerprint names everything that could change an answer and is not in the request.
+An engine gives exactly one attempt at one completion. Cache, budget, retries and candidate fan-out belong to the
+gateway and to DSPy. Whatever an engine need not know has a default here: an engine in this process that is free,
+answers at once or never, and only writes text has to say its name, its fingerprint and its answer.
+`testing.engine_contract` has the tests every engine passes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from contextvars import ContextVar
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Self
 
 from dspy.lm15 import Request, Response
 
-time_left_s: ContextVar[float] = ContextVar("copa_time_left_s", default=math.inf)
-"""Seconds the budget leaves the call under way. An engine that can should not wait longer for its answer."""
-
-
-class Engine(Protocol):
-    """Answers requests, one completion at a time. Must be thread-safe; `__deepcopy__` must return the engine itself.
-
-    `complete` raises `ProviderError` (or `ContextOverflowError`, or any `dspy.lm15` error) when no answer
-    came, and anything else only for its own bugs.
-    """
-
-    @property
-    def name(self) -> str:
-        """Short human name: `embedded`, `hf:...`, `openai`, `scripted`."""
-        ...
-
-    def fingerprint(self, model: str) -> str:
-        """Hash or text naming what answers `model`: weights, tokenizer, template, dtype; or URL and parameters.
-
-        Called for every request, cache hits included, so it must be cheap. Never contains a secret.
-        """
-        ...
-
-    def complete(self, request: Request, *, seed: int) -> Response:
-        """Answer one request. `seed` tells repeats of one request apart (0 for the plain one), for sampling only."""
-        ...
-
-
-@runtime_checkable
-class PricedEngine(Protocol):
-    """An engine that knows what its answers cost."""
-
-    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
-        """As `Engine.complete`, with the answer's price in dollars, or None when it is unknown."""
-        ...
-
-
-def complete_priced(engine: Engine, request: Request, *, seed: int) -> tuple[Response, float | None]:
-    """The engine's answer and its price; an engine that names no prices is free."""
-    priced = getattr(engine, "complete_priced", None)  # isinstance with a protocol costs more than the rest of a hit
-    if priced is None:
-        return engine.complete(request, seed=seed), 0.0
-    answer: tuple[Response, float | None] = priced(request, seed=seed)
-    return answer
+from copa_harness.lm.budget.cost import Bounds, Cost, Limits, worst_case
+from copa_harness.lm.retry import AdaptiveConcurrency, RetryPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +30,83 @@ class Capabilities:
     params: frozenset[str] = field(default_factory=frozenset)
 
 
-@runtime_checkable
-class CapableEngine(Protocol):
-    """An engine in front of an API with capabilities of its own."""
+class Engine(ABC):
+    """Answers requests, one completion at a time, from any number of threads at once.
+
+    How long an answer may take, if the budget has a ceiling on seconds, is `lm.context.time_left_s()` during the call;
+    an engine that can should not wait longer.
+
+    Attributes:
+        name: Short human name: `embedded`, `hf:...`, `openai`, `scripted`.
+        is_endpoint: Whether an API of somebody else answers. DSPy then reads abilities off the model's name, a saved
+            program names the model without its weights, and even at temperature 0 an answer may come out differently.
+        can_constrain: Whether it chooses answers by the log-probabilities of the allowed ones (see `lm.constrained`).
+        takes_lora: Whether its weights can be tuned by LoRA here: it has `lora_dir`, `add_lora` and the rest of what
+            `tune.provider` needs.
+        retry_policy: When a failed attempt is tried again. One attempt by default: what runs in this process fails
+            again if it fails once.
+        concurrency: Bounds the attempts under way at once; None for no bound.
+    """
+
+    name: str
+    is_endpoint: ClassVar[bool] = False
+    can_constrain: ClassVar[bool] = False
+    takes_lora: ClassVar[bool] = False
+    retry_policy: RetryPolicy = RetryPolicy()
+    concurrency: AdaptiveConcurrency | None = None
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: DSPy deep-copies programs with their models; weights, connections and counters must stay shared."""
+        return self
+
+    @abstractmethod
+    def fingerprint(self, model: str) -> str:
+        """Hash or text naming what answers `model`: weights, tokenizer, template, dtype; or URL and parameters.
+
+        It covers everything that could change an answer and is not in the request, and never contains a secret. Called
+        for every request, cache hits included, so it must be cheap.
+        """
+
+    @abstractmethod
+    def complete(self, request: Request, *, seed: int) -> Response:
+        """Answer one request.
+
+        Args:
+            request: What is asked; `request.model` names the model.
+            seed: Tells repeats of one request apart (0 for the plain one), for sampling only.
+
+        Raises:
+            ProviderError: No answer came (also `ContextOverflowError`, or any `dspy.lm15` error). Anything else is
+                taken for a bug of the engine.
+        """
+
+    def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
+        """As `complete`, with the answer's price in dollars, None when it is unknown. Free by default."""
+        return self.complete(request, seed=seed), 0.0
+
+    def limits(self, model: str) -> Limits:
+        """What is known of a model's prices and of its longest answer, without asking the network."""
+        return Limits()
+
+    def worst_case(self, request: Request, bounds: Bounds) -> Cost:
+        """The most one answer to `request` can cost, as far as `bounds` ask.
+
+        Raises:
+            ConfigurationError: They ask, and nobody can know.
+        """
+        return worst_case(request, self.limits(request.model), bounds) if bounds.asked else Cost(calls=1)
 
     def capabilities(self, model: str) -> Capabilities:
-        """Capabilities of `model`."""
-        ...
+        """What the API behind `model` can do. Plain text by default."""
+        return Capabilities()
+
+    @property
+    def description(self) -> str | None:
+        """One line on what is loaded here, None while nothing is."""
+        return None
 
 
 def seed_of(rollout_id: object, candidate: int) -> int:

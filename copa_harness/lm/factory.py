@@ -1,8 +1,7 @@
 """From a name to a language model: `embedded`, `hf:<path or id>`, or anything DSPy can name.
 
-Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it.
-
-Names of endpoint models: which provider they name, and what somebody may have meant who names none.
+Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it. A name that
+means nothing is refused with what may have been meant.
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ import importlib.util
 import json
 import os
 import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import dspy
-from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
-from dspy.clients.backend_selection import CLIENT_KEYS
-from dspy.clients.capabilities import resolve
 from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import checked_constrain
-from copa_harness.lm.engine import CapableEngine, Engine
-from copa_harness.lm.fast_path import PromptAdapter
+from copa_harness.lm.dspy_internals import CLIENT_KEYS, LITELLM_PROVIDER_PREFIXES, prompt_adapter, resolve
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 
@@ -116,28 +113,11 @@ _KEYS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
-def build_lm(
-    spec: str,
-    *,
-    gateway: Gateway,
-    cache_dir: Path,
-    device: str | None = None,
-    worker: int | None = None,
-    dtype: str | None = None,
-    chat_template: Path | None = None,
-    allow_pickled_weights: bool = False,
-    constrain: bool = False,
-    api_base: str | None = None,
-    base_weights: str | None = None,
-    served_lora_path: str | None = None,
-    **lm_kwargs: Any,
-) -> MeteredLM:
-    """The language model a name stands for.
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What can be said of a model beside its name.
 
-    Args:
-        spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
-        gateway: Cache and meter of its calls.
-        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
+    Attributes:
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
         worker: This process's number among several that share the machine's GPUs, from 0: where the device is left
             open, each gets one of its own. None if this process may use them all.
@@ -150,37 +130,48 @@ def build_lm(
             models only.
         api_base: URL of the endpoint. Endpoint models only.
         base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
-            be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.vllm`).
+            be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.endpoint.vllm`).
         served_lora_path: Where that server sees the folder `lora` of the cache directory; None if it sees it there too.
-        **lm_kwargs: Call defaults (`temperature`, `max_tokens`, ...) and, for endpoints, client settings (`api_key`,
-            `timeout`, ...), as in `dspy.LM`.
+    """
+
+    device: str | None = None
+    worker: int | None = None
+    dtype: str | None = None
+    chat_template: Path | None = None
+    allow_pickled_weights: bool = False
+    constrain: bool = False
+    api_base: str | None = None
+    base_weights: str | None = None
+    served_lora_path: str | None = None
+
+
+_MODEL_SETTINGS = frozenset(field.name for field in fields(ModelSettings))
+
+
+def build_lm(spec: str, *, gateway: Gateway, cache_dir: Path, **settings: Any) -> MeteredLM:
+    """The language model a name stands for.
+
+    Args:
+        spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
+        gateway: Cache and meter of its calls.
+        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
+        **settings: The fields of `ModelSettings`; the rest are call defaults (`temperature`, `max_tokens`, ...) and,
+            for endpoints, client settings (`api_key`, `timeout`, ...), as in `dspy.LM`.
 
     Raises:
         ConfigurationError: The name means nothing, or a setting does not fit the kind of model.
     """
-    rewrite_in = Path(cache_dir) / REWRITTEN_FOLDER if allow_pickled_weights else None
-    if spec == "embedded" or spec.startswith("hf:"):
-        if api_base is not None:
-            raise ConfigurationError(
-                f"got an API base {api_base!r} for {spec!r}, which runs in this process; "
-                "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
-            )
-        _refuse_served_weights(spec, base_weights, served_lora_path)
-        return _local_lm(
-            spec,
-            gateway=gateway,
-            lora_dir=Path(cache_dir) / LORA_FOLDER,
-            engine_settings={
-                "device": device,
-                "worker": worker,
-                "dtype": dtype,
-                "chat_template": _template_text(chat_template),
-                "rewrite_pickled_in": rewrite_in,
-            },
-            lm_kwargs={"constrain": constrain, **lm_kwargs},
-        )
-    local_only: dict[str, Any] = {"device": device, "dtype": dtype, "chat_template": chat_template}
-    if allow_pickled_weights and base_weights is None:
+    model = ModelSettings(**{name: value for name, value in settings.items() if name in _MODEL_SETTINGS})
+    lm_kwargs = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
+    build = _local_lm if spec == "embedded" or spec.startswith("hf:") else _endpoint_lm
+    return build(spec, model, gateway=gateway, cache_dir=Path(cache_dir), lm_kwargs=lm_kwargs)
+
+
+def _endpoint_lm(
+    spec: str, settings: ModelSettings, *, gateway: Gateway, cache_dir: Path, lm_kwargs: dict[str, Any]
+) -> MeteredLM:
+    local_only: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "dtype", "chat_template")}
+    if settings.allow_pickled_weights and settings.base_weights is None:
         local_only["allow_pickled_weights"] = True
     given = [f"{name}={value!r}" for name, value in local_only.items() if value is not None]
     if given:
@@ -188,8 +179,9 @@ def build_lm(
             f"got {', '.join(given)} for {spec!r}, expected it only with 'embedded' or 'hf:...': an endpoint "
             "decides that itself"
         )
-    checked_constrain(constrain, None, model=spec)
+    checked_constrain(settings.constrain, None, model=spec)
     check_endpoint_name(spec)
+    api_base = settings.api_base
     if api_base is not None:
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
@@ -200,19 +192,22 @@ def build_lm(
         lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), gateway=gateway)
     except (LMConfigurationError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
-    if base_weights is None:
+    if settings.base_weights is None:
         return lm
+    from copa_harness.lm.endpoint.engine import EndpointEngine
     from copa_harness.lm.endpoint.vllm import vllm_engine
 
+    served = lm.engine
+    assert isinstance(served, EndpointEngine)
     engine = vllm_engine(
-        lm.engine,  # type: ignore[arg-type]  # what `meter_lm` made for an endpoint
+        served,
         model=spec,
-        base_weights=_hf_path(base_weights, option="base weights"),
+        base_weights=_hf_path(settings.base_weights, option="base weights"),
         clients=lm_kwargs,
-        lora_dir=Path(cache_dir) / LORA_FOLDER,
-        served_lora_path=served_lora_path,
-        worker=worker,
-        rewrite_pickled_in=rewrite_in,
+        lora_dir=cache_dir / LORA_FOLDER,
+        served_lora_path=settings.served_lora_path,
+        worker=settings.worker,
+        rewrite_pickled_in=_rewritten_in(settings, cache_dir),
     )
     return lm.copy(engine=engine)
 
@@ -261,8 +256,8 @@ def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:
     For local and scripted models a ChatAdapter that does not ask a second time in JSON when an answer does not parse:
     they have no JSON mode, and the second call would be paid for nothing. DSPy's default for the rest.
     """
-    has_json_mode = not isinstance(lm, MeteredLM) or isinstance(lm.engine, CapableEngine)
-    return PromptAdapter(use_json_adapter_fallback=has_json_mode)
+    has_json_mode = not isinstance(lm, MeteredLM) or lm.engine.is_endpoint
+    return prompt_adapter(use_json_adapter_fallback=has_json_mode)
 
 
 def _template_text(chat_template: Path | None) -> str | None:
@@ -278,11 +273,22 @@ def _template_text(chat_template: Path | None) -> str | None:
 
 
 def _local_lm(
-    spec: str, *, gateway: Gateway, lora_dir: Path, engine_settings: dict[str, Any], lm_kwargs: dict[str, Any]
+    spec: str, settings: ModelSettings, *, gateway: Gateway, cache_dir: Path, lm_kwargs: dict[str, Any]
 ) -> MeteredLM:
+    if settings.api_base is not None:
+        raise ConfigurationError(
+            f"got an API base {settings.api_base!r} for {spec!r}, which runs in this process; "
+            "drop it, or name an endpoint model such as 'hosted_vllm/<model>'"
+        )
+    if settings.base_weights is not None or settings.served_lora_path is not None:
+        raise ConfigurationError(
+            f"got base weights or a served LoRA path for {spec!r}, whose weights are its own; expected them with a "
+            "model that a vLLM server runs, such as 'hosted_vllm/<model>'"
+        )
     refused = sorted(CLIENT_KEYS.intersection(lm_kwargs))
     if refused:
         raise ConfigurationError(f"got {refused} for {spec!r}, which runs in this process and has no connection")
+    chat_template = _template_text(settings.chat_template)
     path: Path | str
     if spec == "embedded":
         from copa_harness.lm.embedded import embedded_model_path
@@ -292,20 +298,23 @@ def _local_lm(
         path, max_tokens = _hf_path(spec, option="language model"), HF_MAX_TOKENS
     from copa_harness.lm.local.engine import TransformersEngine
 
-    return MeteredLM(
-        spec.rstrip("/"),
-        engine=TransformersEngine(path, name=spec.rstrip("/"), lora_dir=lora_dir, **engine_settings),
-        gateway=gateway,
-        **{"temperature": 0.0, "max_tokens": max_tokens, **lm_kwargs},
+    name = spec.rstrip("/")
+    engine = TransformersEngine(
+        path,
+        name=name,
+        lora_dir=cache_dir / LORA_FOLDER,
+        device=settings.device,
+        worker=settings.worker,
+        dtype=settings.dtype,
+        chat_template=chat_template,
+        rewrite_pickled_in=_rewritten_in(settings, cache_dir),
     )
+    defaults = {"temperature": 0.0, "max_tokens": max_tokens, "constrain": settings.constrain, **lm_kwargs}
+    return MeteredLM(name, engine=engine, gateway=gateway, **defaults)
 
 
-def _refuse_served_weights(spec: str, base_weights: str | None, served_lora_path: str | None) -> None:
-    if base_weights is not None or served_lora_path is not None:
-        raise ConfigurationError(
-            f"got base weights or a served LoRA path for {spec!r}, whose weights are its own; expected them with a "
-            "model that a vLLM server runs, such as 'hosted_vllm/<model>'"
-        )
+def _rewritten_in(settings: ModelSettings, cache_dir: Path) -> Path | None:
+    return cache_dir / REWRITTEN_FOLDER if settings.allow_pickled_weights else None
 
 
 def _hf_path(spec: str, *, option: str) -> Path | str:

@@ -1,40 +1,44 @@
 """The one gateway every model call goes through: cache, single-flight, reserve, call, settle, store.
 
+    gateway.call(engine, request)
+        known?      from memory, then from disk: counted in the scope like a bought one, and given back
+        wait        for whoever asks the same thing now, in this process or another (single-flight), and look again
+        charge      refused here if the budget does not allow the worst case (see `budget.scope`)
+        ask         one attempt of the engine at a time, tried again as its retry policy says
+        settle      what it came to; refunded if it failed and cannot have been billed
+        store       unless the weights were exchanged meanwhile
+
 The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An answer
 found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted one does.
-Every try at a call is reserved, and settled or refunded, on its own; a failed one is refunded unless the provider may
-have billed it.
-
-What the threads of one process share on their way through the gateway: answers seen lately, and who asks for what now.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dspy.lm15 import RefusalPart, Request, Response
 
 from copa_harness.documents import mask_text
 from copa_harness.errors import ConfigurationError, ProviderError, RateLimitError
-from copa_harness.lm.budget.cost import Cost, actual_cost, limits_of, lost_cost, worst_case
-from copa_harness.lm.budget.scope import Scope, current_scope
+from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost
+from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import NotCachedError, Observed, current_observer, current_plan
-from copa_harness.lm.engine import Engine, complete_priced, seed_of, time_left_s
+from copa_harness.lm.context import CallContext, NotCachedError, Observed, calling, current_context, scope_of
+from copa_harness.lm.engine import Engine, seed_of
 from copa_harness.lm.provider_errors import Refused, engine_failure
-from copa_harness.lm.retry import Patience, patience_of
-from copa_harness.results import Usage
 
 RECENT_ANSWERS = 4096
 """Answers a gateway keeps decoded in memory."""
+
+_ANYTHING = Bounds(tokens=True, usd=True, budget="plan")
 
 
 class RecentAnswers:
@@ -56,7 +60,7 @@ class RecentAnswers:
                 del self._responses[next(iter(self._responses))]
 
 
-class Flights:
+class SingleFlight:
     """One lock per key in use, within this process."""
 
     def __init__(self) -> None:
@@ -81,6 +85,65 @@ class Flights:
                     self._locks[key] = (lock, n_users - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call on its way: what is asked of whom, under which key the answer is kept, and who pays."""
+
+    engine: Engine
+    request: Request
+    context: CallContext
+    scope: Scope
+    fingerprint: str
+    key: str
+    candidate: int
+
+    def known_cost(self, record: dict[str, object] | None) -> Cost:
+        """What a stored answer cost when it was bought, calls left out; the worst case if it was lost since."""
+        worst = self.engine.worst_case(self.request, self.scope.bounds)
+        if record is None:
+            return worst - Cost(calls=1)
+        response, usd = recorded_bill(record)
+        cost, _ = actual_cost(response, usd, worst=worst)
+        return cost - Cost(calls=1)
+
+    def bound(self) -> Cost | None:
+        """The most it can cost, None when nobody can know."""
+        try:
+            return self.engine.worst_case(self.request, _ANYTHING)
+        except ConfigurationError:
+            return None
+
+    def attempt(self) -> tuple[Response, float | None]:
+        """One try: the answer and its price in dollars, None when nobody knows it.
+
+        Raises:
+            ProviderError: It failed; it is counted, and refunded unless it may have been billed.
+            BudgetExhausted: It does not fit under a ceiling.
+        """
+        engine, scope = self.engine, self.scope
+        worst = engine.worst_case(self.request, scope.bounds)
+        place = nullcontext() if engine.concurrency is None else engine.concurrency.turn()
+        with place, scope.charge(self.key, worst=worst, phase=self.context.phase) as charge:
+            try:
+                response, usd = self._ask()
+            except Exception as error:
+                failure = engine_failure(error, model=self.request.model)
+                if isinstance(failure, ProviderError):
+                    scope.note_failure(failure.kind, mask_text("".join(traceback.format_exception(error))))
+                    if failure.billed is not False:
+                        charge.lose()
+                if failure is error:
+                    raise
+                raise failure from error
+            charge.settle(*actual_cost(response, usd, worst=worst))
+        return response, usd
+
+    def _ask(self) -> tuple[Response, float | None]:
+        seed = seed_of(self.context.rollout_id, self.candidate)
+        with calling(replace(self.context, time_left_s=self.scope.remaining_s)):
+            return self.engine.complete_priced(self.request, seed=seed)
+
+
 class Gateway:
     """Caches, meters and bounds model calls. Thread-safe; shared by copies of the LMs that use it.
 
@@ -91,21 +154,22 @@ class Gateway:
     def __init__(self, *, cache: ResponseCache | None) -> None:
         self.cache = cache
         self._store: AnswerStore = MemoryCache() if cache is None else cache
-        self._flights = Flights()
+        self._single_flight = SingleFlight()
         self._recent = RecentAnswers()
         self._new_of_late = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Gateway:
         return self
 
-    def call(self, engine: Engine, request: Request, *, model: str, rollout_id: object, candidate: int) -> Response:
+    def call(
+        self, engine: Engine, request: Request, *, context: CallContext | None = None, candidate: int = 0
+    ) -> Response:
         """One completion, replayed if it is known, bought if it is not.
 
         Args:
             engine: What answers when the answer is not known.
             request: The canonical request.
-            model: The model's name.
-            rollout_id: DSPy's rollout id, or None.
+            context: What travels with the call; the one here and now by default.
             candidate: Index of the completion among the `n` of one call, from 0.
 
         Returns:
@@ -114,28 +178,30 @@ class Gateway:
         Raises:
             BudgetExhausted: A budget is spent: the current scope's, that of a scope around it, or the whole run's.
             ConfigurationError: A ceiling on tokens or dollars is set and the call's worst case cannot be known.
-            NotCachedError: Only a plan is being made (see `planning`).
+            NotCachedError: Only a plan is being made (see `context.dry_run`).
             ProviderError: The engine gave no answer (also a DSPy `LMError`, so DSPy handles it as one).
         """
+        if context is None:
+            context = current_context()
+        model, dry_run = request.model, context.dry_run
         fingerprint = engine.fingerprint(model)
-        key = request_key(request, rollout_id=rollout_id, candidate=candidate, fingerprint=fingerprint)
-        call = _Call(engine, request, model, fingerprint, key, seed_of(rollout_id, candidate), current_scope())
-        plan = current_plan()
+        key = request_key(request, rollout_id=context.rollout_id, candidate=candidate, fingerprint=fingerprint)
+        call = _Call(engine, request, context, scope_of(context), fingerprint, key, candidate)
         # What follows a new request is likely new as well: it is looked up once, when nobody else can buy it.
-        found = self._replay(call, on_disk=plan is not None or not self._new_of_late)
-        if plan is not None:
+        found = self._replay(call, on_disk=dry_run is not None or not self._new_of_late)
+        if dry_run is not None:
             if found is None:
-                plan.add_missing(key, call.bound())
+                dry_run.add_missing(key, call.bound())
                 raise NotCachedError("not paid: only a plan is being made, and the answer is not stored", model=model)
-            plan.add_known(key, call.bound())
+            dry_run.add_known(key, call.bound())
         if found is None:
-            with self._flights.alone(key), self._store.locked(key):
+            with self._single_flight.alone(key), self._store.locked(key):
                 found = self._replay(call)
                 self._new_of_late = found is None
                 if found is None:
-                    found = self._buy(call)
-        if (observer := current_observer()) is not None:
-            observer.add(_observed(self._store.get(key)))
+                    found = self._call_provider(call)
+        if context.observer is not None:
+            context.observer.add(_observed(self._store.get(key)))
         refusal = _refusal(found, model=model)
         if refusal is not None:
             call.scope.note_failure(refusal.kind, str(refusal))
@@ -143,36 +209,25 @@ class Gateway:
         return found
 
     def _replay(self, call: _Call, *, on_disk: bool = True) -> Response | None:
-        response = self._recent.get(call.key)
+        key = call.key
+        response = self._recent.get(key)
         if response is None:
-            if not on_disk:
-                return None
-            record = self._store.get(call.key)
+            record = self._store.get(key) if on_disk else None
             if record is None:
                 return None
             response = replayed_response(record)
-            self._recent.put(call.key, response)
-        reservation = call.scope.reserve(call.key)
-        try:
-            if reservation.first:
-                bounds = call.scope.bounds
-                if bounds.tokens or bounds.usd:
-                    cost = _recorded_cost(self._store.get(call.key), call.worst_case())
-                    call.scope.hold(cost, replayed=True).settle(cost)
-        except BaseException:
-            call.scope.refund(reservation, failed=False)
-            raise
-        call.scope.settle(reservation, Usage(cached_calls=1))
+            self._recent.put(key, response)
+        call.scope.replay(key, cost=lambda: call.known_cost(self._store.get(key)), phase=call.context.phase)
         return response
 
-    def _buy(self, call: _Call) -> Response:
-        patience = patience_of(call.engine)
+    def _call_provider(self, call: _Call) -> Response:
+        policy, concurrency = call.engine.retry_policy, call.engine.concurrency
         n_failed, n_slowed, waited_s = 0, 0, 0.0
         failed_first_s = float("inf")
-        for _ in itertools.count():
+        while True:
             started = time.perf_counter()
             try:
-                response, usd = call.attempt(patience)
+                response, usd = call.attempt()
                 seconds = time.perf_counter() - started
                 break
             except ProviderError as failure:
@@ -182,102 +237,17 @@ class Gateway:
                     n_failed += 1
                 failed_first_s = min(failed_first_s, time.monotonic())
                 waited_s = max(waited_s, time.monotonic() - failed_first_s)
-                pause_s = patience.pause_s(failure, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
+                if concurrency is not None and policy.gives_up(failure, refused_s=concurrency.refused_s):
+                    raise
+                pause_s = policy.pause_s(failure, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
                 if pause_s is None or pause_s >= call.scope.remaining_s:
                     raise
             time.sleep(pause_s)
             waited_s += pause_s
-        if call.engine.fingerprint(call.model) == call.fingerprint:
+        if call.engine.fingerprint(call.request.model) == call.fingerprint:
             self._store.set(call.key, response_record(response, usd=usd, seconds=seconds))
         # else: the model was exchanged while it answered, and nobody can say which one did
         return response
-
-
-class _Call:
-    """One call that is not known yet, and the scope that pays for it."""
-
-    def __init__(
-        self, engine: Engine, request: Request, model: str, fingerprint: str, key: str, seed: int, scope: Scope
-    ) -> None:
-        self.engine, self.request, self.model, self.fingerprint = engine, request, model, fingerprint
-        self.key, self.seed, self.scope = key, seed, scope
-
-    def worst_case(self) -> Cost:
-        """The most it can cost, as far as the ceilings in force ask.
-
-        Raises:
-            ConfigurationError: They ask, and nobody can know.
-        """
-        bounds = self.scope.bounds
-        if not (bounds.tokens or bounds.usd):
-            return Cost(calls=1)
-        limits = limits_of(self.engine, self.model)
-        return worst_case(self.request, limits, budget=bounds.budget, tokens=bounds.tokens, usd=bounds.usd)
-
-    def bound(self) -> Cost | None:
-        """The most it can cost, None when nobody can know."""
-        limits = limits_of(self.engine, self.model)
-        try:
-            return worst_case(self.request, limits, budget="plan", tokens=True, usd=True)
-        except ConfigurationError:
-            return None
-
-    def attempt(self, patience: Patience) -> tuple[Response, float | None]:
-        """One try: the answer and its price in dollars, None when nobody knows it.
-
-        Raises:
-            ProviderError: It failed; it is counted, and refunded unless it may have been billed.
-            BudgetExhausted: It does not fit under a ceiling.
-        """
-        scope, worst = self.scope, self.worst_case()
-        with patience.turn():
-            reservation = scope.reserve(self.key, paying=True)
-            try:
-                hold = scope.hold(worst)
-            except BaseException:
-                scope.refund(reservation, failed=False)
-                raise
-            try:
-                response, usd = self._ask()
-            except Exception as error:
-                failure = engine_failure(error, model=self.model)
-                if isinstance(failure, ProviderError):
-                    scope.note_failure(failure.kind, mask_text("".join(traceback.format_exception(error))))
-                    free = failure.billed is False
-                else:
-                    free = True
-                if free:
-                    hold.release()
-                    scope.refund(reservation)
-                else:
-                    hold.settle(worst)
-                    scope.settle(reservation, lost_cost(worst))
-                if failure is error:
-                    raise
-                raise failure from error
-            except BaseException:
-                hold.settle(worst)  # interrupted in the middle: whether it is billed nobody will know
-                scope.refund(reservation, failed=False)
-                raise
-            cost, usage = actual_cost(response, usd, worst=worst)
-            hold.settle(cost)
-            scope.settle(reservation, usage)
-            return response, usd
-
-    def _ask(self) -> tuple[Response, float | None]:
-        token = time_left_s.set(self.scope.remaining_s)
-        try:
-            return complete_priced(self.engine, self.request, seed=self.seed)
-        finally:
-            time_left_s.reset(token)
-
-
-def _recorded_cost(record: dict[str, object] | None, worst: Cost) -> Cost:
-    if record is None:  # lost from the disk since it was read
-        return worst - Cost(calls=1)
-    response, usd = recorded_bill(record)
-    cost, _ = actual_cost(response, usd, worst=worst)
-    return cost - Cost(calls=1)
 
 
 def _observed(record: dict[str, Any] | None) -> Observed:

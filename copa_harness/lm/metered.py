@@ -1,9 +1,10 @@
 """The LM object DSPy programs hold: a `dspy.LM` whose every completion goes through the gateway.
 
-DSPy's request carries neither the rollout id nor the index of the n-th candidate, so `MeteredLM` notes both in a
-context variable around each call and the seam it hands to DSPy as `engine=` reads them there. Copies and deep copies
-share engine and gateway. DSPy's own response cache is off and its history kept short. Everything that depends on DSPy
-3.4's call path is in this module.
+    program -> MeteredLM.__call__ -> (DSPy's call path, or the fast path beside it) -> _DspyAdapter -> Gateway -> Engine
+
+DSPy's request carries neither the rollout id nor the index of the n-th candidate, so `MeteredLM` puts both into the
+`CallContext` of the call, and the adapter it hands to DSPy as `engine=` reads them there. Copies and deep copies share
+engine and gateway. DSPy's own response cache is off and its history kept short.
 """
 
 from __future__ import annotations
@@ -12,63 +13,55 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import dspy
-
-# Private, and pinned by dspy >=3.4,<3.5.
-from dspy.clients._deprecation import warn_openai_messages
-from dspy.clients.errors import error_boundary
 from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.constrained import OutputField, checked_constrain, constraint_of_call, with_constraint
-from copa_harness.lm.context import current_repeat
-from copa_harness.lm.engine import CapableEngine, Engine
-from copa_harness.lm.fast_path import ShortWay, is_plain_call, outputs_of
+from copa_harness.lm.constrained import checked_constrain, constraint_of_call, with_constraint
+from copa_harness.lm.context import Completions, calling, current_call, current_context
+from copa_harness.lm.dspy_internals import (
+    RequestBuilder,
+    custom_engine_of,
+    error_boundary,
+    is_plain_call,
+    outputs_of,
+    use_custom_engine,
+    warn_openai_messages,
+)
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.provider_errors import passed_through_dspy
-from copa_harness.lm.retry import PatientEngine, RetryPolicy
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
 
 
-@dataclass(slots=True)
-class _Call:
-    """One call of an LM in progress. `candidate` grows with every completion that arrived, not with retries."""
-
-    rollout_id: object
-    candidate: int = 0
-    fields: tuple[OutputField, ...] | None = None
-
-
-_call: ContextVar[_Call | None] = ContextVar("copa_call", default=None)
-
-
-class _Seam:
+class _DspyAdapter:
     """What DSPy sees as the engine: passes each request to the gateway together with the call it belongs to."""
 
     def __init__(self, engine: Engine, gateway: Gateway) -> None:
+        if not isinstance(engine, Engine):
+            raise ConfigurationError(
+                f"got {engine!r} as the engine of a language model; expected a copa_harness.lm.Engine: derive its "
+                "class from it, and only `name`, `fingerprint` and `complete` are to be written"
+            )
         self.engine = engine
         self.gateway = gateway
-        # Asked for several times per call, and such a check looks at every method of the protocol.
-        self.capable = engine if isinstance(engine, CapableEngine) else None
-        self.short_way = ShortWay()
+        self.requests = RequestBuilder()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Seam:
+    def __deepcopy__(self, memo: dict[int, object]) -> _DspyAdapter:
         return self
 
     def complete(self, request: Request) -> Response:
-        call = _call.get() or _Call(rollout_id=None)
-        request = with_constraint(request, call.fields)
-        response = self.gateway.call(
-            self.engine, request, model=request.model, rollout_id=call.rollout_id, candidate=call.candidate
-        )
-        call.candidate += 1
+        context = current_call() or current_context()
+        request = with_constraint(request, context.fields)
+        completions = context.completions or Completions()
+        response = self.gateway.call(self.engine, request, context=context, candidate=completions.n_arrived)
+        completions.n_arrived += 1
         return response
 
     def stream(self, request: Request) -> Iterator[Any]:
@@ -78,17 +71,17 @@ class _Seam:
         """Engines are borrowed; nothing to close."""
 
 
-class _AsyncSeam:
+class _AsyncDspyAdapter:
     """The same for `acall`: the gateway blocks, so it is entered on a worker thread."""
 
-    def __init__(self, seam: _Seam) -> None:
-        self.seam = seam
+    def __init__(self, adapter: _DspyAdapter) -> None:
+        self.adapter = adapter
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _AsyncSeam:
+    def __deepcopy__(self, memo: dict[int, object]) -> _AsyncDspyAdapter:
         return self
 
     async def complete(self, request: Request) -> Response:
-        return await asyncio.to_thread(self.seam.complete, request)
+        return await asyncio.to_thread(self.adapter.complete, request)
 
     async def stream(self, request: Request) -> AsyncIterator[Any]:
         for event in response_to_events(await self.complete(request)):
@@ -110,7 +103,8 @@ class MeteredLM(dspy.LM):
         provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
-        num_retries: How often DSPy repeats a transient failure. 0: the gateway does, as the engine's `patience` says.
+        num_retries: How often DSPy repeats a transient failure. 0: the gateway repeats, as the engine's
+            `retry_policy` says.
         constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constrained`).
         **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
@@ -128,8 +122,8 @@ class MeteredLM(dspy.LM):
         constrain: bool = False,
         **kwargs: Any,
     ) -> None:
+        adapter = _DspyAdapter(engine, gateway)
         self.constrain = checked_constrain(constrain, engine, model=model)
-        seam = _Seam(engine, gateway)
         super().__init__(
             model,
             temperature=temperature,
@@ -137,8 +131,8 @@ class MeteredLM(dspy.LM):
             cache=False,
             num_retries=num_retries,
             provider=provider,
-            engine=seam,
-            async_engine=_AsyncSeam(seam),
+            engine=adapter,
+            async_engine=_AsyncDspyAdapter(adapter),
             **kwargs,
         )
 
@@ -146,7 +140,7 @@ class MeteredLM(dspy.LM):
 
     def _get_initial_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         # DSPy reads OpenAI's reasoning models off the name; a local folder may be called the same.
-        owner = dspy.LM if isinstance(self.engine, CapableEngine) else dspy.BaseLM
+        owner = dspy.LM if self.engine.is_endpoint else dspy.BaseLM
         defaults: dict[str, Any] = owner._get_initial_kwargs(self, **kwargs)
         if defaults.get("rollout_id") is None:
             defaults.pop("rollout_id", None)
@@ -155,21 +149,19 @@ class MeteredLM(dspy.LM):
     # -- identity
 
     @property
-    def engine(self) -> Engine:
-        """What answers: the engine itself, not the seam DSPy holds."""
-        seam: _Seam = self._engine_spec
-        return seam.engine
+    def _adapter(self) -> _DspyAdapter:
+        adapter: _DspyAdapter = custom_engine_of(self)
+        return adapter
 
     @property
-    def _capable(self) -> CapableEngine | None:
-        seam: _Seam = self._engine_spec
-        return seam.capable
+    def engine(self) -> Engine:
+        """What answers: the engine itself, not the adapter DSPy holds."""
+        return self._adapter.engine
 
     @property
     def gateway(self) -> Gateway:
         """The cache and meter this LM's calls go through."""
-        seam: _Seam = self._engine_spec
-        return seam.gateway
+        return self._adapter.gateway
 
     @property
     def fingerprint(self) -> str:
@@ -187,14 +179,14 @@ class MeteredLM(dspy.LM):
         """
         with self._noted(kwargs, messages):
             if prompt is None and is_plain_call(self):
-                seam: _Seam = self._engine_spec
+                adapter = self._adapter
                 settings = {**self.kwargs, **kwargs}
-                request = seam.short_way.request(self.model, messages, settings)
+                request = adapter.requests.request(self.model, messages, settings)
                 if request is not None:
                     self._warn_zero_temp_rollout(settings.get("temperature"), settings.get("rollout_id"))
                     warn_openai_messages(self, messages)
                     with error_boundary(self.model, unexpected=True):
-                        return outputs_of(self, seam.complete(request))
+                        return outputs_of(self, adapter.complete(request))
             return super().__call__(prompt, messages=messages, **kwargs)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
@@ -206,18 +198,20 @@ class MeteredLM(dspy.LM):
     def _noted(self, kwargs: dict[str, Any], messages: Any) -> Iterator[None]:
         kwargs["cache"] = False  # whatever was set on the way: DSPy's own cache knows nothing of weights
         rollout_id = kwargs["rollout_id"] if "rollout_id" in kwargs else self.kwargs.get("rollout_id")
-        if (repeat := current_repeat()) != 0:
-            rollout_id = {"repeat": repeat, "rollout": rollout_id}
-        token = _call.set(_Call(rollout_id, fields=constraint_of_call(messages, kwargs) if self.constrain else None))
-        try:
-            yield
-        except LMUnexpectedError as error:
-            hidden = passed_through_dspy(error)
-            if hidden is None:
-                raise
-            raise hidden from None
-        finally:
-            _call.reset(token)
+        context = current_context()
+        if context.repeat:
+            rollout_id = {"repeat": context.repeat, "rollout": rollout_id}
+        fields = None
+        if self.constrain:
+            fields = constraint_of_call(messages, kwargs, label_scores=context.label_scores)
+        with calling(replace(context, rollout_id=rollout_id, fields=fields, completions=Completions())):
+            try:
+                yield
+            except LMUnexpectedError as error:
+                hidden = passed_through_dspy(error)
+                if hidden is None:
+                    raise
+                raise hidden from None
 
     def update_history(self, entry: Any) -> None:
         """Remember the last few calls, in this LM only; copies of programs stay cheap."""
@@ -232,8 +226,8 @@ class MeteredLM(dspy.LM):
         gateway = kwargs.pop("gateway", self.gateway)
         copied: MeteredLM = super().copy(**kwargs)
         if engine is not self.engine or gateway is not self.gateway:
-            copied._engine_spec = _Seam(engine, gateway)
-            copied._async_engine_spec = _AsyncSeam(copied._engine_spec)
+            adapter = _DspyAdapter(engine, gateway)
+            use_custom_engine(copied, adapter, _AsyncDspyAdapter(adapter))
         return copied
 
     def __deepcopy__(self, memo: dict[int, object]) -> MeteredLM:
@@ -249,26 +243,22 @@ class MeteredLM(dspy.LM):
     @property
     def supports_function_calling(self) -> bool:
         """Whether the model takes tools natively."""
-        capable = self._capable
-        return False if capable is None else capable.capabilities(self.model).function_calling
+        return self.engine.capabilities(self.model).function_calling
 
     @property
     def supports_reasoning(self) -> bool:
         """Whether the model has native reasoning."""
-        capable = self._capable
-        return False if capable is None else capable.capabilities(self.model).reasoning
+        return self.engine.capabilities(self.model).reasoning
 
     @property
     def supports_response_schema(self) -> bool:
         """Whether the model takes a response schema."""
-        capable = self._capable
-        return False if capable is None else capable.capabilities(self.model).response_schema
+        return self.engine.capabilities(self.model).response_schema
 
     @property
     def supported_params(self) -> set[str]:
         """Names of the OpenAI-style parameters the model takes."""
-        capable = self._capable
-        return set() if capable is None else set(capable.capabilities(self.model).params)
+        return set(self.engine.capabilities(self.model).params)
 
     # -- saving
 
@@ -277,9 +267,9 @@ class MeteredLM(dspy.LM):
 
         A model behind an endpoint is saved as the plain `dspy.LM` it is, so the program runs without this package.
         """
-        if isinstance(self.engine, CapableEngine):
-            retries = self.engine.patience.retries if isinstance(self.engine, PatientEngine) else RetryPolicy()
-            plain = dspy.LM(self.model, model_type=self.model_type, num_retries=retries.n_retries)
+        if self.engine.is_endpoint:
+            n_retries = self.engine.retry_policy.n_retries
+            plain = dspy.LM(self.model, model_type=self.model_type, num_retries=n_retries)
             plain.kwargs = dict(self.kwargs)
             endpoint_state: dict[str, Any] = plain.dump_state()
             return endpoint_state

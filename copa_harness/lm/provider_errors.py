@@ -1,8 +1,9 @@
-"""Engine failures in a shape both sides understand: our error tree and DSPy's.
+"""Provider failures in a shape both sides understand: our error tree (`copa_harness.errors`) and DSPy's.
 
 DSPy turns any foreign exception an engine raises into an anonymous `LMUnexpectedError`, but passes its own error
 classes on untouched, retries the transient ones and shortens histories on context overflow. So every class here is a
-`ProviderError` of ours *and* the DSPy error that makes DSPy do the right thing.
+`ProviderError` of ours *and* the DSPy error that makes DSPy do the right thing. `MAPPING` has the two trees side by
+side, and is all there is to say about which is which.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from dspy.clients.errors import wrap_error
 from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import (
     ContextWindowExceededError,
@@ -39,6 +39,7 @@ from copa_harness.errors import (
     RefusalError,
     ServerFailureError,
 )
+from copa_harness.lm.dspy_internals import wrap_error
 
 
 class _Failure(ProviderError):
@@ -96,24 +97,24 @@ class Refused(_Failure, RefusalError, LMProviderError):
 
 
 class LockTimedOut(_Failure, LMLockTimeoutError):
-    """A local credential lock was busy; retried by DSPy."""
+    """A local credential lock was busy; worth another try."""
+
+    transient = True
 
 
-# Specific before general, as isinstance decides.
-_OURS: tuple[tuple[Any, Any], ...] = (
-    (LMAuthError, AuthFailed),
-    (LMBillingError, BillingFailed),
-    (LMRateLimitError, RateLimited),
-    (LMTimeoutError, TimedOut),
-    (LMServerError, ServerFailed),
-    (LMTransportError, Disconnected),
-    (LMLockTimeoutError, LockTimedOut),
-    (LMProviderError, EngineError),
+MAPPING: tuple[tuple[type[ProviderError] | None, Any, Any], ...] = (
+    (AuthenticationError, LMAuthError, AuthFailed),
+    (BillingError, LMBillingError, BillingFailed),
+    (RateLimitError, LMRateLimitError, RateLimited),
+    (ProviderTimeoutError, LMTimeoutError, TimedOut),
+    (ServerFailureError, LMServerError, ServerFailed),
+    (ConnectionFailedError, LMTransportError, Disconnected),
+    (MalformedAnswerError, None, Malformed),
+    (RefusalError, None, Refused),
+    (None, LMLockTimeoutError, LockTimedOut),
+    (ProviderError, LMProviderError, EngineError),
 )
-
-
-TRANSIENT = (RateLimited, TimedOut, ServerFailed, Disconnected, LockTimedOut, Malformed)
-"""Failures that another try may mend."""
+"""(Ours, DSPy's, what is both); specific before general, as isinstance decides. None where one side has no such."""
 
 
 def engine_failure(error: Exception, *, model: str) -> Exception:
@@ -131,7 +132,7 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
     if isinstance(error, ContextOverflowError):
         return ContextOverflow(str(error), model=model)
     if isinstance(error, ProviderError):
-        return _twin(error, model=model)
+        return _of_ours(error, model=model)
     if isinstance(error, (MemoryError, ImportError, Warning, CopaError)):
         return error
     if isinstance(error, LM15Error):
@@ -140,22 +141,9 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
         return engine_failure(wrapped, model=model)
     if isinstance(error, ContextWindowExceededError):
         return ContextOverflow(error.message, model=error.model or model)
-    for theirs, ours in _OURS:
-        if isinstance(error, theirs):
-            if ours is EngineError and error.status is not None and 200 <= error.status < 300:
-                ours = Malformed  # a success without an answer in it
-            failure: Exception = ours(
-                error.message,
-                model=error.model or model,
-                provider=error.provider,
-                provider_code=error.provider_code,
-                status=error.status,
-                request_id=error.request_id,
-                retry_after=error.retry_after,
-            )
-            if isinstance(failure, Disconnected) and not _never_sent(error):
-                failure.billed = None
-            return failure
+    for _, theirs, both in MAPPING:
+        if theirs is not None and isinstance(error, theirs):
+            return _of_dspys(error, both, model=model)
     if isinstance(error, LMUnexpectedError):
         return UnexpectedEngineError(error.message, model=error.model or model)
     if isinstance(error, LMError):
@@ -164,27 +152,32 @@ def engine_failure(error: Exception, *, model: str) -> Exception:
     return UnexpectedEngineError(f"{type(error).__name__}: {error}", model=model)
 
 
-_TWINS: tuple[tuple[type[ProviderError], Any], ...] = (
-    (AuthenticationError, AuthFailed),
-    (BillingError, BillingFailed),
-    (RateLimitError, RateLimited),
-    (ProviderTimeoutError, TimedOut),
-    (ServerFailureError, ServerFailed),
-    (ConnectionFailedError, Disconnected),
-    (MalformedAnswerError, Malformed),
-    (RefusalError, Refused),
-    (ProviderError, EngineError),
-)
+def _of_dspys(error: Any, both: Any, *, model: str) -> Exception:
+    """An error of DSPy's tree as ours as well."""
+    if both is EngineError and error.status is not None and 200 <= error.status < 300:
+        both = Malformed  # a success without an answer in it
+    failure: Exception = both(
+        error.message,
+        model=error.model or model,
+        provider=error.provider,
+        provider_code=error.provider_code,
+        status=error.status,
+        request_id=error.request_id,
+        retry_after=error.retry_after,
+    )
+    if isinstance(failure, Disconnected) and not _never_sent(error):
+        failure.billed = None
+    return failure
 
 
-def _twin(error: ProviderError, *, model: str) -> Exception:
-    """An error an engine raised from our tree, as DSPy's as well; its kind, and who pays for it, stay as they are."""
-    ours = next(ours for base, ours in _TWINS if isinstance(error, base))
+def _of_ours(error: ProviderError, *, model: str) -> Exception:
+    """An error of our tree as DSPy's as well; its kind, and who pays for it, stay as they are."""
+    both = next(both for ours, _, both in MAPPING if ours is not None and isinstance(error, ours))
     details = {name: getattr(error, name, None) for name in ("status", "retry_after", "provider")}
-    failure: Any = ours(str(error), model=model, **details)
+    failure: Any = both(str(error), model=model, **details)
     failure.kind, failure.billed = error.kind, error.billed
-    twin: Exception = failure
-    return twin
+    checked: Exception = failure
+    return checked
 
 
 _NO_CONNECTION = frozenset({"ConnectError", "ConnectTimeout", "ClientConnectorError", "NewConnectionError"})

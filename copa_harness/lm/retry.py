@@ -13,12 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from copa_harness.errors import ProviderError, RateLimitError
-from copa_harness.lm.provider_errors import TRANSIENT
 
-PATIENCE_S = 120.0
+GIVE_UP_AFTER_S = 120.0
 """Seconds a call bears being put off, and a provider may refuse all calls before they stop asking again."""
 
 
@@ -30,14 +28,14 @@ class RetryPolicy:
         n_retries: Tries after the first one; 0 for none. Being asked to slow down is no failed try.
         first_pause_s: Pause before the second try, doubled for each further one; chance shortens each by up to half.
         longest_pause_s: Ceiling of one pause that the provider did not ask for.
-        patience_s: Ceiling of the time from a call's first failure to its last try (its pauses and its waits for a
-            place), and of a pause a provider may ask for.
+        give_up_after_s: Ceiling of the time from a call's first failure to its last try (its pauses and its waits for
+            a place), of a pause a provider may ask for, and of the time it may refuse every call.
     """
 
     n_retries: int = 0
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
-    patience_s: float = PATIENCE_S
+    give_up_after_s: float = GIVE_UP_AFTER_S
 
     def pause_s(self, error: Exception, *, n_failed: int, n_slowed: int, waited_s: float) -> float | None:
         """Seconds to wait before the next try, or None to give up.
@@ -48,16 +46,28 @@ class RetryPolicy:
             n_slowed: How often this call was asked to slow down.
             waited_s: Seconds since this call failed first.
         """
-        if self.n_retries == 0 or not isinstance(error, TRANSIENT) or n_failed > self.n_retries:
+        transient = isinstance(error, ProviderError) and error.transient
+        if self.n_retries == 0 or not transient or n_failed > self.n_retries:
             return None
         asked_s = getattr(error, "retry_after", None)
         grown_s = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(n_failed + n_slowed - 1, 30))
         jittered_s = grown_s * random.uniform(0.5, 1.0)
         pause_s = jittered_s if asked_s is None else asked_s + random.uniform(0.0, 0.1) * grown_s
-        return pause_s if waited_s + pause_s <= self.patience_s else None
+        return pause_s if waited_s + pause_s <= self.give_up_after_s else None
+
+    def gives_up(self, error: Exception, *, refused_s: float) -> bool:
+        """Whether nobody is put off again, since the provider has refused every call for as long as one bears.
+
+        Without that, each of many calls would wait its full time in turn: a suite would take hours to fail.
+
+        Args:
+            error: Why the last try failed.
+            refused_s: Seconds for which the provider has refused every call.
+        """
+        return isinstance(error, RateLimitError) and refused_s > self.give_up_after_s
 
 
-class Pace:
+class AdaptiveConcurrency:
     """How many calls may be under way at once; adapts to what the provider bears. Thread-safe.
 
     Args:
@@ -66,7 +76,7 @@ class Pace:
         longest_wait_s: A provider that asks for a longer pause is not waited for: each call is refused on its own.
     """
 
-    def __init__(self, *, start: int = 8, most: int = 1024, longest_wait_s: float = PATIENCE_S) -> None:
+    def __init__(self, *, start: int = 8, most: int = 1024, longest_wait_s: float = GIVE_UP_AFTER_S) -> None:
         self._longest_wait_s = longest_wait_s
         self._refused_since_s: float | None = None
         self._changed = threading.Condition()
@@ -136,50 +146,3 @@ class Pace:
         self._slow_start = False
         self._last_halved_s = time.monotonic()
         self._limit = max(1.0, self._limit / 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How the gateway treats an engine: pace and retries. Shared by all calls of the engine."""
-
-    retries: RetryPolicy
-    pace: Pace | None = None
-
-    def pause_s(self, error: Exception, *, n_failed: int, n_slowed: int, waited_s: float) -> float | None:
-        """As `RetryPolicy.pause_s`; None as well when the provider has refused everybody for as long as one bears.
-
-        Without that, each of many calls would wait its full time in turn: a suite would take hours to fail.
-        """
-        refused_s = 0.0 if self.pace is None else self.pace.refused_s
-        if isinstance(error, RateLimitError) and refused_s > self.retries.patience_s:
-            return None
-        return self.retries.pause_s(error, n_failed=n_failed, n_slowed=n_slowed, waited_s=waited_s)
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """A place among the calls under way."""
-        if self.pace is None:
-            yield
-        else:
-            with self.pace.turn():
-                yield
-
-
-IMPATIENT = Patience(RetryPolicy(0))
-"""One try, any number at once: for engines in this process, which fail again if they fail once."""
-
-
-@runtime_checkable
-class PatientEngine(Protocol):
-    """An engine whose failures may mend, or that must not be asked too much at once."""
-
-    @property
-    def patience(self) -> Patience:
-        """How to treat it."""
-        ...
-
-
-def patience_of(engine: object) -> Patience:
-    """How to treat an engine: as it says, else with one try."""
-    found: Patience = getattr(engine, "patience", IMPATIENT)
-    return found

@@ -23,6 +23,7 @@ from typing import Any
 from dspy.lm15 import Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import ConfigurationError, ProviderError
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 
@@ -63,7 +64,7 @@ def chat_fields(fields: Mapping[str, Any]) -> str:
     return "\n\n".join([*blocks, "[[ ## completed ## ]]\n"])
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Answers from a script; see `ScriptedLM` for its arguments."""
 
     name = "scripted"
@@ -83,9 +84,6 @@ class ScriptedEngine:
                 f"got answers of type {type(answers).__name__}, expected a list, a dict from a piece of the prompt to "
                 "its answer, a callable(messages), or one text for every request"
             )
-
-    def __deepcopy__(self, memo: dict[int, object]) -> ScriptedEngine:
-        return self
 
     def fingerprint(self, model: str) -> str:
         """The fingerprint given, or one made of the script."""

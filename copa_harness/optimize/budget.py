@@ -1,15 +1,10 @@
-"""How many calls a step of a strategy may use: its share of what the run's budget still allows.
+"""How many calls a step of a strategy may use, and which strategy `auto` stands for.
 
-The search asks *before* it starts work it might not be able to finish, so which calls are refused never depends on the
-order of threads. DSPy's optimizers cannot ask; they run inside a `StepScope`, which refuses what is too much.
+A step gets its share of what the run's budget still allows. The search asks *before* it starts work it might not be
+able to finish, so which calls are refused never depends on the order of threads. DSPy's optimizers cannot ask; they run
+inside a `step_scope`, which refuses what is too much.
 
-Budget levels in words: `"light"`, `"calls=500,usd=2,tokens=1e6"` or a number, as a `Budget`.
-
-Imports nothing heavy: the pytest plugin prints the ceilings in its header before any model is loaded.
-
-The strategy `auto`: which optimizer suits so many labelled examples, this model and this budget, and why.
-
-| labelled examples | optimizer | reason |
+| labelled examples | `auto` takes | reason |
 |---|---|---|
 | 1-2 | MIPROv2, zero-shot | too few to show: only the instruction can be improved |
 | 3-19 | BootstrapFewShot | enough to show, too few to choose between sets of them |
@@ -22,21 +17,16 @@ The first three rows are DSPy's own advice.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import dspy
-
-from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.budget.cost import Reservation
-from copa_harness.lm.budget.scope import SETTING, Scope
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.lm.context import in_context
 from copa_harness.optimize.options import RunSettings
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.weights import is_tunable
-from copa_harness.results import Budget, Phase, Usage
 from copa_harness.strategy import Step, StepKind, parse_strategy
 
 
@@ -80,93 +70,15 @@ def share_of(scope: Scope, weight: float, total_weight: float, *, reserved: floa
     return Allowance(scope, scope.charged_calls + math.floor(free * weight / total_weight) if total_weight else 0.0)
 
 
-class StepScope(Scope):
-    """A scope whose calls are charged to `parent`, with a lower ceiling of its own.
-
-    Refusing a call here says nothing about the parent's budget: `parent.exhausted` stays as it is.
-    """
-
-    def __init__(self, parent: Scope, *, ceiling: float, name: str) -> None:
-        super().__init__(f"{parent.name} [{name}]", budget=Budget(ceiling, parent.budget.name), parent=parent)
-        self._run = parent
-        self._parent = parent  # so that what holds for the run (tokens, dollars, seconds) holds here
-        self._step_lock = threading.RLock()
-        self._step_refused = False
-
-    @contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """As the parent's."""
-        with self._run.phase(phase):
-            yield
-
-    @property
-    def current_phase(self) -> Phase:
-        """The parent's."""
-        return self._run.current_phase
-
-    def usage(self) -> Usage:
-        """The parent's, the whole run."""
-        return self._run.usage()
-
-    def phase_usages(self) -> dict[str, Usage]:
-        """The parent's, the whole run."""
-        return self._run.phase_usages()
-
-    def add_train_steps(self, n: int, wall_s: float) -> None:
-        """Booked with the parent."""
-        self._run.add_train_steps(n, wall_s)
-
-    @property
-    def charged_calls(self) -> int:
-        """The parent's, the whole run."""
-        return self._run.charged_calls
-
-    @property
-    def remaining_calls(self) -> float:
-        """Left to this step, and to the run."""
-        return max(0.0, min(self._run.remaining_calls, self.budget.calls - self._run.charged_calls))
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether this step's ceiling refused a call."""
-        return self._step_refused
-
-    def reserve(self, key: str, *, paying: bool = False) -> Reservation:
-        """As the parent's, within this step's ceiling."""
-        with self._step_lock:
-            if self._closed:
-                raise BudgetExhausted(
-                    f"step {self.name!r} has ended; a thread left over from it asked for another call"
-                )
-            before = self._run.charged_calls
-            reservation = self._run.reserve(key, paying=paying)
-            if before < self._run.charged_calls and self._run.charged_calls > self.budget.calls:
-                self._run.refund(reservation, failed=False)
-                self._step_refused = True
-                raise BudgetExhausted(
-                    f"step {self.name!r} used its share of the budget ({self.budget.calls:g} distinct requests counted "
-                    "from the beginning of the run)"
-                )
-            return reservation
-
-    def settle(self, reservation: Reservation, usage: Usage) -> None:
-        """Settled with the parent."""
-        self._run.settle(reservation, usage)
-
-    def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
-        """Refunded with the parent."""
-        self._run.refund(reservation, failed=failed)
-
-
 @contextmanager
-def step_scope(allowance: Allowance, *, name: str) -> Iterator[StepScope]:
+def step_scope(allowance: Allowance, *, name: str) -> Iterator[Scope]:
     """Run the block with every model call of this context held to the allowance."""
-    scope = StepScope(allowance.scope, ceiling=allowance.ceiling, name=name)
+    step = allowance.scope.step(allowance.ceiling, name=name)
     try:
-        with dspy.context(**{SETTING: scope}):
-            yield scope
+        with in_context(scope=step):
+            yield step
     finally:
-        scope.close()
+        step.close()
 
 
 FEW, MANY = 3, 20

@@ -20,7 +20,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.evaluate.runner import DEFAULT_THREADS
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.optimize.adoption import conclude, out_of_reach, planned, reason_of, result_of, setting_aside
 from copa_harness.optimize.budget import Choice, resolved
 from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed

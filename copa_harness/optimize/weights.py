@@ -20,7 +20,8 @@ import numpy as np
 from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
 from copa_harness.evaluate.metrics import Metric, call_metric
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.budget.scope import current_scope
+from copa_harness.lm.context import current_scope
+from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize.propose.schema import is_fully_labelled
 from copa_harness.optimize.search.candidate import Candidate, model_name
 from copa_harness.results import Phase
@@ -200,10 +201,14 @@ def _rendered(
     return traced.rows, traced.n_passed
 
 
+def _takes_lora(lm: Any) -> bool:
+    return isinstance(lm, MeteredLM) and lm.engine.takes_lora
+
+
 def is_tunable(lm: Any) -> bool:
     """Whether a model can be fine-tuned: by LoRA here, or by its DSPy provider."""
     provider = getattr(lm, "provider", None)
-    return hasattr(getattr(lm, "engine", None), "add_lora") or bool(getattr(provider, "finetunable", False))
+    return _takes_lora(lm) or bool(getattr(provider, "finetunable", False))
 
 
 def _check_tunable(lm: Any) -> None:
@@ -217,7 +222,7 @@ def _check_tunable(lm: Any) -> None:
 
 def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> tuple[Any, str]:
     """The tuned model, by LoRA for a local engine, by DSPy's provider for any other; and which rows were left out."""
-    if hasattr(getattr(lm, "engine", None), "add_lora"):
+    if _takes_lora(lm):
         adapter = _lora(lm, rows, job, made)
         return lm.copy(model=adapter.model), _over_long_note(adapter, n_rows=len(rows))
     from dspy.clients.utils_finetune import TrainDataFormat

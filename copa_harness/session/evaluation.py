@@ -120,8 +120,7 @@ def measure(
         BudgetExhausted: The ceilings of the whole session refuse a call.
     """
     from copa_harness.judge.flaky import merge_repeats, repeats_of
-    from copa_harness.lm.budget.scope import open_scope
-    from copa_harness.lm.context import repeated
+    from copa_harness.lm.context import open_scope, repeated
 
     examples = split_of(task, split)
     groups = groups_of(task, split)
@@ -194,7 +193,7 @@ def _watched(
     from copa_harness.evaluate.examples import example_ids
     from copa_harness.evaluate.runner import run_examples
     from copa_harness.judge.intervals import mean_interval
-    from copa_harness.lm.budget.scope import current_scope
+    from copa_harness.lm.context import current_scope
 
     by_id = dict(zip(example_ids(examples), examples, strict=True))
     found: dict[str, ExampleResult] = {}
@@ -239,13 +238,8 @@ def _varies(program: dspy.Module, lm: MeteredLM) -> bool:
 
     A local model at temperature 0 has one answer only and is not asked again; an endpoint may have several even then.
     """
-    from copa_harness.lm.engine import CapableEngine
-
     models = [lm, *(predictor.lm for predictor in program.predictors() if predictor.lm is not None)]
-    return any(
-        model.kwargs.get("temperature") != 0 or isinstance(getattr(model, "engine", None), CapableEngine)
-        for model in models
-    )
+    return any(model.kwargs.get("temperature") != 0 or model.engine.is_endpoint for model in models)
 
 
 def leakage_of(task: Task, program: dspy.Module | None = None) -> LeakageReport:

@@ -67,7 +67,7 @@ class Models:
 
     def served(self) -> list[str]:
         """One line on each local model whose weights were loaded in this process."""
-        descriptions = (getattr(lm.engine, "description", None) for lm in self._models.values())
+        descriptions = (lm.engine.description for lm in self._models.values())
         return list(dict.fromkeys(line for line in descriptions if line))
 
     def metered(self, lm: dspy.LM, *, constrain: bool = False) -> MeteredLM:

@@ -18,7 +18,7 @@ from copa_harness.session.settings import Settings
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.lm.context import Plan
+    from copa_harness.lm.context import DryRun
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.session.optimizations import Optimized
     from copa_harness.tasks.task import Task
@@ -58,10 +58,9 @@ def plan_evaluation(
 ) -> PlanLine:
     """What running a program over a split would pay."""
     from copa_harness.evaluate.runner import run_examples
-    from copa_harness.lm.budget.scope import open_scope
-    from copa_harness.lm.context import planning, repeated
+    from copa_harness.lm.context import dry_run, open_scope, repeated
 
-    with open_scope(f"{task.name}: plan"), planning() as plan:
+    with open_scope(f"{task.name}: plan"), dry_run() as plan:
         for number in range(settings.repeat):
             with repeated(number):
                 run_examples(
@@ -159,7 +158,7 @@ def plan_text(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([drawn[0], rule, *drawn[1:], note])
 
 
-def _line(task: Task, what: str, plan: Plan, key: str) -> PlanLine:
+def _line(task: Task, what: str, plan: DryRun, key: str) -> PlanLine:
     usage, each = plan.usage, plan.each
     known = not usage.estimated_calls
     return PlanLine(

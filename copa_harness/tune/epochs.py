@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, TrainingMemoryError
-from copa_harness.lm.budget.cost import Cost, Hold
+from copa_harness.lm.budget.cost import Cost, Reservation
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.local.memory import is_out_of_memory, oom_message
 from copa_harness.tune.progress import Progress
@@ -100,7 +100,7 @@ _charged_lock = threading.Lock()
 
 
 class TrainingCharge:
-    """Holds the steps of one training in a scope, from now until `settle`.
+    """Reserves the steps of one training in a scope, from now until `settle`.
 
     Args:
         scope: whose budget pays.
@@ -114,15 +114,15 @@ class TrainingCharge:
 
     def __init__(self, scope: Scope, recipe: str, *, planned: int, taken_before: int) -> None:
         self._scope, self._recipe, self._before = scope, recipe, taken_before
-        self._replayed: Hold | None = None
-        self._paid: Hold | None = None
+        self._replayed: Reservation | None = None
+        self._paid: Reservation | None = None
         with _charged_lock:
             free = recipe in _charged.get(scope, ())
         if taken_before and not free:
-            self._replayed = scope.hold(Cost(train_steps=taken_before), replayed=True)
+            self._replayed = scope.reserve(Cost(train_steps=taken_before), replayed=True)
         if planned > taken_before:
             try:
-                self._paid = scope.hold(Cost(train_steps=planned - taken_before))
+                self._paid = scope.reserve(Cost(train_steps=planned - taken_before))
             except BaseException:
                 if self._replayed is not None:
                     self._replayed.release()
@@ -135,7 +135,7 @@ class TrainingCharge:
             BudgetExhausted: the seconds of the scope, of one around it, or of the run are over.
         """
         if self._scope.remaining_s <= 0:
-            self._scope.hold(Cost()).release()  # refuses in the scope's own words
+            self._scope.reserve(Cost()).release()  # refuses in the scope's own words
             raise BudgetExhausted(f"the seconds of {self._scope.name!r} are over; raise --copa-budget to go further")
 
     def settle(self, taken: int) -> None:

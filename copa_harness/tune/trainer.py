@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingMemoryError
-from copa_harness.lm.budget.scope import current_scope
+from copa_harness.lm.context import current_scope
 from copa_harness.lm.local.files import LoraFiles, hash_mapping, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,

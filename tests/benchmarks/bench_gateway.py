@@ -45,8 +45,9 @@ from copa_harness.errors import BudgetExhausted  # noqa: E402
 from copa_harness.evaluate import evaluate  # noqa: E402
 from copa_harness.evaluate.runner import default_adapter  # noqa: E402
 from copa_harness.lm.budget.ledger import whole_run  # noqa: E402
-from copa_harness.lm.budget.scope import open_scope  # noqa: E402
 from copa_harness.lm.cache.store import ResponseCache  # noqa: E402
+from copa_harness.lm.context import CallContext, in_context, open_scope  # noqa: E402
+from copa_harness.lm.engine import Engine  # noqa: E402
 from copa_harness.lm.factory import build_lm  # noqa: E402
 from copa_harness.lm.gateway import Gateway  # noqa: E402
 from copa_harness.lm.scripted import ScriptedLM  # noqa: E402
@@ -124,7 +125,7 @@ def lookups(n):
     lm = ScriptedLM(ANSWER, model="m", gateway=fresh_gateway("a"))
 
     def gateway(rollout):
-        return lm.gateway.call(lm.engine, request, model="m", rollout_id=rollout, candidate=0)
+        return lm.gateway.call(lm.engine, request, context=CallContext(rollout_id=rollout))
 
     bare = diskcache.Cache(f"{SCRATCH.name}/bare")
     text = json.dumps({"answer": ANSWER})
@@ -309,7 +310,7 @@ def exactness(n):
         ):
 
             def ask(index):
-                with dspy.context(copa_scope=scope):
+                with in_context(scope=scope):
                     try:
                         return bool(lm(f"question {index % n}"))
                     except BudgetExhausted:
@@ -323,14 +324,11 @@ def exactness(n):
     print(f"    {answered} answered, {scope.usage().cached_calls} of them replayed", flush=True)
 
 
-class Recorder:
+class Recorder(Engine):
     """An engine that remembers what it was asked."""
 
     def __init__(self, engine):
         self.engine, self.requests, self.name = engine, [], engine.name
-
-    def __deepcopy__(self, memo):
-        return self
 
     def fingerprint(self, model):
         return self.engine.fingerprint(model)

@@ -1,4 +1,4 @@
-"""The short way to the gateway asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
+"""The fast path to the gateway asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copa_harness.lm.fast_path import ShortWay
+from copa_harness.lm.dspy_internals import RequestBuilder
 from copa_harness.lm.scripted import ScriptedLM
 
 ROWS = st.lists(
@@ -32,7 +32,7 @@ SETTINGS = st.fixed_dictionaries(
         "response_format": st.sampled_from([{"type": "json_object"}]),
     },
 )
-SHARED = ShortWay()
+SHARED = RequestBuilder()
 
 
 def asked_of_dspy(messages, call_settings):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copa_harness.lm.fast_path import PromptAdapter
+from copa_harness.lm.dspy_internals import PromptAdapter
 
 
 class Mood(enum.Enum):

@@ -2,18 +2,20 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from dspy.lm15 import Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import BudgetExhausted, ProviderError
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.context import current_context, open_scope
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.results import Budget
 
 
-class CountingEngine:
+class CountingEngine(Engine):
     """Answers with the number of the call; waits for `gate` if there is one; fails the first `n_failures` times."""
 
     name = "counting"
@@ -53,7 +55,8 @@ class PricedCountingEngine(CountingEngine):
 
 def ask(gateway, engine, prompt="x", *, rollout_id=None, candidate=0):
     request = Request(model="m", messages=(Message.user(prompt),))
-    return gateway.call(engine, request, model="m", rollout_id=rollout_id, candidate=candidate)
+    context = replace(current_context(), rollout_id=rollout_id)
+    return gateway.call(engine, request, context=context, candidate=candidate)
 
 
 @pytest.fixture(params=["memory", "disk"])

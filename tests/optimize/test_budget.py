@@ -2,11 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import dspy
 import pytest
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.budget.scope import Scope, current_scope, open_scope
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.lm.context import current_scope, in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance, share_of, step_scope
 from copa_harness.results import Budget, Phase
@@ -14,7 +14,7 @@ from copa_harness.results import Budget, Phase
 
 def test_a_share_is_counted_from_what_was_spent_already():
     with open_scope("run", budget=Budget(calls=100)) as scope:
-        scope.reserve("one")
+        scope.charge("one")
         allowance = share_of(scope, 1, 3, reserved=9)
         assert allowance.remaining == 30
         assert allowance.can_afford(30)
@@ -56,7 +56,7 @@ def test_many_threads_never_pass_a_steps_share():
         with step_scope(Allowance(scope, 17), name="step") as step:
 
             def one(i):
-                with dspy.context(copa_scope=step):
+                with in_context(scope=step):
                     try:
                         ask(lm, i)
                     except BudgetExhausted:
@@ -85,5 +85,5 @@ def test_a_thread_left_over_from_a_step_buys_nothing():
     with open_scope("run", budget=Budget(calls=10)) as scope:
         with step_scope(Allowance(scope, 5), name="step") as step:
             pass
-        with dspy.context(copa_scope=step), pytest.raises(BudgetExhausted, match="has ended"):
+        with in_context(scope=step), pytest.raises(BudgetExhausted, match="has ended"):
             ask(lm, 0)

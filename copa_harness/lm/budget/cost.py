@@ -1,12 +1,8 @@
-"""What calls cost, and an account that never lets the sum of costs pass its ceilings.
+"""What calls cost: the most, known before a call; what it did, known afterwards; and an account that keeps sums.
 
-A cost is held before anything is paid, in its worst case, and settled at what it turned out to be. Spent plus held
-never exceeds a ceiling. A cost that would fit if only the calls in flight turned out cheaper waits for them; one that
-cannot fit is refused. Amounts are integers (dollars as 10^-12 dollars), so no rounding adds up.
-
-A cost held in several accounts at once, and which amounts the ceilings in force ask to know beforehand.
-
-The most a call can cost, known before it is made, and what it did cost, known afterwards.
+A cost is reserved in its worst case before anything is paid, and settled at what it turned out to be. Spent plus
+reserved never exceeds a ceiling. A cost that would fit if only the calls in flight turned out cheaper waits for them;
+one that cannot fit is refused. Amounts are integers (dollars as 10^-12 dollars), so no rounding adds up.
 
 A token of every byte-level tokenizer covers at least one byte, so a prompt's UTF-8 bytes plus an allowance for the chat
 template bound its tokens from above; `max_tokens` bounds the answer. What a provider does not report, or reports
@@ -20,9 +16,8 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from dspy._vendor.lm15.serde import request_to_dict
 from dspy.lm15 import (
     DataPart,
     RefusalPart,
@@ -35,7 +30,8 @@ from dspy.lm15 import (
 )
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.results import Budget, Phase, Usage
+from copa_harness.lm.dspy_internals import request_to_dict
+from copa_harness.results import Budget, Usage
 from copa_harness.wording import amount
 
 PICO = 10**12
@@ -172,15 +168,15 @@ def amount_of(cost: Cost, name: str) -> int:
 
 
 class Account(Protocol):
-    """Keeps spent plus held under ceilings."""
+    """Keeps spent plus reserved under ceilings."""
 
     @property
     def ceilings(self) -> Ceilings:
         """What it enforces."""
         ...
 
-    def hold(self, cost: Cost) -> int:
-        """Hold `cost` and return the number of the hold; waits while only calls in flight stand in the way.
+    def reserve(self, cost: Cost) -> int:
+        """Reserve `cost` and return the reservation's number; waits while only calls in flight stand in the way.
 
         Raises:
             OverBudget: It cannot fit.
@@ -188,11 +184,11 @@ class Account(Protocol):
         ...
 
     def settle(self, number: int, cost: Cost) -> None:
-        """Replace a hold by what it turned out to cost."""
+        """Replace what was reserved by what it turned out to cost."""
         ...
 
     def release(self, number: int) -> None:
-        """Give a hold back: nothing was paid."""
+        """Give a reservation back: nothing was paid."""
         ...
 
 
@@ -203,9 +199,9 @@ class MemoryAccount:
         self.ceilings = ceilings
         self._changed = threading.Condition()
         self._spent = Cost()
-        self._held = Cost()
-        self._holds: dict[int, Cost] = {}
-        self._n_holds = 0
+        self._reserved = Cost()
+        self._open: dict[int, Cost] = {}
+        self._n_reservations = 0
 
     @property
     def spent(self) -> Cost:
@@ -214,29 +210,29 @@ class MemoryAccount:
             return self._spent
 
     def totals(self) -> Mapping[str, Cost]:
-        """`spent` and `held`, read at one moment."""
+        """`spent` and `reserved`, read at one moment."""
         with self._changed:
-            return {"spent": self._spent, "held": self._held}
+            return {"spent": self._spent, "reserved": self._reserved}
 
-    def hold(self, cost: Cost) -> int:
-        """As `Account.hold`."""
+    def reserve(self, cost: Cost) -> int:
+        """As `Account.reserve`."""
         with self._changed:
             while True:
                 self.ceilings.check(self._spent + cost, spent=self._spent, asked=cost)
                 try:
-                    self.ceilings.check(self._spent + self._held + cost, spent=self._spent, asked=cost)
+                    self.ceilings.check(self._spent + self._reserved + cost, spent=self._spent, asked=cost)
                 except OverBudget:
                     self._changed.wait()
                     continue
-                self._n_holds += 1
-                self._holds[self._n_holds] = cost
-                self._held += cost
-                return self._n_holds
+                self._n_reservations += 1
+                self._open[self._n_reservations] = cost
+                self._reserved += cost
+                return self._n_reservations
 
     def settle(self, number: int, cost: Cost) -> None:
         """As `Account.settle`."""
         with self._changed:
-            self._held -= self._holds.pop(number)
+            self._reserved -= self._open.pop(number)
             self._spent += cost
             self._changed.notify_all()
 
@@ -246,18 +242,18 @@ class MemoryAccount:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
-    """A cost held in several accounts at once, to be settled or released exactly once.
+class Reservation:
+    """A cost reserved in several accounts at once, to be settled or released exactly once.
 
     Attributes:
-        cost: What is held.
+        cost: What is reserved.
     """
 
     cost: Cost
     places: tuple[tuple[Account, int], ...]
 
     def settle(self, cost: Cost) -> None:
-        """Replace what is held by what it turned out to cost."""
+        """Replace what is reserved by what it turned out to cost."""
         for account, number in self.places:
             account.settle(number, cost)
 
@@ -281,23 +277,10 @@ class Bounds:
     usd: bool
     budget: str
 
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A promise of one request, to be settled or refunded exactly once.
-
-    Attributes:
-        key: The request's cache key.
-        phase: The phase the request is billed to: the one current when it was reserved.
-        again: True when the key was already settled in this scope and has to be bought a second time (its
-            stored answer was lost); such a purchase counts against the budget like a new request.
-        first: True when this reservation was counted: the request is new to the scope.
-    """
-
-    key: str
-    phase: Phase
-    again: bool = False
-    first: bool = False
+    @property
+    def asked(self) -> bool:
+        """Whether there is any."""
+        return self.tokens or self.usd
 
 
 TEMPLATE_TOKENS = 128
@@ -324,24 +307,6 @@ class Limits:
     output_usd: float | None = 0.0
 
 
-@runtime_checkable
-class LimitedEngine(Protocol):
-    """An engine that knows limits and prices. Engines that do not are free of charge."""
-
-    def limits(self, model: str) -> Limits:
-        """Limits and prices of `model`, from what is known without asking the network."""
-        ...
-
-
-def limits_of(engine: object, model: str) -> Limits:
-    """What is known of a model's costs: as its engine says, else nothing but that it is free."""
-    found = getattr(engine, "limits", None)
-    if found is None:
-        return Limits()
-    limits: Limits = found(model)
-    return limits
-
-
 def prompt_tokens_from_above(request: Request) -> int:
     """A number of tokens the prompt cannot exceed.
 
@@ -366,22 +331,19 @@ def prompt_tokens_from_above(request: Request) -> int:
     return n_bytes + TEMPLATE_TOKENS + TEMPLATE_TOKENS_PER_MESSAGE * (len(request.messages) + 1)
 
 
-def worst_case(request: Request, limits: Limits, *, budget: str, tokens: bool, usd: bool) -> Cost:
+def worst_case(request: Request, limits: Limits, bounds: Bounds) -> Cost:
     """The most one completion of `request` can cost.
 
     Args:
         request: What will be asked.
         limits: What is known of the model.
-        budget: Name of the budget, for messages.
-        tokens: Whether a ceiling on tokens needs the bound.
-        usd: Whether a ceiling on dollars needs the bound.
+        bounds: Which amounts have to be known; the price stays open where only tokens do and nobody knows it.
 
     Raises:
         ConfigurationError: There is no bound: no `max_tokens` and no limit known of the model, or no price.
     """
-    if not (tokens or usd):
-        return Cost(calls=1)
-    what = "dollars" if usd else "tokens"
+    budget = bounds.budget
+    what = "dollars" if bounds.usd else "tokens"
     output_tokens = request.config.max_tokens or limits.max_output_tokens
     if output_tokens is None:
         raise ConfigurationError(
@@ -391,7 +353,7 @@ def worst_case(request: Request, limits: Limits, *, budget: str, tokens: bool, u
     input_tokens = prompt_tokens_from_above(request)
     cost = Cost(calls=1, input_tokens=input_tokens, output_tokens=output_tokens)
     if limits.input_usd is None or limits.output_usd is None:
-        if usd:
+        if bounds.usd:
             raise ConfigurationError(
                 f"the budget {budget!r} caps dollars, but no price is known for {request.model!r}; expected a model of "
                 "the price list DSPy ships: cap calls or tokens instead"
@@ -407,7 +369,7 @@ def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[
     Args:
         response: The answer.
         usd: Its price in dollars, None when nobody knows.
-        worst: What was held for it. Tokens or a price that are unknown count as held.
+        worst: What was reserved for it. Tokens or a price that are unknown count as reserved.
     """
     given = response.usage
     input_tokens, output_tokens = given.input_tokens, given.output_tokens
@@ -432,7 +394,7 @@ def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[
 
 
 def lost_cost(worst: Cost) -> Usage:
-    """The usage to report for a call that may have been billed but brought no answer: all that was held for it."""
+    """The usage to report for a call that may have been billed but brought no answer: all that was reserved for it."""
     return Usage(
         paid_calls=1,
         failed_calls=1,

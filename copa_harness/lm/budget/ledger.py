@@ -1,8 +1,8 @@
 """The ledger of a whole run: one account shared by every process of it, on disk.
 
-It counts real payments, not distinct requests: what is bought by any pytest-xdist worker is held here before it is
-paid, in one SQLite transaction that no other process can interleave with. The holds of a process that died count as
-spent, since the provider may have billed them. Every run has a ledger of its own (`runs/<run id>.sqlite`), so a run
+It counts real payments, not distinct requests: what is bought by any pytest-xdist worker is reserved here before it is
+paid, in one SQLite transaction that no other process can interleave with. The reservations of a process that died count
+as spent, since the provider may have billed them. Every run has a ledger of its own (`runs/<run id>.sqlite`), so a run
 that is started again begins at zero and pays for what is missing only.
 """
 
@@ -79,23 +79,23 @@ class RunLedger:
         return self._transaction(lambda sql: self._sum(sql, "spent"))
 
     @property
-    def held(self) -> Cost:
-        """What is held for calls in flight, by all processes together."""
-        return self._transaction(lambda sql: self._sum(sql, "holds"))
+    def reserved(self) -> Cost:
+        """What is reserved for calls in flight, by all processes together."""
+        return self._transaction(lambda sql: self._sum(sql, "reservations"))
 
     @property
     def remaining_s(self) -> float:
         """Seconds until nothing more may be bought."""
         return self.budget.seconds - (time.time() - self.began_s)
 
-    def hold(self, cost: Cost) -> int:
-        """As `Account.hold`, also against the other processes of the run."""
+    def reserve(self, cost: Cost) -> int:
+        """As `Account.reserve`, also against the other processes of the run."""
         pause_s = _POLL_S[0]
         while True:
             if self.remaining_s <= 0:
                 elapsed_s = time.time() - self.began_s
                 raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=self.budget.seconds)
-            number = self._transaction(lambda sql: self._try_hold(sql, cost))
+            number = self._transaction(lambda sql: self._try_reserve(sql, cost))
             if number is not None:
                 return number
             time.sleep(pause_s)
@@ -105,7 +105,7 @@ class RunLedger:
         """As `Account.settle`."""
 
         def settle(sql: sqlite3.Connection) -> None:
-            sql.execute("DELETE FROM holds WHERE number = ?", (number,))
+            sql.execute("DELETE FROM reservations WHERE number = ?", (number,))
             self._spend(sql, cost)
 
         self._transaction(settle)
@@ -124,7 +124,7 @@ class RunLedger:
     # -- inside a transaction
 
     def _begin(self, sql: sqlite3.Connection) -> float:
-        sql.execute(f"CREATE TABLE IF NOT EXISTS holds (number INTEGER PRIMARY KEY, owner INTEGER, {_AMOUNTS})")
+        sql.execute(f"CREATE TABLE IF NOT EXISTS reservations (number INTEGER PRIMARY KEY, owner INTEGER, {_AMOUNTS})")
         sql.execute(f"CREATE TABLE IF NOT EXISTS spent ({_AMOUNTS})")
         sql.execute("CREATE TABLE IF NOT EXISTS run (began_s REAL, ceilings TEXT)")
         ceilings = json.dumps(self.budget.ceilings, sort_keys=True)
@@ -141,27 +141,27 @@ class RunLedger:
             )
         return float(found[0])
 
-    def _try_hold(self, sql: sqlite3.Connection, cost: Cost) -> int | None:
-        spent, held = self._sum(sql, "spent"), self._sum(sql, "holds")
+    def _try_reserve(self, sql: sqlite3.Connection, cost: Cost) -> int | None:
+        spent, reserved = self._sum(sql, "spent"), self._sum(sql, "reservations")
         self.ceilings.check(spent + cost, spent=spent, asked=cost)
         try:
-            self.ceilings.check(spent + held + cost, spent=spent, asked=cost)
+            self.ceilings.check(spent + reserved + cost, spent=spent, asked=cost)
         except OverBudget:
-            self._bury(sql)
+            self._drop_dead_processes(sql)
             return None
         cursor = sql.execute(
-            f"INSERT INTO holds (owner, {_COLUMNS}) VALUES (?, {_MARKS})",
+            f"INSERT INTO reservations (owner, {_COLUMNS}) VALUES (?, {_MARKS})",
             (os.getpid(), *(getattr(cost, name) for name in COST_FIELDS)),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _bury(self, sql: sqlite3.Connection) -> None:
-        """Count the holds of dead processes as spent: what they paid for may have been billed."""
-        for (owner,) in sql.execute("SELECT DISTINCT owner FROM holds").fetchall():
+    def _drop_dead_processes(self, sql: sqlite3.Connection) -> None:
+        """Count the reservations of dead processes as spent: what they paid for may have been billed."""
+        for (owner,) in sql.execute("SELECT DISTINCT owner FROM reservations").fetchall():
             if not _is_alive(owner):
-                row = sql.execute(f"SELECT {_SUMS} FROM holds WHERE owner = ?", (owner,)).fetchone()
-                sql.execute("DELETE FROM holds WHERE owner = ?", (owner,))
+                row = sql.execute(f"SELECT {_SUMS} FROM reservations WHERE owner = ?", (owner,)).fetchone()
+                sql.execute("DELETE FROM reservations WHERE owner = ?", (owner,))
                 self._spend(sql, Cost(*row))
 
     def _spend(self, sql: sqlite3.Connection, cost: Cost) -> None:

@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import dspy
-
-# Private, and pinned by dspy >=3.4,<3.5: the only list of prices at hand.
-from dspy.clients import capabilities, model_metadata
-from dspy.clients.costs import estimate_cost
 from dspy.lm15 import LM15Error, Request, Response
 
 from copa_harness.lm.budget.cost import Limits
+from copa_harness.lm.dspy_internals import estimate_cost, model_metadata, resolve
 
 _INPUT = re.compile(r"(input_cost_per_token|cache_(creation|read)_input_token_cost)(_above_.*|_priority)?")
 _OUTPUT = re.compile(r"output_cost_per_(reasoning_)?token(_above_.*|_priority)?")
@@ -25,11 +22,11 @@ def use_shipped_prices() -> None:
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 
-def limits_of(lm: dspy.LM) -> Limits:
+def listed_limits(lm: dspy.LM) -> Limits:
     """The highest prices that can apply to a token of this model, and the longest answer it gives."""
     use_shipped_prices()
     try:
-        route = capabilities.resolve(lm)
+        route = resolve(lm)
         info = model_metadata.model_info(route.provider, route.model)
     except LM15Error:  # LiteLLM's to route
         info = {}

@@ -1,14 +1,17 @@
 """A scope: the budget and the meter of one run, shared by every thread that works for it.
 
-The gateway reserves a request's key here before anything is paid and settles or refunds it afterwards. Counted are
-*distinct* requests, bought or replayed (see `Budget`); asking the same thing again in the same scope is free. What was
-spent is kept per phase, and the phase belongs to the scope, not to a thread: DSPy's worker threads do not inherit
-context variables. Tokens, dollars and training steps are held in their worst case before they are paid, here and in the
-ledger of the whole run if one is open.
+    with scope.charge(key, worst=worst) as charge:      refused here, before anything is paid, if it may be too much
+        answer = ask()
+        charge.settle(*actual_cost(answer, ...))        the worst case is replaced by what it came to
 
-The meter of one run: what was spent and what failed, phase by phase.
+`Charge` is all the bookkeeping of one request: its key counts against the ceiling on calls, its worst case is reserved
+in the account of the scope, of those around it, and in the ledger of the whole run if one is open, and what it came to
+is booked in the phase it began in. Counted are *distinct* requests, bought or replayed (see `Budget`); asking the same
+thing again in the same scope is free. What was spent is kept per phase, and the phase belongs to the scope, not to a
+thread: DSPy's worker threads do not inherit context variables.
 
-The phase belongs to the meter, not to a thread: DSPy's worker threads do not inherit context variables.
+A *step* of a scope (`Scope.step`) is the same run with the same books and a lower ceiling on calls: what a part of a
+strategy may use. Refusing a call there says nothing about the run's budget: the run's `exhausted` stays as it is.
 """
 
 from __future__ import annotations
@@ -16,120 +19,139 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.budget.cost import Account, Bounds, Ceilings, Cost, Hold, MemoryAccount, OverBudget, Reservation
+from copa_harness.lm.budget.cost import (
+    Account,
+    Bounds,
+    Ceilings,
+    Cost,
+    MemoryAccount,
+    OverBudget,
+    Reservation,
+    lost_cost,
+)
 from copa_harness.lm.budget.ledger import current_ledger
 from copa_harness.results import Budget, Phase, Usage
 
-_booked_as: ContextVar[Phase | None] = ContextVar("copa_booked_as", default=None)
 
+@dataclass(slots=True)
+class _Books:
+    """What a run has asked for and spent; shared by a scope and its steps, and only touched under `lock`."""
 
-@contextmanager
-def booked_as(phase: Phase) -> Iterator[None]:
-    """Stamp every call of this thread (and task) inside the block with `phase`, whatever phase the scope is in.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    phases: list[Phase] = field(default_factory=list)
+    segment_start_s: float = 0.0
+    usages: dict[Phase, Usage] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    first_failures: dict[str, str] = field(default_factory=dict)
+    pending: dict[str, int] = field(default_factory=dict)  # keys charged and not yet settled -> number of charges
+    settled: set[str] = field(default_factory=set)
+    n_counted: int = 0
 
-    For calls that hide in something else: what a metric asks a judge model is booked as `Phase.METRIC`.
-    """
-    token = _booked_as.set(phase)
-    try:
-        yield
-    finally:
-        _booked_as.reset(token)
+    def add(self, phase: Phase, usage: Usage) -> None:
+        self.usages[phase] = self.usages.get(phase, Usage()) + usage
 
-
-class Meter:
-    """Usage per phase and failures per kind. All methods may be called from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._phases: list[Phase] = []
-        self._segment_start_s = 0.0
-        self._usages: dict[Phase, Usage] = {}
-        self._failures: dict[str, int] = {}
-        self._first_failures: dict[str, str] = {}
-
-    @contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """Stamp every call made inside the block, from whatever thread, with `phase`.
-
-        The previous phase is restored afterwards. Wall time is charged to the innermost phase only, so the
-        phases of a scope never count a second twice. Phases nest; two threads must not open phases of one
-        scope side by side.
-        """
-        with self._lock:
-            self._close_segment()
-            self._phases.append(phase)
-            self._add(phase, Usage())
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._close_segment()
-                self._phases.pop()
-
-    @property
-    def current_phase(self) -> Phase:
-        """The phase calls are stamped with now; `Phase.EVALUATE` outside every `phase` block."""
-        if (override := _booked_as.get()) is not None:
-            return override
-        with self._lock:
-            return self._phases[-1] if self._phases else Phase.EVALUATE
-
-    def usage(self) -> Usage:
-        """Everything spent so far, all phases together, the running one included."""
-        return sum(self.phase_usages().values(), Usage())
-
-    def phase_usages(self) -> dict[str, Usage]:
-        """What each phase spent, in the order the phases were first used."""
-        with self._lock:
-            self._close_segment()
-            return {phase.value: usage for phase, usage in self._usages.items()}
-
-    def add_train_steps(self, n: int, wall_s: float) -> None:
-        """Book `n` optimizer steps of training that took `wall_s` seconds in the current phase.
-
-        Inside a `phase` block the seconds are already measured by the block and are not added again.
-        """
-        with self._lock:
-            self._add(self.current_phase, Usage(train_steps=n, wall_s=0.0 if self._phases else wall_s))
-
-    def _close_segment(self) -> None:
+    def close_segment(self) -> None:
+        """Book the seconds since the last phase began or ended."""
         now_s = time.monotonic()
-        if self._phases:
-            self._add(self._phases[-1], Usage(wall_s=now_s - self._segment_start_s))
-        self._segment_start_s = now_s
-
-    def _add(self, phase: Phase, usage: Usage) -> None:
-        self._usages[phase] = self._usages.get(phase, Usage()) + usage
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """How many attempts failed, by kind (`rate limit`, `timeout`, ...), those that a retry mended included."""
-        with self._lock:
-            return dict(self._failures)
-
-    @property
-    def first_failures(self) -> dict[str, str]:
-        """The traceback of the first failure of each kind."""
-        with self._lock:
-            return dict(self._first_failures)
-
-    def note_failure(self, kind: str, traceback: str) -> None:
-        """Count a failed attempt, keeping the first traceback of its kind."""
-        with self._lock:
-            self._failures[kind] = self._failures.get(kind, 0) + 1
-            self._first_failures.setdefault(kind, traceback)
+        if self.phases:
+            self.add(self.phases[-1], Usage(wall_s=now_s - self.segment_start_s))
+        self.segment_start_s = now_s
 
 
-SETTING = "copa_scope"
-"""Name under which `open_scope` puts the scope into DSPy's settings; DSPy carries those into its worker threads."""
+class Charge:
+    """One request on the books of a scope, from before it is answered until it is known what that cost.
+
+    Settled, lost or refunded exactly once. As a context manager it does that itself if the block did not: an exception
+    gives everything back and counts a failed call; an interruption (Ctrl-C) leaves the worst case spent, since nobody
+    will know whether the call is billed.
+
+    Attributes:
+        key: The request's cache key.
+        again: Whether the key was settled in this scope before and has to be bought a second time (its stored answer
+            was lost); such a purchase counts against the budget like a new request.
+        first: Whether it was counted: the request is new to the scope, or bought again.
+    """
+
+    __slots__ = ("_books", "_is_open", "_phase", "_reservation", "again", "first", "key")
+
+    def __init__(self, books: _Books, key: str, *, phase: Phase, again: bool, first: bool) -> None:
+        self.key, self.again, self.first = key, again, first
+        self._books, self._phase = books, phase
+        self._reservation: Reservation | None = None
+        self._is_open = True
+
+    def reserved(self, reservation: Reservation) -> None:
+        """Take what was reserved for it; settled or released with the charge."""
+        self._reservation = reservation
+
+    def settle(self, cost: Cost, usage: Usage) -> None:
+        """Make it final.
+
+        Args:
+            cost: What it came to, in place of what was reserved.
+            usage: What is booked for it (`paid_calls=1` or `cached_calls=1`).
+        """
+        if self._reservation is not None:
+            self._reservation.settle(cost)
+        self._is_open, books = False, self._books
+        with books.lock:
+            if not self.again:
+                self._close_key()
+                books.settled.add(self.key)
+            books.add(self._phase, usage)
+
+    def lose(self) -> None:
+        """Book the worst case as paid for nothing: no answer came, and the call may have been billed."""
+        worst = Cost() if self._reservation is None else self._reservation.cost
+        self.settle(worst, lost_cost(worst))
+
+    def refund(self, *, failed: bool = True) -> None:
+        """Give everything back: there is no answer, and nothing was paid. `failed` counts it as a failed call."""
+        if self._reservation is not None:
+            self._reservation.release()
+        self._uncount(failed=failed)
+
+    def _uncount(self, *, failed: bool) -> None:
+        self._is_open, books = False, self._books
+        with books.lock:
+            if self.again:
+                books.n_counted -= 1
+            else:
+                self._close_key()
+                if self.key not in books.pending and self.key not in books.settled:
+                    books.n_counted -= 1
+            books.add(self._phase, Usage(failed_calls=1 if failed else 0))
+
+    def _close_key(self) -> None:
+        others = self._books.pending[self.key] - 1
+        if others:
+            self._books.pending[self.key] = others
+        else:
+            del self._books.pending[self.key]
+
+    def __enter__(self) -> Charge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._is_open:
+            return
+        if error is None or isinstance(error, Exception):
+            self.refund(failed=error is not None)
+            return
+        if self._reservation is not None:
+            self._reservation.settle(self._reservation.cost)
+        self._uncount(failed=False)
 
 
-class Scope(Meter):
+class Scope:
     """Budget and meter of one run. All methods may be called from any thread.
 
     Args:
@@ -146,18 +168,15 @@ class Scope(Meter):
         budget: Budget | None = None,
         parent: Scope | None = None,
     ) -> None:
-        super().__init__()
         self.name = name
         self.budget = Budget() if budget is None else budget
-        self._holders: dict[str, int] = {}  # keys reserved and not yet settled -> number of reservations
-        self._settled: set[str] = set()
-        self._n_again = 0
-        self._n_counted = 0
-        self._refused = False
-        self._closed = False
+        self._books = _Books()
         self._account = MemoryAccount(Ceilings.of(self.budget, calls=False))
         self._began_s = time.monotonic()
-        self._around = parent
+        self._lineage: tuple[Scope, ...] = (self, *(() if parent is None else parent._lineage))
+        self._steps: tuple[Scope, ...] = ()  # this one and those around it, outermost first, if it is a step
+        self._refused = False
+        self._closed = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Scope:
         return self
@@ -165,73 +184,194 @@ class Scope(Meter):
     def __repr__(self) -> str:
         return f"Scope({self.name!r}, {self.charged_calls} of {self.budget.calls} calls)"
 
-    # -- the budget
+    def step(self, ceiling: float, *, name: str) -> Scope:
+        """A part of the same run, with the same books, that may count up to `ceiling` distinct requests.
+
+        Args:
+            ceiling: On the distinct requests of the whole run, counted from its beginning.
+            name: Shown in messages, behind the run's.
+        """
+        step = Scope(f"{self.name} [{name}]", budget=Budget(ceiling, self.budget.name))
+        step._books, step._lineage, step._steps = self._books, self._lineage, (*self._steps, step)
+        return step
+
+    # -- the meter
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Stamp every call made inside the block, from whatever thread, with `phase`.
+
+        The previous phase is restored afterwards. Wall time is charged to the innermost phase only, so the
+        phases of a scope never count a second twice. Phases nest; two threads must not open phases of one
+        scope side by side.
+        """
+        books = self._books
+        with books.lock:
+            books.close_segment()
+            books.phases.append(phase)
+            books.add(phase, Usage())
+        try:
+            yield
+        finally:
+            with books.lock:
+                books.close_segment()
+                books.phases.pop()
+
+    @property
+    def current_phase(self) -> Phase:
+        """The phase calls are stamped with now; `Phase.EVALUATE` outside every `phase` block."""
+        phases = self._books.phases
+        return phases[-1] if phases else Phase.EVALUATE
+
+    def usage(self) -> Usage:
+        """Everything spent so far, all phases together, the running one included."""
+        return sum(self.phase_usages().values(), Usage())
+
+    def phase_usages(self) -> dict[str, Usage]:
+        """What each phase spent, in the order the phases were first used."""
+        with self._books.lock:
+            self._books.close_segment()
+            return {phase.value: usage for phase, usage in self._books.usages.items()}
+
+    def add_train_steps(self, n: int, wall_s: float) -> None:
+        """Book `n` optimizer steps of training that took `wall_s` seconds in the current phase.
+
+        Inside a `phase` block the seconds are already measured by the block and are not added again.
+        """
+        with self._books.lock:
+            measured = bool(self._books.phases)
+            self._books.add(self.current_phase, Usage(train_steps=n, wall_s=0.0 if measured else wall_s))
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many attempts failed, by kind (`rate limit`, `timeout`, ...), those that a retry mended included."""
+        with self._books.lock:
+            return dict(self._books.failures)
+
+    @property
+    def first_failures(self) -> dict[str, str]:
+        """The traceback of the first failure of each kind."""
+        with self._books.lock:
+            return dict(self._books.first_failures)
+
+    def note_failure(self, kind: str, traceback: str) -> None:
+        """Count a failed attempt here and in the scopes around, keeping the first traceback of its kind."""
+        for scope in self._lineage:
+            books = scope._books
+            with books.lock:
+                books.failures[kind] = books.failures.get(kind, 0) + 1
+                books.first_failures.setdefault(kind, traceback)
+
+    # -- distinct requests
 
     @property
     def charged_calls(self) -> int:
         """Distinct requests so far, bought, replayed or in flight: what `budget.calls` bounds."""
-        with self._lock:
-            return self._n_counted
+        return self._books.n_counted
 
     @property
     def remaining_calls(self) -> float:
         """Distinct requests still allowed; `math.inf` without a ceiling."""
-        return max(0.0, self.budget.calls - self.charged_calls) if math.isfinite(self.budget.calls) else math.inf
+        ceiling = min(scope.budget.calls for scope in (self._lineage[0], *self._steps))
+        return max(0.0, ceiling - self.charged_calls) if math.isfinite(ceiling) else math.inf
 
     @property
     def exhausted(self) -> bool:
         """Whether a request was refused because the budget was spent."""
-        with self._lock:
-            return self._refused
+        return self._refused
 
-    def reserve(self, key: str, *, paying: bool = False) -> Reservation:
-        """Reserve one request before it is answered.
+    def charge(self, key: str, *, worst: Cost | None = None, paying: bool = True, phase: Phase | None = None) -> Charge:
+        """Put one request on the books before it is answered.
 
         Args:
             key: The request's cache key. A key this scope has already charged is free.
-            paying: True when the answer will be bought. A key settled earlier is then charged once more, so that
-                calls really paid can never pass the ceiling even if stored answers are lost.
+            worst: The most its answer can cost.
+            paying: True when the answer will be bought. A key settled earlier is then counted once more, so that calls
+                really paid can never pass the ceiling even if stored answers are lost; and `worst` is reserved.
+            phase: What it is billed to; the phase current now by default.
 
         Raises:
-            BudgetExhausted: The ceiling would be passed, or the scope has ended.
+            BudgetExhausted: A ceiling would be passed, or the scope has ended.
         """
-        with self._lock:
-            again = paying and key in self._settled
-            first = again or not (key in self._settled or key in self._holders)
+        books = self._books
+        with books.lock:
+            for step in reversed(self._steps):
+                if step._closed:
+                    raise BudgetExhausted(
+                        f"step {step.name!r} has ended; a thread left over from it asked for another call"
+                    )
+            again = paying and key in books.settled
+            first = again or not (key in books.settled or key in books.pending)
             if first:
                 self._count_one()
-            if again:
-                self._n_again += 1
-            else:
-                self._holders[key] = self._holders.get(key, 0) + 1
-            return Reservation(key, self.current_phase, again, first)
+            if not again:
+                books.pending[key] = books.pending.get(key, 0) + 1
+            charge = Charge(books, key, phase=phase or self.current_phase, again=again, first=first)
+        if paying:
+            try:
+                charge.reserved(self.reserve(Cost() if worst is None else worst))
+            except BaseException:
+                charge.refund(failed=False)
+                raise
+        return charge
 
-    def settle(self, reservation: Reservation, usage: Usage) -> None:
-        """Make a reservation final and book what the answer cost (`paid_calls=1` or `cached_calls=1`)."""
-        with self._lock:
-            if not reservation.again:
-                self._release(reservation.key)
-                self._settled.add(reservation.key)
-            self._add(reservation.phase, usage)
+    def replay(self, key: str, *, cost: Callable[[], Cost], phase: Phase | None = None) -> None:
+        """Count a request whose answer is stored already.
 
-    def refund(self, reservation: Reservation, *, failed: bool = True) -> None:
-        """Give a reservation back: the call brought no answer. `failed` counts it as a failed call."""
-        with self._lock:
-            if reservation.again:
-                self._n_again -= 1
-                self._n_counted -= 1
-            else:
-                self._release(reservation.key)
-                if reservation.key not in self._holders and reservation.key not in self._settled:
-                    self._n_counted -= 1
-            self._add(reservation.phase, Usage(failed_calls=1 if failed else 0))
+        Args:
+            key: The request's cache key.
+            cost: What the answer cost when it was bought, calls left out. It is charged to the scopes as it was then,
+                so that a resumed run stops where an uninterrupted one does; asked for only if the request is new here
+                and a ceiling needs to know.
+            phase: As in `charge`.
+
+        Raises:
+            BudgetExhausted: A ceiling would be passed, or the scope has ended.
+            ConfigurationError: A ceiling needs to know what nobody does.
+        """
+        charge = self.charge(key, paying=False, phase=phase)
+        try:
+            if charge.first and self.bounds.asked:
+                charge.reserved(self.reserve(spent := cost(), replayed=True))
+                charge.settle(spent, Usage(cached_calls=1))
+                return
+        except BaseException:
+            charge.refund(failed=False)
+            raise
+        charge.settle(Cost(), Usage(cached_calls=1))
+
+    def close(self) -> None:
+        """End the scope: threads left over from it may still replay what it charged, and buy nothing more."""
+        with self._books.lock:
+            self._closed = True
+
+    def _count_one(self) -> None:
+        run, n_counted = self._lineage[0], self._books.n_counted
+        if run._closed:
+            raise BudgetExhausted(
+                f"scope {run.name!r} has ended; a thread left over from it asked for another model call"
+            )
+        if n_counted + 1 > run.budget.calls:
+            run._refused = True
+            raise BudgetExhausted(
+                f"budget {run.budget.name!r} of {run.name!r} is spent: {n_counted} distinct requests of "
+                f"{run.budget.calls:g} allowed; raise --copa-budget to go further"
+            )
+        for step in self._steps:
+            if n_counted + 1 > step.budget.calls:
+                step._refused = True
+                raise BudgetExhausted(
+                    f"step {step.name!r} used its share of the budget ({step.budget.calls:g} distinct requests counted "
+                    "from the beginning of the run)"
+                )
+        self._books.n_counted += 1
 
     # -- what calls cost
 
     @property
     def bounds(self) -> Bounds:
         """Which amounts must be known from above before a call is paid, here, in scopes around and in the run."""
-        ceilings = [(scope._account.ceilings, scope.budget.name) for scope in self._lineage()]
+        ceilings = [(scope._account.ceilings, scope.budget.name) for scope in self._lineage]
         if (ledger := current_ledger()) is not None:
             ceilings.append((ledger.ceilings, ledger.budget.name))
         asking = [(one, name) for one, name in ceilings if one.bound_tokens or one.bound_usd]
@@ -245,138 +385,47 @@ class Scope(Meter):
     def remaining_s(self) -> float:
         """Seconds in which something may still be bought; `math.inf` without a ceiling."""
         ledger = current_ledger()
-        left = [scope.budget.seconds - (time.monotonic() - scope._began_s) for scope in self._lineage()]
+        left = [scope.budget.seconds - (time.monotonic() - scope._began_s) for scope in self._lineage]
         return max(0.0, min([*left, math.inf if ledger is None else ledger.remaining_s]))
 
-    def hold(self, cost: Cost, *, replayed: bool = False) -> Hold:
-        """Hold what something may cost, in this scope, in those around it and in the ledger of the run.
+    def reserve(self, cost: Cost, *, replayed: bool = False) -> Reservation:
+        """Reserve what something may cost, in this scope, in those around it and in the ledger of the run.
 
         Waits while only calls in flight stand in the way.
 
         Args:
             cost: The most it can cost.
-            replayed: The answer is on disk already: it is charged to the scopes, as it was when it was bought, so that
-                a resumed run stops where an uninterrupted one does; the run's ledger counts real payments only, and
-                time does not matter.
+            replayed: What it pays for is on disk already: it is charged to the scopes, as it was when it was bought;
+                the run's ledger counts real payments only, and time does not matter.
 
         Raises:
             BudgetExhausted: It does not fit under a ceiling.
         """
-        lineage, ledger = self._lineage(), None if replayed else current_ledger()
+        ledger = None if replayed else current_ledger()
         places: list[tuple[Account, int]] = []
         name = budget = ""
         option = "--copa-budget"
         try:
-            for scope in lineage:
+            for scope in self._lineage:
                 name, budget = scope.name, scope.budget.name
                 elapsed_s = time.monotonic() - scope._began_s
                 if elapsed_s >= scope.budget.seconds and not replayed:
                     raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=scope.budget.seconds)
                 if scope._account.ceilings != _NO_CEILINGS:
-                    places.append((scope._account, scope._account.hold(cost)))
+                    places.append((scope._account, scope._account.reserve(cost)))
             if ledger is not None:
                 name, budget, option = "the whole run", ledger.budget.name, "--copa-total-budget"
-                places.append((ledger, ledger.hold(cost)))
+                places.append((ledger, ledger.reserve(cost)))
         except BaseException as error:
-            Hold(cost, tuple(places)).release()
+            Reservation(cost, tuple(places)).release()
             if not isinstance(error, OverBudget):
                 raise
-            for scope in lineage:
+            for scope in self._lineage:
                 scope._refused = True
             raise BudgetExhausted(
                 f"budget {budget!r} of {name!r} is spent: {error}; raise {option} to go further"
             ) from None
-        return Hold(cost, tuple(places))
-
-    def note_failure(self, kind: str, traceback: str) -> None:
-        """Count a failed attempt here and in the scopes around, keeping the first traceback of its kind."""
-        for scope in self._lineage():
-            Meter.note_failure(scope, kind, traceback)
-
-    def _lineage(self) -> tuple[Scope, ...]:
-        found: list[Scope] = []
-        scope: Scope | None = self
-        while scope is not None:
-            found.append(scope)
-            scope = scope._around
-        return tuple(found)
-
-    def close(self) -> None:
-        """End the scope: threads left over from it may still replay what it charged, and buy nothing more."""
-        with self._lock:
-            self._closed = True
-
-    def _count_one(self) -> None:
-        if self._closed:
-            raise BudgetExhausted(
-                f"scope {self.name!r} has ended; a thread left over from it asked for another model call"
-            )
-        if self._n_counted + 1 > self.budget.calls:
-            self._refused = True
-            raise BudgetExhausted(
-                f"budget {self.budget.name!r} of {self.name!r} is spent: {self._n_counted} distinct requests of "
-                f"{self.budget.calls:g} allowed; raise --copa-budget to go further"
-            )
-        self._n_counted += 1
-
-    def _release(self, key: str) -> None:
-        holders = self._holders[key] - 1
-        if holders:
-            self._holders[key] = holders
-        else:
-            del self._holders[key]
+        return Reservation(cost, tuple(places))
 
 
 _NO_CEILINGS = Ceilings()
-
-_stack_lock = threading.Lock()
-
-_stack: list[Scope] = []
-
-_default = Scope("process")
-
-
-def current_scope() -> Scope:
-    """The scope calls are charged to here and now.
-
-    The one in DSPy's settings if this context has one (DSPy carries it into its worker threads), else the innermost
-    scope open anywhere in the process (threads DSPy starts for fine-tuning inherit nothing), else an unlimited one.
-    """
-    import dspy
-
-    found = dspy.settings.get(SETTING)
-    if isinstance(found, Scope):
-        return found
-    with _stack_lock:
-        return _stack[-1] if _stack else _default
-
-
-@contextmanager
-def open_scope(
-    name: str,
-    *,
-    budget: Budget | None = None,
-    parent: Scope | None = None,
-) -> Iterator[Scope]:
-    """Open a scope for the duration of the block, and end it afterwards.
-
-    Args:
-        name: Shown in messages.
-        budget: The ceilings; unlimited by default.
-        parent: See `Scope`.
-
-    Yields:
-        The scope; its usage stays readable after the block.
-    """
-    import dspy
-
-    scope = Scope(name, budget=budget, parent=parent)
-    with _stack_lock:
-        _stack.append(scope)
-    try:
-        with dspy.context(**{SETTING: scope}):
-            yield scope
-    finally:
-        with _stack_lock:
-            _stack.remove(scope)
-        scope.close()

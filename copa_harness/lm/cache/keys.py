@@ -13,8 +13,9 @@ import hashlib
 import json
 from typing import Any
 
-from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
 from dspy.lm15 import Request, Response
+
+from copa_harness.lm.dspy_internals import request_to_dict, response_from_dict, response_to_dict
 
 KEY_VERSION = 1
 """Raised when the meaning of a key changes; older entries are then never found again."""

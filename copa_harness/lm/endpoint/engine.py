@@ -1,15 +1,14 @@
-"""Models behind an endpoint: anything DSPy itself can name, executed by DSPy's own engines.
+"""Models behind an endpoint: anything DSPy itself can name, one attempt per call.
 
-An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM, one attempt per call; the
-gateway tries again as its `patience` says. Its fingerprint is made of the URL, the model and the parameters of the
-connection that can change an answer, never of credentials. LiteLLM is imported by the first call that needs it.
+An `EndpointEngine` wraps a plain `dspy.LM` and lets DSPy choose its native client or LiteLLM. Its fingerprint is made
+of the URL, the model and the parameters of the connection that can change an answer, never of credentials. LiteLLM is
+imported by the first call that needs it.
 
-The default engine for endpoints: DSPy's native client over one pool of connections.
-
-DSPy's client opens its connections per LM and looks prices up by scanning its whole list on every call, some 3 ms of
-CPU. Here requests are built and answers read by the very same code of DSPy (lm15), so what is sent is what DSPy would
-send, but the connections are pooled for the process and prices are looked up once. Where DSPy would not use its native
-client (LiteLLM's providers, gateways set in the environment, headers of one's own), neither is it used here.
+An `HttpEngine`, the default, sends through one pool of connections per process. DSPy's native client opens its
+connections per LM and looks prices up by scanning its whole list on every call, some 3 ms of CPU. Here requests are
+built and answers read by the very same code of DSPy (lm15), so what is sent is what DSPy would send, but the
+connections are pooled and prices are looked up once. Where DSPy would not use its native client (LiteLLM's providers,
+another URL set in the environment, headers of one's own), and with the fast path switched off, the pool is not used.
 """
 
 from __future__ import annotations
@@ -24,21 +23,29 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import dspy
-from dspy.clients.backend_selection import CLIENT_KEYS, select_backend
-from dspy.clients.capabilities import resolve
-from dspy.clients.engines.lm15_engine import LM15Engine
-from dspy.clients.execution import execute, prepare
 from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, UnsupportedFeatureError, Usage
 from dspy.utils.exceptions import LMError
 
 from copa_harness.documents import MASK, is_secret_key, mask_text
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.budget.cost import Limits
-from copa_harness.lm.budget.prices import PriceList, limits_of, use_shipped_prices
-from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PlainChat, PooledTransport
-from copa_harness.lm.engine import Capabilities
+from copa_harness.lm.budget.prices import PriceList, listed_limits, use_shipped_prices
+from copa_harness.lm.dspy_internals import (
+    CLIENT_KEYS,
+    LM15Engine,
+    PlainChat,
+    custom_engine_of,
+    declared_url,
+    execute,
+    fast_path_enabled,
+    is_dspys_choice,
+    prepare,
+    select_backend,
+)
+from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PooledTransport
+from copa_harness.lm.engine import Capabilities, Engine
 from copa_harness.lm.provider_errors import AuthFailed, Malformed, engine_failure
-from copa_harness.lm.retry import Pace, Patience, RetryPolicy
+from copa_harness.lm.retry import AdaptiveConcurrency, RetryPolicy
 
 _NOT_IN_ANSWERS = frozenset({"api_key", "timeout", "azure_ad_token_provider", "headers", "extra_headers"})
 """Client settings that say who asks or how long to wait, not what answers; headers are looked at one by one."""
@@ -56,7 +63,7 @@ _ENVIRONMENT = {
 """Environment variables, beside `<PROVIDER>_API_BASE` and `<PROVIDER>_BASE_URL`, that choose what answers."""
 
 
-class EndpointEngine:
+class EndpointEngine(Engine):
     """Runs requests through DSPy's own client of a provider.
 
     Args:
@@ -66,43 +73,39 @@ class EndpointEngine:
         ConfigurationError: The LM is a text-completion model, which has no chat requests.
     """
 
+    is_endpoint = True
+
     def __init__(self, lm: dspy.LM) -> None:
         if lm.model_type not in ("chat", "responses"):
             raise ConfigurationError(
                 f"got model_type={lm.model_type!r} for {lm.model!r}, expected 'chat' or 'responses'"
             )
-        if not isinstance(lm._engine_spec, str):
+        if not isinstance(custom_engine_of(lm), str):
             raise ConfigurationError(
                 f"{lm.model!r} has a custom engine already; give that engine to MeteredLM(engine=...)"
             )
         self._template = lm.copy(cache=False, num_retries=0, callbacks=[])
         # Call defaults travel in each request; only the connection belongs to the engine.
         self._template.kwargs = {key: value for key, value in lm.kwargs.items() if key in CLIENT_KEYS}
-        self.patience = Patience(RetryPolicy(lm.num_retries), Pace())
+        self.name = _provider_of(lm.model)
+        self.retry_policy = RetryPolicy(lm.num_retries)
+        self.concurrency = AdaptiveConcurrency()
         self._secrets = _secrets_in(self._template.kwargs)
         self._lock = threading.Lock()
         self._lms: dict[str, dspy.LM] = {lm.model: self._template}
         self._fingerprints: dict[tuple[str, ...], str] = {}
 
-    def __deepcopy__(self, memo: dict[int, object]) -> EndpointEngine:
-        return self
-
-    @property
-    def name(self) -> str:
-        """The provider's name, e.g. `openai`."""
-        return str(self._template._provider_name)
-
     def connection(self, model: str) -> dict[str, Any]:
         """What decides who answers `model`: URL, model, parameters. Free of credentials."""
         clients = self._template.kwargs
-        url = clients.get("api_base") or clients.get("base_url") or self._declared_url(model)
+        url = clients.get("api_base") or clients.get("base_url") or declared_url(self._lm(model))
         headers = {**(clients.get("headers") or {}), **(clients.get("extra_headers") or {})}
         return {
             "url": None if url is None else public_url(str(url)),
             "environment": {} if url else {name: public_url(value) for name, value in self._environment(model)},
             "model": model,
             "model_type": self._template.model_type,
-            "client": self._template._engine_spec,
+            "client": custom_engine_of(self._template),
             "parameters": {
                 key: value if isinstance(value, (str, int, float, bool, dict, list)) else repr(value)
                 for key, value in sorted(clients.items())
@@ -141,7 +144,7 @@ class EndpointEngine:
 
     def limits(self, model: str) -> Limits:
         """Prices and the longest answer, from the list DSPy ships."""
-        return limits_of(self._lm(model))
+        return listed_limits(self._lm(model))
 
     def capabilities(self, model: str) -> Capabilities:
         """What DSPy knows of the model's abilities."""
@@ -184,21 +187,14 @@ class EndpointEngine:
             return found
 
     def _environment(self, model: str) -> list[tuple[str, str]]:
-        provider = model.split("/", 1)[0] if "/" in model else "openai"
+        provider = _provider_of(model)
         prefix = provider.upper()
         names = (f"{prefix}_API_BASE", f"{prefix}_BASE_URL", *_ENVIRONMENT.get(provider, ()))
         return [(name, os.environ[name]) for name in names if os.environ.get(name)]
 
-    def _declared_url(self, model: str) -> str | None:
-        if not self._template._providers:
-            return None
-        try:
-            route = resolve(self._lm(model))
-        except LM15Error:
-            return None  # LiteLLM's to route; then no declared provider is involved
-        if not route.declared:
-            return None
-        return next((p.definition.access.base_url for p in self._template._providers if p.id == route.provider), None)
+
+def _provider_of(model: str) -> str:
+    return model.split("/", 1)[0] if "/" in model else "openai"
 
 
 def public_url(url: str) -> str:
@@ -272,7 +268,7 @@ class HttpEngine(EndpointEngine):
 
     def complete_priced(self, request: Request, *, seed: int) -> tuple[Response, float | None]:
         """The completion and its price in dollars, None when nobody knows it."""
-        route = self._route(request.model)
+        route = self._route(request.model) if fast_path_enabled() else None
         if route is None:
             return super().complete_priced(request, seed=seed)
         try:
@@ -313,8 +309,8 @@ class HttpEngine(EndpointEngine):
 
     def _make_route(self, model: str) -> _Route | None:
         lm = self._template if model == self._template.model else self._template.copy(model=model)
-        if lm._engine_spec != "auto" or lm._providers:
-            return None  # the user chose a client, or declared a provider with rules of its own
+        if not is_dspys_choice(lm):
+            return None
         selection = select_backend(lm)
         timeout_s = _seconds(selection.clients.get("timeout"))
         if not selection.native or selection.resolution is None or timeout_s is None:

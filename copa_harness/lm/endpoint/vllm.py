@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import ConfigurationError, ProviderError
 from copa_harness.lm.endpoint.vllm_server import ServedModel, VllmServer
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.local.files import base_fingerprint, find_lora, resolve_model_directory, split_model_name
 
 if TYPE_CHECKING:
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
     from copa_harness.lm.endpoint.engine import EndpointEngine
     from copa_harness.lm.engine import Capabilities
     from copa_harness.lm.local.engine import TransformersEngine
-    from copa_harness.lm.retry import Patience
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """An endpoint engine in front of a vLLM server, and the LoRA adapters it is made to serve.
 
     Args:
@@ -40,6 +40,9 @@ class VllmEngine:
         served_lora_path: Where the server sees the folder `weights.lora_dir`; None when it sees it where it is.
     """
 
+    is_endpoint = True
+    takes_lora = True
+
     def __init__(
         self,
         endpoint: EndpointEngine,
@@ -49,6 +52,8 @@ class VllmEngine:
         source: str,
         served_lora_path: str | None = None,
     ) -> None:
+        self.name = endpoint.name
+        self.retry_policy, self.concurrency = endpoint.retry_policy, endpoint.concurrency
         self.weights = weights
         self.server = server
         self._endpoint = endpoint
@@ -58,23 +63,7 @@ class VllmEngine:
         self._loaded: set[str] = set()
         self._directories: dict[str, Path] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> VllmEngine:
-        return self
-
-    def __copy__(self) -> VllmEngine:
-        return self
-
     # -- an endpoint engine
-
-    @property
-    def name(self) -> str:
-        """The provider's name, e.g. `hosted_vllm`."""
-        return self._endpoint.name
-
-    @property
-    def patience(self) -> Patience:
-        """How the gateway treats the server."""
-        return self._endpoint.patience
 
     def limits(self, model: str) -> Limits:
         """As of the base model: an adapter changes neither price nor length."""

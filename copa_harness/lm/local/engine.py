@@ -24,6 +24,8 @@ from copa_harness.errors import (
     ProviderError,
     ProviderTimeoutError,
 )
+from copa_harness.lm.context import time_left_s
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules
 from copa_harness.lm.local.devices import checked_device, checked_dtype, choose_device
@@ -48,7 +50,7 @@ DEFAULT_MAX_TOKENS = 512
 """Most tokens of an answer when the request names no limit (less if the context has less room)."""
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An engine over one local model and its LoRA adapters.
 
     Constructing it costs nothing; the weights are loaded at the first request, once per process and folder.
@@ -65,6 +67,7 @@ class TransformersEngine:
     """
 
     can_constrain = True
+    takes_lora = True
 
     def __init__(
         self,
@@ -90,13 +93,6 @@ class TransformersEngine:
         self._chat: ChatTemplate | None = None
         self._generator: BatchGenerator | None = None
         self._loaded = ""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersEngine:
-        """Itself: DSPy deep-copies programs with their models, and weights and counters must stay shared."""
-        return self
-
-    def __copy__(self) -> TransformersEngine:
-        return self
 
     @property
     def directory(self) -> Path:
@@ -249,9 +245,7 @@ class TransformersEngine:
         )
 
     def _wait(self, job: Job) -> Answer:
-        from copa_harness.lm.engine import time_left_s
-
-        left_s = time_left_s.get()
+        left_s = time_left_s()
         try:
             return self.generator.wait(job, timeout_s=None if math.isinf(left_s) else max(0.0, left_s))
         except FutureTimeoutError as error:

@@ -24,7 +24,7 @@ import dspy
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.budget.scope import current_scope
+from copa_harness.lm.context import current_scope
 from copa_harness.optimize.budget import step_scope
 from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.dspy_optimizers.contract import MAX_ERRORS, Built, OptimizerJob, OptimizerOutcome

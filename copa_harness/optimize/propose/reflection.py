@@ -17,7 +17,7 @@ import numpy as np
 from copa_harness.evaluate.examples import input_values, label_values
 from copa_harness.evaluate.metrics import Metric, metric_arity, takes_arguments
 from copa_harness.evaluate.runner import ExampleRun, run_examples
-from copa_harness.lm.budget.scope import booked_as
+from copa_harness.lm.context import booked_as
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.propose.render import Failure, short
 from copa_harness.optimize.propose.schema import strata_of, stratified_order, text_of

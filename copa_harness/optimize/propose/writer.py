@@ -16,7 +16,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMError
 
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.budget.scope import current_scope
+from copa_harness.lm.context import current_scope
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.propose.demos import labelled_pool
 from copa_harness.optimize.propose.render import (

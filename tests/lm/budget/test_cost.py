@@ -1,4 +1,4 @@
-"""Accounts: spent plus held never passes a ceiling, whatever the order of holds, settlements and releases."""
+"""Accounts: spent plus reserved never passes a ceiling, in whatever order is reserved, settled and released."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ COSTS = st.builds(
 
 
 class AccountMachine(RuleBasedStateMachine):
-    """Never holds what would have to wait: one thread cannot wait for itself."""
+    """Never reserves what would have to wait: one thread cannot wait for itself."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class AccountMachine(RuleBasedStateMachine):
         return MemoryAccount(Ceilings.of(Budget(**CEILINGS), calls=True))
 
     @property
-    def held(self):
+    def reserved(self):
         return sum((cost for _, cost in self.open), Cost())
 
     def fits(self, total, asked):
@@ -48,12 +48,12 @@ class AccountMachine(RuleBasedStateMachine):
         return True
 
     @rule(cost=COSTS)
-    def hold(self, cost):
+    def reserve(self, cost):
         if not self.fits(self.spent + cost, cost):
             with pytest.raises(OverBudget):
-                self.account.hold(cost)
-        elif self.fits(self.spent + self.held + cost, cost):
-            self.open.append((self.account.hold(cost), cost))
+                self.account.reserve(cost)
+        elif self.fits(self.spent + self.reserved + cost, cost):
+            self.open.append((self.account.reserve(cost), cost))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -76,7 +76,7 @@ class AccountMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_sum_is_under_every_ceiling(self):
-        total = self.spent + self.held
+        total = self.spent + self.reserved
         assert total.calls <= 6
         assert total.input_tokens + total.output_tokens <= 100
         assert total.input_tokens <= 80
@@ -125,9 +125,9 @@ def account():
 
 
 def test_a_cost_that_only_calls_in_flight_keep_out_waits_for_them(account):
-    first = account.hold(Cost(output_tokens=80))
+    first = account.reserve(Cost(output_tokens=80))
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(account.hold, Cost(output_tokens=50))
+        second = pool.submit(account.reserve, Cost(output_tokens=50))
         time.sleep(0.05)
         assert not second.done()
         account.settle(first, Cost(output_tokens=10))
@@ -136,15 +136,15 @@ def test_a_cost_that_only_calls_in_flight_keep_out_waits_for_them(account):
 
 
 def test_a_cost_that_can_never_fit_is_refused_at_once_even_while_others_are_in_flight(account):
-    account.hold(Cost(output_tokens=80))
+    account.reserve(Cost(output_tokens=80))
     with pytest.raises(OverBudget, match="0 of 100 tokens spent, the next call may cost up to 101"):
-        account.hold(Cost(output_tokens=101))
+        account.reserve(Cost(output_tokens=101))
 
 
 def test_those_who_wait_in_vain_are_refused_when_the_calls_in_flight_turn_out_dear(account):
-    first = account.hold(Cost(output_tokens=80))
+    first = account.reserve(Cost(output_tokens=80))
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(account.hold, Cost(output_tokens=50))
+        second = pool.submit(account.reserve, Cost(output_tokens=50))
         time.sleep(0.05)
         account.settle(first, Cost(output_tokens=80))
         with pytest.raises(OverBudget, match="80 of 100"):
@@ -154,16 +154,16 @@ def test_those_who_wait_in_vain_are_refused_when_the_calls_in_flight_turn_out_de
 def test_dollars_add_up_without_rounding():
     account = MemoryAccount(Ceilings.of(Budget(usd=0.3), calls=False))
     for _ in range(3):
-        number = account.hold(Cost(picodollars=Cost.picodollars_of(0.1)))
+        number = account.reserve(Cost(picodollars=Cost.picodollars_of(0.1)))
         account.settle(number, Cost(picodollars=Cost.picodollars_of(0.1)))
     assert account.spent.usd == 0.3
     with pytest.raises(OverBudget, match=r"\$0.3 of \$0.3 dollars"):
-        account.hold(Cost(picodollars=1))
+        account.reserve(Cost(picodollars=1))
 
 
 def test_what_a_ceiling_does_not_count_passes_a_spent_account(account):
-    account.settle(account.hold(Cost(output_tokens=100)), Cost(output_tokens=100))
-    account.hold(Cost(calls=1, train_steps=5))
+    account.settle(account.reserve(Cost(output_tokens=100)), Cost(output_tokens=100))
+    account.reserve(Cost(calls=1, train_steps=5))
 
 
 @settings(max_examples=10, deadline=None)
@@ -178,14 +178,14 @@ def test_no_interleaving_of_threads_passes_the_ceiling(n_threads, ceiling, rando
         start.wait()
         for asked, share in plan:
             try:
-                number = account.hold(Cost(output_tokens=asked))
+                number = account.reserve(Cost(output_tokens=asked))
             except OverBudget:
                 continue
             totals = account.totals()
-            worst.append((totals["spent"] + totals["held"]).output_tokens)
+            worst.append((totals["spent"] + totals["reserved"]).output_tokens)
             account.settle(number, Cost(output_tokens=int(asked * share)))
 
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(work, plans))
     assert max(worst, default=0) <= ceiling
-    assert account.totals()["held"] == Cost()
+    assert account.totals()["reserved"] == Cost()

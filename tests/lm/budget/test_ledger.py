@@ -14,8 +14,8 @@ import pytest
 from copa_harness.errors import BudgetExhausted, CacheError, ConfigurationError
 from copa_harness.lm.budget.cost import Cost, OverBudget
 from copa_harness.lm.budget.ledger import RunLedger, current_ledger, whole_run
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
@@ -28,7 +28,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 
@@ -103,7 +103,7 @@ def test_processes_and_threads_together_pay_no_more_than_the_run_allows_and_noth
     assert refusals
     assert all("'the whole run'" in text and "40 of 40 paid calls" in text for text in refusals)
     ledger = RunLedger(tmp_path, "r", budget=Budget(calls=40, tokens=9000))
-    assert (ledger.spent.calls, ledger.held) == (40, Cost())
+    assert (ledger.spent.calls, ledger.reserved) == (40, Cost())
     ledger.close()
 
 
@@ -118,12 +118,12 @@ def test_what_a_killed_process_had_in_flight_counts_as_spent(start, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     ledger = RunLedger(tmp_path, "r", budget=Budget(calls=40, tokens=9000))
-    assert (ledger.spent.calls, ledger.held.calls) == (0, 4)
+    assert (ledger.spent.calls, ledger.reserved.calls) == (0, 4)
     for _ in range(36):
-        ledger.settle(ledger.hold(Cost(calls=1)), Cost(calls=1))
+        ledger.settle(ledger.reserve(Cost(calls=1)), Cost(calls=1))
     with pytest.raises(OverBudget, match="40 of 40 paid calls"):
-        ledger.hold(Cost(calls=1))
-    assert (ledger.spent.calls, ledger.held.calls) == (40, 0)
+        ledger.reserve(Cost(calls=1))
+    assert (ledger.spent.calls, ledger.reserved.calls) == (40, 0)
     ledger.close()
 
 
@@ -146,7 +146,7 @@ def test_a_run_started_again_begins_with_an_empty_ledger(tmp_path):
     for run_id in ("first", "second"):
         with whole_run(Budget(calls=3), directory=tmp_path, run_id=run_id) as ledger:
             assert ledger.spent == Cost()
-            ledger.settle(ledger.hold(Cost(calls=3)), Cost(calls=3))
+            ledger.settle(ledger.reserve(Cost(calls=3)), Cost(calls=3))
     assert current_ledger() is None
 
 
@@ -215,7 +215,7 @@ def test_threads_of_one_process_share_the_connection_safely(tmp_path):
 
     def work(_):
         try:
-            ledger.settle(ledger.hold(Cost(calls=1)), Cost(calls=1))
+            ledger.settle(ledger.reserve(Cost(calls=1)), Cost(calls=1))
         except OverBudget:
             return 0
         return 1

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.budget.scope import Scope, current_scope, open_scope
+from copa_harness.lm.budget.cost import Cost
+from copa_harness.lm.budget.scope import Scope
+from copa_harness.lm.context import current_scope, open_scope
 from copa_harness.results import Budget, Phase, Usage
 
 PAID = Usage(paid_calls=1, input_tokens=10, output_tokens=2)
@@ -19,8 +21,8 @@ PAID = Usage(paid_calls=1, input_tokens=10, output_tokens=2)
 
 def test_a_key_charged_once_is_free_afterwards():
     scope = Scope("t", budget=Budget(1))
-    scope.settle(scope.reserve("a"), PAID)
-    scope.settle(scope.reserve("a"), Usage(cached_calls=1))
+    scope.charge("a").settle(Cost(), PAID)
+    scope.replay("a", cost=Cost)
     assert scope.charged_calls == 1
     assert scope.usage().paid_calls == 1
     assert scope.usage().cached_calls == 1
@@ -29,29 +31,29 @@ def test_a_key_charged_once_is_free_afterwards():
 def test_the_request_after_the_last_allowed_one_is_refused_with_a_message_that_helps():
     scope = Scope("iris", budget=Budget(2, "light"))
     for name in "ab":
-        scope.settle(scope.reserve(name), PAID)
+        scope.charge(name).settle(Cost(), PAID)
     assert not scope.exhausted
     with pytest.raises(BudgetExhausted, match=r"budget 'light' of 'iris' is spent: 2 .* of 2 .* raise --copa-budget"):
-        scope.reserve("c")
+        scope.charge("c")
     assert scope.exhausted
     assert scope.remaining_calls == 0
 
 
 def test_a_refund_gives_the_place_back_and_counts_the_failure():
     scope = Scope("t", budget=Budget(1))
-    scope.refund(scope.reserve("a"))
+    scope.charge("a").refund()
     assert scope.charged_calls == 0
     assert scope.usage().failed_calls == 1
-    scope.settle(scope.reserve("b"), PAID)
+    scope.charge("b").settle(Cost(), PAID)
 
 
 def test_buying_an_answer_again_because_it_was_lost_counts_again():
     scope = Scope("t", budget=Budget(2))
-    scope.settle(scope.reserve("a", paying=True), PAID)
-    scope.settle(scope.reserve("a", paying=True), PAID)
+    scope.charge("a").settle(Cost(), PAID)
+    scope.charge("a").settle(Cost(), PAID)
     assert scope.charged_calls == 2
     with pytest.raises(BudgetExhausted):
-        scope.reserve("a", paying=True)
+        scope.charge("a")
 
 
 def test_no_ceiling_means_infinitely_many_remaining_calls():
@@ -68,14 +70,14 @@ def test_many_threads_never_pass_the_ceiling_and_use_all_of_it(n_threads):
         n_bought = 0
         for index in range(40):
             try:
-                reservation = scope.reserve(f"{thread}-{index}", paying=True)
+                charge = scope.charge(f"{thread}-{index}")
             except BudgetExhausted:
                 continue
             assert scope.charged_calls <= 50
             if index % 7 == 3:
-                scope.refund(reservation)
+                charge.refund()
             else:
-                scope.settle(reservation, PAID)
+                charge.settle(Cost(), PAID)
                 n_bought += 1
         return n_bought
 
@@ -86,7 +88,7 @@ def test_many_threads_never_pass_the_ceiling_and_use_all_of_it(n_threads):
 
 
 class Ledger(RuleBasedStateMachine):
-    """Any interleaving of reservations, settlements and refunds keeps the count of distinct keys and the ceiling."""
+    """Any interleaving of charges, settlements and refunds keeps the count of distinct keys and the ceiling."""
 
     def __init__(self):
         super().__init__()
@@ -97,36 +99,36 @@ class Ledger(RuleBasedStateMachine):
         self.n_paid = 0
 
     @rule(key=st.sampled_from("abcdefg"), paying=st.booleans())
-    def reserve(self, key, paying):
+    def charge(self, key, paying):
         before = self.scope.charged_calls
         again = paying and key in self.settled
-        free = not again and (key in self.settled or any(r.key == key and not r.again for r in self.open))
+        free = not again and (key in self.settled or any(one.key == key and not one.again for one in self.open))
         if free or before < 4:
-            self.open.append(self.scope.reserve(key, paying=paying))
+            self.open.append(self.scope.charge(key, paying=paying))
             assert self.scope.charged_calls == before + (not free)
         else:
             with pytest.raises(BudgetExhausted):
-                self.scope.reserve(key, paying=paying)
+                self.scope.charge(key, paying=paying)
             assert self.scope.charged_calls == before
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def settle(self, data):
-        reservation = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
-        self.scope.settle(reservation, PAID)
+        charge = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        charge.settle(Cost(), PAID)
         self.n_paid += 1
-        self.n_again += reservation.again
-        self.settled.add(reservation.key)
+        self.n_again += charge.again
+        self.settled.add(charge.key)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def refund(self, data):
-        self.scope.refund(self.open.pop(data.draw(st.integers(0, len(self.open) - 1))))
+        self.open.pop(data.draw(st.integers(0, len(self.open) - 1))).refund()
 
     @invariant()
     def counts_distinct_keys_below_the_ceiling(self):
-        keys = self.settled | {r.key for r in self.open if not r.again}
-        again = self.n_again + sum(r.again for r in self.open)
+        keys = self.settled | {one.key for one in self.open if not one.again}
+        again = self.n_again + sum(one.again for one in self.open)
         assert self.scope.charged_calls == len(keys) + again <= 4
         assert self.scope.usage().paid_calls == self.n_paid
 
@@ -138,10 +140,10 @@ TestLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline
 def test_calls_of_any_thread_are_stamped_with_the_phase_of_the_scope():
     scope = Scope("t")
     with scope.phase(Phase.DEMOS), ThreadPoolExecutor(2) as pool:
-        pool.submit(lambda: scope.settle(scope.reserve("a"), PAID)).result()
+        pool.submit(lambda: scope.charge("a").settle(Cost(), PAID)).result()
         with scope.phase(Phase.WEIGHTS):
-            scope.settle(scope.reserve("b"), PAID)
-        scope.settle(scope.reserve("c"), PAID)
+            scope.charge("b").settle(Cost(), PAID)
+        scope.charge("c").settle(Cost(), PAID)
     usages = scope.phase_usages()
     assert {name: usage.paid_calls for name, usage in usages.items()} == {"demos": 2, "weights": 1}
     assert list(usages) == ["demos", "weights"]
@@ -150,9 +152,9 @@ def test_calls_of_any_thread_are_stamped_with_the_phase_of_the_scope():
 def test_a_call_that_ends_after_its_phase_is_billed_to_the_phase_it_began_in():
     scope = Scope("t")
     with scope.phase(Phase.DEMOS):
-        reservation = scope.reserve("a")
+        charge = scope.charge("a")
     with scope.phase(Phase.EVALUATE):
-        scope.settle(reservation, PAID)
+        charge.settle(Cost(), PAID)
     assert scope.phase_usages()["demos"].paid_calls == 1
 
 
@@ -191,10 +193,10 @@ def test_outside_every_scope_calls_are_unlimited():
 
 def test_after_its_end_a_scope_sells_nothing_to_leftover_threads_but_replays_what_it_has():
     with open_scope("t") as scope:
-        scope.settle(scope.reserve("a"), PAID)
-    scope.settle(scope.reserve("a"), Usage(cached_calls=1))
+        scope.charge("a").settle(Cost(), PAID)
+    scope.replay("a", cost=Cost)
     with pytest.raises(BudgetExhausted, match="'t' has ended"):
-        scope.reserve("b")
+        scope.charge("b")
     assert not scope.exhausted
 
 
@@ -215,7 +217,7 @@ def test_a_replay_of_the_same_requests_is_refused_at_the_same_one(ceiling, asked
         scope = Scope("t", budget=Budget(ceiling))
         for index, key in enumerate(asked):
             try:
-                scope.settle(scope.reserve(str(key)), usage)
+                scope.charge(str(key), paying=False).settle(Cost(), usage)
             except BudgetExhausted:
                 return index
         return None

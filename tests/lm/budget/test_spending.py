@@ -4,7 +4,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import dspy
 import pytest
 from dspy.lm15 import BillingError as LM15BillingError
 from dspy.lm15 import Config, ImagePart, Message, Request, Response, TextPart, Usage
@@ -14,17 +13,18 @@ from dspy.lm15 import TimeoutError as LM15TimeoutError
 
 from copa_harness.errors import BillingError, BudgetExhausted, ConfigurationError, ProviderTimeoutError, RefusalError
 from copa_harness.lm.budget.cost import Limits, prompt_tokens_from_above
-from copa_harness.lm.budget.scope import Scope, booked_as, open_scope
+from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.engine import time_left_s
+from copa_harness.lm.context import booked_as, in_context, open_scope, time_left_s
+from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.lm.retry import Patience, RetryPolicy
+from copa_harness.lm.retry import RetryPolicy
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget, Phase
 
 
-class PaidEngine:
+class PaidEngine(Engine):
     """Answers `answers` in order (the last one again and again); 1 cent per prompt token, 10 per completion token."""
 
     name = "paid"
@@ -32,13 +32,10 @@ class PaidEngine:
     def __init__(self, *answers, limits=None, retries=0, latency_s=0.0):
         self.answers = list(answers)
         self.n_asked = 0
-        self.patience = Patience(RetryPolicy(retries, first_pause_s=0.001))
+        self.retry_policy = RetryPolicy(retries, first_pause_s=0.001)
         self._limits = limits or Limits(None, 0.01, 0.1)
         self.latency_s = latency_s
         self.lock = threading.Lock()
-
-    def __deepcopy__(self, memo):
-        return self
 
     def fingerprint(self, model):
         return "paid"
@@ -93,7 +90,7 @@ def test_a_dollar_ceiling_is_held_at_the_highest_price_and_settled_at_the_real_o
     with open_scope("t", budget=Budget(usd=10.0)) as scope, ThreadPoolExecutor(8) as pool:
 
         def ask(index):
-            with dspy.context(copa_scope=scope):
+            with in_context(scope=scope):
                 try:
                     return lm(str(index))
                 except BudgetExhausted as error:
@@ -223,7 +220,7 @@ def test_a_scope_inside_another_is_held_to_both():
 
 def test_an_engine_is_told_how_many_seconds_the_budget_leaves():
     told = []
-    lm = ScriptedLM(lambda messages: told.append(time_left_s.get()) or "x")
+    lm = ScriptedLM(lambda messages: told.append(time_left_s()) or "x")
     with open_scope("t", budget=Budget(seconds=30)):
         lm("a")
     assert 29 < told[0] <= 30
@@ -244,9 +241,9 @@ def test_training_steps_can_be_held_before_they_are_trained():
     from copa_harness.lm.budget.cost import Cost
 
     with open_scope("t", budget=Budget(train_steps=100)) as scope:
-        scope.hold(Cost(train_steps=80)).settle(Cost(train_steps=60))
+        scope.reserve(Cost(train_steps=80)).settle(Cost(train_steps=60))
         with pytest.raises(BudgetExhausted, match="60 of 100 train steps spent, the next call may cost up to 41"):
-            scope.hold(Cost(train_steps=41))
+            scope.reserve(Cost(train_steps=41))
 
 
 def test_calls_hidden_in_a_metric_are_booked_apart():

@@ -23,7 +23,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 
@@ -54,7 +54,7 @@ def life(directory, mode, run_id):
     with whole_run(Budget(calls=10**4), directory=directory, run_id=run_id), open_scope("t", budget=capped) as scope:
 
         def ask(index):
-            with dspy.context(copa_scope=scope):
+            with in_context(scope=scope):
                 try:
                     text = lm("question %d" % index)[0]
                 except BudgetExhausted:

@@ -11,8 +11,8 @@ import pytest
 from dspy.clients.openai import OpenAIProvider
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.endpoint.engine import EndpointEngine, public_url
 from copa_harness.lm.factory import build_lm, meter_lm
 from copa_harness.lm.gateway import Gateway
@@ -246,7 +246,7 @@ def test_a_plain_lm_is_metered_with_its_provider_and_defaults(server):
     lm = meter_lm(plain, gateway=Gateway(cache=None))
     assert lm.provider is plain.provider
     assert isinstance(lm.provider, OpenAIProvider)
-    assert (lm.kwargs, lm.train_kwargs, lm.engine.patience.retries.n_retries) == (defaults, {"a": 1}, 3)
+    assert (lm.kwargs, lm.train_kwargs, lm.engine.retry_policy.n_retries) == (defaults, {"a": 1}, 3)
     lm.copy(model="openai/ft:m:1")("hi")
     assert server.bodies[0]["model"] == "ft:m:1"
     assert meter_lm(lm, gateway=Gateway(cache=None)) is lm

@@ -22,12 +22,12 @@ from copa_harness.errors import (
     RefusalError,
     ServerFailureError,
 )
-from copa_harness.lm import retry as patience
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.context import in_context, open_scope
 from copa_harness.lm.endpoint.engine import HttpEngine
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
+from copa_harness.lm.retry import AdaptiveConcurrency
 from copa_harness.results import Budget
 
 API_KEY = "sk-test-0123456789abcdef"
@@ -191,7 +191,7 @@ def test_wrong_usage_numbers_cost_the_worst_case_and_not_the_answer(make, stub, 
 def test_transient_failures_are_retried_and_retry_after_is_respected(make, stub, stubs, monkeypatch):
     pauses = []
     monkeypatch.setattr("copa_harness.lm.gateway.time.sleep", pauses.append)
-    monkeypatch.setattr(patience.Pace, "_shrink", lambda *args: None)
+    monkeypatch.setattr(AdaptiveConcurrency, "_shrink", lambda *args: None)
     stub.replies = [
         stubs.Reply(429, {"Retry-After": "7"}, ERROR),
         stubs.Reply(500, body=ERROR),
@@ -244,30 +244,30 @@ def test_a_refusal_is_told_apart_and_paid_once(make, stub, stubs):
     assert stub.n_requests == 1
 
 
-def test_many_threads_share_the_pool_and_the_pace_grows(make, stub, stubs):
+def test_many_threads_share_the_pool_and_more_are_under_way_at_once(make, stub, stubs):
     stub.default = stubs.Reply(latency_s=0.03)
     lm = make()
     with ThreadPoolExecutor(48) as pool:
         answers = list(pool.map(lambda index: lm(str(index))[0], range(300)))
     assert len(answers) == stub.n_requests == 300
-    assert lm.engine.patience.pace.limit > 48
+    assert lm.engine.concurrency.limit > 48
     assert stub.most_under_way > 20
     assert stub.n_connections <= 48
 
 
-def test_the_pace_backs_off_from_a_provider_that_bears_less(make, stub, stubs):
+def test_concurrency_backs_off_from_a_provider_that_bears_less(make, stub, stubs):
     stub.default = stubs.Reply(latency_s=0.01)
     stub.refuse_above = 4
     lm = make(num_retries=3)
     with open_scope("t") as scope, ThreadPoolExecutor(32) as pool:
 
         def ask(index):
-            with dspy.context(copa_scope=scope):
+            with in_context(scope=scope):
                 return lm(str(index))[0]
 
         assert len(list(pool.map(ask, range(200)))) == 200
     assert scope.usage().paid_calls == 200
-    assert lm.engine.patience.pace.limit <= 16
+    assert lm.engine.concurrency.limit <= 16
     assert scope.failures["rate limit"] < 200
 
 
@@ -277,7 +277,7 @@ def test_the_ceiling_holds_against_a_server_with_many_threads(make, stub, stubs)
     with open_scope("t", budget=Budget(usd=3e-3)) as scope, ThreadPoolExecutor(32) as pool:
 
         def ask(index):
-            with dspy.context(copa_scope=scope):
+            with in_context(scope=scope):
                 try:
                     return bool(lm(f"{index:04d}"))
                 except BudgetExhausted:

@@ -14,9 +14,9 @@ import pytest
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate import evaluate
 from copa_harness.evaluate.runner import run_examples
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.constrained import choices_of
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM

@@ -11,9 +11,8 @@ import pytest
 from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ConfigurationError, OutOfMemoryError, ProviderTimeoutError
-from copa_harness.lm.budget.scope import open_scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.engine import time_left_s
+from copa_harness.lm.context import CallContext, calling, open_scope
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
@@ -89,12 +88,8 @@ def test_an_answer_that_takes_longer_than_the_budget_leaves_is_given_up_and_the_
         return read(*args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoder, "read", slow)
-    token = time_left_s.set(0.08)
-    try:
-        with pytest.raises(ProviderTimeoutError, match="seconds"):
-            engine.complete(request(max_tokens=200), seed=0)
-    finally:
-        time_left_s.reset(token)
+    with calling(CallContext(time_left_s=0.08)), pytest.raises(ProviderTimeoutError, match="seconds"):
+        engine.complete(request(max_tokens=200), seed=0)
     monkeypatch.undo()
     assert engine.complete(request(), seed=0).usage.output_tokens == 6
 
@@ -114,12 +109,8 @@ def test_a_request_whose_caller_is_gone_is_dropped_from_the_queue(engine, monkey
         first = pool.submit(engine.complete, request("first"), seed=0)
         assert entered.wait(10)
         before = generator.n_rows
-        token = time_left_s.set(0.01)
-        try:
-            with pytest.raises(ProviderTimeoutError):
-                engine.complete(request("second"), seed=0)
-        finally:
-            time_left_s.reset(token)
+        with calling(CallContext(time_left_s=0.01)), pytest.raises(ProviderTimeoutError):
+            engine.complete(request("second"), seed=0)
         release.set()
         first.result()
         engine.complete(request("third"), seed=0)

@@ -117,7 +117,7 @@ def test_a_program_that_was_compiled_before_is_optimized_like_any_other(stages, 
 
 
 def test_seed_0_is_a_seed_to_mipro(stages):
-    from copa_harness.lm.budget.scope import open_scope
+    from copa_harness.lm.context import open_scope
 
     def optimizer(seed):
         with open_scope("test") as scope:

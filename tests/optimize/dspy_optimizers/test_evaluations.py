@@ -9,7 +9,7 @@ from dspy.teleprompt import mipro_optimizer_v2
 
 from copa_harness import COPA
 from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import steps as optimizer_step
 from copa_harness.optimize.budget import Allowance, step_scope

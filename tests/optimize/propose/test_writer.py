@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from copa_harness.evaluate import run_examples
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.options import GROUNDINGS, ProposalSettings

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.options import ProposalSettings
 from copa_harness.optimize.propose.demos import labelled_pool

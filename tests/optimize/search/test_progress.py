@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from copa_harness import COPA
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.results import Budget
 from copa_harness.tune.progress import Progress as Training
@@ -24,7 +24,7 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
         for i in range(100):
-            scope.reserve(f"request {i}")
+            scope.charge(f"request {i}")
         progress = Progress(scope, write=lines.append, clock=clock)
         clock.now += 20
         progress.trial("p", 7, scores=[1.0] * 20 + [0.0] * 5, ceiling=300)
@@ -35,7 +35,7 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
 def test_while_weights_are_trained_the_time_to_go_is_the_trainings():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
-        scope.reserve("request")
+        scope.charge("request")
         progress = Progress(scope, write=lines.append, clock=clock)
         progress.at("step 2: w", scores=[1.0] * 5)
         with report_progress_to(progress.doing):

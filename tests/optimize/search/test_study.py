@@ -5,7 +5,7 @@ import math
 import pytest
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.budget.scope import open_scope
+from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance, OutOfCalls
 from copa_harness.optimize.options import ProposalSettings, SearchSettings
