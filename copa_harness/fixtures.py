@@ -1,7 +1,7 @@
 """The `copa_*` fixtures, and what the plugin remembers between its hooks.
 
-Like `plugin.py` this module imports pytest and the standard library only; a fixture imports what it needs when it
-is first asked for. It translates a test's marker and settings into calls of `CopaSession` and decides nothing.
+It translates a test's settings into calls of `CopaSession` and decides nothing; a fixture imports what it needs when it
+is first asked for.
 """
 
 from __future__ import annotations

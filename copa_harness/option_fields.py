@@ -258,6 +258,18 @@ def option(default: Any, *, check: Check, help: str, **more: Any) -> Any:
     return field(default=default, metadata={_METADATA: Option("", default, check, help, **more)})
 
 
+def same_option(kind: type, name: str, **other: Any) -> Any:
+    """A dataclass field that is an option of another dataclass too.
+
+    Args:
+        kind: That dataclass.
+        name: Its option.
+        **other: What is different here: attributes of an `Option`.
+    """
+    one = options_of(kind)[name]
+    return field(default=one.default, metadata={_METADATA: replace(one, **other)})
+
+
 def options_of(kind: type) -> dict[str, Option]:
     """The options of a dataclass by name, in the order of its fields; other fields are none."""
     return _options_of(kind)

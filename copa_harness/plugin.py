@@ -1,8 +1,8 @@
 """The pytest plugin: options, marker, fixtures, hooks. It translates; every decision is made in `session` and below.
 
-This module imports pytest and the standard library only, and an installed but unused plugin does nothing: settings
-are read, and the rest of the package imported, once a copa test has been collected (one that carries the `copa`
-marker or asks for a `copa_*` fixture).
+An installed but unused plugin registers its options and does nothing: it imports pytest, the standard library and the
+modules that say which options there are. Settings are read, and the rest of the package is imported, once a copa test
+has been collected (one that carries the `copa` marker or asks for a `copa_*` fixture).
 """
 
 from __future__ import annotations

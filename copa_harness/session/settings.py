@@ -22,7 +22,6 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.judge.options import Gates
 from copa_harness.optimize.options import SearchOptions, parse_budget
 from copa_harness.option_fields import (
-    COUNT,
     PATH,
     POSITIVE,
     SWITCH,
@@ -33,6 +32,7 @@ from copa_harness.option_fields import (
     option,
     options_in,
     options_of,
+    same_option,
     text_check,
 )
 from copa_harness.results import Budget
@@ -87,7 +87,8 @@ _BUDGET = Check(
 )
 
 _given = partial(option, places=Place.COMMAND_LINE | Place.ENVIRONMENT | Place.INI)
-_given_or_marked = partial(option, places=Place.MARKER | Place.COMMAND_LINE | Place.ENVIRONMENT | Place.INI)
+_ANYWHERE = Place.MARKER | Place.COMMAND_LINE | Place.ENVIRONMENT | Place.INI
+_given_or_marked = partial(option, places=_ANYWHERE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,8 @@ class Settings:
     prompt_lm: str | None = _given_or_marked(
         None, check=_MODEL, metavar="MODEL", help="model that proposes instructions"
     )
-    seed: int = _given_or_marked(0, check=COUNT, metavar="N", help="seed of every random choice")
-    threads: int = _given_or_marked(
-        32, check=POSITIVE, metavar="N", help="examples in flight at once; results do not depend on it"
-    )
+    seed: int = same_option(SearchOptions, "seed", metavar="N", places=_ANYWHERE)
+    threads: int = same_option(SearchOptions, "threads", metavar="N", places=_ANYWHERE)
     repeat: int = _given(
         1,
         check=POSITIVE,
