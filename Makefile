@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Two busy processes on few cores: OpenMP's spinning barriers would make torch ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: suites test lint types unit format clean help
+.PHONY: suites test lint types unit format tables clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ format: $(VENV)/.installed  ## ruff: mend what can be mended, lay out the rest
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check .
+
+tables: $(VENV)/.installed  ## write the option tables of the guides anew
+	@$(BIN)/python -m copa_harness.options
 
 clean:  ## remove the virtual environment, caches and answers
 	rm -rf $(VENV) .copa_cache .pytest_cache .mypy_cache .ruff_cache

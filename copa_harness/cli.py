@@ -23,16 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
+from copa_harness.option_fields import default_of
+from copa_harness.session.settings import Settings
 from copa_harness.wording import counted, size
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
-
-DEFAULT_CACHE_DIR = Path(".copa_cache")
-"""Where the pytest plugin keeps its cache unless told otherwise, seen from the project's root."""
-
-DEFAULT_BASELINE_DIR = Path("baselines")
-"""Where the pytest plugin keeps baselines unless told otherwise, seen from the project's root."""
 
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TIMES_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -88,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--cache-dir",
             type=Path,
-            default=DEFAULT_CACHE_DIR,
+            default=default_of(Settings, "cache_dir"),
             help="the cache directory of the runs (default: %(default)s here)",
         )
     _add_baseline_commands(rooms)
@@ -112,7 +108,7 @@ def _add_baseline_commands(rooms: argparse._SubParsersAction[argparse.ArgumentPa
         command.add_argument(
             "--baseline-dir",
             type=Path,
-            default=DEFAULT_BASELINE_DIR,
+            default=default_of(Settings, "baseline_dir"),
             help="the folder of the baselines (default: %(default)s here)",
         )
     bless = commands.add_parser(

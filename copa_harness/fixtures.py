@@ -1,13 +1,13 @@
 """The `copa_*` fixtures, and what the plugin remembers between its hooks.
 
-Like `plugin.py` this module imports pytest and the standard library only; a fixture imports what it needs when it
-is first asked for. It translates a test's marker and settings into calls of `CopaSession` and decides nothing.
+It translates a test's settings into calls of `CopaSession` and decides nothing; a fixture imports what it needs when it
+is first asked for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import pytest
 
 from copa_harness.options import settings_of
+from copa_harness.session.settings import COMPARING, Settings, comparisons_in
 
 if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.session.finish import Report
     from copa_harness.session.runs import CopaRun, ScoredEvaluation
     from copa_harness.session.session import CopaSession
-    from copa_harness.session.settings import MarkerArguments, Settings
     from copa_harness.tasks.task import Task
 
 
@@ -36,7 +36,7 @@ class State:
 
 STATE = pytest.StashKey[State]()
 WORKER_RECORDS = pytest.StashKey[list[dict[str, Any]]]()
-MARKER_ARGUMENTS: pytest.StashKey[MarkerArguments] = pytest.StashKey()
+TEST_SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 REFUSED = pytest.StashKey[str]()
 RUNS = pytest.StashKey[list[Any]]()
 REPORT: pytest.StashKey[Report] = pytest.StashKey()
@@ -94,30 +94,30 @@ def copa_task() -> Task:
     )
 
 
-def _arguments(request: pytest.FixtureRequest) -> MarkerArguments:
-    from copa_harness.session.settings import MarkerArguments
-
-    return cast("pytest.Item", request.node).stash.get(MARKER_ARGUMENTS, MarkerArguments())
+def _settings(request: pytest.FixtureRequest) -> Settings:
+    """What holds for the test that asks: the session's settings, merged with its marker."""
+    stash, config = cast("pytest.Item", request.node).stash, request.config
+    return stash.get(TEST_SETTINGS, None) or config.stash[STATE].settings
 
 
 def _only_planned(
-    request: pytest.FixtureRequest, session: CopaSession, task: Task, marker: MarkerArguments, **models: Any
+    request: pytest.FixtureRequest, session: CopaSession, task: Task, settings: Settings, **models: Any
 ) -> NoReturn:
     """Note what the test would pay, and skip it."""
-    session.plan(task, marker=marker, test=cast("pytest.Item", request.node).nodeid, **models)
+    session.plan(task, settings=settings, test=cast("pytest.Item", request.node).nodeid, **models)
     pytest.skip("plan only: no call was made (--copa-plan)")
 
 
 @pytest.fixture
 def copa_base_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM:
     """The base model (`--copa-lm`, or the marker's). Override it to test with a model of your own making."""
-    return copa_session.base_lm(_arguments(request))
+    return copa_session.base_lm(_settings(request))
 
 
 @pytest.fixture
 def copa_prompt_lm(request: pytest.FixtureRequest, copa_session: CopaSession) -> MeteredLM | None:
     """The model that proposes instructions (`--copa-prompt-lm`), or None. Override it like `copa_base_lm`."""
-    return copa_session.prompt_lm(_arguments(request))
+    return copa_session.prompt_lm(_settings(request))
 
 
 @pytest.fixture
@@ -125,10 +125,10 @@ def copa_finetuned_lm(
     request: pytest.FixtureRequest, copa_session: CopaSession, copa_task: Task, copa_base_lm: MeteredLM
 ) -> MeteredLM:
     """The base model after fine-tuning on the task: what the strategy `w` comes up with."""
-    marker = _arguments(request)
-    if copa_session.settings.plan:
-        _only_planned(request, copa_session, copa_task, replace(marker, strategy="w"), lm=copa_base_lm)
-    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, marker=marker)
+    settings = _settings(request)
+    if settings.plan:
+        _only_planned(request, copa_session, copa_task, replace(settings, strategy="w"), lm=copa_base_lm)
+    return copa_session.finetuned_lm(copa_task, lm=copa_base_lm, settings=settings)
 
 
 @pytest.fixture
@@ -142,15 +142,16 @@ def copa_evaluate(
     item = cast("pytest.Item", request.node)
 
     def evaluate(program: Any = None, *, lm: MeteredLM | None = None, split: str = "test") -> ScoredEvaluation:
-        if copa_session.settings.plan:
-            plain = replace(_arguments(request), strategy="none")
+        settings = _settings(request)
+        if settings.plan:
+            plain = replace(settings, strategy="none")
             _only_planned(request, copa_session, copa_task, plain, lm=copa_base_lm if lm is None else lm)
         evaluation = copa_session.evaluate(
             copa_task,
             program=program,
             lm=copa_base_lm if lm is None else lm,
             split=split,
-            marker=_arguments(request),
+            settings=settings,
             test=item.nodeid,
         )
         item.stash.setdefault(RUNS, []).append(evaluation)
@@ -169,27 +170,31 @@ def copa_run(
 ) -> CopaRun:
     """The task's program after the optimization the marker asks for, scored once on the test split."""
     item = cast("pytest.Item", request.node)
-    marker = _arguments(request)
-    if copa_session.settings.plan:
-        _only_planned(request, copa_session, copa_task, marker, lm=copa_base_lm, prompt_lm=copa_prompt_lm)
-    run = copa_session.run(copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, marker=marker, test=item.nodeid)
+    settings = _settings(request)
+    if settings.plan:
+        _only_planned(request, copa_session, copa_task, settings, lm=copa_base_lm, prompt_lm=copa_prompt_lm)
+    run = copa_session.run(copa_task, lm=copa_base_lm, prompt_lm=copa_prompt_lm, settings=settings, test=item.nodeid)
     item.stash.setdefault(RUNS, []).append(run)
     return run
 
 
-def with_comparisons(settings: Settings, items: list[pytest.Item], *, one_of_many: bool) -> Settings:
+def with_comparisons(
+    settings: Settings, said: Mapping[pytest.Item, Mapping[str, Any]], *, one_of_many: bool
+) -> Settings:
     """The settings with all gates that compare runs example by example: they share one error rate.
 
     Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
     anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
-    """
-    from copa_harness.session.settings import COMPARING, comparisons_in
 
+    Args:
+        settings: Of the session.
+        said: The marker's arguments by test.
+        one_of_many: Whether other processes run tests of this session too.
+    """
     announced: dict[str, frozenset[str]] = {}
-    for item in items:
-        marker = item.stash.get(MARKER_ARGUMENTS, None)
-        if marker is not None and {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
-            gates = settings.gates_of(marker)
+    for item, arguments in said.items():
+        if {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
+            gates = settings.merged(**arguments).gates
             code = getattr(getattr(item, "function", None), "__code__", None)
             asked = comparisons_in(code) if code is not None else frozenset()
             announced[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}

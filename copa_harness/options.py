@@ -1,122 +1,68 @@
-"""The plugin's options, their twins in the environment and the ini file, and what was given of them.
+"""Where options are given: command line, environment, ini file and marker, all derived from the dataclasses of options.
 
-Like `plugin.py` this module imports pytest and the standard library only. It reads and passes on; what a value means
-is decided in `session/settings.py`.
+`session/settings.py` says which options there are and what their values mean; this module registers them with pytest
+and collects what was given. `python -m copa_harness.options` writes the option tables of the guides anew.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from copa_harness.session.settings import Setting, Settings
-
-OPTIONS: dict[str, tuple[str, str]] = {
-    "budget": (
-        "LEVEL",
-        "ceiling of each optimization run: light (400 calls), medium (1,600), heavy (6,400), or "
-        "ceilings such as calls=500,usd=2,tokens=1e6,seconds=600 [default: light]",
-    ),
-    "total-budget": (
-        "CEILINGS",
-        "ceiling on what all tests and xdist workers of this session pay together, written "
-        "like --copa-budget [default: none]",
-    ),
-    "lm": (
-        "MODEL",
-        "base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name> [default: embedded]",
-    ),
-    "prompt-lm": ("MODEL", "model that proposes instructions [default: none]"),
-    "seed": ("N", "seed of every random choice [default: 0]"),
-    "threads": ("N", "examples in flight at once [default: 32]"),
-    "repeat": ("K", "answer every test example K times and report which answers are unstable [default: 1]"),
-    "cache-dir": ("DIR", "answers, finished stages, LoRA adapters and artifacts [default: .copa_cache in the rootdir]"),
-    "report-dir": ("DIR", "latest.json, latest.md and numbered copies [default: reports in the rootdir]"),
-    "baseline-dir": ("DIR", "accepted results, one file per task and strategy [default: baselines in the rootdir]"),
-    "device": ("DEVICE", "where a local model runs: cpu, cuda, cuda:1 [default: a GPU if there is one]"),
-    "dtype": ("TYPE", "arithmetic of a local model: float32, bfloat16 or float16 [default: float32, which is exact]"),
-    "chat-template": ("FILE", "Jinja chat template of a local model, instead of its own [default: its own]"),
-    "api-base": ("URL", "endpoint of the model, when it has one [default: DSPy's]"),
-    "base-weights": (
-        "MODEL",
-        "hf:<path or id>: a copy of the weights that a vLLM server runs as --copa-lm; LoRA "
-        "adapters are trained on it here and served there [default: none]",
-    ),
-    "served-lora-path": ("PATH", "where the vLLM server sees the folder 'lora' of --copa-cache-dir [default: there]"),
-}
-"""Name, metavar and help of every option with a value; each has an ini and an environment twin."""
-
-SWITCHES: dict[str, str] = {
-    "constrain": "output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated "
-    "text; local models only [default: off]",
-    "allow-pickled-weights": "read weights that come as a pickle only (pytorch_model.bin), once, with torch's "
-    "restricted unpickler, and keep them as safetensors [default: off, they are refused]",
-    "sequential": "evaluate examples in a random order and stop as soon as the gates are decided [default: off]",
-}
-"""Name and help of options without a value that have twins too."""
-
-GATE_NAMES = (
-    "min_score",
-    "max_regression",
-    "better_than",
-    "max_calls",
-    "max_tokens",
-    "max_usd",
-    "max_seconds",
-    "max_cost_per_answer",
-    "max_error_rate",
-    "min_pass_all",
-    "undecided_fails",
-)
-"""Gates with a default in the ini file, `copa_<name>`; a marker overrules it."""
-
-MARKER = (
-    "copa(strategy='p -> w -> p', ...): optimize the task's program before the test and gate the result; keywords "
-    "only. What: strategy, budget, lm, prompt_lm, seed, threads, constrain. "
-    "Gates: min_score, max_regression, better_than, max_calls, max_tokens, max_usd, max_seconds, max_cost_per_answer, "
-    "max_error_rate, min_pass_all, undecided_fails. "
-    "Search: max_cycles, epsilon, constraints, prefer, sampler, patience, adoption_p, max_demos, "
-    "n_demo_sets, bootstrap, pass_score, n_proposed, groundings, n_reflected, transfer, n_rounds, n_checkpoints, "
-    "epochs_with_demos, epochs_bare, bare_share, optimizer_kwargs, lora. "
-    "What each means: copa_harness.session.settings.MarkerArguments."
-)
-"""What `pytest --markers` says; the names are those of `MarkerArguments`, which this module must not import."""
+from copa_harness.option_fields import PATH, SWITCH, Option, Place, options_in, options_of, with_tables
+from copa_harness.session.settings import OPTION_KINDS, Setting, Settings
 
 RUN_ID = pytest.StashKey[str]()
+
+
+def _all_options() -> list[Option]:
+    """Those that pytest hears of; names are unique but for those that are an argument of `COPA` only."""
+    kinds = ("Settings", "Gates", "SearchOptions")
+    return [one for kind in kinds for one in options_of(OPTION_KINDS[kind]).values() if one.places]
 
 
 def add_options(parser: pytest.Parser) -> None:
     """Register `--copa-*`, with ini twins `copa_*`."""
     group = parser.getgroup("copa", "copa: improve and gate DSPy programs (command line > COPA_* > ini > marker)")
-    for name, (metavar, text) in OPTIONS.items():
-        group.addoption(f"--copa-{name}", metavar=metavar, default=None, help=text)
-        parser.addini(f"copa_{name.replace('-', '_')}", help=f"like --copa-{name}", default=None)
-    for name, text in SWITCHES.items():
-        group.addoption(f"--copa-{name}", action="store_const", const="true", default=None, help=text)
-        parser.addini(f"copa_{name.replace('-', '_')}", help=f"like --copa-{name}", default=None)
-    for name in GATE_NAMES:
-        parser.addini(f"copa_{name}", help=f"gate {name} of every copa_run whose marker does not name it", default=None)
-    group.addoption("--copa-disable", action="store_true", default=None, help="skip every copa test [default: off]")
-    parser.addini("copa_disable", help="like --copa-disable", type="bool", default=False)
-    for name, text in (
-        ("bless", "accept the results as new baselines [default: off; command line only]"),
-        ("plan", "look into the cache only: make no call, say what a run would pay [default: off; command line only]"),
-    ):
-        group.addoption(f"--copa-{name}", action="store_true", default=False, help=text)
+    for one in _all_options():
+        if Place.COMMAND_LINE in one.places:
+            if one.check is SWITCH:
+                group.addoption(one.flag, action="store_const", const="true", default=None, help=one.line)
+            else:
+                group.addoption(one.flag, metavar=one.metavar, default=None, help=one.line)
+        if Place.INI in one.places:
+            parser.addini(one.ini, help=_ini_help(one), default=None)
+
+
+def _ini_help(one: Option) -> str:
+    if Place.COMMAND_LINE in one.places:
+        return f"like {one.flag}"
+    twin = f" ({one.variable} overrules both)" if Place.ENVIRONMENT in one.places else ""
+    return f"{one.name} of every test whose marker does not name it{twin}: {one.line}"
+
+
+def marker_text() -> str:
+    """What `pytest --markers` says."""
+    lines = [
+        "copa(strategy='p -> w -> p', ...): optimize the task's program before the test and gate the result; keywords "
+        "only."
+    ]
+    for title, kind in (("What is run", "Settings"), ("Gates", "Gates"), ("How it searches", "SearchOptions")):
+        lines.append(f"  {title}:")
+        lines += [f"    {one.name}: {one.line}" for one in options_in(OPTION_KINDS[kind], Place.MARKER).values()]
+    return "\n".join(lines)
 
 
 def is_disabled(config: pytest.Config) -> bool:
     """Whether copa tests are to be skipped."""
-    if config.getoption("copa_disable"):
-        return True
-    variable = os.environ.get("COPA_DISABLE", "").strip().lower()
-    return variable not in ("0", "false", "no", "off") if variable else bool(config.getini("copa_disable"))
+    given = _given(config, options_of(Settings)["disable"])
+    return given is not None and SWITCH.read(given.value) is not False
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -125,22 +71,8 @@ def settings_of(config: pytest.Config) -> Settings:
     Raises:
         ConfigurationError: A value cannot be used; the message names its source.
     """
-    from copa_harness.session.settings import Setting, Settings
-
-    gates = {
-        name: Setting(str(value), f"ini option copa_{name}")
-        for name in GATE_NAMES
-        if (value := config.getini(f"copa_{name}")) not in (None, "")
-    }
-    return Settings.from_given(
-        _given(config),
-        root=config.rootpath,
-        bless=bool(config.getoption("copa_bless")),
-        plan=bool(config.getoption("copa_plan")),
-        gates=gates,
-        worker=worker_number(config),
-        run_id=run_id(config),
-    )
+    given = {one.name: setting for one in _all_options() if (setting := _given(config, one)) is not None}
+    return Settings.from_given(given, root=config.rootpath, worker=worker_number(config), run_id=run_id(config))
 
 
 def run_id(config: pytest.Config) -> str:
@@ -160,23 +92,44 @@ def worker_number(config: pytest.Config) -> int | None:
     return int(digits[0]) if digits else 0  # `--tx` may give names of its own
 
 
-def _given(config: pytest.Config) -> dict[str, Setting]:
-    """Option values by name, from the strongest source that has one."""
-    from copa_harness.session.settings import Setting
-
-    given = {}
-    for option in (*OPTIONS, *SWITCHES):
-        name = option.replace("-", "_")
-        variable = f"COPA_{name.upper()}"
-        if (value := config.getoption(f"copa_{name}")) is not None:
-            given[name] = Setting(_from_here(config, name, value), f"--copa-{option}")
-        elif value := os.environ.get(variable):
-            given[name] = Setting(_from_here(config, name, value), f"environment variable {variable}")
-        elif (value := config.getini(f"copa_{name}")) not in (None, ""):
-            given[name] = Setting(str(value), f"ini option copa_{name}")
-    return given
+def _given(config: pytest.Config, one: Option) -> Setting | None:
+    """What was given for an option, from the strongest source that has something."""
+    if Place.COMMAND_LINE in one.places and (value := config.getoption(f"copa_{one.name}")) is not None:
+        return Setting(_from_here(config, one, value), one.flag)
+    if Place.ENVIRONMENT in one.places and (value := os.environ.get(one.variable)):
+        return Setting(_from_here(config, one, value), f"environment variable {one.variable}")
+    if Place.INI in one.places and (value := config.getini(one.ini)) not in (None, ""):
+        return Setting(str(value), f"ini option {one.ini}", overrules_marker=False)
+    return None
 
 
-def _from_here(config: pytest.Config, name: str, value: str) -> str:
+def _from_here(config: pytest.Config, one: Option, value: str) -> str:
     """A path typed in a shell is relative to where it was typed (one in an ini file to the rootdir)."""
-    return str(Path(config.invocation_params.dir, value)) if name.endswith("_dir") or name == "chat_template" else value
+    return str(Path(config.invocation_params.dir, value)) if one.check is PATH else value
+
+
+def rewrite_tables(guides: Iterable[Path]) -> list[Path]:
+    """Write the option tables of guides anew; those that changed."""
+    changed = []
+    for guide in guides:
+        text = guide.read_text(encoding="utf-8")
+        if (written := with_tables(text, OPTION_KINDS)) != text:
+            guide.write_text(written, encoding="utf-8")
+            changed.append(guide)
+    return changed
+
+
+def guides_below(folder: Path) -> list[Path]:
+    """Markdown files of a checkout; hidden folders hold none of its own."""
+    found = sorted(folder.rglob("*.md"))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the tables of the named guides anew, or of all below this folder."""
+    for path in rewrite_tables(map(Path, arguments) if arguments else guides_below(Path())):
+        print(f"written: {path}")  # noqa: T201 - a command
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,25 +1,25 @@
 """The pytest plugin: options, marker, fixtures, hooks. It translates; every decision is made in `session` and below.
 
-This module imports pytest and the standard library only, and an installed but unused plugin does nothing: settings
-are read, and the rest of the package imported, once a copa test has been collected (one that carries the `copa`
-marker or asks for a `copa_*` fixture).
+An installed but unused plugin registers its options and does nothing: it imports pytest, the standard library and the
+modules that say which options there are. Settings are read, and the rest of the package is imported, once a copa test
+has been collected (one that carries the `copa` marker or asks for a `copa_*` fixture).
 """
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from copa_harness.fixtures import (
-    MARKER_ARGUMENTS,
     N_REFUSED,
     REFUSED,
     REPORT,
     RUNS,
     STATE,
+    TEST_SETTINGS,
     WORKER_RECORDS,
     State,
     copa_base_lm,
@@ -31,10 +31,8 @@ from copa_harness.fixtures import (
     copa_task,
     with_comparisons,
 )
-from copa_harness.options import MARKER, RUN_ID, add_options, is_disabled, run_id, settings_of
-
-if TYPE_CHECKING:
-    from copa_harness.session.settings import MarkerArguments
+from copa_harness.options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
+from copa_harness.session.settings import marker_arguments
 
 __all__ = [
     "copa_base_lm",
@@ -56,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marker, so that `--strict-markers` knows it."""
-    config.addinivalue_line("markers", MARKER)
+    config.addinivalue_line("markers", marker_text())
 
 
 # Collection
@@ -89,17 +87,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     refused: dict[str, str] = {}
     try:
         settings = settings_of(config)
-        config.stash[STATE] = State(settings, order={item.nodeid: n for n, item in enumerate(items)})
     except ConfigurationError as error:
         refused = {item.nodeid: str(error) for item in copa_items}
     else:
+        said = {}
         for item in copa_items:
             try:
-                item.stash[MARKER_ARGUMENTS] = _marker_arguments(item)
+                said[item] = _marker_arguments(item)
             except ConfigurationError as error:
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
-        is_worker = hasattr(config, "workerinput")
-        config.stash[STATE].settings = with_comparisons(settings, copa_items, one_of_many=is_worker)
+        settings = with_comparisons(settings, said, one_of_many=hasattr(config, "workerinput"))
+        for item, arguments in said.items():
+            item.stash[TEST_SETTINGS] = settings.merged(**arguments)
+        config.stash[STATE] = State(settings, order={item.nodeid: n for n, item in enumerate(items)})
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.
         for item in copa_items:
@@ -109,16 +109,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(*dict.fromkeys(refused.values()))
 
 
-def _marker_arguments(item: pytest.Item) -> MarkerArguments:
+def _marker_arguments(item: pytest.Item) -> dict[str, Any]:
     """The arguments of all `copa` markers of a test, the closest winning, completed by parametrization."""
     from copa_harness.errors import ConfigurationError
-    from copa_harness.session.settings import MarkerArguments
 
     markers = list(item.iter_markers("copa"))
     keywords: dict[str, Any] = {}
     for marker in reversed(markers):
-        MarkerArguments.from_marker(marker.args, marker.kwargs)
-        keywords.update(marker.kwargs)
+        keywords.update(marker_arguments(marker.args, marker.kwargs))
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     for name in ("strategy", "budget", "seed"):
         if markers and name in parameters and isinstance(parameters[name], (str, int)):
@@ -127,7 +125,7 @@ def _marker_arguments(item: pytest.Item) -> MarkerArguments:
         raise ConfigurationError(
             "marked copa, but the test takes no copa fixture, so nothing would run; add copa_run to its arguments."
         )
-    return MarkerArguments.from_marker((), keywords)
+    return marker_arguments((), keywords)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:

@@ -1,6 +1,6 @@
 """The language of strategies: `"p -> w -> p"` in, steps out, or an error that says what is known.
 
-Pure text: knows no optimizer, no model. Grammar: steps joined by `->` (or `→`, `>`), in any case and spacing.
+Grammar: steps joined by `->` (or `→`, `>`), in any case and spacing.
 
     none                    the program as written
     w, p                    weights only, prompts only; any sequence of them

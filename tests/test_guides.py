@@ -4,15 +4,14 @@ import ast
 import importlib
 import inspect
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from copa_harness.optimize.copa import COPA
-from copa_harness.options import GATE_NAMES, OPTIONS, SWITCHES
-from copa_harness.session.settings import SEARCH, MarkerArguments
-from copa_harness.tune.settings import LoraSettings
+from copa_harness.optimize.options import SearchOptions
+from copa_harness.option_fields import Place, markdown_table, options_in, options_of, with_tables
+from copa_harness.session.settings import OPTION_KINDS, Settings, marker_options
 
 ROOT = Path(__file__).parent.parent
 NOT_OURS = {".venv", ".git", ".copa_cache", ".pytest_cache", "build", "dist", "node_modules"}
@@ -99,39 +98,21 @@ def test_its_python_compiles_and_imports_what_exists(guide):
 
 @every_guide
 def test_every_option_it_names_exists(guide):
-    known = {f"--copa-{name}" for name in (*OPTIONS, *SWITCHES, "disable", "bless", "plan")}
+    known = {one.flag for one in options_in(Settings, Place.COMMAND_LINE).values()}
     assert set(re.findall(r"--copa-[a-z-]*[a-z]", guide.read_text(encoding="utf-8"))) <= known
 
 
-def table_of(guide, options):
-    """The table between `<!-- options: NAME -->` and `<!-- end options -->`: names in the first column."""
-    text = (ROOT / guide).read_text(encoding="utf-8")
-    found = re.search(rf"<!-- options: {options} -->\n(.*?)<!-- end options -->", text, re.DOTALL)
-    assert found, f"{guide} has no table of {options}"
-    first_cells = [line.split("|")[1] for line in found[1].splitlines() if line.startswith("| `")]
-    return [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
-
-
-def test_every_search_setting_stands_in_the_guide():
-    assert sorted(table_of("copa_harness/optimize/README.md", "SearchOptions")) == sorted(SEARCH)
-
-
-def test_every_gate_stands_in_the_guide():
-    assert sorted(table_of("suites/README.md", "Gates")) == sorted(GATE_NAMES)
-
-
-def test_every_option_of_the_plugin_stands_in_the_guide():
-    known = [f"--copa-{name}" for name in (*OPTIONS, *SWITCHES, "disable", "bless", "plan")]
-    assert sorted(table_of("suites/README.md", "SessionOptions")) == sorted(known)
-
-
-def test_every_lora_setting_stands_in_the_guide():
-    names = {entry.name for entry in fields(LoraSettings)} - {"processes"}
-    assert sorted(table_of("copa_harness/tune/README.md", "LoraSettings")) == sorted(names)
+@pytest.mark.parametrize("kind", OPTION_KINDS)
+def test_every_option_stands_in_a_table_of_a_guide_as_the_dataclasses_say(kind):
+    with_it = [guide for guide in GUIDES if f"<!-- options: {kind} -->" in guide.read_text(encoding="utf-8")]
+    assert len(with_it) == 1
+    text = with_it[0].read_text(encoding="utf-8")
+    assert markdown_table(OPTION_KINDS[kind]) in text, "run `make tables`"
+    assert with_tables(text, OPTION_KINDS) == text, "run `make tables`"
 
 
 def test_every_argument_of_the_marker_and_of_copa_stands_in_a_guide():
-    names = {entry.name for entry in fields(MarkerArguments)} | set(inspect.signature(COPA).parameters)
+    names = {*marker_options(), *options_of(SearchOptions), *inspect.signature(COPA).parameters} - {"search"}
     text = "\n".join(prose(guide) for guide in GUIDES)
     assert [name for name in sorted(names) if not re.search(rf"`[^`]*\b{name}\b[^`]*`", text)] == []
 

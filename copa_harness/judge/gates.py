@@ -13,16 +13,14 @@ functions of records.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
-from copa_harness.errors import ConfigurationError
 from copa_harness.judge.differences import Reference, better_than, max_regression
 from copa_harness.judge.flaky import Repeats, flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
 from copa_harness.judge.messages import interval_text, shortened
+from copa_harness.judge.options import Gates
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 from copa_harness.wording import counted, dollars, number
 
@@ -140,90 +138,6 @@ def _amount(value: float, unit: str) -> str:
 
 
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """The rules of one run; None switches a rule off.
-
-    Attributes:
-        min_score: least mean score, 0..1.
-        max_regression: largest drop below the baseline that is acceptable, 0..1 (0.05 is five points).
-        max_calls: most model calls the run may charge.
-        max_error_rate: largest share of examples without a score (provider or metric failures), 0..1.
-        alpha: error rate of each statistical decision.
-        undecided_fails: whether `undecided` and `not comparable` fail the test.
-        better_than: name of the strategy or baseline that has to be beaten.
-        max_tokens: most tokens the run may spend.
-        max_usd: most dollars the run may spend.
-        max_seconds: most seconds the run may take.
-        max_cost_per_answer: most dollars one answer of the final program may cost.
-        min_pass_all: least share of examples that pass every repeat, 0..1.
-        n_comparisons: paired gates in the suite; each is held to alpha / n_comparisons (see `multiple.py`).
-    """
-
-    min_score: float | None = None
-    max_regression: float | None = None
-    max_calls: float | None = None
-    max_error_rate: float = 0.0
-    alpha: float = 0.05
-    undecided_fails: bool = False
-    better_than: str | None = None
-    max_tokens: float | None = None
-    max_usd: float | None = None
-    max_seconds: float | None = None
-    max_cost_per_answer: float | None = None
-    min_pass_all: float | None = None
-    n_comparisons: int = 1
-
-    def __post_init__(self) -> None:
-        ranges: tuple[tuple[str, float | None, float, str], ...] = (
-            ("min_score", self.min_score, 1.0, "a mean score such as 0.85"),
-            ("max_regression", self.max_regression, 1.0, "a drop such as 0.05"),
-            ("max_error_rate", self.max_error_rate, 1.0, "a share such as 0.02"),
-            ("max_calls", self.max_calls, math.inf, "a number of calls such as 400"),
-            ("alpha", self.alpha, 0.5, "an error rate such as 0.05"),
-            ("max_tokens", self.max_tokens, math.inf, "a number of tokens such as 50000"),
-            ("max_usd", self.max_usd, math.inf, "dollars such as 0.50"),
-            ("max_seconds", self.max_seconds, math.inf, "seconds such as 600"),
-            ("max_cost_per_answer", self.max_cost_per_answer, math.inf, "dollars such as 0.002"),
-            ("min_pass_all", self.min_pass_all, 1.0, "a share such as 0.9"),
-        )
-        if self.better_than is not None and not (isinstance(self.better_than, str) and self.better_than.strip()):
-            raise ConfigurationError(
-                f"gate better_than={self.better_than!r}: expected the name of a strategy or baseline, such as 'none'"
-            )
-        if isinstance(self.n_comparisons, bool) or not isinstance(self.n_comparisons, int) or self.n_comparisons < 1:
-            raise ConfigurationError(f"gate n_comparisons={self.n_comparisons!r}: expected a count of at least 1")
-        for name, value, most, example in ranges:
-            if value is None and name not in {"max_error_rate", "alpha"}:
-                continue
-            if (
-                value is None
-                or isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 0 <= value <= most
-            ):
-                hint = _percent_hint(value) if most <= 1 else ""
-                raise ConfigurationError(f"gate {name}={value!r}: expected {example}, between 0 and {most:g}{hint}")
-
-    @property
-    def alpha_each(self) -> float:
-        """The error rate each paired gate is held to."""
-        return self.alpha / self.n_comparisons
-
-    @property
-    def correction(self) -> str:
-        """How the error rate is shared, as a sentence; "" when it is not."""
-        if self.n_comparisons == 1:
-            return ""
-        each = f"{self.alpha_each:.2g}: {self.alpha:g}"
-        return f"(Held to an error rate of {each} shared by {self.n_comparisons} comparisons in this suite.)"
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The names a marker or `check()` may use."""
-        return tuple(field.name for field in fields(cls))
 
 
 def judge(
@@ -379,10 +293,3 @@ def _min_score(
             f"more budget, or lower the threshold; about {number(interval.low)} is what this program reaches reliably."
         )
     return GateResult(gate, Verdict.FAIL, message, details)
-
-
-def _percent_hint(value: object) -> str:
-    """Advice for one who wrote 85 and meant 0.85."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value <= 100:
-        return ""
-    return f"; write {value / 100:g} for {value:g} %"

@@ -38,7 +38,7 @@ from copa_harness.optimize.finalists import (
     preferred,
     unshown,
 )
-from copa_harness.optimize.options import Preference, RunSettings
+from copa_harness.optimize.options import Preference, SearchOptions
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.result import OptimizationResult, to_state
 from copa_harness.optimize.search.candidate import Candidate
@@ -103,7 +103,7 @@ def planned(
     whole: Validation,
     student: Candidate,
     steps: Sequence[Step],
-    settings: RunSettings,
+    settings: SearchOptions,
     *,
     n_training: int,
     calls: float,
@@ -399,10 +399,10 @@ def reason_of(run: Run) -> str:
     if run.stopped == "perfect score":
         return f"perfect score on {counted(run.validation.n, 'validation example')}"
     said = {
-        "no improvement": f"no improvement in {counted(run.settings.search.patience or 0, 'trial')}",
+        "no improvement": f"no improvement in {counted(run.settings.patience or 0, 'trial')}",
         "no head-room": "no head-room",
         "search space exhausted": "every combination was tried",
-        "trials": counted(run.settings.search.max_trials, "trial"),
+        "trials": counted(run.settings.max_trials, "trial"),
         "budget": "its share of the calls was used",
         "perfect score": "perfect score",
     }

@@ -24,7 +24,7 @@ from typing import Any
 
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.context import in_context
-from copa_harness.optimize.options import RunSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.weights import is_tunable
 from copa_harness.strategy import Step, StepKind, parse_strategy
@@ -137,14 +137,14 @@ def choose_strategy(
 
 def resolved(
     steps: tuple[Step, ...],
-    settings: RunSettings,
+    settings: SearchOptions,
     student: Candidate,
     *,
     n_train: int,
     n_validation: int,
     calls: float,
     has_prompt_lm: bool,
-) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
+) -> tuple[tuple[Step, ...], SearchOptions, Choice | None]:
     """Steps and settings, with `auto` replaced by what it stands for here; the choice, None where nothing was chosen.
 
     Args:

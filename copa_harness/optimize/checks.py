@@ -40,20 +40,6 @@ def check_metered(lm: Any) -> None:
         )
 
 
-def at_least(least: int, **values: int) -> None:
-    """Raise `ConfigurationError` unless every value is a whole number of at least `least`."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"got {name}={value!r}; expected a whole number of at least {least}")
-
-
-def in_unit_interval(**values: float) -> None:
-    """Raise `ConfigurationError` unless every value lies in 0..1."""
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ConfigurationError(f"got {name}={value!r}; expected a number in 0..1")
-
-
 def splits_of(
     trainset: Sequence[dspy.Example], valset: Sequence[dspy.Example] | None, *, steps: Sequence[Step], seed: int
 ) -> tuple[list[dspy.Example], list[dspy.Example]]:

@@ -11,33 +11,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
-from copa_harness.evaluate.runner import DEFAULT_THREADS
 from copa_harness.lm.context import open_scope
 from copa_harness.optimize.adoption import conclude, out_of_reach, planned, reason_of, result_of, setting_aside
 from copa_harness.optimize.budget import Choice, resolved
-from copa_harness.optimize.checks import at_least, check_metered, in_unit_interval, splits_of, thawed
-from copa_harness.optimize.constraints import Constraints, parse_constraints
-from copa_harness.optimize.dspy_optimizers.kwargs import check_optimizer_kwargs
+from copa_harness.optimize.checks import check_metered, splits_of, thawed
+from copa_harness.optimize.constraints import parse_constraints
 from copa_harness.optimize.dspy_optimizers.student import models_in
-from copa_harness.optimize.options import (
-    GROUNDINGS,
-    ProposalSettings,
-    RunSettings,
-    SearchSettings,
-    WeightsSettings,
-    check_groundings,
-    check_sampler,
-    parse_budget,
-    parse_preference,
-)
+from copa_harness.optimize.options import SearchOptions, parse_budget, parse_preference
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import credit_of
@@ -45,14 +34,15 @@ from copa_harness.optimize.search.journal import exclusive_journal
 from copa_harness.optimize.search.progress import Progress
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.steps import execute
+from copa_harness.option_fields import check_names, options_of, values_of
 from copa_harness.results import Budget
 from copa_harness.strategy import Step, parse_strategy
-from copa_harness.tune.settings import check_lora
-
-if TYPE_CHECKING:
-    from copa_harness.tune.settings import LoraSettings
 
 logger = logging.getLogger("copa_harness")
+
+
+_BEFORE = {"min_score": "pass_score"}
+"""Names that arguments had, and have."""
 
 
 class COPA(Teleprompter):
@@ -62,47 +52,19 @@ class COPA(Teleprompter):
         metric: DSPy metric, ``metric(example, prediction, trace=None)``, giving a bool or a number in 0..1.
         strategy: What to optimize and in which order, see `parse_strategy`.
         budget: "light" (400 distinct calls), "medium" (1,600), "heavy" (6,400), "calls=500", a number, or a `Budget`.
-        seed: Of every random choice. Same seed, same program.
         lm: Model of every predictor without one of its own; default `dspy.settings.lm`. Must be metered (`build_lm`,
             `ScriptedLM`), or its calls could be neither bounded nor cached.
         prompt_lm: Model that writes instructions. None proposes only instructions that need no model: a task model
             that fits in a test suite is no writer.
-        threads: Examples in flight at once. Results do not depend on it.
-        sampler: Optuna sampler of the study: "tpe", "random" or "gp".
-        max_demos: Demonstrations in the largest sets proposed; also what weights are tuned behind when the program has
-            none yet but a prompt step follows.
-        n_demo_sets: Demonstration sets proposed per predictor and round; None: as many as the round can look at.
-        bootstrap: Whether demonstrations are taken from the program's own passing traces; None does so where examples
-            lack a predictor's outputs.
-        n_proposed: Instructions asked of `prompt_lm` per predictor and round.
-        groundings: What `prompt_lm` may be shown beside the step: some of `GROUNDINGS`; which of them is learned.
-        n_reflected: Training examples the program is run on to find mistakes `prompt_lm` reflects on; 0 does not.
-        transfer: Whether bare instructions are tried, to see which demonstrations they make redundant.
-        n_rounds: Rounds of proposing and searching in a prompt or joint step.
-        lora: `LoraSettings`, or a mapping of those that shall differ from the defaults, which are the trainer's with
-            `epochs_with_demos` or `epochs_bare` passes: ``{"rank": 8, "learning_rate": 1e-3}``.
-        epochs_with_demos: Passes over rows that carry demonstrations.
-        epochs_bare: Passes over rows without demonstrations.
-        bare_share: Share of the rows also rendered bare when rows carry demonstrations, 0..1.
-        held_out_share: Share of the rows held out for early stopping, 0..1; 0 trains all epochs.
-        n_checkpoints: Earlier epochs of a training that are offered as weights besides its last, in `joint` and in
-            prompt steps after a `w`; 0 offers none. Measured: see `levels`.
-        min_score: Score from which a trace counts as passing, 0..1.
-        max_cycles: Cycles of ``demos -> instructions`` at most.
-        epsilon: Improvement below which a cycle has converged.
-        patience: Trials in a row without improvement that end a study; None never does.
-        adoption_p: Level of the paired test the result must pass against the program as written, 0..1, or that is
-            returned; see `evidence`. 1 keeps whatever is no worse, as is always done for DSPy's optimizers alone.
         finetune_data: Rows ``{"messages": [...]}`` to fine-tune on instead of rows made from the training examples.
-        optimizer_kwargs: Arguments for DSPy optimizers by registered name, e.g. ``{"gepa": {"use_merge": False}}``.
         journal: File that keeps every trial, one JSON line each; `optuna-dashboard` opens it. A killed optimization
-            started again replays from the response cache and goes on there. One process at a time
-            writes it. None keeps no journal.
-        constraints: Hard limits that the returned program keeps, see `Constraints`: ``{"max_prompt_tokens": 800,
-            "forbidden_text": [...], "required_text": [...], "max_usd_per_answer": .., "max_seconds_per_answer": ..}``.
-        prefer: "best" score, or "cheapest within 1 point of best" (also "shortest", "fastest"; see `parse_preference`);
-            then the result carries the front of score and cost.
+            started again replays from the response cache and goes on there. One process at a time writes it. None keeps
+            no journal.
         on_progress: Takes a line of text now and then while it runs, besides the log.
+        **search: How it searches, by name: the fields of `SearchOptions` (`seed`, `threads`, `n_proposed`, ...).
+
+    Attributes:
+        settings: The `SearchOptions`.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -114,49 +76,19 @@ class COPA(Teleprompter):
         metric: Metric,
         strategy: str = "p -> w -> p",
         budget: Budget | int | str = "light",
-        seed: int = 0,
         lm: Any = None,
         prompt_lm: Any = None,
-        threads: int = DEFAULT_THREADS,
-        sampler: str = "tpe",
-        max_demos: int = 9,
-        n_demo_sets: int | None = None,
-        bootstrap: bool | None = None,
-        n_proposed: int = 4,
-        groundings: Sequence[str] = GROUNDINGS,
-        n_reflected: int = 8,
-        transfer: bool = True,
-        n_rounds: int = 2,
-        lora: LoraSettings | Mapping[str, Any] | None = None,
-        epochs_with_demos: int = 4,
-        epochs_bare: int = 12,
-        bare_share: float = 0.2,
-        held_out_share: float = 0.0,
-        n_checkpoints: int = 1,
-        min_score: float = 1.0,
-        max_cycles: int = 3,
-        epsilon: float = 0.01,
-        patience: int | None = 40,
-        adoption_p: float = 0.2,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
-        optimizer_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         journal: Path | str | None = None,
-        constraints: Mapping[str, Any] | Constraints | None = None,
-        prefer: str | None = None,
         on_progress: Callable[[str], None] | None = None,
+        **search: Any,
     ) -> None:
         super().__init__()
         metric_arity(metric)
-        at_least(1, threads=threads, max_cycles=max_cycles, n_rounds=n_rounds)
-        at_least(0, seed=seed, max_demos=max_demos, n_demo_sets=n_demo_sets or 0, n_proposed=n_proposed)
-        at_least(0, n_checkpoints=n_checkpoints, n_reflected=n_reflected)
-        in_unit_interval(bare_share=bare_share, held_out_share=held_out_share, min_score=min_score, epsilon=epsilon)
-        in_unit_interval(adoption_p=adoption_p)
-        check_sampler(sampler)
-        check_groundings(groundings)
-        check_optimizer_kwargs(optimizer_kwargs or {})
-        if lora is not None and not hasattr(lora, "replaced"):
-            check_lora(lora)
+        given = {_BEFORE.get(name, name): value for name, value in search.items()}
+        own = list(signature(COPA).parameters)[:-1]
+        check_names(given, [*own, *options_of(SearchOptions)], where="COPA")
+        self.settings = SearchOptions(**given)
         self.metric = metric
         self.strategy = strategy
         self.steps: tuple[Step, ...] = parse_strategy(strategy)
@@ -165,37 +97,13 @@ class COPA(Teleprompter):
         self.finetune_data = finetune_data
         self.journal = None if journal is None else Path(journal)
         self.on_progress = on_progress
-        self.constraints, self.preference = parse_constraints(constraints), parse_preference(prefer)
-        self.settings = RunSettings(
-            seed=seed,
-            threads=threads,
-            max_cycles=max_cycles,
-            epsilon=epsilon,
-            search=SearchSettings(sampler=sampler, patience=patience),
-            proposals=ProposalSettings(
-                max_demos=max_demos,
-                n_demo_sets=n_demo_sets,
-                bootstrap=bootstrap,
-                min_score=min_score,
-                n_proposed=n_proposed,
-                groundings=tuple(groundings),
-                n_reflected=n_reflected,
-                transfer=transfer,
-                n_rounds=n_rounds,
-            ),
-            weights=WeightsSettings(
-                lora=lora,
-                epochs_with_demos=epochs_with_demos,
-                epochs_bare=epochs_bare,
-                n_demos=max_demos,
-                bare_share=bare_share,
-                held_out_share=held_out_share,
-                min_score=min_score,
-            ),
-            n_checkpoints=n_checkpoints,
-            adoption_p=adoption_p,
-            optimizer_kwargs=dict(optimizer_kwargs or {}),
-        )
+        self.constraints = parse_constraints(self.settings.constraints)
+        self.preference = parse_preference(self.settings.prefer)
+
+    @classmethod
+    def from_options(cls, options: SearchOptions, **arguments: Any) -> COPA:
+        """An optimizer that searches as `options` say; the other arguments as for `COPA`."""
+        return cls(**arguments, **values_of(options))
 
     def compile(
         self,
@@ -284,7 +192,7 @@ class COPA(Teleprompter):
 
     def _resolved(
         self, student: Candidate, n_train: int, n_validation: int
-    ) -> tuple[tuple[Step, ...], RunSettings, Choice | None]:
+    ) -> tuple[tuple[Step, ...], SearchOptions, Choice | None]:
         return resolved(
             self.steps,
             self.settings,

@@ -1,8 +1,9 @@
-"""Everything one optimization is configured with, in one record.
+"""How an optimization searches: every option once, and what the words mean that a user may write.
 
-What a user may choose among by name in a search, and the one message for a name that is none of them.
-
-Plain words, so that a wrong one is refused where it is written, before anything heavy is loaded.
+`SearchOptions` is what `COPA(...)` and the marker take. Below it the small languages in which options are given:
+budgets (`"calls=500,usd=2"`), preferences (`"cheapest within 1 point of best"`) and limits
+(`{"max_prompt_tokens": 800}`). All of it is plain Python, so that a wrong word is refused where it is written, before
+anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -10,122 +11,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from copa_harness.errors import ConfigurationError, did_you_mean
+from copa_harness.option_fields import (
+    COUNT,
+    POSITIVE,
+    SHARE,
+    SWITCH,
+    Place,
+    check_fields,
+    mapping_check,
+    option,
+    text_check,
+    words_check,
+)
 from copa_harness.results import Budget
-from copa_harness.tune.settings import LoraSettings
+from copa_harness.tune.settings import LoraSettings, check_lora
 from copa_harness.wording import amount
 
 SAMPLERS: tuple[str, ...] = ("tpe", "random", "gp")
-"""Optuna's samplers; see `samplers`."""
+"""Optuna's samplers; see `search.samplers`."""
 
 GROUNDINGS: tuple[str, ...] = ("all", "data", "program", "examples", "history", "weighty", "none")
 """What the writer of instructions is shown beside the step and its current instruction: everything, one thing, or
-nothing; see `writing`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProposalSettings:
-    """What is proposed.
-
-    Attributes:
-        max_demos: Demonstrations in the largest sets; 0 proposes none.
-        n_demo_sets: Sets per predictor and source; None proposes about as many as the round can look at.
-        bootstrap: Run the program on training examples for demonstrations from passing traces. None does so exactly
-            when a predictor has an output that the examples do not hold (reasoning, intermediate steps): where they
-            hold all of them, a bootstrapped demonstration is the labelled one again, and not worth a call.
-        min_score: Score from which a trace passes, 0..1.
-        n_proposed: Instructions asked of the prompt LM, per predictor and phase.
-        groundings: What the prompt LM may be shown, see `choices.GROUNDINGS`; which of them is learned.
-        n_reflected: Training examples the incumbent is run on to find mistakes to reflect on; 0 turns reflection off.
-        transfer: Whether bare instructions are tried on training examples to see which demonstrations they make
-            redundant. Rules are followed without a model, and cost nothing either way.
-        n_rounds: Rounds of proposing and searching in a prompt step; later rounds use what earlier ones learned.
-    """
-
-    max_demos: int = 9
-    n_demo_sets: int | None = None
-    bootstrap: bool | None = None
-    min_score: float = 1.0
-    n_proposed: int = 4
-    groundings: tuple[str, ...] = GROUNDINGS
-    n_reflected: int = 8
-    transfer: bool = True
-    n_rounds: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSettings:
-    """How a study searches.
-
-    Attributes:
-        sampler: Optuna sampler by name, see `samplers`.
-        seed: Of the sampler.
-        max_trials: Trials at most, free ones included.
-        patience: Trials in a row without a new incumbent that end the study; None never does.
-        p_threshold: Level of the racing rule, 0..1; 0 turns its statistical part off.
-        stop_without_headroom: Whether a study ends when enough looks have shown nothing to gain.
-    """
-
-    sampler: str = "tpe"
-    seed: int = 0
-    max_trials: int = 2000
-    patience: int | None = 40
-    p_threshold: float = 0.1
-    stop_without_headroom: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsSettings:
-    """How a weights step trains.
-
-    Attributes:
-        lora: Settings of the LoRA adapter: all of them, or those by name that differ from the step's own (the trainer's
-            defaults with `epochs_with_demos` or `epochs_bare` epochs and the run's seed). None takes the step's own.
-        epochs_with_demos: Passes over the rows when they carry demonstrations, whose answers are learned from too (see
-            `LoraSettings.learn_from_demos`). Fewer suffice than for bare rows: a row teaches ten answers, the
-            demonstrations do part of the work, and every pass sees new ones.
-        epochs_bare: Passes over bare rows.
-        n_demos: Demonstrations per row when the incumbent has none but a prompt step follows.
-        n_variants: Renderings per example with different demonstrations; None is one per epoch.
-        bare_share: Share of the rows rendered once more without demonstrations, 0..1.
-        held_out_share: Share of the rows kept for early stopping; 0 turns it off.
-        min_score: Score from which a trace becomes a row when labels do not give the rows, 0..1.
-    """
-
-    lora: LoraSettings | Mapping[str, Any] | None = None
-    epochs_with_demos: int = 4
-    epochs_bare: int = 12
-    n_demos: int = 9
-    n_variants: int | None = None
-    bare_share: float = 0.2
-    held_out_share: float = 0.0
-    min_score: float = 1.0
-
-    def lora_settings(self, *, with_demos: bool, seed: int) -> LoraSettings:
-        """Settings of a training on rows with or without demonstrations."""
-        if isinstance(self.lora, LoraSettings):
-            return self.lora
-        epochs = self.epochs_with_demos if with_demos else self.epochs_bare
-        return LoraSettings(epochs=epochs, seed=seed, learn_from_demos=with_demos).replaced(self.lora or {})
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """Everything an optimization is configured with; see `COPA` for the meanings."""
-
-    seed: int
-    threads: int
-    max_cycles: int
-    epsilon: float
-    search: SearchSettings
-    proposals: ProposalSettings
-    weights: WeightsSettings
-    n_checkpoints: int = 1
-    adoption_p: float = 0.2
-    optimizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+nothing; see `propose.writer`."""
 
 
 def check_sampler(name: Any) -> None:
@@ -141,6 +53,167 @@ def check_groundings(names: Any) -> None:
         raise ConfigurationError(
             f"got groundings={names!r}; expected a list of one or more of {', '.join(GROUNDINGS)}, each once"
         )
+
+
+def _check_optimizer_kwargs(given: Any) -> None:
+    from copa_harness.optimize.dspy_optimizers.kwargs import check_optimizer_kwargs
+
+    check_optimizer_kwargs(given)
+
+
+_search = partial(option, places=Place.MARKER | Place.ENVIRONMENT | Place.INI)
+"""In the marker; in the environment, which overrules it; in the ini file, for what it does not say."""
+
+_python = partial(option, places=Place(0))
+"""An argument of `COPA` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How one optimization searches.
+
+    The last fields are no options: they are varied by tests and benchmarks.
+
+    Raises:
+        ConfigurationError: A value cannot be used.
+    """
+
+    seed: int = _python(0, check=COUNT, help="seed of every random choice; same seed, same program")
+    threads: int = _python(32, check=POSITIVE, help="examples in flight at once; results do not depend on it")
+    max_cycles: int = _search(3, check=POSITIVE, help="cycles of `demos -> instructions` at most")
+    epsilon: float = _search(
+        0.01, check=SHARE, help="improvement per cycle below which `demos -> instructions` has converged"
+    )
+    constraints: Any = _search(
+        None,
+        check=mapping_check(
+            "a dictionary of limits, for instance {'max_prompt_tokens': 800}",
+            accepts=lambda value: isinstance(value, Mapping) or is_dataclass(value),  # `Constraints`, checked already
+            meaning=lambda value: None if is_dataclass(value) else parse_limits(value),
+        ),
+        help="hard limits that the returned program keeps: max_prompt_tokens, forbidden_text, required_text, "
+        "max_usd_per_answer, max_seconds_per_answer",
+    )
+    prefer: str | None = _search(
+        None,
+        check=text_check("'best' or 'cheapest within 1 point of best'", meaning=lambda value: parse_preference(value)),
+        default_words="best",
+        help="which good program is returned: the best, or the cheapest (shortest, fastest) within a number of points "
+        "of the best; then the result carries the front of score and cost",
+    )
+    sampler: str = _search(
+        "tpe", check=text_check("'tpe', 'random' or 'gp'", meaning=check_sampler), help="Optuna's sampler of the study"
+    )
+    patience: int | None = _search(
+        40, check=POSITIVE, help="trials in a row without improvement that end a study; None (in Python) never does"
+    )
+    adoption_p: float = _search(
+        0.2,
+        check=SHARE,
+        help="level of the paired test that the result must pass against the program as written, or that is returned; "
+        "1 keeps whatever is no worse, as is always done for DSPy's optimizers alone",
+    )
+    max_demos: int = _search(
+        9,
+        check=COUNT,
+        help="demonstrations in the largest sets proposed, and those that weights are tuned behind when the program "
+        "has none yet but a prompt step follows; 0 proposes none",
+    )
+    n_demo_sets: int | None = _search(
+        None,
+        check=COUNT,
+        default_words="as many as the round can look at, 6 to 32",
+        help="demonstration sets proposed per predictor and round",
+    )
+    bootstrap: bool | None = _search(
+        None,
+        check=SWITCH,
+        # Where examples hold all outputs, a bootstrapped demonstration is the labelled one again, and not worth a call.
+        default_words="where examples lack an output of a predictor",
+        help="whether demonstrations are taken from the program's own passing traces on training examples",
+    )
+    pass_score: float = _search(
+        1.0, check=SHARE, help="score from which a trace passes, to become a demonstration or a training row"
+    )
+    n_proposed: int = _search(4, check=COUNT, help="instructions asked of the prompt model per predictor and round")
+    groundings: tuple[str, ...] = _search(
+        GROUNDINGS,
+        check=words_check("a list, for instance ['data', 'history']", meaning=check_groundings),
+        help="what the prompt model may be shown beside the step and its instruction; which of them is learned",
+    )
+    n_reflected: int = _search(
+        8,
+        check=COUNT,
+        help="training examples the program is run on to find mistakes the prompt model reflects on; 0 does not",
+    )
+    # Rules are followed without a model, and cost nothing either way.
+    transfer: bool = _search(
+        True,
+        check=SWITCH,
+        help="whether bare instructions are tried on training examples, to see which demonstrations they make "
+        "redundant",
+    )
+    n_rounds: int = _search(
+        2,
+        check=POSITIVE,
+        help="rounds of proposing and searching in a prompt or joint step; later ones use what earlier ones learned",
+    )
+    # Measured on the development tasks: 0, 1, 2 and 4 differ by no more than the noise.
+    n_checkpoints: int = _search(
+        1,
+        check=COUNT,
+        help="earlier epochs of a training offered as weights besides its last, in `joint` and in prompt steps after "
+        "a `w`; 0 offers none",
+    )
+    # Fewer suffice than for bare rows: a row teaches ten answers, the demonstrations do part of the work, and every
+    # pass sees new ones.
+    epochs_with_demos: int = _search(4, check=POSITIVE, help="passes over training rows that carry demonstrations")
+    epochs_bare: int = _search(12, check=POSITIVE, help="passes over training rows without demonstrations")
+    bare_share: float = _search(
+        0.2, check=SHARE, help="share of the rows also rendered bare when rows carry demonstrations"
+    )
+    optimizer_kwargs: Mapping[str, Mapping[str, Any]] = _search(
+        None,
+        check=mapping_check(
+            "a dictionary of keyword arguments by optimizer, for instance {'miprov2': {'num_trials': 5}}",
+            accepts=lambda value: (
+                isinstance(value, Mapping) and all(isinstance(part, Mapping) for part in value.values())
+            ),
+            meaning=_check_optimizer_kwargs,
+        ),
+        help="arguments of DSPy's optimizers by name",
+    )
+    lora: LoraSettings | Mapping[str, Any] | None = _search(
+        None,
+        check=mapping_check(
+            "a dictionary of LoRA settings, for instance {'rank': 8, 'epochs': 3}",
+            accepts=lambda value: isinstance(value, (Mapping, LoraSettings)),
+            meaning=lambda value: None if isinstance(value, LoraSettings) else check_lora(value),
+        ),
+        help="settings of the fine-tuning by name, see `LoraSettings`; those it does not name are the weights step's "
+        "own",
+    )
+    held_out_share: float = _python(
+        0.0, check=SHARE, help="share of the training rows kept for early stopping; 0 trains all epochs"
+    )
+    max_trials: int = 2000
+    p_threshold: float = 0.1
+    stop_without_headroom: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "got {name}={value!r}; {problem}")
+        object.__setattr__(self, "groundings", tuple(self.groundings))
+        object.__setattr__(self, "optimizer_kwargs", dict(self.optimizer_kwargs or {}))
+
+    def lora_settings(self, *, with_demos: bool, seed: int) -> LoraSettings:
+        """Settings of a training on rows with or without demonstrations."""
+        if isinstance(self.lora, LoraSettings):
+            return self.lora
+        epochs = self.epochs_with_demos if with_demos else self.epochs_bare
+        return LoraSettings(epochs=epochs, seed=seed, learn_from_demos=with_demos).replaced(self.lora or {})
+
+
+# Budgets
 
 
 LEVELS: dict[str, int] = {"light": 400, "medium": 1600, "heavy": 6400}

@@ -25,7 +25,7 @@ from copa_harness.evaluate.runner import usage_since
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.optimize.budget import Allowance, OutOfCalls, share_of
 from copa_harness.optimize.constraints import Constraints
-from copa_harness.optimize.options import RunSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions, sized
 from copa_harness.optimize.search.bandit import Knowledge
 from copa_harness.optimize.search.candidate import Candidate
@@ -107,7 +107,7 @@ class Run(Story):
         validation: Validation,
         metric: Metric,
         scope: Scope,
-        settings: RunSettings,
+        settings: SearchOptions,
         prompt_lm: Any = None,
         teacher: dspy.Module | None = None,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
@@ -230,7 +230,7 @@ class Run(Story):
             self.incumbent,
             trainset=self.trainset,
             metric=self.metric,
-            settings=sized(self.settings.proposals, calls=allowance.remaining, full_score=self.full_score_cost),
+            settings=sized(self.settings, calls=allowance.remaining, full_score=self.full_score_cost),
             allowance=allowance,
             threads=self.settings.threads,
             seed=(self.settings.seed, self.n_steps, self._n_proposals),
@@ -242,13 +242,13 @@ class Run(Story):
 
     def instruction_options(self, allowance: Allowance) -> dict[str, tuple[InstructionOption, ...]]:
         """Instructions for every predictor; the prompt LM is told what was tried and how it scored."""
-        first = 1 + self._n_proposals * self.settings.proposals.n_proposed
+        first = 1 + self._n_proposals * self.settings.n_proposed
         self._n_proposals += 1
         return propose_instructions(
             self.incumbent,
             plain=self.plain,
             trainset=self.trainset,
-            settings=self.settings.proposals,
+            settings=self.settings,
             allowance=allowance,
             seed=self.settings.seed,
             prompt_lm=self.prompt_lm,
@@ -265,7 +265,7 @@ class Run(Story):
     ) -> str:
         """Run one study and adopt its best; why it stopped."""
         space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
-        settings = replace(self.settings.search, seed=1000 * self.settings.seed + self._n_searched)
+        settings = replace(self.settings, seed=1000 * self.settings.seed + self._n_searched)
         outcome = search(
             space,
             validation=self.validation,
@@ -325,7 +325,7 @@ class Run(Story):
                         incumbent=self.incumbent,
                         trainset=self.trainset,
                         metric=self.metric,
-                        settings=self.settings.weights,
+                        settings=self.settings,
                         demos_ahead=demos_ahead,
                         seed=self.settings.seed,
                         threads=self.settings.threads,

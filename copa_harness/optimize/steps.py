@@ -89,7 +89,7 @@ def search_in_rounds(
         levels: Weights beside the incumbent's.
         first_starts: Points the first study begins with, from its proposals.
     """
-    n_rounds = run.settings.proposals.n_rounds
+    n_rounds = run.settings.n_rounds
     for number in range(1, n_rounds + 1):
         cost = run.full_score_cost
         if run.score >= PERFECT or (number > 1 and not allowance.can_afford(cost)):
@@ -152,10 +152,10 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
         prompt_lm=run.prompt_lm,
         threads=run.settings.threads,
         seed=run.settings.seed,
-        n_demos=run.settings.proposals.max_demos,
+        n_demos=run.settings.max_demos,
         kwargs=kwargs,
         teacher=run.teacher,
-        min_score=run.settings.proposals.min_score,
+        min_score=run.settings.pass_score,
         shows=run.constraints.allows,
         known=frozenset(one.key for one in run.validation.completed()),
     )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from copa_harness.tune.rows import RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
 
-from copa_harness.optimize.options import WeightsSettings
+from copa_harness.optimize.options import SearchOptions
 
 logger = logging.getLogger("copa_harness")
 
@@ -57,7 +57,7 @@ class WeightsJob:
     incumbent: Candidate
     trainset: Sequence[dspy.Example]
     metric: Metric
-    settings: WeightsSettings
+    settings: SearchOptions
     demos_ahead: bool
     seed: int
     threads: int
@@ -69,7 +69,7 @@ class WeightsJob:
         """Demonstrations per row; 0 for bare rows."""
         if self.settings.lora_settings(with_demos=False, seed=0).demonstrations == "drop":
             return 0
-        wanted = self.incumbent.n_demos or (self.settings.n_demos if self.demos_ahead else 0)
+        wanted = self.incumbent.n_demos or (self.settings.max_demos if self.demos_ahead else 0)
         return max(0, min(wanted, len(self.trainset) - 1))
 
     @property
@@ -153,8 +153,7 @@ def _rows(job: WeightsJob) -> _Rows:
     n_demos = max(0, min(job.n_demos, n_examples - 1))
     if n_demos < 1:
         return _Rows(bare, 0, source, "none")
-    n_variants = job.settings.n_variants or job.n_epochs
-    demos = RowDemos("resample", seed=job.seed, n_demos=n_demos, n_variants=n_variants)
+    demos = RowDemos("resample", seed=job.seed, n_demos=n_demos, n_variants=job.n_epochs)
     rows, _ = _rendered(job, program, labelled, demos=demos)
     keep = job.settings.lora_settings(with_demos=True, seed=0).demonstrations == "keep"
     share = 0.0 if keep else job.settings.bare_share
@@ -163,7 +162,7 @@ def _rows(job: WeightsJob) -> _Rows:
     for name in names:
         added = [
             replace(bare[name][int(i)], variant=variant)
-            for variant in range(n_variants)
+            for variant in range(job.n_epochs)
             for i in sorted(generator.permutation(len(bare[name]))[: round(share * len(bare[name]))])
         ]
         mixed[name] = [*rows[name], *added]
@@ -194,7 +193,7 @@ def _rendered(
                 job.metric, example, prediction=prediction, trace=trace
             ),
             demos=demos,
-            pass_score=job.settings.min_score,
+            pass_score=job.settings.pass_score,
             adapter=adapter,
             threads=job.threads,
         )

@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "runs": ["CopaRun", "Score", "ScoredEvaluation"],
         "session": ["CopaSession"],
-        "settings": ["MarkerArguments", "Setting", "Settings"],
+        "settings": ["Setting", "Settings"],
     },
 )

@@ -28,8 +28,8 @@ from copa_harness.session.settings import COMPARING, DEFAULT_LM, Settings
 
 if TYPE_CHECKING:
     from copa_harness.judge.differences import Reference
-    from copa_harness.judge.gates import Gates
     from copa_harness.judge.leakage import LeakageReport
+    from copa_harness.judge.options import Gates
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.report.records import RunRecord
@@ -394,7 +394,7 @@ def rules_of(gates: Mapping[str, Any], settings: Settings, *, on_scores: bool = 
     Raises:
         ConfigurationError: A value is out of range.
     """
-    from copa_harness.judge.gates import Gates
+    from copa_harness.judge.options import Gates
 
     kept = {name: value for name, value in gates.items() if on_scores or name not in ON_SCORES}
     return Gates(**kept, n_comparisons=max(1, settings.n_comparisons))
@@ -417,7 +417,8 @@ def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> t
         evaluation: Any.
         gates: Values by name.
     """
-    from copa_harness.judge.gates import Gates, judge
+    from copa_harness.judge.gates import judge
+    from copa_harness.judge.options import Gates
 
     answers = judge(evaluation, Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
     return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)

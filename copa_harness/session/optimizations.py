@@ -16,14 +16,14 @@ import errno
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError
 from copa_harness.results import PhaseRecord, Usage
-from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
+from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
     import dspy
@@ -143,29 +143,26 @@ class Optimizations:
         self._stages, self._locks = StageStore(directory / "stages"), directory / "stages" / "locks"
         self._made: dict[str, Optimized] = {}
 
-    def get(
-        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
-    ) -> Optimized:
-        """The task's program optimized as the marker says.
+    def get(self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> Optimized:
+        """The task's program optimized as the settings say.
 
         Args:
             task: Its test split is not looked at.
             lm: Base model.
             prompt_lm: Model that proposes instructions.
-            settings: Budget, seed and threads in force (the marker's already merged in).
-            marker: Strategy and search settings.
+            settings: Strategy, budget, seed, threads and search options in force.
         """
-        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings)
         if key not in self._made:
             with told_if_full(self._directory, task.name):
-                self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings, marker)
+                self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings)
         return self._made[key]
 
     def finished(
-        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments
+        self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings
     ) -> Optimized | None:
         """The same if it was made before, by whatever session; None otherwise. Never makes it."""
-        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+        key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings)
         return self._made.get(key) or self._found(key, task, lm)
 
     def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
@@ -187,13 +184,12 @@ class Optimizations:
         lm: MeteredLM,
         prompt_lm: MeteredLM | None,
         settings: Settings,
-        marker: MarkerArguments,
     ) -> Optimized:
         """Made by this process while others that need the same wait, or found done after waiting for another."""
         from copa_harness.optimize.copa import COPA
         from copa_harness.optimize.search.progress import titled
 
-        strategy = marker.strategy or DEFAULT_STRATEGY
+        strategy = settings.strategy
         optimizer = COPA(
             metric=task.metric,
             strategy=strategy,
@@ -205,7 +201,7 @@ class Optimizations:
             finetune_data=task.finetune_data,
             journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
             on_progress=titled(task.name, self._on_progress),
-            **marker.search_settings(),
+            **settings.search,
         )
         with alone(self._locks, key):
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
@@ -299,7 +295,7 @@ def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str
     }
 
 
-def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings, marker: MarkerArguments) -> str:
+def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> str:
     from copa_harness.report.environment import versions
     from copa_harness.store.stages import hash_json
     from copa_harness.strategy import parse_strategy
@@ -311,14 +307,22 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "own_lms": [[p.lm.model, getattr(p.lm, "fingerprint", None)] for p in task.program.predictors() if p.lm],
             "trained": getattr(lm.engine, "weights_fingerprint", None),  # a copy of what a server runs
             "prompt_lm": prompt_lm and [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
-            "strategy": [str(step) for step in parse_strategy(marker.strategy or DEFAULT_STRATEGY)],
+            "strategy": [str(step) for step in parse_strategy(settings.strategy)],
             "budget": settings.budget.ceilings,
             "seed": settings.seed,
-            "search": {**marker.search_settings(), **({"lora": marker.lora} if marker.lora else {})},
+            "search": _search_key(settings.search),
             "versions": versions(PACKAGES),
             "source": _own_source(),
         }
     )
+
+
+def _search_key(search: Mapping[str, Any]) -> dict[str, Any]:
+    """Search options as keys hold them."""
+    key = {name: asdict(value) if is_dataclass(value) else value for name, value in search.items()}  # type: ignore[arg-type]
+    if "pass_score" in key:
+        key["min_score"] = key.pop("pass_score")  # its name in `COPA` when the first keys were made
+    return key
 
 
 def _cut_short(result: OptimizationResult, settings: Settings) -> bool:

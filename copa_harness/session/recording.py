@@ -21,7 +21,7 @@ from copa_harness.session.finish import candidate, to_row
 from copa_harness.session.gates import ON_SCORES, Case, Memory, baseline_name
 from copa_harness.session.optimizations import Optimized, fingerprints_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
-from copa_harness.session.settings import GATES, Settings, check_arguments
+from copa_harness.session.settings import Settings, check_gates
 from copa_harness.wording import counted
 
 if TYPE_CHECKING:
@@ -210,7 +210,6 @@ def final_entry(
     optimized: Optimized,
     *,
     base: MeteredLM,
-    gates: Mapping[str, Any],
     settings: Settings,
     memory: Memory,
     test: str,
@@ -221,8 +220,7 @@ def final_entry(
         task: What to measure on.
         optimized: The program, its model, and how it was found.
         base: The base model.
-        gates: Values by name.
-        settings: In force for this run.
+        settings: In force for this run, its gates among them.
         memory: Earlier runs of the session; this one is added if it is complete.
         test: Id of the test that asked.
 
@@ -232,7 +230,7 @@ def final_entry(
     """
     from copa_harness.evaluate.examples import example_ids
 
-    result = optimized.result
+    result, gates = optimized.result, settings.gates
     case = Case(
         task=task.name,
         strategy=result.strategy,
@@ -291,7 +289,7 @@ def final_entry(
         notes += (f"{task.name}: {case.leakage.text()}",)
 
     def judge_again(asked: Mapping[str, Any]) -> tuple[GateResult, ...]:
-        check_arguments(asked, known=GATES, where="copa_run.check()")
+        check_gates(asked, where="copa_run.check()")
         if early is None:
             judging = case.unannounced(test, asked)
             return judging.judged(evaluation, {**gates, **asked}, repeats=measured.repeats, accepted=accepted)

@@ -21,7 +21,7 @@ from copa_harness.session.optimizations import Optimizations, Optimized, fingerp
 from copa_harness.session.plan import plan_run
 from copa_harness.session.recording import Entry, cut_short_record, final_entry, notes_of, record_of, shown_as
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
-from copa_harness.session.settings import DEFAULT_STRATEGY, MarkerArguments, Settings
+from copa_harness.session.settings import Settings
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class CopaSession:
     """Runs tasks and remembers what came out. A context manager; closing it closes the cache.
 
     Args:
-        settings: Shared by all runs; a marker may change what nobody forced.
+        settings: Shared by all runs; a test may have its own (`settings.merged(...)`).
         on_progress: Takes a line of text while an optimization runs.
 
     Attributes:
@@ -79,40 +79,36 @@ class CopaSession:
 
     # -- models
 
-    def base_lm(self, marker: MarkerArguments | None = None) -> MeteredLM:
-        """The base model that settings and marker name.
+    def base_lm(self, settings: Settings | None = None) -> MeteredLM:
+        """The base model that the settings name.
+
+        Args:
+            settings: Those of a test, here and below; the session's by default.
 
         Raises:
             ConfigurationError: There is no such model; the message names the choices.
         """
-        settings = self._merged(marker)
+        settings = settings or self.settings
         return self.models.named(settings.lm, is_base=True, constrain=settings.constrain)
 
-    def prompt_lm(self, marker: MarkerArguments | None = None) -> MeteredLM | None:
-        """The model that proposes instructions, if settings or marker name one."""
-        name = self._merged(marker).prompt_lm
+    def prompt_lm(self, settings: Settings | None = None) -> MeteredLM | None:
+        """The model that proposes instructions, if the settings name one."""
+        name = (settings or self.settings).prompt_lm
         return None if name is None else self.models.named(name)
 
-    def finetuned_lm(
-        self, task: Task, *, lm: MeteredLM | None = None, marker: MarkerArguments | None = None
-    ) -> MeteredLM:
+    def finetuned_lm(self, task: Task, *, lm: MeteredLM | None = None, settings: Settings | None = None) -> MeteredLM:
         """The model that the strategy `w` ends with on this task."""
-        marker = replace(marker or MarkerArguments(), strategy="w", optimizer_kwargs=None)
-        base = self._metered(lm, marker)
-        optimized = self._optimized(_checked(task), base, None, marker)
+        settings = settings or self.settings
+        search = {name: value for name, value in settings.search.items() if name != "optimizer_kwargs"}
+        settings = replace(settings, strategy="w", search=search)
+        base = self._metered(lm, settings)
+        optimized = self._optimizations.get(_checked(task), lm=base, prompt_lm=None, settings=settings)
         tuned = optimized.lm.copy()
         self._tuned[id(tuned)] = (tuned, base, optimized)  # keeps `tuned` alive, so the id stays its own
         return tuned
 
-    def _merged(self, marker: MarkerArguments | None) -> Settings:
-        return self.settings if marker is None else self.settings.merged(marker)
-
-    def _metered(self, lm: MeteredLM | None, marker: MarkerArguments) -> MeteredLM:
-        return self.base_lm(marker) if lm is None else self.models.metered(lm, constrain=self._merged(marker).constrain)
-
-    def _optimized(self, task: Task, lm: MeteredLM, prompt_lm: MeteredLM | None, marker: MarkerArguments) -> Optimized:
-        settings = self.settings.merged(marker)
-        return self._optimizations.get(task, lm=lm, prompt_lm=prompt_lm, settings=settings, marker=marker)
+    def _metered(self, lm: MeteredLM | None, settings: Settings) -> MeteredLM:
+        return self.base_lm(settings) if lm is None else self.models.metered(lm, constrain=settings.constrain)
 
     # -- runs
 
@@ -123,7 +119,7 @@ class CopaSession:
         program: dspy.Module | None = None,
         lm: MeteredLM | None = None,
         split: str = "test",
-        marker: MarkerArguments | None = None,
+        settings: Settings | None = None,
         test: str = "",
     ) -> ScoredEvaluation:
         """Scores of a program on a split.
@@ -133,12 +129,11 @@ class CopaSession:
             program: What to run, default the task's program as written. Models of its own predictors are used.
             lm: Model of every predictor without one; default the base model.
             split: `"train"`, `"val"` or `"test"`.
-            marker: Marker arguments of the test.
+            settings: Those of the test; the session's by default.
             test: Id of the test that asks, for the record.
         """
-        marker = marker or MarkerArguments()
-        lm = self._metered(lm, marker)
-        settings = self.settings.merged(marker)
+        settings = settings or self.settings
+        lm = self._metered(lm, settings)
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
         task = _checked(task)
@@ -152,7 +147,7 @@ class CopaSession:
         more: dict[str, Any] = {
             **shown_as(base),
             "groups": groups_of(task, split) or {},
-            "gates": too_many_errors(measured.evaluation, settings.gates_of(marker)),
+            "gates": too_many_errors(measured.evaluation, settings.gates),
         }
         record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **more)
         notes = notes_of(measured, program or task.program, lm)
@@ -165,35 +160,33 @@ class CopaSession:
         *,
         lm: MeteredLM | None = None,
         prompt_lm: MeteredLM | None = None,
-        marker: MarkerArguments | None = None,
+        settings: Settings | None = None,
         test: str = "",
     ) -> CopaRun:
         """Optimizes the task's program, scores it once on the test split, and holds it to the marker's gates.
 
         Args:
             task: The task.
-            lm: Base model; default the one settings and marker name.
+            lm: Base model; default the one the settings name.
             prompt_lm: Model that proposes instructions.
-            marker: Strategy, budget and gates.
+            settings: Strategy, budget, gates and search options.
             test: Id of the test that asks, for the record.
 
         Raises:
             TaskError: The test split was seen in training or validation, and there are gates on its score.
             BudgetExhausted: The ceilings of the whole session cut the evaluation short; that is recorded.
         """
-        marker = marker or MarkerArguments()
-        settings = self.settings.merged(marker)
-        gates = settings.gates_of(marker)
-        base = self._metered(lm, marker)
-        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
-        _refuse_what_was_seen(_checked(task), gates)
+        settings = settings or self.settings
+        base = self._metered(lm, settings)
+        strategy = canonical(settings.strategy)
+        _refuse_what_was_seen(_checked(task), settings.gates)
         if self._memory.plain(task, base) is None and strategy != "none":
             # First of all: a broken metric or model shows here, before anything is spent on searching.
-            self.evaluate(task, lm=base, marker=marker, test=test)
+            self.evaluate(task, lm=base, settings=settings, test=test)
         with self._told_if_cut_short(
             task, strategy=strategy, base=base, split="test", settings=settings, test=test
         ) as spent:
-            optimized = self._optimized(task, base, prompt_lm, marker)
+            optimized = self._optimizations.get(task, lm=base, prompt_lm=prompt_lm, settings=settings)
             if optimized.cut_short:
                 spent += optimized.phases()
                 optimized.told = True
@@ -201,9 +194,7 @@ class CopaSession:
                     f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
                     f"{settings.budget.calls:,.0f} calls of its own"
                 )
-            entry = final_entry(
-                task, optimized, base=base, gates=gates, settings=settings, memory=self._memory, test=test
-            )
+            entry = final_entry(task, optimized, base=base, settings=settings, memory=self._memory, test=test)
         self.entries.append(entry)
         assert entry.run is not None
         return entry.run
@@ -214,27 +205,24 @@ class CopaSession:
         *,
         lm: MeteredLM | None = None,
         prompt_lm: MeteredLM | None = None,
-        marker: MarkerArguments | None = None,
+        settings: Settings | None = None,
         test: str = "",
     ) -> None:
         """Notes what `run` would pay, from the cache alone: no call is made.
 
         Args:
             task: The task.
-            lm: Base model; default the one settings and marker name.
+            lm: Base model; default the one the settings name.
             prompt_lm: Model that proposes instructions.
-            marker: Strategy and budget.
+            settings: Strategy and budget.
             test: Id of the test that asks.
         """
-        marker = marker or MarkerArguments()
-        settings = self.settings.merged(marker)
-        base = self._metered(lm, marker)
-        strategy = canonical(marker.strategy or DEFAULT_STRATEGY)
+        settings = settings or self.settings
+        base = self._metered(lm, settings)
+        strategy = canonical(settings.strategy)
         finished = None
         if strategy != "none":
-            finished = self._optimizations.finished(
-                _checked(task), lm=base, prompt_lm=prompt_lm, settings=settings, marker=marker
-            )
+            finished = self._optimizations.finished(_checked(task), lm=base, prompt_lm=prompt_lm, settings=settings)
         key = f"{task_fingerprint(_checked(task))} {base.fingerprint}"
         lines = plan_run(task, finished, base, strategy=strategy, settings=settings, key=key)
         self._plans += [line.row(test) for line in lines]

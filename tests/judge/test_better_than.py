@@ -2,9 +2,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from copa_harness.judge.gates import Gates, judge
+from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.multiple import holm_over_suite
+from copa_harness.judge.options import Gates
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from copa_harness.documents import to_jsonable
 from copa_harness.errors import ConfigurationError
-from copa_harness.judge.gates import Gates, is_failure, judge, overall
+from copa_harness.judge.gates import is_failure, judge, overall
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.options import Gates
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Verdict
 
 
@@ -209,13 +210,13 @@ def test_undecided_fails_only_when_asked(verdict, lenient, strict):
     ("wrong", "words"),
     [
         ({"min_score": 85}, "write 0.85 for 85 %"),
-        ({"min_score": -0.1}, "between 0 and 1"),
-        ({"min_score": math.nan}, "between 0 and 1"),
+        ({"min_score": -0.1}, "a number from 0 to 1"),
+        ({"min_score": math.nan}, "a number from 0 to 1"),
         ({"min_score": "high"}, "such as 0.85"),
         ({"max_regression": True}, "such as 0.05"),
         ({"max_calls": -1}, "such as 400"),
         ({"max_error_rate": None}, "such as 0.02"),
-        ({"alpha": 0.9}, "between 0 and 0.5"),
+        ({"alpha": 0.9}, "a number from 0 to 0.5"),
     ],
 )
 def test_gates_refuse_values_that_mean_nothing(wrong, words):

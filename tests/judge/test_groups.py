@@ -133,7 +133,8 @@ def test_few_groups_leave_open_what_as_many_examples_would_decide():
 
 
 def test_a_threshold_gate_shows_the_interval_of_the_groups():
-    from copa_harness.judge.gates import Gates, judge
+    from copa_harness.judge.gates import judge
+    from copa_harness.judge.options import Gates
     from copa_harness.results import EvaluationResult, ExampleResult
 
     scores = [1.0] * 40 + [0.0] * 20

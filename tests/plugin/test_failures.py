@@ -62,7 +62,6 @@ import dspy
 import pytest
 from conftest import PROGRAM, TEST, TRAIN, VAL, rows, shouted
 from copa_harness import ScriptedLM, Task
-from copa_harness.session import MarkerArguments
 
 
 class TestEmptyTrainset:
@@ -100,7 +99,7 @@ class TestSilentModel:
 class TestUnknownModel:
     @pytest.fixture
     def copa_base_lm(self, copa_session):
-        return copa_session.base_lm(MarkerArguments(lm="embeded"))
+        return copa_session.base_lm(copa_session.settings.merged(lm="embeded"))
 
     def test_it(self, copa_run): pass
 

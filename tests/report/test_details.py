@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from copa_harness.judge.attribution import attribute_gains
-from copa_harness.judge.gates import Gates
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.options import Gates
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.report.details import attribution_table, flaky_table, ranking_table, sequential_table
 from copa_harness.report.files import markdown_report

@@ -6,7 +6,7 @@ from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness import ScriptedLM, Task
 from copa_harness.errors import TaskError
-from copa_harness.session import CopaSession, MarkerArguments, Settings
+from copa_harness.session import CopaSession, Settings
 
 WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
 
@@ -78,7 +78,7 @@ def test_a_group_that_does_not_exist_is_refused(group, message):
 
 
 def test_a_strategy_with_weights_and_prompts_is_attributed_to_both(session):
-    run = session.run(a_task(), lm=scripted(session), marker=MarkerArguments(strategy="p -> w"))
+    run = session.run(a_task(), lm=scripted(session), settings=session.settings.merged(strategy="p -> w"))
     found = run.attribution
     assert run.score == 1.0
     assert found.means["base_plain"] == 0.0
@@ -96,7 +96,7 @@ def test_what_costs_nothing_new_is_not_measured_for_the_attribution(session):
         return {"answer": messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]}
 
     lm = scripted(session, never_learns)
-    run = session.run(a_task(), lm=lm, marker=MarkerArguments(strategy="p -> w", budget=60))
+    run = session.run(a_task(), lm=lm, settings=session.settings.merged(strategy="p -> w", budget=60))
     assert run.attribution.both.difference == 0.0
     paid = sum(entry.record.usage.paid_calls for entry in session.entries)
     assert paid == lm.calls
@@ -104,12 +104,15 @@ def test_what_costs_nothing_new_is_not_measured_for_the_attribution(session):
 
 @pytest.mark.parametrize("strategy", ["p", "w", "none"])
 def test_a_strategy_with_one_kind_of_step_has_nothing_to_attribute(session, strategy):
-    assert session.run(a_task(), lm=scripted(session), marker=MarkerArguments(strategy=strategy)).attribution is None
+    assert (
+        session.run(a_task(), lm=scripted(session), settings=session.settings.merged(strategy=strategy)).attribution
+        is None
+    )
 
 
 def test_a_rival_may_be_the_program_as_written(session):
-    marker = MarkerArguments(strategy="p", better_than="none")
-    run = session.run(a_task(), lm=scripted(session), marker=marker)
+    asked = session.settings.merged(strategy="p", better_than="none")
+    run = session.run(a_task(), lm=scripted(session), settings=asked)
     assert [gate.gate for gate in run.gates] == ["max_error_rate=0", "better_than=none"]
     assert run.verdict.value == "pass"
 
@@ -145,7 +148,8 @@ def test_near_repeats_of_training_examples_are_told_and_not_refused(session):
 
     program = dspy.Predict("question -> answer")
     task = Task("near", program, shouted, sentences(["rivers"]), sentences(["lakes"]), sentences(["seas"]))
-    run = session.run(task, lm=scripted(session, lambda messages: {"answer": "seas"}), marker=MarkerArguments("none"))
+    lm = scripted(session, lambda messages: {"answer": "seas"})
+    run = session.run(task, lm=lm, settings=session.settings.merged(strategy="none"))
     assert run.verdict.value == "pass"
     (note,) = session.entries[-1].notes
     assert "1 of 1 example nearly repeat something seen (not refused)" in note
@@ -157,7 +161,7 @@ def test_ceilings_of_the_session_end_an_attribution_but_not_the_run(tmp_path):
     settings = Settings(root=tmp_path, cache_dir=tmp_path / "cache", report_dir=tmp_path / "reports")
     with CopaSession(settings) as session:
         lm = scripted(session)
-        session.run(a_task(), lm=lm, marker=MarkerArguments(strategy="p -> w"))
+        session.run(a_task(), lm=lm, settings=session.settings.merged(strategy="p -> w"))
         n_paid = lm.calls
     bounded = Settings(
         root=tmp_path,
@@ -167,7 +171,7 @@ def test_ceilings_of_the_session_end_an_attribution_but_not_the_run(tmp_path):
         threads=1,
     )
     with CopaSession(bounded) as session:
-        run = session.run(a_task(), lm=scripted(session), marker=MarkerArguments(strategy="p -> w"))
+        run = session.run(a_task(), lm=scripted(session), settings=session.settings.merged(strategy="p -> w"))
     assert run.score == 1.0
     assert run.attribution is None
     assert any("was not measured" in note for note in session.entries[-1].notes)

@@ -14,7 +14,7 @@ import pytest
 import copa_harness
 from copa_harness import ScriptedLM, Task
 from copa_harness.errors import ConfigurationError
-from copa_harness.session import CopaSession, MarkerArguments, Settings, optimizations
+from copa_harness.session import CopaSession, Settings, optimizations
 
 
 def test_the_optimizers_own_source_is_part_of_the_key(tmp_path: Path, monkeypatch) -> None:
@@ -38,7 +38,7 @@ def test_lines_of_progress_say_of_which_task_they_tell(tmp_path: Path) -> None:
         for name in ("one", "two"):
             task = Task(name, program, lambda example, prediction, trace=None: 0.0, rows[:4], rows[4:8], rows[8:])
             lm = ScriptedLM({"answer": name}, gateway=session.models.gateway)
-            session.run(task, lm=lm, marker=MarkerArguments(strategy="p", budget=60))
+            session.run(task, lm=lm, settings=session.settings.merged(strategy="p", budget=60))
     assert [line for line in lines if line.startswith("one: p ended")]
     assert [line for line in lines if line.startswith("two: p ended")]
     assert all(line.startswith(("one: ", "two: ")) for line in lines)
@@ -76,7 +76,7 @@ def needing_it(folder: Path, *, doomed_after: int = 0):
         with CopaSession(settings(folder)) as session:
             lm = ScriptedLM(answers, gateway=session.models.gateway, fingerprint="scripted")
             barrier.wait(60)
-            run = session.run(task, lm=lm, marker=MarkerArguments(strategy="p", budget=60, adoption_p=1.0))
+            run = session.run(task, lm=lm, settings=session.settings.merged(strategy="p", budget=60, adoption_p=1.0))
             state = run.program.dump_state(json_mode=True)
         (folder / f"{os.getpid()}.result").write_text(json.dumps([run.from_disk, run.score, state]))
 

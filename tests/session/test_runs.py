@@ -6,7 +6,7 @@ from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness import ScriptedLM, Task
 from copa_harness.errors import ConfigurationError
-from copa_harness.session import CopaSession, MarkerArguments, Settings
+from copa_harness.session import CopaSession, Settings
 
 WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
 
@@ -76,7 +76,7 @@ def records(session):
 
 def test_the_test_split_is_asked_by_final_evaluations_only(session, task):
     lm = scripted(session)
-    run = session.run(task, lm=lm, marker=MarkerArguments(strategy="p"))
+    run = session.run(task, lm=lm, settings=session.settings.merged(strategy="p"))
     asked_of_test = {word for word in WORDS[18:] if any(f"\n{word}\n" in r.prompt for r in lm.requests)}
     n_before = sum(any(f"\n{word}\n" in request.prompt for word in WORDS[18:]) for request in lm.requests)
     assert asked_of_test == set(WORDS[18:])
@@ -86,8 +86,8 @@ def test_the_test_split_is_asked_by_final_evaluations_only(session, task):
 
 def test_an_optimization_is_made_once_and_its_cost_told_once(session, task):
     lm = scripted(session)
-    marker = MarkerArguments(strategy="p")
-    first, second = (session.run(task, lm=lm, marker=marker, test=name) for name in ("first", "second"))
+    asked = session.settings.merged(strategy="p")
+    first, second = (session.run(task, lm=lm, settings=asked, test=name) for name in ("first", "second"))
     assert first.usage.paid_calls > 0
     assert second.usage.paid_calls == 0
     assert second.usage.cached_calls == first.usage.paid_calls
@@ -97,12 +97,12 @@ def test_an_optimization_is_made_once_and_its_cost_told_once(session, task):
 
 
 def test_another_session_finds_it_on_disk(settings, task):
-    marker = MarkerArguments(strategy="p")
+    asked = settings.merged(strategy="p")
     with CopaSession(settings) as session:
-        first = session.run(task, lm=scripted(session), marker=marker)
+        first = session.run(task, lm=scripted(session), settings=asked)
     with CopaSession(settings) as session:
         lm = scripted(session)
-        second = session.run(task, lm=lm, marker=marker)
+        second = session.run(task, lm=lm, settings=asked)
     assert second.from_disk
     assert not first.from_disk
     assert lm.calls == 0
@@ -115,8 +115,8 @@ def test_another_session_finds_it_on_disk(settings, task):
 )
 def test_whatever_could_change_the_outcome_is_another_optimization(session, task, change):
     lm = scripted(session)
-    session.run(task, lm=lm, marker=MarkerArguments(strategy="p"))
-    other = session.run(task, lm=lm, marker=MarkerArguments(**{"strategy": "p", **change}))
+    session.run(task, lm=lm, settings=session.settings.merged(strategy="p"))
+    other = session.run(task, lm=lm, settings=session.settings.merged(**{"strategy": "p", **change}))
     assert not other.phases[0].note.startswith("shared")
 
 
@@ -127,8 +127,9 @@ def test_another_metric_is_another_optimization(session, task):
         return float(prediction.answer == example.answer)
 
     other = Task("shout", task.program, strict, task.trainset, task.valset, task.testset)
-    session.run(task, lm=lm, marker=MarkerArguments(strategy="p"))
-    assert not session.run(other, lm=lm, marker=MarkerArguments(strategy="p")).phases[0].note.startswith("shared")
+    asked = session.settings.merged(strategy="p")
+    session.run(task, lm=lm, settings=asked)
+    assert not session.run(other, lm=lm, settings=asked).phases[0].note.startswith("shared")
 
 
 def test_the_finetuned_model_is_what_w_ends_with_and_is_recorded_as_w(session, task):
@@ -136,7 +137,7 @@ def test_the_finetuned_model_is_what_w_ends_with_and_is_recorded_as_w(session, t
     base = scripted(session, trainer)
     tuned = session.finetuned_lm(task, lm=base)
     assert session.evaluate(task, lm=tuned, test="t").score == 1.0
-    assert session.run(task, lm=base, marker=MarkerArguments(strategy="w")).score == 1.0
+    assert session.run(task, lm=base, settings=session.settings.merged(strategy="w")).score == 1.0
     assert trainer.n_trained == 1
     assert [record.strategy for record in records(session)] == ["w", "none", "w"]
     assert {record.lm for record in records(session)} == {"scripted/shout"}
@@ -160,7 +161,7 @@ def test_the_plain_program_is_evaluated_as_baseline(session, task):
 def test_the_artifact_holds_the_optimized_program_and_no_model(session, task):
     from copa_harness.store.artifacts import load_artifact
 
-    run = session.run(task, lm=scripted(session), marker=MarkerArguments(strategy="p"))
+    run = session.run(task, lm=scripted(session), settings=session.settings.merged(strategy="p"))
     artifact = load_artifact(run.artifact)
     fresh = dspy.Predict("question -> answer")
     fresh.load_state(artifact.program_state)

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.options import Gates
+from copa_harness.optimize.options import SearchOptions
+from copa_harness.option_fields import Place, options_of
 from copa_harness.options import worker_number
-from copa_harness.session.settings import MarkerArguments, Setting, Settings
+from copa_harness.session.settings import Setting, Settings, marker_arguments, marker_options
 
 ROOT = Path("/somewhere")
 
@@ -17,7 +20,7 @@ def settings(**given):
 
 
 def marker(**keywords):
-    return MarkerArguments.from_marker((), keywords)
+    return marker_arguments((), keywords)
 
 
 def test_defaults_are_light_embedded_and_below_the_root():
@@ -28,12 +31,12 @@ def test_defaults_are_light_embedded_and_below_the_root():
 
 
 def test_a_marker_changes_what_nobody_forced():
-    merged = settings().merged(marker(budget="calls=7", seed=3, lm="hf:x"))
+    merged = settings().merged(**marker(budget="calls=7", seed=3, lm="hf:x"))
     assert (merged.budget.calls, merged.seed, merged.lm) == (7, 3, "hf:x")
 
 
 def test_a_given_setting_overrules_the_marker():
-    merged = settings(budget="medium", seed="1").merged(marker(budget="calls=7", seed=3, threads=2))
+    merged = settings(budget="medium", seed="1").merged(**marker(budget="calls=7", seed=3, threads=2))
     assert (merged.budget.calls, merged.seed, merged.threads) == (1600, 1, 2)
 
 
@@ -70,7 +73,7 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"budget": "lots"}, "copa marker: .*'lots'"),
         ({"optimizer_kwargs": [1]}, "optimizer_kwargs=.*a dictionary"),
         ({"lora": 8}, "lora=8; expected a dictionary of LoRA settings"),
-        ({"lora": {"learnign_rate": 1}}, r"copa marker: .*learnign_rate \(did you mean learning_rate\?\)"),
+        ({"lora": {"learnign_rate": 1}}, r"copa marker: .*learnign_rate; .*Did you mean 'learning_rate'\?"),
         ({"lora": {"rank": 0}}, "copa marker: LoRA setting rank: got 0"),
         ({"lora": {"demonstrations": "some"}}, "expected one of mix, keep, drop"),
         ({"max_cycles": 0}, "max_cycles=0; expected a whole number, 1 or more"),
@@ -100,20 +103,16 @@ def test_a_wrong_marker_argument_is_refused_by_name(keywords, message):
 
 def test_every_argument_of_copa_is_the_markers_or_left_out_on_purpose():
     import inspect
-    from dataclasses import fields
 
     from copa_harness import COPA
-    from copa_harness.session.settings import SEARCH
 
-    of_task_or_session = {"metric", "finetune_data", "journal", "on_progress"}
-    by_another_name = {"min_score": "pass_score", "held_out_share": "lora"}
-    named = {by_another_name.get(name, name) for name in inspect.signature(COPA).parameters} - of_task_or_session
-    arguments = {entry.name for entry in fields(MarkerArguments)}
-    assert named <= arguments
-    assert set(SEARCH) <= named
+    of_task_or_session = {"metric", "finetune_data", "journal", "on_progress", "search"}
+    named = set(inspect.signature(COPA).parameters) - of_task_or_session
+    assert named <= set(marker_options())
+    assert set(options_of(SearchOptions)) - set(marker_options()) == {"held_out_share"}  # a LoRA setting
 
 
-def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
+def test_what_the_marker_says_of_the_search_reaches_copa():
     given = {
         "sampler": "gp",
         "pass_score": 0.5,
@@ -121,23 +120,21 @@ def test_what_the_marker_says_of_the_search_reaches_copa_under_its_names():
         "n_reflected": 0,
         "transfer": False,
         "n_checkpoints": 2,
-        "lora": {"rank": 8},
+        "lora": {"rank": 2},
     }
     from copa_harness import COPA
 
-    said = marker(strategy="p", min_score=0.9, **given).search_settings()
-    optimizer = COPA(metric=lambda example, prediction, trace=None: 1.0, **said)
-    proposals = optimizer.settings.proposals
-    assert optimizer.settings.search.sampler == "gp"
-    assert (proposals.min_score, proposals.groundings, proposals.n_reflected) == (0.5, ("data",), 0)
-    assert (proposals.transfer, optimizer.settings.n_checkpoints) == (False, 2)
-    assert said["lora"] == {"rank": 8}
-    assert marker(strategy="p").search_settings() == {}
+    said = settings().merged(**marker(strategy="p", min_score=0.9, **given)).search
+    assert said == given
+    search = COPA(metric=lambda example, prediction, trace=None: 1.0, **said).settings
+    assert (search.sampler, search.pass_score, search.groundings, search.n_reflected) == ("gp", 0.5, ("data",), 0)
+    assert (search.transfer, search.n_checkpoints, search.lora) == (False, 2, {"rank": 2})
+    assert settings().merged(**marker(strategy="p")).search == {}
 
 
 def test_positional_marker_arguments_are_refused_with_the_keyword_to_write():
     with pytest.raises(ConfigurationError, match=r"copa\(strategy='p'\)"):
-        MarkerArguments.from_marker(("p",), {})
+        marker_arguments(("p",), {})
 
 
 def test_the_description_says_the_ceiling_and_whether_markers_may_change_it():
@@ -148,22 +145,70 @@ def test_the_description_says_the_ceiling_and_whether_markers_may_change_it():
     assert "heavy = 6,400 calls per run, lm" in settings(budget="heavy").describe()
 
 
-def test_every_gate_has_a_marker_argument_and_an_ini_default():
-    from dataclasses import fields
-
-    from copa_harness.judge.gates import Gates
-    from copa_harness.options import GATE_NAMES
-    from copa_harness.session.settings import GATES
-
-    assert set(GATES) == set(Gates.names()) - {"alpha", "n_comparisons"}
-    assert GATE_NAMES == GATES
-    assert set(GATES) <= {entry.name for entry in fields(MarkerArguments)}
+def test_every_gate_has_a_marker_argument_and_an_ini_default_and_no_environment_variable():
+    gates = options_of(Gates)
+    assert {name for name, gate in gates.items() if gate.places == Place.MARKER | Place.INI} == {
+        name for name, gate in gates.items() if gate.places
+    }
+    assert set(gates) - set(marker_options()) == {"alpha", "n_comparisons"}
 
 
 def test_a_marker_overrules_the_defaults_of_gates():
-    given = {"min_score": Setting("0.5", "ini option copa_min_score"), "max_calls": Setting("30", "ini")}
-    plain = Settings.from_given({}, root=ROOT, gates=given)
-    assert plain.gates_of(marker(min_score=0.9, max_usd=2)) == {"min_score": 0.9, "max_calls": 30, "max_usd": 2}
+    plain = Settings.from_given(
+        {
+            "min_score": Setting("0.5", "ini option copa_min_score", overrules_marker=False),
+            "max_calls": Setting("30", "ini", overrules_marker=False),
+        },
+        root=ROOT,
+    )
+    merged = plain.merged(**marker(min_score=0.9, max_usd=2))
+    assert merged.gates == {"min_score": 0.9, "max_calls": 30, "max_usd": 2}
+
+
+def test_of_search_options_the_ini_file_gives_defaults_and_the_environment_overrules_the_marker():
+    session = Settings.from_given(
+        {
+            "n_proposed": Setting("2", "ini", overrules_marker=False),
+            "n_rounds": Setting("5", "ini", overrules_marker=False),
+            "sampler": Setting("gp", "environment variable COPA_SAMPLER"),
+        },
+        root=ROOT,
+    )
+    assert session.search == {"n_proposed": 2, "n_rounds": 5, "sampler": "gp"}
+    merged = session.merged(**marker(n_proposed=3, sampler="random"))
+    assert merged.search == {"n_proposed": 3, "n_rounds": 5, "sampler": "gp"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("max_calls", "4e2", 400),
+        ("epsilon", "0.05", 0.05),
+        ("transfer", "off", False),
+        ("groundings", "data, history", ["data", "history"]),
+        ("lora", '{"rank": 2, "learn_from_demos": true}', {"rank": 2, "learn_from_demos": True}),
+        ("constraints", "{'max_prompt_tokens': 9}", {"max_prompt_tokens": 9}),
+        ("prefer", "cheapest within 1 point of best", "cheapest within 1 point of best"),
+    ],
+)
+def test_options_are_read_from_text(name, text, value):
+    session = Settings.from_given({name: Setting(text, "ini")}, root=ROOT)
+    assert {**session.gates, **session.search} == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("n_proposed", "many", "here: got 'many', expected a whole number, 0 or more"),
+        ("bare_share", "20", "here: got '20', expected a number from 0 to 1; write 0.2 for 20 %"),
+        ("lora", "rank=2", "here: got 'rank=2', expected a dictionary of LoRA settings"),
+        ("lora", "{'rnak': 2}", "here: got the LoRA settings rnak; .*Did you mean 'rank'"),
+        ("sampler", "cmaes", "here: got 'cmaes' as the sampler; expected one of tpe"),
+    ],
+)
+def test_an_unusable_text_of_a_search_option_is_refused_by_its_source(name, text, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Settings.from_given({name: Setting(text, "here")}, root=ROOT)
 
 
 @pytest.mark.parametrize(

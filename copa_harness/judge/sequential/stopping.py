@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from copa_harness.judge.differences import Reference, better_than, changed_parts, max_regression
-from copa_harness.judge.gates import Gates, cost_per_answer, judge, overall
+from copa_harness.judge.gates import cost_per_answer, judge, overall
 from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
+from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_tests import pair_up, scores_by_id
 from copa_harness.judge.power import SequentialPower, sequential_power
 from copa_harness.judge.sequential.monitors import RegressionMonitor, ThresholdMonitor, random_order

@@ -30,7 +30,7 @@ from copa_harness.optimize.search.space import DemoSet
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import ProposalSettings
+    from copa_harness.optimize.options import SearchOptions
 
 UNSETTLED_SHARE = 2 / 3
 """Of a set's places, what rows that the instruction alone gets wrong may take."""
@@ -269,7 +269,7 @@ def sets_from(
     source: str,
     predictor: str,
     signature: Any,
-    settings: ProposalSettings,
+    settings: SearchOptions,
     memory: Knowledge,
     mistakes: Sequence[dspy.Example],
     instruction: str,
@@ -340,7 +340,7 @@ def settle(
     trainset: Sequence[dspy.Example],
     *,
     metric: Metric,
-    settings: ProposalSettings,
+    settings: SearchOptions,
     allowance: Allowance,
     threads: int,
     calls_per_example: int,
@@ -387,7 +387,7 @@ def settle(
     for part in open_parts:
         fields = tuple(predictors[part.predictor].signature.input_fields)
         answered = {
-            input_key(inputs, fields): run.result.score >= settings.min_score
+            input_key(inputs, fields): run.result.score >= settings.pass_score
             for run in runs
             for predictor, inputs, _ in run.trace
             if predictor is predictors[part.predictor] and run.result.score is not None
@@ -396,7 +396,7 @@ def settle(
         logger.info("%s: %d of %d settled by the instruction alone", part.predictor, sum(answered.values()), n)
 
 
-def wants_bootstrap(program: dspy.Module, trainset: Sequence[dspy.Example], settings: ProposalSettings) -> bool:
+def wants_bootstrap(program: dspy.Module, trainset: Sequence[dspy.Example], settings: SearchOptions) -> bool:
     """Whether demonstrations are to be made by running the program: as set, or where examples lack an output."""
     if settings.bootstrap is not None:
         return settings.bootstrap
@@ -407,7 +407,7 @@ def bootstrapped(
     program: dspy.Module,
     trainset: Sequence[dspy.Example],
     metric: Metric,
-    settings: ProposalSettings,
+    settings: SearchOptions,
     allowance: Allowance,
     threads: int,
     seed: Sequence[int],
@@ -430,6 +430,6 @@ def bootstrapped(
         trace_to_metric=True,
         raise_if_nothing_works=False,
     )
-    pools = traced_pools(program, examples, runs, min_score=settings.min_score)
+    pools = traced_pools(program, examples, runs, min_score=settings.pass_score)
     logger.info("bootstrap: %d of %d traces pass", max((len(pool) for pool in pools.values()), default=0), n)
     return pools

@@ -15,7 +15,7 @@ import numpy as np
 
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import ProposalSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.demos import bootstrapped, labelled_pool, sets_from, settle, wants_bootstrap
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.reflection import find_failures
@@ -32,7 +32,7 @@ MIN_DEMO_SETS, MAX_DEMO_SETS = 6, 32
 """Bounds of how many demonstration sets are proposed at once where the number is not given."""
 
 
-def sized(settings: ProposalSettings, *, calls: float, full_score: float) -> ProposalSettings:
+def sized(settings: SearchOptions, *, calls: float, full_score: float) -> SearchOptions:
     """The settings with a number of demonstration sets, in proportion to what can be looked at unless it is given.
 
     Args:
@@ -51,7 +51,7 @@ def propose_demos(
     *,
     trainset: Sequence[dspy.Example],
     metric: Metric,
-    settings: ProposalSettings,
+    settings: SearchOptions,
     allowance: Allowance,
     threads: int,
     seed: Sequence[int],
@@ -127,7 +127,7 @@ def propose_instructions(
     *,
     plain: Mapping[str, str],
     trainset: Sequence[dspy.Example],
-    settings: ProposalSettings,
+    settings: SearchOptions,
     allowance: Allowance,
     seed: int,
     prompt_lm: Any = None,

@@ -25,7 +25,7 @@ from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import ProposalSettings
+    from copa_harness.optimize.options import SearchOptions
 
 
 def find_failures(
@@ -33,7 +33,7 @@ def find_failures(
     trainset: Sequence[dspy.Example],
     *,
     metric: Metric,
-    settings: ProposalSettings,
+    settings: SearchOptions,
     allowance: Allowance,
     threads: int,
     calls_per_example: int,
@@ -70,7 +70,7 @@ def find_failures(
     )
     found: dict[str, list[Failure]] = {}
     for example, run in zip(examples, runs, strict=True):
-        if run.result.score is None or run.result.score >= settings.min_score:
+        if run.result.score is None or run.result.score >= settings.pass_score:
             continue
         for name in suspects(program, example, run):
             found.setdefault(name, []).append(_failure(program, example, run, name, metric))

@@ -37,7 +37,7 @@ from copa_harness.optimize.search.space import InstructionOption
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import ProposalSettings
+    from copa_harness.optimize.options import SearchOptions
 
 logger = logging.getLogger("copa_harness")
 
@@ -134,7 +134,7 @@ class InstructionWriter:
         *,
         incumbent: Candidate,
         trainset: Sequence[dspy.Example],
-        settings: ProposalSettings,
+        settings: SearchOptions,
         memory: Knowledge,
         past: Mapping[str, Sequence[tuple[str, float]]],
         failures: Mapping[str, Sequence[Failure]],

@@ -47,7 +47,7 @@ from optuna.trial import Trial, TrialState
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.optimize.budget import Allowance, OutOfCalls
-from copa_harness.optimize.options import SearchSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import StudyJournal
 from copa_harness.optimize.search.progress import Progress
@@ -159,7 +159,7 @@ class Race:
         pruner: RacingPruner,
         validation: Validation,
         allowance: Allowance,
-        settings: SearchSettings,
+        settings: SearchOptions,
         phase: Phase,
         name: str,
         watchers: Watchers,
@@ -397,7 +397,7 @@ def search(
     *,
     validation: Validation,
     allowance: Allowance,
-    settings: SearchSettings,
+    settings: SearchOptions,
     phase: Phase,
     starts: Sequence[Point] = (),
     name: str = "search",

@@ -78,8 +78,7 @@ class Bench:
             **arguments,
         )
         if cell.method in CONTROLS:
-            search = replace(copa.settings.search, stop_without_headroom=False)
-            copa.settings = replace(copa.settings, search=search)
+            copa.settings = replace(copa.settings, stop_without_headroom=False)
         began, began_cpu = time.perf_counter(), time.process_time()
         with watched(n_validation=len(task.valset)) as curve, _racing(cell.method not in CONTROLS):
             program = copa.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))

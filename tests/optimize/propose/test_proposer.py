@@ -7,7 +7,7 @@ from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import ProposalSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.demos import labelled_pool, random_sets, set_counts, traced_pools
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.proposer import propose_demos, starting_points
@@ -58,7 +58,7 @@ def propose(toy, program, **settings):
             candidate,
             trainset=toy.train,
             metric=toy.metric,
-            settings=ProposalSettings(**settings),
+            settings=SearchOptions(**settings),
             allowance=Allowance(scope, 100),
             threads=4,
             seed=(0, 1),

@@ -8,7 +8,7 @@ from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import GROUNDINGS, ProposalSettings
+from copa_harness.optimize.options import GROUNDINGS, SearchOptions
 from copa_harness.optimize.propose.proposer import propose_instructions
 from copa_harness.optimize.propose.reflection import find_failures, suspects
 from copa_harness.optimize.propose.render import program_code
@@ -43,7 +43,7 @@ def write(student, toy, lm, *, memory=None, past=None, calls=200, metric=True, *
             student,
             plain={part.predictor: part.instruction for part in student.parts},
             trainset=toy.train,
-            settings=ProposalSettings(**settings),
+            settings=SearchOptions(**settings),
             allowance=Allowance(scope, calls),
             seed=0,
             prompt_lm=lm,
@@ -131,7 +131,7 @@ def test_without_feedback_the_right_answer_is_told(toy):
             student,
             toy.train,
             metric=toy.metric,
-            settings=ProposalSettings(),
+            settings=SearchOptions(),
             allowance=Allowance(scope, 50),
             threads=2,
             calls_per_example=1,

@@ -5,7 +5,7 @@ import pytest
 
 from copa_harness.lm.context import open_scope
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import ProposalSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.demos import labelled_pool
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
 from copa_harness.optimize.search.bandit import Knowledge, demo_key, input_key
@@ -94,7 +94,7 @@ def propose(toy, candidate, memory, *, seed=0, **more):
             candidate,
             trainset=toy.train,
             metric=toy.metric,
-            settings=ProposalSettings(**more),
+            settings=SearchOptions(**more),
             allowance=Allowance(scope, 100),
             threads=4,
             seed=(seed, 1),
@@ -113,7 +113,7 @@ def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
             student,
             plain={"self": "Tell."},
             trainset=toy.train,
-            settings=ProposalSettings(),
+            settings=SearchOptions(),
             allowance=Allowance(scope, 100),
             seed=0,
             knowledge=memory,

@@ -8,7 +8,7 @@ from copa_harness.errors import ConfigurationError, ContextOverflowError, Provid
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance, OutOfCalls
-from copa_harness.optimize.options import ProposalSettings, SearchSettings
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.samplers import SAMPLERS, build_sampler
@@ -97,7 +97,7 @@ def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
             incumbent,
             trainset=toy.train,
             metric=toy.metric,
-            settings=ProposalSettings(),
+            settings=SearchOptions(),
             allowance=allowance,
             threads=4,
             seed=(0,),
@@ -108,7 +108,7 @@ def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
             space,
             validation=validation,
             allowance=allowance,
-            settings=SearchSettings(sampler=sampler, seed=seed, **settings),
+            settings=SearchOptions(sampler=sampler, seed=seed, **settings),
             phase=Phase.DEMOS,
         )
         return outcome, validation, incumbent, scope
