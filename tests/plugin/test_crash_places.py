@@ -165,9 +165,9 @@ clean = fresh("clean")
 run(clean, None)
 n_steps, n_calls = len(lines(clean, "steps.log")), len(lines(clean, "paid.log"))
 assert n_steps > 3 and n_calls == len(set(lines(clean, "paid.log"))), (clean / "out.log").read_text()[-3000:]
-problems, killed, deadline = [], {place: 0 for place in PLACES}, time.monotonic() + 150
+problems, killed = [], {place: 0 for place in PLACES}
 number = 0
-while sum(killed.values()) < n_kills and time.monotonic() < deadline:
+while sum(killed.values()) < n_kills and number < n_kills:
     folder = fresh("suite %d" % number)
     number += 1
     kills = 0
@@ -203,7 +203,7 @@ def test_a_session_killed_while_it_writes_ends_like_an_uninterrupted_one(tmp_pat
         [sys.executable, "-c", SCRIPT, str(tmp_path), str(tiny), SUITE, "12"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
     )

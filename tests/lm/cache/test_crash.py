@@ -143,8 +143,7 @@ for number, mode in enumerate(("plain", "capped", "two")):
     assert not problems and n_lost == 0, problems
 assert [a for a in reference["capped"]["answers"] if a][-1] == "answer to question %d" % (CEILING - 1)
 killed, lost, problems, number = 0, 0, [], 0
-deadline = time.monotonic() + 60
-while (killed < n_kills or number < 3) and time.monotonic() < deadline:
+while killed < n_kills and number < n_kills or number < 3:
     mode = ("plain", "capped", "two")[number % 3]
     n_killed, n_lost, lives, found, report = suite(number, mode, reference[mode])
     killed, lost, number = killed + n_killed, lost + n_lost, number + 1
@@ -161,7 +160,7 @@ def test_fifty_kills_lose_nothing_that_arrived_and_change_no_result(tmp_path):
         [sys.executable, "-c", SCRIPT, str(tmp_path), "7", "50"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )
