@@ -60,6 +60,18 @@ HEAVY = {
 MOST_MODULES = 15
 """In one folder, `__init__` not counted: what a reader takes in at a glance."""
 
+MOST_PARAMETERS = 8
+"""Of a function, `self` not counted: more of them are a thing without a name."""
+
+STILL_LONGER = {
+    "evaluate.runner.run_examples",
+    "judge.differences.max_regression",
+    "judge.differences.not_comparable",
+    "judge.gates.judge",
+    "session.recording.cut_short_record",
+}
+"""Functions that have more; this set only shrinks."""
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -163,6 +175,27 @@ def test_a_cycle_is_found():
 def test_a_folder_holds_no_more_modules_than_can_be_taken_in_at_a_glance():
     counts = {folder: len([*folder.glob("*.py")]) - 1 for folder in {path.parent for path in MODULES}}
     assert {str(folder): n for folder, n in counts.items() if n > MOST_MODULES} == {}
+
+
+def functions_of(node, prefix):
+    """Every (dotted name, function), methods and inner functions too."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        name = f"{prefix}.{child.name}" if named else prefix
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, child
+        yield from functions_of(child, name)
+
+
+def n_parameters(function):
+    names = [one.arg for one in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    return sum(name not in ("self", "cls") for name in names)
+
+
+def test_no_function_takes_more_arguments_than_one_keeps_apart():
+    found = [one for path in MODULES for one in functions_of(ast.parse(path.read_text()), dotted(path))]
+    longer = {name: n_parameters(function) for name, function in found if n_parameters(function) > MOST_PARAMETERS}
+    assert {name: n for name, n in longer.items() if name not in STILL_LONGER} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

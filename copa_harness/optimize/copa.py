@@ -21,12 +21,14 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
 from copa_harness.lm.context import open_scope
-from copa_harness.optimize.adoption import conclude, out_of_reach, planned, reason_of, result_of, setting_aside
+from copa_harness.optimize.adoption import conclude, out_of_reach, plan_holdout
 from copa_harness.optimize.budget import Choice, resolved
 from copa_harness.optimize.checks import check_metered, splits_of, thawed
 from copa_harness.optimize.constraints import parse_constraints
+from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.dspy_optimizers.student import models_in
 from copa_harness.optimize.options import SearchOptions, parse_budget, parse_preference
+from copa_harness.optimize.result import result_of
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import credit_of
@@ -144,7 +146,9 @@ class COPA(Teleprompter):
         whole = Validation(
             validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed, observe=observe
         )
-        validation, look = planned(whole, candidate, steps, settings, n_training=len(train), calls=self.budget.calls)
+        validation, plan = plan_holdout(
+            whole, candidate, steps, settings, n_training=len(train), calls=self.budget.calls
+        )
         name = " -> ".join(map(str, self.steps))
         logger.info(
             "optimizing %s with %s: %d training and %d validation examples, budget %s",
@@ -160,31 +164,30 @@ class COPA(Teleprompter):
             open_scope(f"COPA {name}", budget=self.budget) as scope,
             dspy.context(lm=candidate.lms[0]),
         ):
-            run = Run(
+            context = SearchContext(
                 candidate,
-                trainset=train,
-                validation=validation,
-                metric=self.metric,
-                scope=scope,
-                settings=settings,
+                train,
+                validation,
+                self.metric,
+                settings,
+                constraints=self.constraints,
                 prompt_lm=self.prompt_lm,
                 teacher=teacher,
                 finetune_data=self.finetune_data,
-                journal=journal,
-                progress=Progress(scope, write=self.on_progress),
-                constraints=self.constraints,
             )
+            run = Run(context, scope=scope, journal=journal, progress=Progress(scope, write=self.on_progress))
             if choice is not None:
                 run.note(str(choice), headline=True)
                 run.progress.say(str(choice))
             with run.progress.ticking():
-                with setting_aside(run, look):
-                    execute(run, steps, why_not=None if self.preference else partial(out_of_reach, run, look))
-                front = conclude(run, look, self.preference)
+                with run.reserving(plan.cost):
+                    execute(run, steps, why_not=None if self.preference else partial(out_of_reach, run, plan))
+                adoption = conclude(run, plan, self.preference)
+                run.choose(adoption.program)
                 credit = credit_of(run)
-            run.progress.say(f"{name} ended: {reason_of(run)}")
+            run.progress.say(f"{name} ended: {run.reason}")
         program = run.incumbent.program()
-        program.copa_result = result_of(run, strategy=name, program=program, front=front, credit=credit)
+        program.copa_result = result_of(run, adoption, strategy=name, program=program, credit=credit)
         return program
 
     def _all_lms(self, student: Candidate) -> tuple[Any, ...]:

@@ -1,33 +1,28 @@
-"""Finalists: the best few of a search, looked at once more on examples that did not choose them.
+"""The best few programs of a search: which they are, whether the best is better than chance, and what they cost.
 
-The best of many candidates scored on the same rows is partly the luckiest: among those within a row or two of one
-another the order says nothing more. So the finalists are scored on other rows, and the search's rows, on which they
-were selected, count half (`SEARCH_WEIGHT`). Other rows are validation rows held back, where there are enough (see
-`evidence`), else training rows that no finalist shows. The latter are no evidence of how good a program is, since
-weights and rules may come from them, but they tell finalists apart.
+**Finalists** (`finalists_of`, `chosen`). The best of many candidates scored on the same rows is partly the luckiest:
+among those within a row or two of one another the order says nothing more. So the finalists are scored on other rows,
+and the search's rows, on which they were selected, count half (`SEARCH_WEIGHT`). Other rows are validation rows held
+back, where there are enough (see `adoption`), else training rows that no finalist shows. The latter are no evidence of
+how good a program is, since weights and rules may come from them, but they tell finalists apart.
 
 Measured on development tasks (4 tasks, 3 splits, 25 validation rows, 400 calls; mean test score): p .841 before, .864
 with 26 training rows; joint .887 and .908; p -> w -> p .916 and .915.
 
-Whether the best of several candidates is better than what they were compared with, row by row.
+**The paired test** (`chosen_p_value`). Symbols: d_ci = score of candidate c minus that of the reference on row i, 0
+where either has none; s_i = a random sign, the same for all candidates. If no candidate were better or worse than the
+reference, the signs of a row's differences would be a coin flip. The p-value of a candidate chosen among all of them is
+the chance that the best of them, ``max_c sum_i s_i d_ci``, would have gained as much as it did (single-step max:
+Westfall and Young 1993, "Resampling-Based Multiple Testing", section 2.3). Candidates that are right on the same rows
+cost little, as they should: six programs that mend the same mistakes are one finding, not six. With one candidate it is
+the exact sign-flip test, for right/wrong scores McNemar's. What it cannot correct for are candidates that were dropped
+before they had a full score.
 
-Symbols: d_ci = score of candidate c minus that of the reference on row i, 0 where either has none; s_i = a random
-sign, the same for all candidates. If no candidate were better or worse than the reference, the signs of a row's
-differences would be a coin flip. The p-value of a candidate chosen among all of them is the chance that the best of
-them, ``max_c sum_i s_i d_ci``, would have gained as much as it did (single-step max: Westfall and Young 1993,
-"Resampling-Based Multiple Testing", section 2.3). Candidates that are right on the same rows cost little, as they
-should: six programs that mend the same mistakes are one finding, not six. With one candidate it is the exact sign-flip
-test, for right/wrong scores McNemar's.
+**Score and cost** (`pareto_front`, `preferred`). Symbols: s = mean validation score, 0..1, higher is better; c = cost
+per answer, lower is better. A candidate is on the front when no other is at least as good in both and better in one.
+``prefer="cheapest within 1 point of best"`` chooses from it; "one point" is 0.01 of mean score.
 
-What it cannot correct for are candidates that were dropped before they had a full score: see `evidence`. Pure functions
-of scores.
-
-Two objectives: the score, and what an answer costs. The front of both, and the choice from it.
-
-    COPA(..., prefer="cheapest within 1 point of best")
-
-Symbols: s = mean validation score, 0..1, higher is better; c = cost per answer, lower is better. A candidate is on the
-front when no other is at least as good in both and better in one. "One point" is 0.01 of mean score.
+Pure functions of scores.
 """
 
 from __future__ import annotations
@@ -39,7 +34,7 @@ import numpy as np
 
 from copa_harness.evaluate.examples import plain
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.racing import MAX_ENUMERATED, Sheet, worse_p_value
+from copa_harness.optimize.search.racing import MAX_ENUMERATED, Scores, worse_p_value
 from copa_harness.optimize.search.scoring import Validation
 
 N_FINALISTS = 3
@@ -50,6 +45,9 @@ SEARCH_WEIGHT = 0.5
 
 MAX_ERRORS_BEHIND = 2.0
 """Standard errors of the paired difference by which a finalist may be behind the best on the search's rows."""
+
+N_DRAWS = 9_999
+"""Random sign patterns where there are too many to count; a p-value near 0.2 is then known to 0.008 (95 %)."""
 
 
 def finalists_of(
@@ -102,11 +100,7 @@ def chosen(finalists: Sequence[Candidate], *, search: Validation, fresh: Validat
     return finalists[scores.index(max(scores))]
 
 
-N_DRAWS = 9_999
-"""Random sign patterns where there are too many to count; a p-value near 0.2 is then known to 0.008 (95 %)."""
-
-
-def chosen_p_value(reference: Sheet, chosen: Sheet, others: Sequence[Sheet] = ()) -> float:
+def chosen_p_value(reference: Scores, chosen: Scores, others: Sequence[Scores] = ()) -> float:
     """One-sided p-value of "the chosen candidate is no better than the reference", it being one of several.
 
     Args:
@@ -117,7 +111,7 @@ def chosen_p_value(reference: Sheet, chosen: Sheet, others: Sequence[Sheet] = ()
     Returns:
         0..1; 1.0 when the chosen one gained nothing.
     """
-    differences = np.array([_differences(reference, sheet) for sheet in (chosen, *others)])
+    differences = np.array([_differences(reference, scores) for scores in (chosen, *others)])
     differences = np.unique(differences, axis=0) if len(differences) > 1 else differences
     gain = float(sum(_differences(reference, chosen)))
     if gain <= 1e-9:
@@ -134,14 +128,14 @@ def chosen_p_value(reference: Sheet, chosen: Sheet, others: Sequence[Sheet] = ()
     return float((1 + np.sum((signs @ differences.T).max(axis=1) >= gain - 1e-9)) / (1 + N_DRAWS))
 
 
-def least_p_value(reference: Sheet) -> float:
+def least_p_value(reference: Scores) -> float:
     """The p-value of a single candidate with full marks on every row: no result can have a smaller one."""
     known = [score for score in reference if score is not None]
     return worse_p_value([1.0] * len(known), known)
 
 
-def _differences(reference: Sheet, sheet: Sheet) -> list[float]:
-    pairs = zip(reference, sheet, strict=True)
+def _differences(reference: Scores, scores: Scores) -> list[float]:
+    pairs = zip(reference, scores, strict=True)
     return [0.0 if old is None or new is None else new - old for old, new in pairs]
 
 

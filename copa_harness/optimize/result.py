@@ -7,9 +7,10 @@ demonstrations and model name, `apply_state` puts them on a fresh copy of the pr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dspy
 
@@ -17,6 +18,10 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.examples import plain
 from copa_harness.optimize.search.candidate import model_name
 from copa_harness.results import PhaseRecord, Usage
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.adoption import Adoption
+    from copa_harness.optimize.run import Run
 
 STATE_SCHEMA = 1
 
@@ -46,9 +51,9 @@ class OptimizationResult:
         front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
             which entry was returned.
         credit: Which part of which stage earned the gain on validation (`credit.assign_credit`); empty without one.
-        evidence: What speaks for the returned program against the one that came in (`evidence.decide`).
-        learned: What every kind of proposal gained (`Learner.report`).
-        trials: What every trial used and gained, shortened (`Knowledge.records`).
+        evidence: What speaks for the returned program against the one that came in (`adoption.Adoption`).
+        learned: What every kind of proposal gained (`ProposalBandit.report`).
+        trials: What every trial used and gained, shortened (`SearchMemory.records`).
         state: The program's settings as JSON (see `apply_state`); None when an optimizer changed the program itself.
     """
 
@@ -90,6 +95,45 @@ class OptimizationResult:
         fields |= {name: tuple(fields.get(name, ())) for name in ("notes", "headlines", "front", "learned", "trials")}
         fields["budget_calls"] = float("inf") if fields["budget_calls"] is None else fields["budget_calls"]
         return cls(**fields)
+
+
+def result_of(
+    run: Run, adoption: Adoption, *, strategy: str, program: dspy.Module, credit: Mapping[str, Any]
+) -> OptimizationResult:
+    """The record of a finished run.
+
+    Args:
+        run: The run, its incumbent being what is returned.
+        adoption: What `conclude` gave.
+        strategy: As parsed.
+        program: The incumbent as a program.
+        credit: What `credit_of` gave.
+    """
+    before, after = run.validation.mean(run.student), run.score
+    return OptimizationResult(
+        strategy=strategy,
+        model=run.incumbent.model,
+        phases=tuple(run.phases),
+        score_before=None if math.isnan(before) else before,
+        score_after=None if math.isnan(after) else after,
+        n_validation=run.validation.n,
+        stopped=run.stopped,
+        exhausted=run.stopped == "budget",
+        usage=run.scope.usage(),
+        seed=run.settings.seed,
+        budget_calls=run.scope.budget.calls,
+        charged_calls=run.scope.charged_calls,
+        n_trials=run.n_trials,
+        notes=tuple(run.notes),
+        headlines=tuple(run.headlines),
+        reason=run.reason,
+        front=adoption.front,
+        credit=credit,
+        evidence=adoption.evidence,
+        learned=tuple(run.memory.report()),
+        trials=tuple(run.memory.records),
+        state=None if run.incumbent.structure else to_state(program),
+    )
 
 
 def to_state(program: dspy.Module) -> dict[str, Any]:

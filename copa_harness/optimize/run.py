@@ -1,9 +1,7 @@
-"""One optimization as it runs: the incumbent, its record, and the shares of the budget.
+"""One optimization as it runs: the incumbent, what was learned and told, and the shares of the budget.
 
-What every step needs: proposing, searching, training and adopting with the run's settings. The incumbent is only ever
-replaced by something no worse on validation.
-
-What a run tells of itself: sentences, headlines, and what every phase spent and did to the score.
+The steps of a strategy (`steps`) decide what is proposed and searched next; a `Run` does it with the run's settings,
+and sees to it that the incumbent is only ever replaced by something no worse on validation.
 """
 
 from __future__ import annotations
@@ -12,24 +10,21 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-
-import dspy
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import usage_since
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.optimize.budget import Allowance, OutOfCalls, share_of
+from copa_harness.optimize.budget import Allowance, OutOfCalls, share_of, step_scope
 from copa_harness.optimize.constraints import Constraints
+from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.options import SearchOptions
-from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions, sized
-from copa_harness.optimize.search.bandit import Knowledge
+from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import Journal
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import (
@@ -37,56 +32,116 @@ from copa_harness.optimize.search.space import (
     InstructionOption,
     Point,
     Space,
-    WeightsLevel,
-    checkpoint_levels,
-    level_of,
+    WeightsChoice,
+    checkpoint_choices,
+    weights_choice,
 )
-from copa_harness.optimize.search.study import Watchers, search
+from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
+from copa_harness.wording import counted
 
 logger = logging.getLogger("copa_harness")
 
 
-class Story:
-    """Collected while the run goes on.
+class Run:
+    """The state of one optimization; only its own methods change it.
+
+        baseline ──────────── the program as written is scored and becomes the incumbent
+        reserving ─┐          calls are set aside for the end
+          step ────┤          once per step of the strategy:
+            │      │            demo_options, instruction_options, train    what there is to choose from
+            │      │            search                                      a study, its best is the incumbent
+            │      │            adopt                                       or a candidate made otherwise, if no worse
+            │      │            stop                                        why it ended, where it did
+          ─────────┘
+        choose ────────────── the end: what the adoption decided is the incumbent (see `adoption.conclude`)
+
+    `recorded` blocks around all of these become the phases of the record.
 
     Attributes:
-        scope: What is spent is booked there.
-        phases: In order.
-        notes: Sentences, in order.
+        context: What it was given.
+        scope: Where calls are charged; while steps are taken less than the whole budget (`reserving`).
+        incumbent: The best program so far.
+        memory: What its trials taught.
+        phases: What was spent, in order.
+        notes: Sentences worth telling, in order.
         headlines: Those of them that are printed in the terminal as well.
+        stopped: Why it ended, in one word or two; "completed" when all steps were taken.
+        n_steps: Steps begun.
+        n_trials: Candidates looked at.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
+    def __init__(
+        self, context: SearchContext, *, scope: Scope, journal: Journal | None = None, progress: Progress | None = None
+    ) -> None:
+        self.context, self.scope = context, scope
+        self.journal, self.progress = journal, progress or Progress(scope)
+        self.incumbent = context.student
+        self.memory = SearchMemory(seed=context.settings.seed)
         self.phases: list[PhaseRecord] = []
         self.notes: list[str] = []
         self.headlines: list[str] = []
+        self.stopped = "completed"
+        self.n_steps = self.n_trials = 0
+        self._last_search = ""
+        self._n_searched = self._n_proposals = 0
+        self._elsewhere: set[str] = set()  # candidates that DSPy's optimizers evaluated
+        self._tuned: Trained | None = None
+        self._past: dict[str, dict[str, float]] = defaultdict(dict)  # best score by predictor and instruction
+
+    @property
+    def settings(self) -> SearchOptions:
+        """How to search."""
+        return self.context.settings
+
+    @property
+    def validation(self) -> Validation:
+        """Where candidates are scored."""
+        return self.context.validation
+
+    @property
+    def constraints(self) -> Constraints:
+        """Limits that the result keeps."""
+        return self.context.constraints
+
+    @property
+    def student(self) -> Candidate:
+        """The program as given."""
+        return self.context.student
 
     @property
     def score(self) -> float:
-        """The mean validation score so far; nan when there is none."""
-        return math.nan
+        """The incumbent's mean validation score so far; nan before the baseline."""
+        return self.validation.mean(self.incumbent)
+
+    # -- its record
 
     @contextmanager
-    def recorded(self, name: str, first_note: int) -> Iterator[None]:
-        """Record the block as a phase: what it spent, and what it did to the score."""
+    def recorded(self, name: str, *, only_if_charged: bool = False) -> Iterator[None]:
+        """Record the block as a phase: what it spent, said, and did to the score.
+
+        Args:
+            name: Of the phase.
+            only_if_charged: Leave a block out that took no call.
+        """
         before, score_before, started = self.scope.usage(), self.score, time.perf_counter()
+        first_note, charged = len(self.notes), self.scope.charged_calls
         try:
             yield
         finally:
-            self.phases.append(
-                PhaseRecord(
-                    phase=name,
-                    usage=usage_since(before, self.scope.usage(), wall_s=time.perf_counter() - started),
-                    score_before=None if math.isnan(score_before) else score_before,
-                    score_after=None if math.isnan(self.score) else self.score,
-                    note="; ".join(self.notes[first_note:]),
+            if not only_if_charged or self.scope.charged_calls > charged:
+                self.phases.append(
+                    PhaseRecord(
+                        phase=name,
+                        usage=usage_since(before, self.scope.usage(), wall_s=time.perf_counter() - started),
+                        score_before=None if math.isnan(score_before) else score_before,
+                        score_after=None if math.isnan(self.score) else self.score,
+                        note="; ".join(self.notes[first_note:]),
+                    )
                 )
-            )
 
     def note(self, text: str, *, headline: bool = False) -> None:
         """Keep a sentence for the record, and log it; a headline is printed in the terminal as well."""
@@ -95,56 +150,11 @@ class Story:
             self.headlines.append(text)
         logger.info("%s", text)
 
-
-class Run(Story):
-    """The state of one optimization, changed by its steps."""
-
-    def __init__(
-        self,
-        student: Candidate,
-        *,
-        trainset: Sequence[dspy.Example],
-        validation: Validation,
-        metric: Metric,
-        scope: Scope,
-        settings: SearchOptions,
-        prompt_lm: Any = None,
-        teacher: dspy.Module | None = None,
-        finetune_data: Sequence[Mapping[str, Any]] | None = None,
-        journal: Journal | None = None,
-        progress: Progress | None = None,
-        constraints: Constraints | None = None,
-    ) -> None:
-        super().__init__(scope)
-        self.constraints = constraints or Constraints()
-        self.journal, self.progress = journal, progress or Progress(scope)
-        self.student = self.incumbent = student
-        self.trainset, self.validation, self.metric = trainset, validation, metric
-        self.settings = settings
-        self.prompt_lm, self.teacher, self.finetune_data = prompt_lm, teacher, finetune_data
-        self.plain = {part.predictor: self.constraints.completed(part.instruction) for part in student.parts}
-        self.evidence: Mapping[str, Any] = {}
-        self.passed_over: frozenset[str] = frozenset()  # finalists that lost the last look
-        self.n_trials = self._n_searched = 0
-        self._elsewhere: set[str] = set()  # candidates that DSPy's optimizers evaluated
-        self.stopped, self.last_search = "completed", ""
-        self.tuned: Trained | None = None
-        self._past: dict[str, dict[str, float]] = defaultdict(dict)
-        self.knowledge = Knowledge(seed=settings.seed)
-        self.n_steps = 0
-        self._n_proposals = 0
-
-    # -- the incumbent
-
-    @property
-    def score(self) -> float:
-        """The incumbent's mean validation score so far; nan before the baseline."""
-        return self.validation.mean(self.incumbent)
-
-    def budget_note(self, step: Step) -> None:
-        """Note that the budget ended a step."""
-        self.stopped = "budget"
-        self.note(f"the budget ended step {step}; the best program so far is kept")
+    def stop(self, why: str, note: str = "", *, headline: bool = False) -> None:
+        """Say why the run ended, if no later step goes on: "budget", "perfect score", "converged", ..."""
+        self.stopped = why
+        if note:
+            self.note(note, headline=headline)
 
     def count_candidates(self, keys: Iterable[str]) -> None:
         """Count programs that DSPy's optimizers evaluated, each once, as candidates looked at."""
@@ -157,11 +167,47 @@ class Run(Story):
         """Programs that DSPy's optimizers evaluated in full and that have no full score here."""
         return len(self._elsewhere - {one.key for one in self.validation.completed()})
 
+    @property
+    def reason(self) -> str:
+        """Why it ended, in words for the report."""
+        if self.stopped == "budget":
+            used, whole = self.scope.charged_calls, self.scope.budget.calls
+            return f"the budget: {used:,} of {whole:,.0f} calls used{self._why_a_rest()}"
+        if self.stopped == "converged":
+            return f"no improvement over a full cycle (epsilon {self.settings.epsilon:g}, or the noise)"
+        if self.stopped == "max_cycles":
+            return f"max_cycles = {self.settings.max_cycles}, the last of which still improved"
+        if self.stopped == "out of reach":
+            return "too few mistakes on validation for any result to be adopted"
+        if self.stopped == "perfect score":
+            return f"perfect score on {counted(self.validation.n, 'validation example')}"
+        said = {
+            "no improvement": f"no improvement in {counted(self.settings.patience or 0, 'trial')}",
+            "no head-room": "no head-room",
+            "search space exhausted": "every combination was tried",
+            "trials": counted(self.settings.max_trials, "trial"),
+            "budget": "its share of the calls was used",
+            "perfect score": "perfect score",
+        }
+        return "all steps taken" + (f"; the last search: {said[self._last_search]}" if self._last_search else "")
+
+    def _why_a_rest(self) -> str:
+        """Why a budget that ended the run has calls left."""
+        if self.scope.remaining_calls < 1 or math.isinf(self.scope.remaining_calls) or self.scope.exhausted:
+            return ""  # none is left, or it was another ceiling that ended it
+        if not self.validation.is_complete(self.student):
+            return "; the rest does not pay for scoring the program as written"
+        if self.scope.remaining_calls < self.full_score_cost:
+            return "; the rest does not pay for another candidate in full"
+        return "; the rest was set aside for what comes after the search"
+
+    # -- the incumbent
+
     def baseline(self) -> bool:
         """Score the student; False when the budget does not reach that far."""
         cost = self.validation.cost_to_complete(self.incumbent)
         try:
-            with self.recorded("baseline", len(self.notes)):
+            with self.recorded("baseline"):
                 whole = Allowance(self.scope, math.inf)
                 self.validation.complete(self.student, allowance=whole, phase=Phase.BASELINE)
                 completed = self.constraints.completed_candidate(self.student)
@@ -170,8 +216,8 @@ class Run(Story):
                     self.incumbent = completed
                     self.note("the required texts were appended to the program's instructions")
         except (OutOfCalls, BudgetExhausted):
-            self.stopped = "budget"
-            self.note(
+            self.stop(
+                "budget",
                 f"the budget of {self.scope.budget.calls:g} calls does not pay for scoring the program as written "
                 f"({cost} calls); it is returned as it is",
                 headline=True,
@@ -183,158 +229,15 @@ class Run(Story):
         self.progress.say(f"baseline: {incumbent_text(self.validation.scores(self.incumbent))}")
         return True
 
-    # -- shares of the budget
-
-    @property
-    def full_score_cost(self) -> int:
-        """Upper estimate of the calls that scoring a fresh candidate in full takes."""
-        return self.validation.n * self.validation.calls_per_example(self.incumbent)
-
-    def weights_cost(self) -> int:
-        """Calls a weights step wants: three full scores."""
-        return 3 * self.full_score_cost
-
-    def share(self, step: Step, later: Sequence[Step]) -> Allowance:
-        """Equal shares for this and every later step that searches, after weights steps have what they need."""
-        if step.kind is StepKind.WEIGHTS:
-            searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
-            return Allowance(self.scope, math.inf) if not searching else self.capped(self.weights_cost())
-        wanted = self.weights_cost() * sum(s.kind is StepKind.WEIGHTS for s in later)
-        reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
-        if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for a last look at other rows
-            reserved += min(self.full_score_cost, 0.1 * self.scope.remaining_calls)
-        searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)
-        return share_of(self.scope, 1, 1 + searching, reserved=reserved)
-
-    def capped(self, calls: float) -> Allowance:
-        """So many calls from here on, as far as the run has them."""
-        return Allowance(self.scope, self.scope.charged_calls + min(calls, self.scope.remaining_calls))
-
-    # -- prompts
-
-    def open_levels(self) -> tuple[WeightsLevel, ...]:
-        """Tuned weights the incumbent does not use: a prompt step may still show what they are good for."""
-        if self.tuned is None or self.tuned.lms == self.incumbent.lms:
-            return ()
-        level = level_of(self.incumbent.with_lms(self.tuned.lms))
-        return () if level.name == level_of(self.incumbent).name else (level,)
-
-    def checkpoint_levels(self) -> tuple[WeightsLevel, ...]:
-        """Other epochs of the last training."""
-        lms = () if self.tuned is None else self.tuned.lms
-        return checkpoint_levels(self.incumbent, lms, n=self.settings.n_checkpoints)
-
-    def demo_options(self, allowance: Allowance) -> dict[str, tuple[DemoSet, ...]]:
-        """Fresh demonstration sets for every predictor."""
-        return propose_demos(
-            self.incumbent,
-            trainset=self.trainset,
-            metric=self.metric,
-            settings=sized(self.settings, calls=allowance.remaining, full_score=self.full_score_cost),
-            allowance=allowance,
-            threads=self.settings.threads,
-            seed=(self.settings.seed, self.n_steps, self._n_proposals),
-            calls_per_example=self.validation.calls_per_example(self.incumbent),
-            teacher=self.teacher,
-            knowledge=self.knowledge,
-            mistakes=self.validation.mistakes(self.incumbent),
-        )
-
-    def instruction_options(self, allowance: Allowance) -> dict[str, tuple[InstructionOption, ...]]:
-        """Instructions for every predictor; the prompt LM is told what was tried and how it scored."""
-        first = 1 + self._n_proposals * self.settings.n_proposed
-        self._n_proposals += 1
-        return propose_instructions(
-            self.incumbent,
-            plain=self.plain,
-            trainset=self.trainset,
-            settings=self.settings,
-            allowance=allowance,
-            seed=self.settings.seed,
-            prompt_lm=self.prompt_lm,
-            metric=self.metric,
-            threads=self.settings.threads,
-            calls_per_example=self.validation.calls_per_example(self.incumbent),
-            knowledge=self.knowledge,
-            past={name: tuple(scores.items()) for name, scores in self._past.items()},
-            first_rollout=first,
-        )
-
-    def search(
-        self, space: Space, allowance: Allowance, *, phase: Phase, name: str, starts: Sequence[Point] = ()
-    ) -> str:
-        """Run one study and adopt its best; why it stopped."""
-        space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
-        settings = replace(self.settings, seed=1000 * self.settings.seed + self._n_searched)
-        outcome = search(
-            space,
-            validation=self.validation,
-            allowance=allowance,
-            settings=settings,
-            phase=phase,
-            starts=starts,
-            name=name,
-            watchers=self.watchers(name, space),
-        )
-        self._n_searched += len(outcome.trials)
-        self.n_trials, self.last_search = self.n_trials + len(outcome.trials), outcome.stopped
-        tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
-        scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}
-        values = {space.candidate(trial.point).key: trial.value for trial in outcome.trials}
-        self.knowledge.note_study(name, space.incumbent, tried, scores, values=values)
-        for trial in outcome.trials:
-            if trial.outcome == "complete" and trial.score is not None:
-                for part in space.candidate(trial.point).parts:
-                    known = self._past[part.predictor].get(part.instruction, -1.0)
-                    self._past[part.predictor][part.instruction] = max(known, trial.score)
-        self.incumbent = outcome.best
-        n = self.validation.n
-        for sentence in outcome.sentences(name, size=space.size, n=n, calls=self.scope.charged_calls):
-            self.note(sentence)
-        if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
-            self.stopped = "budget"  # and not merely this step's share
-        return outcome.stopped
-
-    def watchers(self, name: str, space: Space) -> Watchers:
-        """Who is told of the trials of a study."""
-        journal = None
-        if self.journal is not None:
-            about = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
-            journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=about | space.texts)
-        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids)
-
-    def forbids(self, candidate: Candidate) -> str | None:
-        """Which limit a candidate breaks, as far as is known, or None."""
-        return self.constraints.broken_by(candidate, self.validation.cost(candidate)) if self.constraints.any else None
-
-    def fraction(self, allowance: Allowance, share: float) -> Allowance:
-        """A share of what an allowance has left."""
-        if math.isinf(allowance.remaining):
-            return allowance
-        return self.capped(math.floor(allowance.remaining * share))
-
-    # -- weights
-
-    def train(self, *, demos_ahead: bool) -> Trained:
-        """Tuned weights for the incumbent's prompts; see `train_weights`."""
-        n_calls = len(self.trainset) * self.validation.calls_per_example(self.incumbent)
-        try:
-            with report_progress_to(self.progress.doing):
-                return train_weights(
-                    WeightsJob(
-                        incumbent=self.incumbent,
-                        trainset=self.trainset,
-                        metric=self.metric,
-                        settings=self.settings,
-                        demos_ahead=demos_ahead,
-                        seed=self.settings.seed,
-                        threads=self.settings.threads,
-                        can_afford_traces=n_calls <= self.scope.remaining_calls,
-                        finetune_data=self.finetune_data,
-                    )
-                )
-        finally:
-            self.progress.doing("")
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """The next step of the strategy: a phase of its own, and a line of progress."""
+        self.n_steps += 1
+        with self.recorded(name):
+            scores = self.validation.scores(self.incumbent)
+            self.progress.say(f"step {name}: from {incumbent_text(scores)}")
+            self.progress.at(f"step {name}", scores=scores)
+            yield
 
     def adopt(self, candidate: Candidate, *, what: str) -> None:
         """Make a fully scored candidate the incumbent if it keeps all limits and is not worse."""
@@ -348,3 +251,152 @@ class Run(Story):
             self.incumbent = candidate
         else:
             self.note(f"{what} not adopted ({difference:+.3f} on validation)")
+
+    def choose(self, candidate: Candidate) -> None:
+        """Make a candidate the incumbent, whatever its score: others have decided."""
+        self.incumbent = candidate
+
+    def forbids(self, candidate: Candidate) -> str | None:
+        """Which limit a candidate breaks, as far as is known, or None."""
+        return self.constraints.broken_by(candidate, self.validation.cost(candidate)) if self.constraints.any else None
+
+    # -- shares of the budget
+
+    @property
+    def full_score_cost(self) -> int:
+        """Upper estimate of the calls that scoring a fresh candidate in full takes."""
+        return self.context.full_score_cost(self.incumbent)
+
+    @contextmanager
+    def reserving(self, calls: float) -> Iterator[None]:
+        """Hold the block to the budget less so many calls."""
+        whole = self.scope
+        if not calls or math.isinf(whole.budget.calls):
+            yield
+            return
+        try:
+            with step_scope(Allowance(whole, whole.budget.calls - calls), name="search") as self.scope:
+                yield
+        finally:
+            self.scope = whole
+
+    def share(self, step: Step, later: Sequence[Step]) -> Allowance:
+        """Equal shares for this and every later step that searches, after weights steps have what they need."""
+        weights_cost = 3 * self.full_score_cost
+        if step.kind is StepKind.WEIGHTS:
+            searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
+            return Allowance(self.scope, math.inf) if not searching else self.capped(weights_cost)
+        wanted = weights_cost * sum(s.kind is StepKind.WEIGHTS for s in later)
+        reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
+        if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for the holdout rows
+            reserved += min(self.full_score_cost, 0.1 * self.scope.remaining_calls)
+        searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)
+        return share_of(self.scope, 1, 1 + searching, reserved=reserved)
+
+    def capped(self, calls: float) -> Allowance:
+        """So many calls from here on, as far as the run has them."""
+        return Allowance(self.scope, self.scope.charged_calls + min(calls, self.scope.remaining_calls))
+
+    def fraction(self, allowance: Allowance, share: float) -> Allowance:
+        """A share of what an allowance has left."""
+        if math.isinf(allowance.remaining):
+            return allowance
+        return self.capped(math.floor(allowance.remaining * share))
+
+    # -- what there is to choose from
+
+    def demo_options(self, allowance: Allowance) -> dict[str, tuple[DemoSet, ...]]:
+        """Fresh demonstration sets for every predictor."""
+        seed = (self.settings.seed, self.n_steps, self._n_proposals)
+        return propose_demos(self.context, self.incumbent, allowance=allowance, memory=self.memory, seed=seed)
+
+    def instruction_options(self, allowance: Allowance) -> dict[str, tuple[InstructionOption, ...]]:
+        """Instructions for every predictor; the prompt LM is told what was tried and how it scored."""
+        first = 1 + self._n_proposals * self.settings.n_proposed
+        self._n_proposals += 1
+        return propose_instructions(
+            self.context,
+            self.incumbent,
+            allowance=allowance,
+            memory=self.memory,
+            past={name: tuple(scores.items()) for name, scores in self._past.items()},
+            first_rollout=first,
+        )
+
+    def train(self, *, demos_ahead: bool, keep: bool = False) -> Trained:
+        """Tuned weights for the incumbent's prompts; see `train_weights`.
+
+        Args:
+            demos_ahead: Whether a step that searches demonstrations follows.
+            keep: Whether later prompt steps offer these weights and their checkpoints.
+        """
+        n_calls = len(self.context.trainset) * self.validation.calls_per_example(self.incumbent)
+        can_afford_traces = n_calls <= self.scope.remaining_calls
+        try:
+            with report_progress_to(self.progress.doing):
+                trained = train_weights(WeightsJob(self.context, self.incumbent, demos_ahead, can_afford_traces))
+        finally:
+            self.progress.doing("")
+        if keep:
+            self._tuned = trained
+        return trained
+
+    def tuned_choices(self) -> tuple[WeightsChoice, ...]:
+        """Tuned weights the incumbent does not use: a prompt step may still show what they are good for."""
+        if self._tuned is None or self._tuned.lms == self.incumbent.lms:
+            return ()
+        choice = weights_choice(self.incumbent.with_lms(self._tuned.lms))
+        return () if choice.name == weights_choice(self.incumbent).name else (choice,)
+
+    def checkpoint_choices(self) -> tuple[WeightsChoice, ...]:
+        """Other epochs of the last training."""
+        lms = () if self._tuned is None else self._tuned.lms
+        return checkpoint_choices(self.incumbent, lms, n=self.settings.n_checkpoints)
+
+    # -- searching
+
+    def search(
+        self, space: Space, allowance: Allowance, *, phase: Phase, name: str, starts: Sequence[Point] = ()
+    ) -> str:
+        """Run one study and adopt its best; why it stopped."""
+        space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
+        outcome = search(
+            space,
+            validation=self.validation,
+            allowance=allowance,
+            settings=replace(self.settings, seed=1000 * self.settings.seed + self._n_searched),
+            phase=phase,
+            starts=starts,
+            name=name,
+            watchers=self._watchers(name, space),
+        )
+        self._learn(name, space, outcome)
+        self.incumbent, self._last_search = outcome.best, outcome.stopped
+        calls = self.scope.charged_calls
+        for sentence in outcome.sentences(name, size=space.size, n=self.validation.n, calls=calls):
+            self.note(sentence)
+        if outcome.stopped == "budget" and allowance.ceiling >= self.scope.budget.calls:
+            self.stop("budget")  # and not merely this step's share
+        return outcome.stopped
+
+    def _watchers(self, name: str, space: Space) -> Watchers:
+        """Who is told of the trials of a study."""
+        journal = None
+        if self.journal is not None:
+            about = {"step": self.n_steps, "n_validation": self.validation.n, "seed": self.settings.seed}
+            journal = self.journal.study(f"step {self.n_steps}: {name}", attributes=about | space.texts)
+        return Watchers(progress=self.progress, journal=journal, forbids=self.forbids)
+
+    def _learn(self, name: str, space: Space, outcome: SearchOutcome) -> None:
+        """Remember the trials of a study."""
+        self._n_searched += len(outcome.trials)
+        self.n_trials += len(outcome.trials)
+        tried = [(space.candidate(trial.point), trial.outcome) for trial in outcome.trials]
+        scores = {one.key: self.validation.scores(one) for one, _ in [*tried, (space.incumbent, "")]}
+        values = {space.candidate(trial.point).key: trial.value for trial in outcome.trials}
+        self.memory.note_study(name, space.incumbent, tried, scores, values=values)
+        for trial in outcome.trials:
+            if trial.outcome == "complete" and trial.score is not None:
+                for part in space.candidate(trial.point).parts:
+                    known = self._past[part.predictor].get(part.instruction, -1.0)
+                    self._past[part.predictor][part.instruction] = max(known, trial.score)

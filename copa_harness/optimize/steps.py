@@ -1,24 +1,14 @@
 """The steps of a strategy: what each proposes, and under which condition it replaces the incumbent.
 
-Prompts, the alternating loop, weights, everything at once, and DSPy's own optimizers. A step ends by itself, with its
-share of the calls, or with the budget; whatever ends it, the incumbent is the best program so far.
+    p                        rounds of studies over instructions and demonstrations
+    demos -> instructions    one study after the other, in cycles, until converged
+    w                        a training; the tuned weights under whichever prompt serves them best
+    joint                    rounds of studies over weights and prompts at once
+    gepa, miprov2, ...       one of DSPy's own optimizers
+    ensemble                 the run's best programs asked together
 
-Rounds: studies in a row, each with fresh proposals made in the light of the ones before.
-
-Nothing can be learned about proposals before some were tried, and no demonstration set can be varied before one has
-proven itself; so a prompt step proposes more than once. Scores are kept between rounds, so a point that comes again
-costs nothing.
-
-The step that is one of DSPy's own optimizers: what it may use, and which of its programs is adopted.
-
-An optimizer that evaluates its result on validation itself uses all its calls, since scoring the result again costs
-nothing; from the others one scoring is held back. Knows runs and limits; how an optimizer is run is in `registry`.
-
-Ensemble: the run's best programs asked together, their answers put to the vote or averaged.
-
-DSPy's `Ensemble` over the programs this run has scored fully, best first; every member keeps its prompts and its
-weights. On validation it costs no call: its members' answers are known there. In use every answer costs one run of each
-member.
+A step ends by itself, with its share of the calls, or with the budget; whatever ends it, the incumbent is the best
+program so far.
 """
 
 from __future__ import annotations
@@ -39,19 +29,18 @@ from copa_harness.optimize.budget import Allowance, OutOfCalls, Replays
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.dspy_optimizers.kwargs import ENSEMBLE_KWARGS, check_kwargs
 from copa_harness.optimize.dspy_optimizers.registry import run_optimizer
-from copa_harness.optimize.propose.demos import labelled_pool, random_sets
+from copa_harness.optimize.propose.demos import labelled_demos, random_demos
 from copa_harness.optimize.propose.proposer import starting_points
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.progress import incumbent_text
 from copa_harness.optimize.search.space import (
     NO_DEMOS,
     DemoSet,
     InstructionOption,
     Point,
     Space,
-    WeightsLevel,
-    checkpoint_levels,
-    level_of,
+    WeightsChoice,
+    checkpoint_choices,
+    weights_choice,
 )
 from copa_harness.optimize.search.study import PERFECT
 from copa_harness.optimize.weights import Trained
@@ -61,12 +50,78 @@ from copa_harness.strategy import Step, StepKind
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run
 
+logger = logging.getLogger("copa_harness")
+
 MIN_FULL_SCORES = 3
 """Full scores a round must be able to pay for: less teaches nothing that the next round could use."""
+
+ENSEMBLE_SIZE = 3
+"""Members unless said otherwise: the fewest that can outvote one."""
 
 InstructionSets = Mapping[str, Sequence[InstructionOption]]
 
 DemoSets = Mapping[str, Sequence[DemoSet]]
+
+
+def execute(run: Run, steps: Sequence[Step], *, why_not: Callable[[], str | None] | None = None) -> None:
+    """Score the student, then take the steps in order until they, the budget, or a perfect score end it.
+
+    Args:
+        run: A fresh run.
+        steps: What is to be done.
+        why_not: Asked once the student is scored: why nothing needs to be done, or None.
+    """
+    if [step.kind for step in steps] == [StepKind.NONE]:
+        if run.constraints.any:
+            run.baseline()
+        return
+    if not run.baseline():
+        return
+    if why_not is not None and run.score < PERFECT and (reason := why_not()) is not None:
+        run.stop("out of reach", reason, headline=True)
+        return
+    for i, step in enumerate(steps):
+        if run.score >= PERFECT:
+            run.stop("perfect score", f"perfect score on validation before step {i + 1} ({step})")
+            return
+        with run.step(f"{i + 1}: {step}" if len(steps) > 1 else str(step)):
+            _take(run, step, steps[i + 1 :])
+    if run.score >= PERFECT and run.stopped == "completed":
+        run.stop("perfect score")
+
+
+def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
+    allowance = run.share(step, later)
+    try:
+        if step.kind is StepKind.WEIGHTS:
+            demos_ahead = any(s.kind is not StepKind.WEIGHTS for s in later)
+            _weights(run, allowance, demos_ahead=demos_ahead, is_all=run.n_steps == 1 and not later)
+        elif step.kind is StepKind.PROMPTS:
+            _prompts(run, allowance)
+        elif step.kind is StepKind.ALTERNATE:
+            _alternate(run, allowance)
+        elif step.kind is StepKind.JOINT:
+            _joint(run, allowance)
+        elif step.kind is StepKind.ENSEMBLE:
+            _ensemble(run)
+        else:
+            optimizer_step(run, step, allowance)
+    except (OutOfCalls, BudgetExhausted):
+        run.stop("budget", f"the budget ended step {step}; the best program so far is kept")
+
+
+# -- prompts
+
+
+def _prompts(run: Run, allowance: Allowance) -> None:
+    """Studies over instructions and demonstrations, and over the other weights of a training before it."""
+    tuned = run.tuned_choices()
+    own = weights_choice(run.incumbent)
+
+    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
+        return starting_points(instructions, demos, weights=(own, *tuned))
+
+    search_in_rounds(run, allowance, name="p", choices=[*tuned, *run.checkpoint_choices()], first_starts=starts)
 
 
 def search_in_rounds(
@@ -74,7 +129,7 @@ def search_in_rounds(
     allowance: Allowance,
     *,
     name: str,
-    levels: Sequence[WeightsLevel],
+    choices: Sequence[WeightsChoice],
     first_starts: Callable[[InstructionSets, DemoSets], Sequence[Point]],
 ) -> None:
     """Search instructions, demonstrations and weights in `n_rounds` studies.
@@ -86,7 +141,7 @@ def search_in_rounds(
         run: Proposes, searches and adopts.
         allowance: Calls of all rounds together.
         name: Of the first study; later ones are numbered.
-        levels: Weights beside the incumbent's.
+        choices: Weights beside the incumbent's.
         first_starts: Points the first study begins with, from its proposals.
     """
     n_rounds = run.settings.n_rounds
@@ -99,7 +154,7 @@ def search_in_rounds(
         demos = run.demo_options(share)
         instructions = run.instruction_options(share)
         starts = first_starts(instructions, demos) if number == 1 else _fresh_starts(instructions, demos)
-        space = Space.around(run.incumbent, weights=levels, instructions=instructions, demos=demos)
+        space = Space.around(run.incumbent, weights=choices, instructions=instructions, demos=demos)
         title = name if number == 1 else f"{name}, round {number}"
         if run.search(space, share, phase=Phase.SEARCH, name=title, starts=starts) == "no head-room":
             return
@@ -123,6 +178,139 @@ def _fresh_starts(instructions: InstructionSets, demos: DemoSets) -> list[Point]
     return [*shown, *instruction_starts(instructions)]
 
 
+def _alternate(run: Run, allowance: Allowance) -> None:
+    """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
+
+    Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle that improves by less than `epsilon`
+    over both halves, or by no more than one standard error of the paired differences, has converged; neither counts
+    with an `epsilon` of 0.
+    """
+    for cycle in range(run.settings.max_cycles):
+        before, first = run.score, run.incumbent
+        # Every cycle may use half of what is left, the last one all of it, and so may one whose half is too little to
+        # score a single candidate; demonstrations have more to choose from.
+        cost = run.full_score_cost
+        half = run.fraction(allowance, 1 / 2)
+        cycle_share = half if cycle + 1 < run.settings.max_cycles and half.can_afford(cost) else allowance
+        two_thirds = run.fraction(cycle_share, 2 / 3)
+        demos_share = two_thirds if two_thirds.can_afford(cost) else cycle_share
+        space = Space.around(run.incumbent, demos=run.demo_options(demos_share))
+        run.search(space, demos_share, phase=Phase.DEMOS, name=f"demos {cycle + 1}")
+        if run.score < PERFECT:
+            instructions = run.instruction_options(cycle_share)
+            space = Space.around(run.incumbent, instructions=instructions)
+            name, starts = f"instructions {cycle + 1}", instruction_starts(instructions)
+            run.search(space, cycle_share, phase=Phase.INSTRUCTIONS, name=name, starts=starts)
+        if run.score >= PERFECT:
+            run.stop("perfect score")
+            return
+        if not allowance.can_afford(run.full_score_cost):
+            run.stop("budget")
+            return
+        noise = run.validation.standard_error(run.incumbent, first) if run.settings.epsilon else 0.0
+        if run.score - before < run.settings.epsilon or 0 < run.score - before <= noise + 1e-9:
+            why = (
+                f"less than epsilon {run.settings.epsilon:g}"
+                if run.score - before < run.settings.epsilon
+                else f"no more than the noise (a standard error of {noise:.3f}, paired)"
+            )
+            improved = f"cycle {cycle + 1} improved validation by {run.score - before:+.3f}"
+            run.stop("converged", f"converged: {improved}, {why}")
+            return
+    said = f"stopped after max_cycles = {run.settings.max_cycles} cycles, the last of which still improved"
+    run.stop("max_cycles", said)
+
+
+# -- weights
+
+
+def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool, is_all: bool) -> None:
+    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse.
+
+    Where there is nothing to train on the program stays as it is, unless weights are all that was asked for.
+    """
+    if is_all:
+        trained: Trained | None = run.train(demos_ahead=demos_ahead, keep=True)
+    else:
+        trained = _trained(run, demos_ahead=demos_ahead, otherwise="the weights stay as they are", keep=True)
+    if trained is None:
+        return
+    run.note(f"w: {trained.note}")
+    whole = Allowance(run.scope, math.inf)
+    best: Candidate | None = None
+    for candidate in _serving_prompts(run, trained):
+        # The first prompt is always tried; further ones only within this step's share.
+        if best is not None and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
+            break
+        run.validation.complete(candidate, allowance=whole, phase=Phase.WEIGHTS)
+        logger.info("w: tuned weights, %d demonstrations: %.3f", candidate.n_demos, run.validation.mean(candidate))
+        if best is None or _goes_before(run, candidate, best):
+            best = candidate
+    if best is not None:
+        run.adopt(best, what="w: tuned weights")
+
+
+def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
+    """The incumbent's prompts on the tuned weights; fresh demonstrations as in training; none."""
+    tuned = run.incumbent.with_lms(trained.lms)
+    found = [tuned]
+    if trained.n_demos:
+        fresh: dict[str, tuple[Any, ...]] = {}
+        for i, (name, predictor) in enumerate(run.incumbent.template.named_predictors()):
+            generator = np.random.default_rng([run.settings.seed, run.n_steps, i, 707])
+            labelled = labelled_demos(predictor.signature, run.context.trainset)
+            if demos := random_demos(labelled, trained.n_demos, generator):
+                fresh[name] = demos
+        found.append(tuned.with_demos(fresh))
+        found.append(tuned.with_demos({part.predictor: NO_DEMOS.demos for part in tuned.parts}))
+    return list({candidate.key: candidate for candidate in found}.values())
+
+
+def _goes_before(run: Run, candidate: Candidate, best: Candidate) -> bool:
+    """Whether a candidate is to be preferred: what keeps the limits to what does not, then the better one."""
+    breaks, best_breaks = run.forbids(candidate) is not None, run.forbids(best) is not None
+    return run.validation.is_better(candidate, best) if breaks == best_breaks else best_breaks
+
+
+def _trained(run: Run, *, demos_ahead: bool, otherwise: str, keep: bool = False) -> Trained | None:
+    """Tuned weights, or None and a note where there is nothing to train on or the training went astray."""
+    try:
+        return run.train(demos_ahead=demos_ahead, keep=keep)
+    except (NoTrainingRowsError, TrainingDivergedError) as error:
+        text = f"no weights were trained, {otherwise}: {error}"
+        if text not in run.notes:
+            run.note(text, headline=True)
+            run.progress.say(text)
+        return None
+
+
+def _joint(run: Run, allowance: Allowance) -> None:
+    """One study over weights and prompts at once.
+
+    Weights to choose from: as they are, tuned behind demonstrations, tuned bare, and checkpoints of both trainings.
+    """
+    choices: list[WeightsChoice] = []
+    others: list[WeightsChoice] = []
+    for demos_ahead in (True, False):
+        trained = _trained(run, demos_ahead=demos_ahead, otherwise="prompts are searched without such weights")
+        if trained is None:
+            continue
+        run.note(f"joint: {trained.note}")
+        choices.append(weights_choice(run.incumbent.with_lms(trained.lms)))
+        others.extend(checkpoint_choices(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
+
+    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
+        first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
+        bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
+        tuned = [{"weights": choices[0].name, **first}, {"weights": choices[-1].name, **bare}] if choices else []
+        return [*tuned, *starting_points(instructions, demos)]
+
+    search_in_rounds(run, allowance, name="joint", choices=[*choices, *others], first_starts=starts)
+
+
+# -- DSPy's optimizers
+
+
 def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
     """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation.
 
@@ -144,17 +332,17 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
     job = OptimizerJob(
         name=step.name,
         incumbent=run.incumbent,
-        trainset=run.constraints.allowed_examples(run.trainset),
+        trainset=run.constraints.allowed_examples(run.context.trainset),
         valset=run.validation.examples,
-        metric=run.metric,
+        metric=run.context.metric,
         allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - reserved),
         calls_per_example=run.validation.calls_per_example(run.incumbent),
-        prompt_lm=run.prompt_lm,
+        prompt_lm=run.context.prompt_lm,
         threads=run.settings.threads,
         seed=run.settings.seed,
         n_demos=run.settings.max_demos,
         kwargs=kwargs,
-        teacher=run.teacher,
+        teacher=run.context.teacher,
         min_score=run.settings.pass_score,
         shows=run.constraints.allows,
         known=frozenset(one.key for one in run.validation.completed()),
@@ -172,9 +360,9 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
             if i > 0 and not is_free and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
                 unpaid = True
                 continue
-            purse = Replays(run.scope, math.inf) if is_free else Allowance(run.scope, math.inf)
+            whole = Replays(run.scope, math.inf) if is_free else Allowance(run.scope, math.inf)
             try:
-                run.validation.complete(candidate, allowance=purse, phase=Phase.SEARCH)
+                run.validation.complete(candidate, allowance=whole, phase=Phase.SEARCH)
             except (OutOfCalls, BudgetExhausted):
                 unpaid = True
                 continue
@@ -192,12 +380,22 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
         raise OutOfCalls
 
 
-SIZE = 3
-"""Members unless said otherwise: the fewest that can outvote one."""
+# -- ensemble
+
+
+def _ensemble(run: Run) -> None:
+    """The best programs of the run, asked together."""
+    best_first = sorted(allowed(run), key=run.validation.mean, reverse=True)
+    candidate = ensemble_of(best_first, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
+    run.validation.complete(candidate, allowance=Replays(run.scope, math.inf), phase=Phase.SEARCH)
+    run.adopt(candidate, what=candidate.structure)
 
 
 def ensemble_of(candidates: Sequence[Candidate], *, kwargs: Mapping[str, Any] | None = None) -> Candidate:
-    """The ensemble of the first candidates.
+    """The first candidates asked together, by DSPy's `Ensemble`: their answers put to the vote, or averaged.
+
+    Every member keeps its prompts and its weights. On validation it costs no call: its members' answers are known
+    there. In use every answer costs one run of each member.
 
     Args:
         candidates: Fully scored candidates, best first.
@@ -207,7 +405,7 @@ def ensemble_of(candidates: Sequence[Candidate], *, kwargs: Mapping[str, Any] | 
         ConfigurationError: Fewer than two candidates, or an argument that cannot be used.
     """
     check_kwargs("ensemble", kwargs or {}, known=ENSEMBLE_KWARGS)
-    given = {"size": SIZE, "reduce": "majority", **(kwargs or {})}
+    given = {"size": ENSEMBLE_SIZE, "reduce": "majority", **(kwargs or {})}
     size, reduce = given["size"], given["reduce"]
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ConfigurationError(f"got size={size!r} for ensemble; expected a whole number of at least 2")
@@ -255,207 +453,3 @@ def _answer(prediction: Any) -> tuple[tuple[str, str], ...]:
 
 REDUCERS: dict[str, Callable[[Sequence[Any]], Any]] = {"majority": majority, "mean": mean}
 """How answers become one."""
-
-logger = logging.getLogger("copa_harness")
-
-
-def execute(run: Run, steps: Sequence[Step], *, why_not: Callable[[], str | None] | None = None) -> None:
-    """Score the student, then take the steps in order until they, the budget, or a perfect score end it.
-
-    Args:
-        run: A fresh run.
-        steps: What is to be done.
-        why_not: Asked once the student is scored: why nothing needs to be done, or None.
-    """
-    if [step.kind for step in steps] == [StepKind.NONE]:
-        if run.constraints.any:
-            run.baseline()
-        return
-    if not run.baseline():
-        return
-    if why_not is not None and run.score < PERFECT and (reason := why_not()) is not None:
-        run.stopped = "out of reach"
-        run.note(reason, headline=True)
-        return
-    for i, step in enumerate(steps):
-        if run.score >= PERFECT:
-            run.stopped = "perfect score"
-            run.note(f"perfect score on validation before step {i + 1} ({step})")
-            return
-        run.n_steps += 1
-        before = len(run.notes)
-        name = f"{i + 1}: {step}" if len(steps) > 1 else str(step)
-        with run.recorded(name, before):
-            scores = run.validation.scores(run.incumbent)
-            run.progress.say(f"step {name}: from {incumbent_text(scores)}")
-            run.progress.at(f"step {name}", scores=scores)
-            _take(run, step, steps[i + 1 :])
-    if run.score >= PERFECT and run.stopped == "completed":
-        run.stopped = "perfect score"
-
-
-def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
-    allowance = run.share(step, later)
-    try:
-        if step.kind is StepKind.WEIGHTS:
-            demos_ahead = any(s.kind is not StepKind.WEIGHTS for s in later)
-            _weights(run, allowance, demos_ahead=demos_ahead, is_all=run.n_steps == 1 and not later)
-        elif step.kind is StepKind.PROMPTS:
-            _prompts(run, allowance)
-        elif step.kind is StepKind.ALTERNATE:
-            _alternate(run, allowance)
-        elif step.kind is StepKind.JOINT:
-            _joint(run, allowance)
-        elif step.kind is StepKind.ENSEMBLE:
-            _ensemble(run)
-        else:
-            optimizer_step(run, step, allowance)
-    except (OutOfCalls, BudgetExhausted):
-        run.budget_note(step)
-
-
-def _prompts(run: Run, allowance: Allowance) -> None:
-    """Studies over instructions and demonstrations, and over the other weights of a training before it."""
-    levels = run.open_levels()
-    own = level_of(run.incumbent)
-
-    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
-        return starting_points(instructions, demos, weights=(own, *levels))
-
-    search_in_rounds(run, allowance, name="p", levels=[*levels, *run.checkpoint_levels()], first_starts=starts)
-
-
-def _alternate(run: Run, allowance: Allowance) -> None:
-    """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
-
-    Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle that improves by less than `epsilon`
-    over both halves, or by no more than one standard error of the paired differences, has converged; neither counts
-    with an `epsilon` of 0.
-    """
-    for cycle in range(run.settings.max_cycles):
-        before, first = run.score, run.incumbent
-        # Every cycle may use half of what is left, the last one all of it, and so may one whose half is too little to
-        # score a single candidate; demonstrations have more to choose from.
-        cost = run.full_score_cost
-        half = run.fraction(allowance, 1 / 2)
-        cycle_share = half if cycle + 1 < run.settings.max_cycles and half.can_afford(cost) else allowance
-        two_thirds = run.fraction(cycle_share, 2 / 3)
-        demos_share = two_thirds if two_thirds.can_afford(cost) else cycle_share
-        space = Space.around(run.incumbent, demos=run.demo_options(demos_share))
-        run.search(space, demos_share, phase=Phase.DEMOS, name=f"demos {cycle + 1}")
-        if run.score < PERFECT:
-            instructions = run.instruction_options(cycle_share)
-            space = Space.around(run.incumbent, instructions=instructions)
-            name, starts = f"instructions {cycle + 1}", instruction_starts(instructions)
-            run.search(space, cycle_share, phase=Phase.INSTRUCTIONS, name=name, starts=starts)
-        if run.score >= PERFECT:
-            run.stopped = "perfect score"
-            return
-        if not allowance.can_afford(run.full_score_cost):
-            run.stopped = "budget"
-            return
-        noise = run.validation.standard_error(run.incumbent, first) if run.settings.epsilon else 0.0
-        if run.score - before < run.settings.epsilon or 0 < run.score - before <= noise + 1e-9:
-            run.stopped = "converged"
-            why = (
-                f"less than epsilon {run.settings.epsilon:g}"
-                if run.score - before < run.settings.epsilon
-                else f"no more than the noise (a standard error of {noise:.3f}, paired)"
-            )
-            run.note(f"converged: cycle {cycle + 1} improved validation by {run.score - before:+.3f}, {why}")
-            return
-    run.stopped = "max_cycles"
-    run.note(f"stopped after max_cycles = {run.settings.max_cycles} cycles, the last of which still improved")
-
-
-def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool, is_all: bool) -> None:
-    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse.
-
-    Where there is nothing to train on the program stays as it is, unless weights are all that was asked for.
-    """
-    if is_all:
-        trained = run.tuned = run.train(demos_ahead=demos_ahead)
-    elif (found := _trained(run, demos_ahead=demos_ahead, otherwise="the weights stay as they are")) is not None:
-        trained = run.tuned = found
-    else:
-        return
-    run.note(f"w: {trained.note}")
-    whole = Allowance(run.scope, math.inf)
-    best: Candidate | None = None
-    for candidate in _serving_prompts(run, trained):
-        # The first prompt is always tried; further ones only within this step's share.
-        if best is not None and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
-            break
-        run.validation.complete(candidate, allowance=whole, phase=Phase.WEIGHTS)
-        logger.info("w: tuned weights, %d demonstrations: %.3f", candidate.n_demos, run.validation.mean(candidate))
-        if best is None or _goes_before(run, candidate, best):
-            best = candidate
-    if best is not None:
-        run.adopt(best, what="w: tuned weights")
-
-
-def _goes_before(run: Run, candidate: Candidate, best: Candidate) -> bool:
-    """Whether a candidate is to be preferred: what keeps the limits to what does not, then the better one."""
-    breaks, best_breaks = run.forbids(candidate) is not None, run.forbids(best) is not None
-    return run.validation.is_better(candidate, best) if breaks == best_breaks else best_breaks
-
-
-def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
-    """The incumbent's prompts on the tuned weights; fresh demonstrations as in training; none."""
-    tuned = run.incumbent.with_lms(trained.lms)
-    found = [tuned]
-    if trained.n_demos:
-        fresh: dict[str, tuple[Any, ...]] = {}
-        for i, (name, predictor) in enumerate(run.incumbent.template.named_predictors()):
-            generator = np.random.default_rng([run.settings.seed, run.n_steps, i, 707])
-            pool = labelled_pool(predictor.signature, run.trainset)
-            sets = random_sets(pool, label="labelled", counts={trained.n_demos: 1}, generator=generator)
-            if sets:
-                fresh[name] = sets[0].demos
-        found.append(tuned.with_demos(fresh))
-        found.append(tuned.with_demos({part.predictor: NO_DEMOS.demos for part in tuned.parts}))
-    return list({candidate.key: candidate for candidate in found}.values())
-
-
-def _trained(run: Run, *, demos_ahead: bool, otherwise: str) -> Trained | None:
-    """Tuned weights, or None and a note where there is nothing to train on or the training went astray."""
-    try:
-        return run.train(demos_ahead=demos_ahead)
-    except (NoTrainingRowsError, TrainingDivergedError) as error:
-        text = f"no weights were trained, {otherwise}: {error}"
-        if text not in run.notes:
-            run.note(text, headline=True)
-            run.progress.say(text)
-        return None
-
-
-def _joint(run: Run, allowance: Allowance) -> None:
-    """One study over weights and prompts at once.
-
-    Levels of the weights: as they are, tuned behind demonstrations, tuned bare, and checkpoints of both trainings.
-    """
-    levels: list[WeightsLevel] = []
-    others: list[WeightsLevel] = []
-    for demos_ahead in (True, False):
-        trained = _trained(run, demos_ahead=demos_ahead, otherwise="prompts are searched without such weights")
-        if trained is None:
-            continue
-        run.note(f"joint: {trained.note}")
-        levels.append(level_of(run.incumbent.with_lms(trained.lms)))
-        others.extend(checkpoint_levels(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
-
-    def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
-        first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
-        bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
-        tuned = [{"weights": levels[0].name, **first}, {"weights": levels[-1].name, **bare}] if levels else []
-        return [*tuned, *starting_points(instructions, demos)]
-
-    search_in_rounds(run, allowance, name="joint", levels=[*levels, *others], first_starts=starts)
-
-
-def _ensemble(run: Run) -> None:
-    """The best programs of the run, asked together."""
-    best_first = sorted(allowed(run), key=run.validation.mean, reverse=True)
-    candidate = ensemble_of(best_first, kwargs=run.settings.optimizer_kwargs.get("ensemble"))
-    run.validation.complete(candidate, allowance=Replays(run.scope, math.inf), phase=Phase.SEARCH)
-    run.adopt(candidate, what=candidate.structure)

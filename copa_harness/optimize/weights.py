@@ -18,19 +18,18 @@ import dspy
 import numpy as np
 
 from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
-from copa_harness.evaluate.metrics import Metric, call_metric
+from copa_harness.evaluate.metrics import call_metric
 from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.context import current_scope
-from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize.propose.schema import is_fully_labelled
-from copa_harness.optimize.search.candidate import Candidate, model_name
+from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
+    from copa_harness.optimize.context import SearchContext
+    from copa_harness.optimize.options import SearchOptions
     from copa_harness.tune.rows import RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
-
-from copa_harness.optimize.options import SearchOptions
 
 logger = logging.getLogger("copa_harness")
 
@@ -43,26 +42,26 @@ class WeightsJob:
     """One training to be done.
 
     Attributes:
+        context: Training examples, or rows to train on instead; how to train, and the seed.
         incumbent: Whose prompts are served and whose models are tuned.
-        trainset: Training examples.
-        metric: Decides which traces pass.
-        settings: How to train.
         demos_ahead: Whether a step that searches demonstrations follows.
-        seed: Of the demonstrations drawn, and of the training when `settings.lora` is not given.
-        threads: Examples in flight at once while tracing.
         can_afford_traces: Whether the budget pays for a pass over the training examples.
-        finetune_data: Rows ``{"messages": [...]}`` to train on instead.
     """
 
+    context: SearchContext
     incumbent: Candidate
-    trainset: Sequence[dspy.Example]
-    metric: Metric
-    settings: SearchOptions
     demos_ahead: bool
-    seed: int
-    threads: int
     can_afford_traces: bool
-    finetune_data: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def settings(self) -> SearchOptions:
+        """How to train."""
+        return self.context.settings
+
+    @property
+    def seed(self) -> int:
+        """Of the demonstrations drawn, and of the training when `settings.lora` is not given."""
+        return self.context.settings.seed
 
     @property
     def n_demos(self) -> int:
@@ -70,7 +69,7 @@ class WeightsJob:
         if self.settings.lora_settings(with_demos=False, seed=0).demonstrations == "drop":
             return 0
         wanted = self.incumbent.n_demos or (self.settings.max_demos if self.demos_ahead else 0)
-        return max(0, min(wanted, len(self.trainset) - 1))
+        return max(0, min(wanted, len(self.context.trainset) - 1))
 
     @property
     def n_epochs(self) -> int:
@@ -141,13 +140,14 @@ def _rows(job: WeightsJob) -> _Rows:
     from copa_harness.tune.rows import RowDemos, TrainingRow
 
     names = [part.predictor for part in job.incumbent.parts]
-    if job.finetune_data is not None:
-        given = [TrainingRow.from_chat(row) for row in job.finetune_data]
+    if job.context.finetune_data is not None:
+        given = [TrainingRow.from_chat(row) for row in job.context.finetune_data]
         by_predictor: dict[str, Sequence[TrainingRow]] = dict.fromkeys(names, ())
         by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
         return _Rows(by_predictor, 0, "the user", "as in the rows")
     program = job.incumbent.program()
-    labelled = all(is_fully_labelled(predictor.signature, job.trainset) for _, predictor in program.named_predictors())
+    signatures = [predictor.signature for _, predictor in program.named_predictors()]
+    labelled = all(is_fully_labelled(signature, job.context.trainset) for signature in signatures)
     source = "gold labels" if labelled else "passing traces"
     bare, n_examples = _rendered(job, program, labelled, demos=RowDemos("none", seed=job.seed))
     n_demos = max(0, min(job.n_demos, n_examples - 1))
@@ -178,8 +178,8 @@ def _rendered(
 
     adapter = default_adapter()
     if labelled:
-        rows = render_rows(program, job.trainset, demos=demos, adapter=adapter)
-        return rows, len(job.trainset)
+        rows = render_rows(program, job.context.trainset, demos=demos, adapter=adapter)
+        return rows, len(job.context.trainset)
     if not job.can_afford_traces:
         raise NoTrainingRowsError(
             "the budget does not pay for a pass over the training examples, which the weights step needs here; "
@@ -188,26 +188,16 @@ def _rendered(
     with current_scope().phase(Phase.BOOTSTRAP), dspy.context(adapter=adapter, disable_history=True):
         traced = rows_from_traces(
             program,
-            job.trainset,
+            job.context.trainset,
             metric=lambda example, prediction, trace: call_metric(
-                job.metric, example, prediction=prediction, trace=trace
+                job.context.metric, example, prediction=prediction, trace=trace
             ),
             demos=demos,
             pass_score=job.settings.pass_score,
             adapter=adapter,
-            threads=job.threads,
+            threads=job.context.settings.threads,
         )
     return traced.rows, traced.n_passed
-
-
-def _takes_lora(lm: Any) -> bool:
-    return isinstance(lm, MeteredLM) and lm.engine.takes_lora
-
-
-def is_tunable(lm: Any) -> bool:
-    """Whether a model can be fine-tuned: by LoRA here, or by its DSPy provider."""
-    provider = getattr(lm, "provider", None)
-    return _takes_lora(lm) or bool(getattr(provider, "finetunable", False))
 
 
 def _check_tunable(lm: Any) -> None:
@@ -221,7 +211,7 @@ def _check_tunable(lm: Any) -> None:
 
 def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> tuple[Any, str]:
     """The tuned model, by LoRA for a local engine, by DSPy's provider for any other; and which rows were left out."""
-    if _takes_lora(lm):
+    if takes_lora(lm):
         adapter = _lora(lm, rows, job, made)
         return lm.copy(model=adapter.model), _over_long_note(adapter, n_rows=len(rows))
     from dspy.clients.utils_finetune import TrainDataFormat

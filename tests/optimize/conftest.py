@@ -11,6 +11,9 @@ from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness import COPA
 from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.optimize.context import SearchContext
+from copa_harness.optimize.options import SearchOptions
+from copa_harness.optimize.search.scoring import Validation
 
 RULE = re.compile(r"If size is (below|at least) ([\d.]+) answer (\w+), otherwise answer (\w+)\.")
 
@@ -108,6 +111,15 @@ def make_toy():
         provider=provider,
         make_rows=make_rows,
     )
+
+
+def context_of(toy, student, *, prompt_lm=None, teacher=None, **settings):
+    """What a search over a program of the toy task is given; settings are those of `SearchOptions`."""
+    options, validation = (
+        SearchOptions(threads=4, **settings),
+        Validation(toy.val, metric=toy.metric, threads=4, seed=0),
+    )
+    return SearchContext(student, toy.train, validation, toy.metric, options, prompt_lm=prompt_lm, teacher=teacher)
 
 
 class TwoStages(dspy.Module):

@@ -1,4 +1,4 @@
-"""The last look: the program as written is only given up on paired evidence, if possible on rows held back."""
+"""Adoption: the program as written is only given up on paired evidence, if possible on rows held back."""
 
 import hashlib
 import math
@@ -8,7 +8,7 @@ import pytest
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.adoption import MIN_HELD_BACK, n_held_back, planned
+from copa_harness.optimize.adoption import MIN_HELD_BACK, n_held_back, plan_holdout
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.finalists import N_FINALISTS
 from copa_harness.optimize.search.candidate import Candidate
@@ -28,8 +28,8 @@ def split(toy, rows, *, calls=3_000):
     whole = Validation(rows, metric=toy.metric, threads=1, seed=0)
     student = Candidate.of(toy.program(), lm=toy.lm())
     settings = COPA(metric=toy.metric, strategy="p").settings
-    search, look = planned(whole, student, parse_strategy("p"), settings, n_training=24, calls=calls)
-    return search, look.held_back
+    search, plan = plan_holdout(whole, student, parse_strategy("p"), settings, n_training=24, calls=calls)
+    return search, plan.rows
 
 
 @pytest.mark.parametrize(

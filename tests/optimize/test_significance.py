@@ -29,9 +29,9 @@ def test_the_best_of_many_equals_passes_no_more_often_than_the_level():
     generator = np.random.default_rng(0)
     passed = 0
     for _ in range(300):
-        sheets = (generator.random((9, 25)) < 0.7).astype(float).tolist()
-        best = max(sheets[1:], key=sum)
-        passed += chosen_p_value(sheets[0], best, sheets[1:]) <= 0.2
+        scores = (generator.random((9, 25)) < 0.7).astype(float).tolist()
+        best = max(scores[1:], key=sum)
+        passed += chosen_p_value(scores[0], best, scores[1:]) <= 0.2
     assert passed / 300 <= 0.2 + 2 * (0.2 * 0.8 / 300) ** 0.5
 
 

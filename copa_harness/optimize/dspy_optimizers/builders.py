@@ -3,17 +3,10 @@
 Symbols: B = calls it may use, V and T = calls of one pass over the validation and the training examples. A full
 evaluation costs V, bootstrapping at most T in all, and mostly far less (the same example asked again is free in one
 scope); so it is left out of the sizes: an optimizer that would be equal to its rivals uses its whole budget, and what
-overshoots is stopped by the step's scope with the best program kept. Knows constructor signatures of DSPy 3.4.1.
+overshoots is stopped by the step's scope with the best program kept. Those that write instructions (MIPROv2, COPRO,
+GEPA, SIMBA, InferRules) write with the prompt LM if there is one, else with the task model (GEPA refuses that).
 
-How DSPy's optimizers that write instructions are built and sized: MIPROv2, COPRO, GEPA, SIMBA, InferRules.
-
-They write with the prompt LM if there is one, else with the task model (GEPA refuses that). Symbols as in `builders`:
-B = calls it may use, V and T = calls of one pass over the validation and the training examples.
-
-BootstrapFewShotWithOptuna with a seed, and for predictors that nothing was bootstrapped for.
-
-DSPy's own draws from Optuna without a seed, so no two runs agree, and fails on a predictor without demonstrations to
-choose from (``low=0 high=-1``).
+Written for the constructors of DSPy 3.4.1.
 """
 
 from __future__ import annotations
@@ -43,7 +36,8 @@ from copa_harness.optimize.dspy_optimizers.contract import (
     teacher_for,
 )
 from copa_harness.optimize.dspy_optimizers.kwargs import KNN_KWARGS, check_kwargs
-from copa_harness.optimize.dspy_optimizers.student import forgiving
+from copa_harness.optimize.dspy_optimizers.student import tolerant
+from copa_harness.optimize.propose.reflection import expected_feedback, feedback_in
 from copa_harness.optimize.propose.schema import is_fully_labelled
 from copa_harness.wording import counted
 
@@ -272,7 +266,7 @@ def _gepa(job: OptimizerJob) -> Built:
         "warn_on_score_mismatch": False,
         # Its proposals come in JSON through an adapter of its own, and one that does not parse is only logged.
         "instruction_proposer": InstructionProposer(
-            adapter=forgiving(dspy.JSONAdapter(), program=job.incumbent.template, count=job.proposals)
+            adapter=tolerant(dspy.JSONAdapter(), program=job.incumbent.template, count=job.proposals)
         ),
     }
     if {"auto", "max_full_evals"} & set(job.kwargs):
@@ -287,14 +281,10 @@ def _with_feedback(job: OptimizerJob) -> Callable[..., Any]:
 
     def metric(gold: dspy.Example, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any:
         score = job.scored(gold, pred, trace)
-        feedback = None
+        said = ""
         if takes_arguments(job.metric, 5):  # only such a metric can be made to give feedback
-            feedback = getattr(job.metric(gold, pred, trace, pred_name, pred_trace), "feedback", None)
-        if not feedback:
-            labels = {key: value for key, value in gold.items() if key not in gold.inputs()}
-            said = ", ".join(f"{key} = {value}" for key, value in labels.items())
-            feedback = f"Score {score:g} of 1. The right answer: {said}."
-        return dspy.Prediction(score=score, feedback=feedback)
+            said = feedback_in(job.metric(gold, pred, trace, pred_name, pred_trace))
+        return dspy.Prediction(score=score, feedback=said or expected_feedback(gold, score, say=str))
 
     return metric
 

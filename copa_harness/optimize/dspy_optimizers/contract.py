@@ -1,7 +1,8 @@
-"""The user's own arguments for a DSPy optimizer, put wherever DSPy takes them; unknown ones refused by name.
+"""What goes into a DSPy optimizer and what comes out: `OptimizerJob`, `Built`, `OptimizerOutcome`.
 
-Two of ours go wherever they are taken as well: the teacher, and the score from which a bootstrapped answer passes (DSPy
-takes any score above 0).
+The user's own arguments are put wherever DSPy takes them (`split_kwargs`), and unknown ones refused by name. Two of
+ours go wherever they are taken as well: the teacher, and the score from which a bootstrapped answer passes (DSPy takes
+any score above 0).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dspy.predict.knn import KNN
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from copa_harness.evaluate.runner import run_examples
-from copa_harness.optimize.propose.demos import labelled_pool, traced_pools
+from copa_harness.optimize.propose.demos import labelled_demos, traced_demos
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class _Neighbours:
         traced = [self.traces[id(one)][name] for one in with_trace]
         shown = {id(one) for one in with_trace}
         others = [one for one in nearest if id(one) not in shown]
-        labelled = [demo for demo, _ in labelled_pool(signature, others)][: max(0, self.n_labeled - len(traced))]
+        labelled = [demo for demo, _ in labelled_demos(signature, others)][: max(0, self.n_labeled - len(traced))]
         return [demo for demo in (*traced, *labelled) if self.shows(demo)]
 
 
@@ -177,6 +177,6 @@ class NeighboursOptimizer(Teleprompter):
         )
         found: dict[int, dict[str, dspy.Example]] = {}
         for example, run in zip(job.trainset, runs, strict=True):
-            pools = traced_pools(program, [example], [run], min_score=job.min_score)
+            pools = traced_demos(program, [example], [run], min_score=job.min_score)
             found[id(example)] = {name: pool[0][0] for name, pool in pools.items() if pool}
         return found

@@ -1,14 +1,8 @@
-"""The words of `constraints={...}` and `optimizer_kwargs={...}`, checked where they are written.
+"""The names in `optimizer_kwargs={...}`, checked where they are written, without importing DSPy.
 
-Plain Python, so that a wrong name or value is refused before anything heavy is loaded (a marker is read when tests are
-collected). Keyword names of DSPy's own classes are read from its source (`keywords`), and checked again when one is
-built (`arguments`).
-
-Which arguments DSPy's optimizers take, read from DSPy's source without importing it.
-
-A marker is read when tests are collected, and importing DSPy takes seconds; reading two signatures from one file takes
-milliseconds and holds for whatever version is installed. What cannot be found this way is not checked here: the
-optimizer refuses it when it is built (`arguments`).
+A marker is read when tests are collected, and importing DSPy takes seconds; reading two signatures from its source
+takes milliseconds and holds for whatever version is installed (`keywords_of`). What cannot be found this way is refused
+when the optimizer is built (`contract.split_kwargs`).
 """
 
 from __future__ import annotations

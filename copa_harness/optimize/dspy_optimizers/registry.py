@@ -3,16 +3,16 @@
 What DSPy 3.4 does on its own, and what is done about it here:
 
 * Demo optimizers refuse a program marked compiled, and drop the predictors' models: the mark is cleared and models are
-  kept (`students`), so a `p` after a `w` works on the tuned model, and every stage on its own.
+  kept (`student.ready`), so a `p` after a `w` works on the tuned model, and every stage on its own.
 * A spent budget must stop an optimizer that swallows exceptions: `BudgetExhausted` is no `Exception`, and the best
   program of its complete evaluations is recovered through a callback.
 * BetterTogether logs a failed step and returns a program flagged `flag_compilation_error_occurred`: raised here.
 * InferRules writes instructions into the signature class its candidates share, so what it returns is its last
   candidate, not its best: the recorded evaluation of the best is taken instead.
-* An instruction proposal that does not parse ends MIPROv2, COPRO and InferRules: see `forgiving`.
+* An instruction proposal that does not parse ends MIPROv2, COPRO and InferRules: see `student.tolerant`.
 * Prints, progress bars and loggers go to our logger at DEBUG.
 
-Knows how to run an optimizer; how each is built and sized is in `builders`.
+How each optimizer is built and sized is in `builders`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from copa_harness.lm.context import current_scope
 from copa_harness.optimize.budget import step_scope
 from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.dspy_optimizers.contract import MAX_ERRORS, Built, OptimizerJob, OptimizerOutcome
-from copa_harness.optimize.dspy_optimizers.student import Evaluations, forgiving, models_in, quiet, ready
+from copa_harness.optimize.dspy_optimizers.student import Evaluations, models_in, ready, silence_logs, tolerant
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.results import Phase
 
@@ -52,7 +52,7 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
     student = ready(job.incumbent.program())
     notes: list[str] = []
     count = job.proposals
-    adapter = forgiving(default_adapter(), program=student, count=count)
+    adapter = tolerant(default_adapter(), program=student, count=count)
     keeps_lms = False
     seen = Evaluations(
         job.valset,
@@ -72,7 +72,7 @@ def run_optimizer(job: OptimizerJob) -> OptimizerOutcome:
             max_errors=MAX_ERRORS,
             disable_history=True,
         ),
-        quiet(job.name),
+        silence_logs(job.name),
     ):
         built = build(job)
         keeps_lms = built.tunes_weights

@@ -1,27 +1,21 @@
-"""Programs made ready for DSPy's optimizers: their predictors keep the models they run on.
+"""A DSPy optimizer's student: its models kept, its writers tolerated, its output silenced, its evaluations recorded.
 
-DSPy's demo optimizers `reset` predictors, which drops each one's model: from there on every stage runs on the one model
-of the settings, and a program of several models is bootstrapped and scored on the wrong ones. SIMBA cannot name "the"
-model of such a program at all. Here predictors keep their model when reset, and where there are several, asking the
-program for its model gives the first and setting one (SIMBA: the same model under another rollout and temperature)
-changes those, and not the model.
+**Models** (`ready`). DSPy's demo optimizers `reset` predictors, which drops each one's model: from there on every stage
+runs on the one model of the settings, and a program of several models is bootstrapped and scored on the wrong ones.
+SIMBA cannot name "the" model of such a program at all. Here predictors keep their model when reset, and where there are
+several, asking the program for its model gives the first and setting one (SIMBA: the same model under another rollout
+and temperature) changes those, and not the model.
 
-A prompt adapter that survives writers who cannot write: for proposals made inside DSPy's optimizers.
+**Writers** (`tolerant`). MIPROv2, COPRO and InferRules die of the first proposal that does not parse or whose prompt
+does not fit the model, GEPA asks again and again and says nothing, and a small model is seldom understood and soon
+full. Under a tolerant adapter such a proposal becomes the instruction it was to improve (no proposal), its other fields
+become empty, and it is counted. Answers of the user's own program stay as strict as ever.
 
-MIPROv2, COPRO and InferRules die of the first proposal that does not parse or whose prompt does not fit the model, GEPA
-asks again and again and says nothing, and a small model is seldom understood and soon full. Under this adapter such a
-proposal becomes the instruction it was to improve (no proposal), its other fields become empty, and it is counted.
-Answers of the user's own program stay as strict as ever.
+**Output** (`silence_logs`). Prints, progress bars and loggers go to the `copa_harness` logger at level DEBUG.
 
-Keeps the chatter of DSPy's optimizers (prints, progress bars, loggers) out of the user's log.
-
-What they print goes to the `copa_harness` logger at level DEBUG, where it can be had.
-
-What a DSPy optimizer evaluates, seen through DSPy's callbacks: remembered, and held to what can be paid.
-
-The programs of complete evaluations are remembered, so that the best of them outlives a spent budget. An evaluation on
-validation that cannot be paid is refused before it starts; one that perhaps can is run row by row: which rows a
-budget pays for then never depends on the timing of threads. Knows evaluations and allowances, not optimizers.
+**Evaluations** (`Evaluations`, a DSPy callback). The programs of complete evaluations are remembered, so that the best
+of them outlives a spent budget. An evaluation on validation that cannot be paid is refused before it starts; one that
+perhaps can is run row by row: which rows a budget pays for then never depends on the timing of threads.
 """
 
 from __future__ import annotations
@@ -152,7 +146,7 @@ class ProposalCount:
             self.n_unusable += not usable
 
 
-def forgiving(adapter: Any, *, program: dspy.Module, count: ProposalCount) -> Any:
+def tolerant(adapter: Any, *, program: dspy.Module, count: ProposalCount) -> Any:
     """A copy of `adapter` that never fails on signatures the program does not have.
 
     Args:
@@ -164,7 +158,7 @@ def forgiving(adapter: Any, *, program: dspy.Module, count: ProposalCount) -> An
     fallback = next((predictor.signature.instructions for _, predictor in program.named_predictors()), "")
     kind: Any = type(adapter)
 
-    class Forgiving(kind):
+    class TolerantAdapter(kind):
         """`adapter`'s class, with unusable proposals replaced."""
 
         def __call__(
@@ -183,7 +177,7 @@ def forgiving(adapter: Any, *, program: dspy.Module, count: ProposalCount) -> An
             return answers
 
     clone = copy.copy(adapter)
-    clone.__class__ = Forgiving
+    clone.__class__ = TolerantAdapter
     return clone
 
 
@@ -229,7 +223,7 @@ class _Forward(logging.Handler):
 
 
 @contextlib.contextmanager
-def quiet(source: str) -> Iterator[None]:
+def silence_logs(source: str) -> Iterator[None]:
     """Within the block, what is printed or logged by others goes to our logger at DEBUG.
 
     Args:

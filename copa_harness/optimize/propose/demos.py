@@ -1,147 +1,139 @@
-"""Proposals of demonstration sets: labelled rows and passing traces, chosen in several ways and sizes, and none at all.
+"""Demonstration sets for one predictor: the sources demonstrations come from, and the sets chosen from each.
 
-Sets are stratified by label when labels are categories, so a set of nine shows three of each of three classes.
+A source is labelled rows (`labelled_demos`) or passing traces of the program (`bootstrapped_demos`). From it come sets
+of several sizes, stratified by label where labels are categories, so a set of nine shows three of each of three
+classes. Which rows make a set is one of several methods (`METHODS`), taken in turn until something is known and drawn
+by the run's `ProposalBandit` from then on; what the methods go by is in a `SelectionBasis`.
 
-Pools of demonstrations and the sets taken from them: where rows come from, and which methods are asked for sets.
-
-Methods are taken in turn until something is known, then drawn by the run's `Learner`.
+Rows that the instruction answers rightly by itself need no demonstration. For rules that is known without a model, for
+written instructions it is found out on some training examples (`probe_instructions`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dspy
 import numpy as np
 
-from copa_harness.evaluate.metrics import Metric
-from copa_harness.evaluate.runner import ExampleRun, run_examples
+from copa_harness.evaluate.runner import ExampleRun
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.propose import similarity as selection
+from copa_harness.optimize.propose import similarity
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.propose.similarity import Vectors, row_vectors
-from copa_harness.optimize.search.bandit import Knowledge, demo_key, input_key
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory, demo_key, input_key
 from copa_harness.optimize.search.space import DemoSet
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import SearchOptions
+    from copa_harness.optimize.context import SearchContext
 
-UNSETTLED_SHARE = 2 / 3
-"""Of a set's places, what rows that the instruction alone gets wrong may take."""
+logger = logging.getLogger("copa_harness")
+
+METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty", "mutated")
+"""How a set is chosen from a source; the last four need something to be known first, see `SelectionBasis`."""
+
+UNTRIED_METHODS: tuple[str, ...] = ("typical", "random", "diverse")
+"""How sets are chosen while nothing is known, in turn.
+
+Measured on development tasks (4 tasks, 3 splits, 9 demonstrations, 6 sets each): mean test score of a set .881 typical,
+.846 diverse, .834 random, .776 nearest to mistakes; of the set best on 25 validation rows .883, .855, .873, .801.
+"""
 
 REDRAWS = 3
 """Attempts of a method at a set that is not there yet, before one is drawn at random."""
 
-METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty", "mutated")
-"""How a set is chosen from a pool; the last four need something to be known first, see `Knowledge`."""
+UNCERTAIN_SHARE = 2 / 3
+"""Of a set's places, what rows that the instruction alone gets wrong may take."""
+
+BOOTSTRAP_SHARE = 0.2
+"""At most this share of a step's calls goes into bootstrapping; the rest is for finding out what is good."""
+
+TRANSFER_SHARE = 0.1
+"""At most this share of a step's calls goes into what instructions answer by themselves."""
+
+MIN_PROBED = 8
+"""Fewer examples than this say too little about it."""
+
+StratifiedDemo = tuple[dspy.Example, str]
+"""A demonstration and its stratum: its categorical labels, or "" where labels are free text."""
 
 
 @dataclass(frozen=True, slots=True)
-class PoolKnowledge:
-    """What the methods go by, for a pool of n demonstrations.
+class DemoSource:
+    """Where demonstrations of one predictor come from.
 
     Attributes:
-        vectors: (n, d) inputs, see `vectors`.
-        targets: (m, d) inputs that were answered wrong; empty when none is known ("nearest").
-        settled: n flags, what the instruction alone answers rightly; empty when not known ("unsettled").
-        current: Places in the pool of the demonstrations shown now; empty when there are none, or not all are in the
-            pool ("mutated").
-        weights: n draws of what each demonstration adds; empty when not known ("weighty").
+        name: "labelled" or "bootstrapped".
+        predictor: The predictor's name in the program.
+        module: The predictor, with the instruction and the demonstrations it has now.
+        demos: What there is to choose from.
     """
 
-    vectors: Vectors
-    targets: Vectors
-    settled: Sequence[bool] = ()
-    weights: Sequence[Sequence[float]] = ()
-    current: Sequence[int] = ()
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods that can be used."""
-        ready = {
-            "nearest": len(self.targets) > 0,
-            "unsettled": any(self.settled) and not all(self.settled),
-            "weighty": len(self.weights) > 0,
-            "mutated": 0 < len(self.current) < len(self.vectors),
-        }
-        return tuple(name for name in METHODS if ready.get(name, True))
+    name: str
+    predictor: str
+    module: Any
+    demos: Sequence[StratifiedDemo]
 
 
-def arm_of(source: str, method: str) -> str:
-    """The name of an arm: where demonstrations come from and how they are chosen."""
-    return source if method == "random" else f"{source} {method}"
-
-
-def chosen_sets(
-    pool: Sequence[tuple[dspy.Example, str]],
+def sets_from(
+    source: DemoSource,
     *,
-    source: str,
-    plan: Sequence[tuple[int, str]],
-    knowledge: PoolKnowledge,
+    sizes: Sequence[int],
+    memory: SearchMemory,
+    mistakes: Sequence[dspy.Example],
     generator: np.random.Generator,
-) -> tuple[tuple[DemoSet, str], ...]:
-    """Demonstration sets, each with its arm; no two show the same demonstrations.
+) -> list[DemoSet]:
+    """Sets of these sizes, chosen by what is known; remembered with the arm each came from.
 
     Args:
-        pool: (demonstration, stratum) pairs.
-        source: Where the pool comes from, for the names.
-        plan: (size, method) of every set wanted; sizes beyond the pool are cut to it.
-        knowledge: What the methods go by.
+        source: What they are taken from.
+        sizes: One per set.
+        memory: The run's.
+        mistakes: Examples the incumbent answers wrong, whose neighbours may be worth showing.
         generator: Source of randomness.
     """
-    strata = [stratum for _, stratum in pool]
-    sets: list[tuple[DemoSet, str]] = []
-    seen: set[frozenset[int]] = set()
-    numbers: dict[tuple[int, str], int] = {}
-    for wanted, asked in plan:
-        size = min(wanted, len(pool))
-        if size < 1:
-            continue
-        for method in (*[asked] * REDRAWS, "random"):  # some methods have few different sets to offer
-            rows = _rows(method, strata, size, knowledge, generator)
-            if frozenset(rows) not in seen:
-                break
-        else:
-            continue
-        seen.add(frozenset(rows))
-        size = len(rows)
-        number = numbers[size, method] = numbers.get((size, method), 0) + 1
-        arm = arm_of(source, method)
-        order = rows if method == "mutated" else generator.permutation(rows)
-        demos = tuple(pool[int(row)][0] for row in order)
-        sets.append((DemoSet(f"{size} {arm} #{number}", demos), arm))
-    return tuple(sets)
+    if not sizes:
+        return []
+    basis = _basis_of(source, memory=memory, mistakes=mistakes, generator=generator)
+    untried = ("mutated", *UNTRIED_METHODS)
+    methods = basis.methods if memory.bandit.knows("demos") else [m for m in untried if m in basis.methods]
+    by_arm = {arm_of(source.name, method): method for method in methods}
+    arms = memory.bandit.choose("demos", list(by_arm), n=len(sizes), generator=generator)
+    plan = [(size, by_arm[arm]) for size, arm in zip(sizes, arms, strict=True)]
+    chosen = chosen_sets(source.demos, source=source.name, plan=plan, basis=basis, generator=generator)
+    for one, arm in chosen:
+        memory.note_demos(source.predictor, one, f"demos: {arm}")
+    return [one for one, _ in chosen]
 
 
-def _rows(
-    method: str, strata: Sequence[str], size: int, knowledge: PoolKnowledge, generator: np.random.Generator
-) -> list[int]:
-    if method == "diverse":
-        return selection.diverse_rows(knowledge.vectors, strata, size, generator)
-    if method == "typical":
-        return selection.typical_rows(knowledge.vectors, strata, size, generator)
-    if method == "nearest":
-        return selection.nearest_rows(knowledge.vectors, strata, size, generator, targets=knowledge.targets)
-    if method == "unsettled":
-        return selection.open_rows(strata, knowledge.settled, size, generator, share=UNSETTLED_SHARE)
-    if method == "mutated":
-        return selection.mutated_rows(
-            knowledge.vectors, strata, knowledge.current, generator, targets=knowledge.targets
-        )
-    if method == "weighty":
-        draw = knowledge.weights[int(generator.integers(len(knowledge.weights)))]
-        return selection.heaviest_rows(strata, draw, size, generator)
-    return stratified_order(strata, generator)[:size]
+def set_sizes(max_demos: int, n_sets: int) -> list[int]:
+    """Sizes of so many sets: half of them full, a third two thirds full, the rest a third full.
+
+    More demonstrations nearly always help a small model, so most of the sets are large; the small ones are there for
+    models and programs that are distracted by them, and win ties because they are cheaper.
+    """
+    if max_demos < 1 or n_sets < 1:
+        return []
+    middle, small = max(1, round(max_demos * 2 / 3)), max(1, round(max_demos / 3))
+    n_full = max(1, round(n_sets / 2))
+    n_middle = round(n_sets / 3)
+    counts = {max_demos: n_full}
+    for size, n in ((middle, n_middle), (small, n_sets - n_full - n_middle)):
+        if n > 0:
+            counts[size] = counts.get(size, 0) + n
+    return [size for size, n in counts.items() for _ in range(n)]
 
 
-def labelled_pool(signature: Any, trainset: Sequence[dspy.Example]) -> list[tuple[dspy.Example, str]]:
-    """(demonstration, stratum) for every training example that holds all inputs and at least one output.
+# -- sources
+
+
+def labelled_demos(signature: Any, trainset: Sequence[dspy.Example]) -> list[StratifiedDemo]:
+    """A demonstration for every training example that holds all inputs and at least one output.
 
     Fields the signature does not have are left out; a missing output (a reasoning field) stays missing, which DSPy
     renders as an incomplete demonstration.
@@ -152,22 +144,45 @@ def labelled_pool(signature: Any, trainset: Sequence[dspy.Example]) -> list[tupl
         if all(name in example for name in signature.input_fields)
         and any(name in example for name in signature.output_fields)
     ]
-    strata = strata_of(usable)
-    pool = []
-    for example, stratum in zip(usable, strata, strict=True):
+    demos = []
+    for example, stratum in zip(usable, strata_of(usable), strict=True):
         fields = {name: example[name] for name in signature.fields if name in example}
-        pool.append((dspy.Example(**fields).with_inputs(*signature.input_fields), stratum))
-    return pool
+        demos.append((dspy.Example(**fields).with_inputs(*signature.input_fields), stratum))
+    return demos
 
 
-def traced_pools(
-    program: dspy.Module, trainset: Sequence[dspy.Example], runs: Sequence[ExampleRun], *, min_score: float = 1.0
-) -> dict[str, list[tuple[dspy.Example, str]]]:
-    """(demonstration, stratum) per predictor from the traces of examples whose score reaches `min_score`.
+def wants_bootstrap(context: SearchContext, program: dspy.Module) -> bool:
+    """Whether demonstrations are to be made by running the program: as set, or where examples lack an output."""
+    if (bootstrap := context.settings.bootstrap) is not None:
+        return bootstrap
+    signatures = [predictor.signature for _, predictor in program.named_predictors()]
+    return not all(is_fully_labelled(signature, context.trainset) for signature in signatures)
+
+
+def bootstrapped_demos(
+    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, seed: Sequence[int]
+) -> dict[str, list[StratifiedDemo]]:
+    """Passing traces from as many training examples as the bootstrap share of the allowance pays for, by predictor."""
+    n = context.n_affordable(incumbent, allowance.remaining * BOOTSTRAP_SHARE)
+    if n < 1:
+        return {}
+    order = stratified_order(strata_of(context.trainset), np.random.default_rng([*seed, 404]))[:n]
+    examples = [context.trainset[i] for i in order]
+    program = context.teacher or incumbent.program()
+    runs = context.run_on_training(program, examples, phase=Phase.BOOTSTRAP, trace_to_metric=True)
+    demos = traced_demos(program, examples, runs, min_score=context.settings.pass_score)
+    logger.info("bootstrap: %d of %d traces pass", max((len(found) for found in demos.values()), default=0), n)
+    return demos
+
+
+def traced_demos(
+    program: dspy.Module, examples: Sequence[dspy.Example], runs: Sequence[ExampleRun], *, min_score: float = 1.0
+) -> dict[str, list[StratifiedDemo]]:
+    """Demonstrations by predictor from the traces of examples whose score reaches `min_score`.
 
     Args:
         program: The very program object that was run.
-        trainset: The examples that were run, with `runs` in the same order.
+        examples: The examples that were run, with `runs` in the same order.
         runs: What came out.
         min_score: Which traces pass, 0..1.
 
@@ -176,9 +191,8 @@ def traced_pools(
         loop are intermediate steps).
     """
     names = {id(predictor): name for name, predictor in program.named_predictors()}
-    pools: dict[str, list[tuple[dspy.Example, str]]] = {name: [] for name in names.values()}
-    strata = strata_of(trainset)
-    for run, stratum in zip(runs, strata, strict=True):
+    demos: dict[str, list[StratifiedDemo]] = {name: [] for name in names.values()}
+    for run, stratum in zip(runs, strata_of(examples), strict=True):
         if run.result.score is None or run.result.score < min_score:
             continue
         last: dict[str, dspy.Example] = {}
@@ -188,203 +202,89 @@ def traced_pools(
                 fields = {**inputs, **dict(outputs.items())}
                 last[name] = dspy.Example(augmented=True, **fields).with_inputs(*inputs)
         for name, demo in last.items():
-            pools[name].append((demo, stratum))
-    return pools
+            demos[name].append((demo, stratum))
+    return demos
 
 
-def random_sets(
-    pool: Sequence[tuple[dspy.Example, str]],
-    *,
-    label: str,
-    counts: Mapping[int, int],
-    generator: np.random.Generator,
-) -> tuple[DemoSet, ...]:
-    """Random stratified sets.
+# -- what is known of a source
 
-    Args:
-        pool: (demonstration, stratum) pairs.
-        label: Where the pool comes from, for the sets' names.
-        counts: How many sets of which size; sizes beyond the pool are cut to it, and equal sets are dropped.
-        generator: Source of randomness.
+
+@dataclass(frozen=True, slots=True)
+class SelectionBasis:
+    """What the methods go by, for a source of n demonstrations.
+
+    Attributes:
+        vectors: (n, d) inputs, see `similarity.row_vectors`.
+        targets: (m, d) inputs that were answered wrong; empty when none is known ("nearest").
+        answered: n flags, what the instruction alone answers rightly; empty when not known ("unsettled").
+        effects: Draws of what each of the n demonstrations adds; empty when not known ("weighty").
+        current: Places in the source of the demonstrations shown now; empty when there are none, or not all are in it
+            ("mutated").
     """
-    sets: list[DemoSet] = []
-    seen: set[tuple[int, ...]] = set()
-    for size, n_sets in counts.items():
-        size = min(size, len(pool))
-        if size < 1:
-            continue
-        for i in range(n_sets):
-            members = stratified_order([stratum for _, stratum in pool], generator)[:size]
-            members = [int(one) for one in generator.permutation(members)]
-            if tuple(members) in seen:
-                continue
-            seen.add(tuple(members))
-            sets.append(DemoSet(f"{size} {label} #{i + 1}", tuple(pool[one][0] for one in members)))
-    return tuple(sets)
+
+    vectors: Vectors
+    targets: Vectors
+    answered: Sequence[bool] = ()
+    effects: Sequence[Sequence[float]] = ()
+    current: Sequence[int] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that can be used."""
+        ready = {
+            "nearest": len(self.targets) > 0,
+            "unsettled": any(self.answered) and not all(self.answered),
+            "weighty": len(self.effects) > 0,
+            "mutated": 0 < len(self.current) < len(self.vectors),
+        }
+        return tuple(name for name in METHODS if ready.get(name, True))
 
 
-def set_counts(max_demos: int, n_sets: int) -> dict[int, int]:
-    """How many sets of which size: half of them full, a third two thirds full, the rest a third full.
-
-    More demonstrations nearly always help a small model, so most of the sets are large; the small ones are there for
-    models and programs that are distracted by them, and win ties because they are cheaper.
-    """
-    if max_demos < 1 or n_sets < 1:
-        return {}
-    middle, small = max(1, round(max_demos * 2 / 3)), max(1, round(max_demos / 3))
-    n_full = max(1, round(n_sets / 2))
-    n_middle = round(n_sets / 3)
-    counts = {max_demos: n_full}
-    for size, n in ((middle, n_middle), (small, n_sets - n_full - n_middle)):
-        if n > 0:
-            counts[size] = counts.get(size, 0) + n
-    return counts
-
-
-logger = logging.getLogger("copa_harness")
-
-DEFAULT_SETS = 12
-"""Sets per pool where nobody says how many."""
-
-BOOTSTRAP_SHARE = 0.2
-"""At most this share of a step's calls goes into bootstrapping; the rest is for finding out what is good."""
-
-TRANSFER_SHARE = 0.1
-"""At most this share of a step's calls goes into what instructions settle by themselves."""
-
-MIN_SETTLED = 8
-"""Fewer examples than this say too little about it."""
-
-UNTRIED_METHODS: tuple[str, ...] = ("typical", "random", "diverse")
-"""How sets are chosen while nothing is known, in turn.
-
-Measured on development tasks (4 tasks, 3 splits, 9 demonstrations, 6 sets each): mean test score of a set .881 typical,
-.846 diverse, .834 random, .776 nearest to mistakes; of the set best on 25 validation rows .883, .855, .873, .801.
-"""
-
-
-def sets_from(
-    pool: Sequence[tuple[dspy.Example, str]],
-    *,
-    source: str,
-    predictor: str,
-    signature: Any,
-    settings: SearchOptions,
-    memory: Knowledge,
-    mistakes: Sequence[dspy.Example],
-    instruction: str,
-    shown: Sequence[Any],
-    generator: np.random.Generator,
-) -> list[DemoSet]:
-    """Sets from one pool, sized and chosen by what is known."""
-    n_sets = DEFAULT_SETS if settings.n_demo_sets is None else settings.n_demo_sets
-    sizes = [size for size, n in set_counts(settings.max_demos, n_sets).items() for _ in range(n)]
-    if not sizes:
-        return []
-    known = _known_of(
-        pool,
-        predictor,
-        signature,
-        memory=memory,
-        mistakes=mistakes,
-        instruction=instruction,
-        shown=shown,
-        generator=generator,
-    )
-    learner = memory.learner
-    untried = ("mutated", *UNTRIED_METHODS)
-    methods = known.methods if learner.knows("demos") else [m for m in untried if m in known.methods]
-    by_arm = {arm_of(source, method): method for method in methods}
-    arms = learner.choose("demos", list(by_arm), n=len(sizes), generator=generator)
-    made = chosen_sets(
-        pool,
-        source=source,
-        plan=[(size, by_arm[arm]) for size, arm in zip(sizes, arms, strict=True)],
-        knowledge=known,
-        generator=generator,
-    )
-    for one, arm in made:
-        memory.note_demos(predictor, one, f"demos: {arm}")
-    return [one for one, _ in made]
-
-
-def _known_of(
-    pool: Sequence[tuple[dspy.Example, str]],
-    predictor: str,
-    signature: Any,
-    *,
-    memory: Knowledge,
-    mistakes: Sequence[dspy.Example],
-    instruction: str,
-    shown: Sequence[Any],
-    generator: np.random.Generator,
-) -> PoolKnowledge:
-    demos, fields = [demo for demo, _ in pool], tuple(signature.input_fields)
+def _basis_of(
+    source: DemoSource, *, memory: SearchMemory, mistakes: Sequence[dspy.Example], generator: np.random.Generator
+) -> SelectionBasis:
+    demos, fields = [demo for demo, _ in source.demos], tuple(source.module.signature.input_fields)
     targets = [example for example in mistakes if all(name in example for name in fields)]
     vectors = row_vectors([*demos, *targets], fields)
-    answered = memory.settled_by(instruction)
+    answered = memory.answered_by(source.module.signature.instructions)
     keys = [input_key(demo, fields) for demo in demos]
     places = {demo_key(demo): i for i, demo in enumerate(demos)}
-    current = [places.get(demo_key(demo)) for demo in shown]
-    return PoolKnowledge(
+    current = [places.get(demo_key(demo)) for demo in source.module.demos]
+    return SelectionBasis(
         vectors=vectors[: len(demos)],
         targets=vectors[len(demos) :],
-        settled=[answered.get(key, True) for key in keys] if answered else (),
+        answered=[answered.get(key, True) for key in keys] if answered else (),
+        effects=memory.drawn_effects(source.predictor, demos, n_draws=4, generator=generator),
         current=[place for place in current if place is not None] if None not in current else (),
-        weights=memory.weights_of(predictor, demos, n_draws=4, generator=generator),
     )
 
 
-def settle(
+def probe_instructions(
+    context: SearchContext,
     incumbent: Candidate,
-    trainset: Sequence[dspy.Example],
     *,
-    metric: Metric,
-    settings: SearchOptions,
     allowance: Allowance,
-    threads: int,
-    calls_per_example: int,
-    memory: Knowledge,
+    memory: SearchMemory,
     generator: np.random.Generator,
 ) -> None:
     """Find out which training examples the incumbent's written instructions answer rightly without demonstrations.
 
     Done once per set of instructions, once demonstrations have been tried, within the transfer share of the allowance;
-    rules need no run (see `Rule.answers`), and what labels or the plain instruction settle, demonstrations settle too.
-
-    Args:
-        incumbent: Whose instructions.
-        trainset: Where examples are drawn from.
-        metric: Scores them.
-        settings: Whether to, and from which score on an example is settled.
-        allowance: Bounds how many are run.
-        threads: Examples in flight at once.
-        calls_per_example: Upper estimate, for the allowance.
-        memory: Where the answers are remembered.
-        generator: Draws the examples.
+    rules need no run (see `Rule.answers`), and what labels or the plain instruction answer, demonstrations answer too.
     """
-    open_parts = [
+    unprobed = [
         part
         for part in incumbent.parts
-        if memory.is_written(part.predictor, part.instruction) and not memory.settled_by(part.instruction)
+        if memory.is_written(part.predictor, part.instruction) and not memory.answered_by(part.instruction)
     ]
-    share = allowance.remaining * TRANSFER_SHARE / max(1, calls_per_example)
-    n = len(trainset) if math.isinf(share) else min(len(trainset), int(share))
-    if not settings.transfer or not open_parts or not memory.learner.knows("demos") or n < MIN_SETTLED:
+    settings, n = context.settings, context.n_affordable(incumbent, allowance.remaining * TRANSFER_SHARE)
+    if not settings.transfer or not unprobed or not memory.bandit.knows("demos") or n < MIN_PROBED:
         return
-    examples = [trainset[i] for i in stratified_order(strata_of(trainset), generator)[:n]]
+    examples = [context.trainset[i] for i in stratified_order(strata_of(context.trainset), generator)[:n]]
     program = incumbent.with_demos({part.predictor: () for part in incumbent.parts}).program()
-    runs = run_examples(
-        program,
-        examples,
-        metric=metric,
-        split="train",
-        phase=Phase.DEMOS,
-        threads=threads,
-        raise_if_nothing_works=False,
-    )
+    runs = context.run_on_training(program, examples, phase=Phase.DEMOS)
     predictors = dict(program.named_predictors())
-    for part in open_parts:
+    for part in unprobed:
         fields = tuple(predictors[part.predictor].signature.input_fields)
         answered = {
             input_key(inputs, fields): run.result.score >= settings.pass_score
@@ -392,44 +292,78 @@ def settle(
             for predictor, inputs, _ in run.trace
             if predictor is predictors[part.predictor] and run.result.score is not None
         }
-        memory.note_settled(part.instruction, answered)
-        logger.info("%s: %d of %d settled by the instruction alone", part.predictor, sum(answered.values()), n)
+        memory.note_answered(part.instruction, answered)
+        logger.info("%s: %d of %d answered by the instruction alone", part.predictor, sum(answered.values()), n)
 
 
-def wants_bootstrap(program: dspy.Module, trainset: Sequence[dspy.Example], settings: SearchOptions) -> bool:
-    """Whether demonstrations are to be made by running the program: as set, or where examples lack an output."""
-    if settings.bootstrap is not None:
-        return settings.bootstrap
-    return not all(is_fully_labelled(predictor.signature, trainset) for _, predictor in program.named_predictors())
+# -- sets
 
 
-def bootstrapped(
-    program: dspy.Module,
-    trainset: Sequence[dspy.Example],
-    metric: Metric,
-    settings: SearchOptions,
-    allowance: Allowance,
-    threads: int,
-    seed: Sequence[int],
-    calls_per_example: int,
-) -> dict[str, list[tuple[dspy.Example, str]]]:
-    """Passing traces from as many training examples as the bootstrap share of the allowance pays for."""
-    share = allowance.remaining * BOOTSTRAP_SHARE / max(1, calls_per_example)
-    n = len(trainset) if math.isinf(share) else min(len(trainset), int(share))
-    if n < 1:
-        return {}
-    order = stratified_order(strata_of(trainset), np.random.default_rng([*seed, 404]))[:n]
-    examples = [trainset[i] for i in order]
-    runs = run_examples(
-        program,
-        examples,
-        metric=metric,
-        split="train",
-        phase=Phase.BOOTSTRAP,
-        threads=threads,
-        trace_to_metric=True,
-        raise_if_nothing_works=False,
-    )
-    pools = traced_pools(program, examples, runs, min_score=settings.pass_score)
-    logger.info("bootstrap: %d of %d traces pass", max((len(pool) for pool in pools.values()), default=0), n)
-    return pools
+def arm_of(source: str, method: str) -> str:
+    """The name of an arm: where demonstrations come from and how they are chosen."""
+    return source if method == "random" else f"{source} {method}"
+
+
+def chosen_sets(
+    demos: Sequence[StratifiedDemo],
+    *,
+    source: str,
+    plan: Sequence[tuple[int, str]],
+    basis: SelectionBasis,
+    generator: np.random.Generator,
+) -> tuple[tuple[DemoSet, str], ...]:
+    """Demonstration sets, each with its arm; no two show the same demonstrations.
+
+    Args:
+        demos: What there is to choose from.
+        source: Where it comes from, for the names.
+        plan: (size, method) of every set wanted; sizes beyond what there is are cut to it.
+        basis: What the methods go by.
+        generator: Source of randomness.
+    """
+    strata = [stratum for _, stratum in demos]
+    sets: list[tuple[DemoSet, str]] = []
+    seen: set[frozenset[int]] = set()
+    numbers: dict[tuple[int, str], int] = {}
+    for wanted, asked in plan:
+        size = min(wanted, len(demos))
+        if size < 1:
+            continue
+        for method in (*[asked] * REDRAWS, "random"):  # some methods have few different sets to offer
+            rows = _rows(method, strata, size, basis, generator)
+            if frozenset(rows) not in seen:
+                break
+        else:
+            continue
+        seen.add(frozenset(rows))
+        size = len(rows)
+        number = numbers[size, method] = numbers.get((size, method), 0) + 1
+        arm = arm_of(source, method)
+        order = rows if method == "mutated" else generator.permutation(rows)
+        sets.append((DemoSet(f"{size} {arm} #{number}", tuple(demos[int(row)][0] for row in order)), arm))
+    return tuple(sets)
+
+
+def _rows(
+    method: str, strata: Sequence[str], size: int, basis: SelectionBasis, generator: np.random.Generator
+) -> list[int]:
+    if method == "diverse":
+        return similarity.diverse_rows(basis.vectors, strata, size, generator)
+    if method == "typical":
+        return similarity.typical_rows(basis.vectors, strata, size, generator)
+    if method == "nearest":
+        return similarity.nearest_rows(basis.vectors, strata, size, generator, targets=basis.targets)
+    if method == "unsettled":
+        return similarity.uncertain_rows(strata, basis.answered, size, generator, share=UNCERTAIN_SHARE)
+    if method == "mutated":
+        return similarity.mutated_rows(basis.vectors, strata, basis.current, generator, targets=basis.targets)
+    if method == "weighty":
+        draw = basis.effects[int(generator.integers(len(basis.effects)))]
+        return similarity.heaviest_rows(strata, draw, size, generator)
+    return stratified_order(strata, generator)[:size]
+
+
+def random_demos(demos: Sequence[StratifiedDemo], size: int, generator: np.random.Generator) -> tuple[Any, ...]:
+    """Up to `size` demonstrations drawn at random, stratified, in a random order."""
+    rows = stratified_order([stratum for _, stratum in demos], generator)[:size]
+    return tuple(demos[int(row)][0] for row in generator.permutation(rows))

@@ -39,7 +39,7 @@ def rule_based(
     *,
     trainset: Sequence[dspy.Example],
     seed: int,
-    stress: Sequence[float] | None = None,
+    row_weights: Sequence[float] | None = None,
 ) -> tuple[Proposal, ...]:
     """The plain instruction and what the data add to it without any model: rules in words, and the labels.
 
@@ -49,7 +49,7 @@ def rule_based(
         plain: The instruction everything is appended to.
         trainset: The rows the labels and rules are learned from.
         seed: For ties between equally good splits.
-        stress: How much each row counts for one more rule, which is left out when it reads like the others.
+        row_weights: How much each row counts for one more rule, which is left out when it reads like the others.
     """
     proposals = [Proposal(InstructionOption("plain", plain), "plain")]
     field = labelled_field(predictor, signature, trainset)
@@ -58,10 +58,10 @@ def rule_based(
     columns = columns_of(trainset, tuple(signature.input_fields))
     expected = [text_of(example[field.name]) for example in trainset]
     rules = [(rule, "rule") for rule in learn_rules(columns, expected, seed=seed)]
-    if stress is not None:
+    if row_weights is not None:
         known = {rule.text for rule, _ in rules}
-        stressed = learn_rules(columns, expected, seed=seed, weights=stress)[:1]
-        rules += [(rule, "stressed rule") for rule in stressed if rule.text not in known]
+        weighted = learn_rules(columns, expected, seed=seed, weights=row_weights)[:1]
+        rules += [(rule, "stressed rule") for rule in weighted if rule.text not in known]
     for i, (rule, arm) in enumerate(rules):
         name = arm if i == 0 or arm != "rule" else f"rule {i + 1}"
         answered = tuple(said == label for said, label in zip(rule.answers(columns), expected, strict=True))

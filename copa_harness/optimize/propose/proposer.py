@@ -1,4 +1,4 @@
-"""Gathers what a prompt phase may choose from: demonstration sets and instructions for every predictor.
+"""Gathers what a prompt step may choose from: demonstration sets and instructions for every predictor.
 
 The order of options matters in one way only: starting points are made from the first ones.
 """
@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dspy
 import numpy as np
 
-from copa_harness.evaluate.metrics import Metric
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.options import SearchOptions
-from copa_harness.optimize.propose.demos import bootstrapped, labelled_pool, sets_from, settle, wants_bootstrap
+from copa_harness.optimize.propose.demos import (
+    DemoSource,
+    StratifiedDemo,
+    bootstrapped_demos,
+    labelled_demos,
+    probe_instructions,
+    set_sizes,
+    sets_from,
+    wants_bootstrap,
+)
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.reflection import find_failures
 from copa_harness.optimize.propose.render import Failure
 from copa_harness.optimize.propose.writer import InstructionWriter
-from copa_harness.optimize.search.bandit import Knowledge, input_key
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.space import NO_DEMOS, WEIGHTS, DemoSet, InstructionOption, Point, WeightsLevel
+from copa_harness.optimize.search.memory import SearchMemory, input_key
+from copa_harness.optimize.search.space import NO_DEMOS, WEIGHTS, DemoSet, InstructionOption, Point, WeightsChoice
+
+if TYPE_CHECKING:
+    from copa_harness.optimize.context import SearchContext
 
 LOOK_SHARE = 0.6
 """Of a full score, what a look at a candidate costs on average, raced."""
@@ -32,8 +41,46 @@ MIN_DEMO_SETS, MAX_DEMO_SETS = 6, 32
 """Bounds of how many demonstration sets are proposed at once where the number is not given."""
 
 
-def sized(settings: SearchOptions, *, calls: float, full_score: float) -> SearchOptions:
-    """The settings with a number of demonstration sets, in proportion to what can be looked at unless it is given.
+def propose_demos(
+    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, memory: SearchMemory, seed: Sequence[int]
+) -> dict[str, tuple[DemoSet, ...]]:
+    """Demonstration sets by predictor, the empty set last.
+
+    How the sets are chosen is itself chosen: in turn at first, then by what has gained most so far.
+
+    Args:
+        context: Source of demonstrations, and how many of them.
+        incumbent: Whose predictors, and whose answers when bootstrapping.
+        allowance: Calls the search over the sets may use; bootstrapping takes a share of them.
+        memory: The run's.
+        seed: Entropy of the random draws.
+    """
+    settings, program = context.settings, incumbent.program()
+    n_sets = n_demo_sets(settings, calls=allowance.remaining, full_score=context.full_score_cost(incumbent))
+    bootstrapped: Mapping[str, list[StratifiedDemo]] = {}
+    if settings.max_demos > 0:
+        if wants_bootstrap(context, program):
+            bootstrapped = bootstrapped_demos(context, incumbent, allowance=allowance, seed=seed)
+        generator = np.random.default_rng([*seed, 505])
+        probe_instructions(context, incumbent, allowance=allowance, memory=memory, generator=generator)
+    sizes, mistakes = set_sizes(settings.max_demos, n_sets), context.validation.mistakes(incumbent)
+    options: dict[str, tuple[DemoSet, ...]] = {}
+    for i, (name, module) in enumerate(program.named_predictors()):
+        sources = (
+            DemoSource("bootstrapped", name, module, bootstrapped.get(name, [])),
+            DemoSource("labelled", name, module, labelled_demos(module.signature, context.trainset)),
+        )
+        sets: list[DemoSet] = []
+        for j, source in enumerate(sources):
+            if source.demos:
+                generator = np.random.default_rng([*seed, i, j])
+                sets += sets_from(source, sizes=sizes, memory=memory, mistakes=mistakes, generator=generator)
+        options[name] = (*sets, NO_DEMOS)
+    return options
+
+
+def n_demo_sets(settings: SearchOptions, *, calls: float, full_score: float) -> int:
+    """How many sets per predictor and source: as given, else in proportion to what can be looked at.
 
     Args:
         settings: What is proposed.
@@ -41,165 +88,61 @@ def sized(settings: SearchOptions, *, calls: float, full_score: float) -> Search
         full_score: Calls of scoring a candidate in full.
     """
     if settings.n_demo_sets is not None:
-        return settings
+        return settings.n_demo_sets
     n = MAX_DEMO_SETS if math.isinf(calls) else round(calls / (LOOK_SHARE * full_score))
-    return replace(settings, n_demo_sets=min(MAX_DEMO_SETS, max(MIN_DEMO_SETS, n)))
-
-
-def propose_demos(
-    incumbent: Candidate,
-    *,
-    trainset: Sequence[dspy.Example],
-    metric: Metric,
-    settings: SearchOptions,
-    allowance: Allowance,
-    threads: int,
-    seed: Sequence[int],
-    calls_per_example: int,
-    teacher: dspy.Module | None = None,
-    knowledge: Knowledge | None = None,
-    mistakes: Sequence[dspy.Example] = (),
-) -> dict[str, tuple[DemoSet, ...]]:
-    """Demonstration sets by predictor, the empty set last.
-
-    How the sets are chosen is itself chosen: in turn at first, then by what has gained most so far (`Learner`).
-
-    Args:
-        incumbent: Whose predictors, and whose answers when bootstrapping.
-        trainset: Where demonstrations are taken from.
-        metric: Decides which traces pass.
-        settings: Sizes and numbers.
-        allowance: Bounds bootstrapping.
-        threads: Examples in flight at once.
-        seed: Entropy of the random draws.
-        calls_per_example: Upper estimate, for the allowance.
-        teacher: Program to bootstrap from instead of the incumbent; must have the same predictors.
-        knowledge: The run's memory; a fresh one by default.
-        mistakes: Examples the incumbent answers wrong, whose neighbours may be worth showing.
-    """
-    memory = knowledge if knowledge is not None else Knowledge()
-    program = incumbent.program()
-    traced: Mapping[str, list[tuple[dspy.Example, str]]] = {}
-    if settings.max_demos > 0 and wants_bootstrap(program, trainset, settings):
-        traced = bootstrapped(
-            teacher or program, trainset, metric, settings, allowance, threads, seed, calls_per_example
-        )
-    if settings.max_demos > 0:
-        settle(
-            incumbent,
-            trainset,
-            metric=metric,
-            settings=settings,
-            allowance=allowance,
-            threads=threads,
-            calls_per_example=calls_per_example,
-            memory=memory,
-            generator=np.random.default_rng([*seed, 505]),
-        )
-    options: dict[str, tuple[DemoSet, ...]] = {}
-    for i, (name, predictor) in enumerate(program.named_predictors()):
-        sets: list[DemoSet] = []
-        for j, (source, pool) in enumerate(
-            (("bootstrapped", traced.get(name, [])), ("labelled", labelled_pool(predictor.signature, trainset)))
-        ):
-            if pool:
-                generator = np.random.default_rng([*seed, i, j])
-                sets.extend(
-                    sets_from(
-                        pool,
-                        source=source,
-                        predictor=name,
-                        signature=predictor.signature,
-                        settings=settings,
-                        memory=memory,
-                        mistakes=mistakes,
-                        instruction=predictor.signature.instructions,
-                        shown=predictor.demos,
-                        generator=generator,
-                    )
-                )
-        options[name] = (*sets, NO_DEMOS)
-    return options
+    return min(MAX_DEMO_SETS, max(MIN_DEMO_SETS, n))
 
 
 def propose_instructions(
+    context: SearchContext,
     incumbent: Candidate,
     *,
-    plain: Mapping[str, str],
-    trainset: Sequence[dspy.Example],
-    settings: SearchOptions,
     allowance: Allowance,
-    seed: int,
-    prompt_lm: Any = None,
-    metric: Metric | None = None,
-    threads: int = 1,
-    calls_per_example: int = 1,
+    memory: SearchMemory,
     past: Mapping[str, Sequence[tuple[str, float]]] | None = None,
     first_rollout: int = 1,
-    knowledge: Knowledge | None = None,
 ) -> dict[str, tuple[InstructionOption, ...]]:
     """Instructions by predictor, the plain one first.
 
+    Labels and rules are appended to the student's own instructions, never to each other; where there is a prompt LM it
+    writes some more.
+
     Args:
+        context: Rows that labels and rules are learned from and mistakes are looked for on; the prompt LM.
         incumbent: Whose predictors, and whose mistakes are reflected on.
-        plain: The student's own instructions; labels and rules are appended to these, never to each other.
-        trainset: Rows that labels and rules are learned from, and that mistakes are looked for on.
-        settings: Numbers and groundings.
         allowance: Bounds the prompt LM's calls and the incumbent's on the rows looked at.
-        seed: For ties in the rules.
-        prompt_lm: Writes proposals when given. Never the task model by default: a small one cannot.
-        metric: Finds the mistakes; without one nothing is reflected on.
-        threads: Examples in flight at once.
-        calls_per_example: Upper estimate, for the allowance.
+        memory: The run's.
         past: Instructions tried before with their scores, by predictor.
         first_rollout: Rollout id of the first proposal.
-        knowledge: The run's memory; a fresh one by default.
     """
-    memory = knowledge if knowledge is not None else Knowledge()
-    options: dict[str, tuple[InstructionOption, ...]] = {}
+    settings = context.settings
     written: Mapping[str, Sequence[InstructionOption]] = {}
-    if prompt_lm is not None and settings.n_proposed > 0:
+    if context.prompt_lm is not None and settings.n_proposed > 0:
         failures: Mapping[str, Sequence[Failure]] = {}
-        if metric is not None and settings.n_reflected > 0:
-            failures = find_failures(
-                incumbent,
-                trainset,
-                metric=metric,
-                settings=settings,
-                allowance=allowance,
-                threads=threads,
-                calls_per_example=calls_per_example,
-                generator=memory.generator(),
-            )
-        writer = InstructionWriter(
-            prompt_lm,
-            incumbent=incumbent,
-            trainset=trainset,
-            settings=settings,
-            memory=memory,
-            past=past or {},
-            failures=failures,
-        )
+        if settings.n_reflected > 0:
+            failures = find_failures(context, incumbent, allowance=allowance, generator=memory.generator())
+        writer = InstructionWriter(context, incumbent, memory=memory, past=past or {}, failures=failures)
         written = writer.write(allowance, first_rollout=first_rollout)
-    for name, predictor in incumbent.template.named_predictors():
-        found = list(_ruled(name, predictor.signature, plain[name], trainset, seed=seed, memory=memory))
-        options[name] = (*found, *written.get(name, ()))
-    return options
+    return {
+        name: (*_without_a_model(context, name, predictor.signature, memory), *written.get(name, ()))
+        for name, predictor in incumbent.template.named_predictors()
+    }
 
 
-def _ruled(
-    name: str, signature: Any, plain: str, trainset: Sequence[dspy.Example], *, seed: int, memory: Knowledge
+def _without_a_model(
+    context: SearchContext, predictor: str, signature: Any, memory: SearchMemory
 ) -> tuple[InstructionOption, ...]:
-    """What needs no model: plain, rules, labels; what a rule settles is remembered for the demonstrations."""
-    pool = [demo for demo, _ in labelled_pool(signature, trainset)] if trainset else []
-    stress = memory.stress_of(name, pool) if len(pool) == len(trainset) else None
-    proposals = rule_based(name, signature, plain, trainset=trainset, seed=seed, stress=stress)
-    fields = tuple(signature.input_fields)
+    """Plain, rules, labels; what a rule answers is remembered for the demonstrations."""
+    trainset, plain = context.trainset, context.plain_instruction(predictor)
+    demos = [demo for demo, _ in labelled_demos(signature, trainset)] if trainset else []
+    weights = memory.row_weights(predictor, demos) if len(demos) == len(trainset) else None
+    seed, fields = context.settings.seed, tuple(signature.input_fields)
+    proposals = rule_based(predictor, signature, plain, trainset=trainset, seed=seed, row_weights=weights)
     for proposal in proposals:
-        memory.note_instruction(name, proposal.option.text, f"instruction: {proposal.arm}")
+        memory.note_instruction(predictor, proposal.option.text, f"instruction: {proposal.arm}")
         if proposal.answered is not None:
             keys = [input_key(example, fields) for example in trainset]
-            memory.note_settled(proposal.option.text, dict(zip(keys, proposal.answered, strict=True)))
+            memory.note_answered(proposal.option.text, dict(zip(keys, proposal.answered, strict=True)))
     return tuple(proposal.option for proposal in proposals)
 
 
@@ -207,17 +150,17 @@ def starting_points(
     instructions: Mapping[str, Sequence[InstructionOption]],
     demos: Mapping[str, Sequence[DemoSet]],
     *,
-    weights: Sequence[WeightsLevel] = (),
+    weights: Sequence[WeightsChoice] = (),
 ) -> tuple[Point, ...]:
     """Points worth trying before the sampler knows anything, for all predictors alike.
 
-    For every weights level: every instruction with a demonstration set of its own, then every instruction without
+    For every choice of weights: every instruction with a demonstration set of its own, then every instruction without
     demonstrations. No two of the former share a set, as a start that fails says nothing about either alone.
     """
     n_instructions = max((len(options) for options in instructions.values()), default=0)
     points: list[Point] = []
-    for level in weights or (None,):
-        base = {} if level is None else {WEIGHTS: level.name}
+    for choice in weights or (None,):
+        base = {} if choice is None else {WEIGHTS: choice.name}
         for with_demos in (True, False):
             for i in range(max(1, n_instructions)):
                 point = dict(base)

@@ -8,7 +8,7 @@ right; predictors without labels before the first wrong one stay suspects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -16,7 +16,7 @@ import numpy as np
 
 from copa_harness.evaluate.examples import input_values, label_values
 from copa_harness.evaluate.metrics import Metric, metric_arity, takes_arguments
-from copa_harness.evaluate.runner import ExampleRun, run_examples
+from copa_harness.evaluate.runner import ExampleRun
 from copa_harness.lm.context import booked_as
 from copa_harness.optimize.budget import Allowance
 from copa_harness.optimize.propose.render import Failure, short
@@ -25,55 +25,35 @@ from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import SearchOptions
+    from copa_harness.optimize.context import SearchContext
 
 
 def find_failures(
-    incumbent: Candidate,
-    trainset: Sequence[dspy.Example],
-    *,
-    metric: Metric,
-    settings: SearchOptions,
-    allowance: Allowance,
-    threads: int,
-    calls_per_example: int,
-    generator: np.random.Generator,
+    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, generator: np.random.Generator
 ) -> dict[str, list[Failure]]:
     """What the incumbent gets wrong on a few training examples, by the predictors that may be to blame.
 
     Args:
+        context: Where the examples are drawn from, how many, and from which score on an answer passes.
         incumbent: Program to run.
-        trainset: Where the examples are drawn from.
-        metric: Scores them.
-        settings: How many examples, and from which score on an answer passes.
         allowance: Without enough for all of them nothing is run.
-        threads: Examples in flight at once.
-        calls_per_example: Upper estimate, for the allowance.
         generator: Draws the examples.
 
     Returns:
         Failures by predictor name; empty when nothing was run or nothing is wrong.
     """
-    order = stratified_order(strata_of(trainset), generator)[: settings.n_reflected]
-    if not order or not allowance.can_afford(len(order) * calls_per_example):
+    settings = context.settings
+    order = stratified_order(strata_of(context.trainset), generator)[: settings.n_reflected]
+    if not order or not allowance.can_afford(len(order) * context.validation.calls_per_example(incumbent)):
         return {}
-    examples = [trainset[i] for i in order]
-    program = incumbent.program()
-    runs = run_examples(
-        program,
-        examples,
-        metric=metric,
-        split="train",
-        phase=Phase.INSTRUCTIONS,
-        threads=threads,
-        raise_if_nothing_works=False,
-    )
+    examples, program = [context.trainset[i] for i in order], incumbent.program()
+    runs = context.run_on_training(program, examples, phase=Phase.INSTRUCTIONS)
     found: dict[str, list[Failure]] = {}
     for example, run in zip(examples, runs, strict=True):
         if run.result.score is None or run.result.score >= settings.pass_score:
             continue
         for name in suspects(program, example, run):
-            found.setdefault(name, []).append(_failure(program, example, run, name, metric))
+            found.setdefault(name, []).append(_failure(program, example, run, name, context.metric))
     return found
 
 
@@ -88,19 +68,19 @@ def suspects(program: dspy.Module, example: dspy.Example, run: ExampleRun) -> li
     names = {id(predictor): name for name, predictor in program.named_predictors()}
     traced = [(names[id(predictor)], outputs) for predictor, _, outputs in run.trace if id(predictor) in names]
     labels = label_values(example)
-    open_names: list[str] = []
+    blamed: list[str] = []
     for name, outputs in traced:
         known = [key for key in outputs if key in labels]
         if known and all(text_of(outputs[key]) == text_of(labels[key]) for key in known):
             continue
-        if name not in open_names:
-            open_names.append(name)
+        if name not in blamed:
+            blamed.append(name)
         if known:
-            return open_names
+            return blamed
     if run.prediction is None:  # stopped on an answer nobody could use: the next in line, or the last that answered
         later = [name for name in names.values() if name not in {traced_name for traced_name, _ in traced}]
-        return [*open_names, *later[:1]] or list(names.values())[-1:]
-    return open_names or [name for name, _ in traced[-1:]]
+        return [*blamed, *later[:1]] or list(names.values())[-1:]
+    return blamed or [name for name, _ in traced[-1:]]
 
 
 def _failure(program: dspy.Module, example: dspy.Example, run: ExampleRun, name: str, metric: Metric) -> Failure:
@@ -134,12 +114,23 @@ def metric_feedback(
     with booked_as(Phase.METRIC):
         # Without the trace: metrics are stricter with one, and this is feedback on the answer that was scored.
         returned = metric(*(arguments if n == 5 else (example, prediction, None, None)[:n]))
+    return feedback_in(returned)
+
+
+def feedback_in(returned: Any) -> str:
+    """The words in what a metric returned; "" when there are none."""
     if isinstance(returned, (dspy.Prediction, Mapping)):
         return str(returned.get("feedback", "") or "")
     return str(getattr(returned, "feedback", "") or "")
 
 
-def expected_feedback(example: dspy.Example, score: float) -> str:
-    """The score and the right answer, for metrics that say nothing in words."""
-    said = ", ".join(f"{key} = {short(value)}" for key, value in label_values(example).items())
+def expected_feedback(example: dspy.Example, score: float, *, say: Callable[[Any], str] = short) -> str:
+    """The score and the right answer, for metrics that say nothing in words.
+
+    Args:
+        example: With its labels.
+        score: 0..1.
+        say: Puts a value into words; shortened by default.
+    """
+    said = ", ".join(f"{key} = {say(value)}" for key, value in label_values(example).items())
     return f"Score {score:g} of 1. The right answer: {said}."

@@ -136,9 +136,9 @@ def learn_rules(
         return ()
     chance = max(counts.values()) / len(labels)
     rows = np.array(labels, dtype=object)
-    stress = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
-    chain = _chain(features, rows, stress, max_clauses=min(len(counts) - 1, max_depth + 1), seed=seed)
-    tree = _tree(features, rows, stress, max_depth=max_depth, seed=seed)
+    row_weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    chain = _chain(features, rows, row_weights, max_clauses=min(len(counts) - 1, max_depth + 1), seed=seed)
+    tree = _tree(features, rows, row_weights, max_depth=max_depth, seed=seed)
     found = [rule for rule in (chain, tree) if rule is not None and rule.clauses and rule.accuracy > chance]
     if len(found) == 2 and found[1].accuracy <= found[0].accuracy:
         found = found[:1]
@@ -171,14 +171,14 @@ def _words(text: str) -> set[str]:
 
 
 def _chain(
-    features: list[_Feature], labels: np.ndarray, stress: np.ndarray, *, max_clauses: int, seed: int
+    features: list[_Feature], labels: np.ndarray, weights: np.ndarray, *, max_clauses: int, seed: int
 ) -> Rule | None:
     """One-condition clauses, each the purer side of the best single split of the rows no clause has caught yet."""
     left = np.ones(len(labels), dtype=bool)
     clauses: list[tuple[tuple[Condition, ...], str]] = []
     predicted = np.empty(len(labels), dtype=object)
     while len(clauses) < max_clauses and len(set(labels[left])) > 1:
-        fitted = _fit([_rows(f, left) for f in features], labels[left], stress[left], max_depth=1, seed=seed)
+        fitted = _fit([_rows(f, left) for f in features], labels[left], weights[left], max_depth=1, seed=seed)
         if fitted.tree_.node_count < 3:
             break
         feature = features[int(fitted.tree_.feature[0])]
@@ -202,10 +202,10 @@ def _chain(
 
 
 def _tree(
-    features: list[_Feature], labels: np.ndarray, stress: np.ndarray, *, max_depth: int, seed: int
+    features: list[_Feature], labels: np.ndarray, weights: np.ndarray, *, max_depth: int, seed: int
 ) -> Rule | None:
     """The whole tree, leaf by leaf; a condition already settled by the clauses before it is left out."""
-    fitted = _fit(features, labels, stress, max_depth=max_depth, seed=seed)
+    fitted = _fit(features, labels, weights, max_depth=max_depth, seed=seed)
     tree = fitted.tree_
     everything = np.ones(len(labels), dtype=bool)
     clauses: list[tuple[tuple[Condition, ...], str]] = []
@@ -240,12 +240,12 @@ def _tree(
     return Rule(tuple(clauses), otherwise, float(np.mean(predicted == labels)))
 
 
-def _fit(features: list[_Feature], labels: np.ndarray, stress: np.ndarray, *, max_depth: int, seed: int) -> Any:
+def _fit(features: list[_Feature], labels: np.ndarray, weights: np.ndarray, *, max_depth: int, seed: int) -> Any:
     from sklearn.tree import DecisionTreeClassifier
 
     smallest = max(1, min(3, len(labels) // 10))
     model = DecisionTreeClassifier(max_depth=max_depth, min_samples_leaf=smallest, random_state=seed)
-    return model.fit(np.column_stack([f.values for f in features]), labels.astype(str), sample_weight=stress)
+    return model.fit(np.column_stack([f.values for f in features]), labels.astype(str), sample_weight=weights)
 
 
 def _goes_left(feature: _Feature, tree: Any, node: int) -> np.ndarray:

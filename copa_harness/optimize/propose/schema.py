@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import enum
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal
+from typing import Any
 
 import dspy
 import numpy as np
 
 from copa_harness.errors import TaskError
 from copa_harness.evaluate.examples import input_values
+from copa_harness.lm.constrained import choices_of
 
 MAX_CATEGORIES = 20
 """More distinct values than this are free text, not categories."""
@@ -30,11 +30,6 @@ class LabelledField:
     predictor: str
     name: str
     categories: tuple[str, ...]
-
-
-def output_fields(signature: Any) -> tuple[str, ...]:
-    """A signature's output field names."""
-    return tuple(signature.output_fields)
 
 
 def is_fully_labelled(signature: Any, examples: Sequence[dspy.Example]) -> bool:
@@ -61,12 +56,8 @@ def categories_of(values: Sequence[Any], *, annotation: Any = None) -> tuple[str
     A `Literal`, `bool` or enum annotation says them; otherwise values are categories when there are at most 20
     different ones and each occurs twice on average.
     """
-    if typing.get_origin(annotation) is Literal:
-        return tuple(str(value) for value in typing.get_args(annotation))
-    if annotation is bool:
-        return ("True", "False")
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return tuple(str(member.value) for member in annotation)
+    if (choices := choices_of(annotation)) is not None:
+        return choices
     if annotation is float:
         return ()
     distinct = sorted({text_of(value) for value in values})

@@ -1,4 +1,4 @@
-"""Which rows make a demonstration set: spread wide, typical, near the mistakes, not known yet, or of proven weight.
+"""Which rows make a demonstration set, by how alike they are: needs no model.
 
 Symbols: n rows with vectors V (n, d) and strata (labels); every pick takes the strata in turn, so a set shows all
 labels as evenly as it can. Pure functions from vectors and a generator to row numbers.
@@ -6,12 +6,12 @@ labels as evenly as it can. Pure functions from vectors and a generator to row n
 * ``diverse``: farthest-first traversal (Gonzalez 1985; k-center), within each stratum, from a random first row.
 * ``typical``: the rows nearest to the centres of as many clusters of each stratum (k-means), drawn anew per set.
 * ``nearest``: neighbours of given targets (kNN prompting, Liu et al. 2022, arXiv 2101.06804), e.g. of wrong answers.
+* ``uncertain``: rows that the instruction alone gets wrong first; ``heaviest``: rows of the greatest weight first.
+* ``mutated``: a set given, with some of its rows exchanged.
 
-Rows as vectors, without a model: standardized numbers, one-hot categories, TF-IDF of longer texts.
-
-Symbols: n rows, d coordinates. Every column of the inputs becomes a block of coordinates whose mean squared distance
-between rows is 1, so a text counts as much as a number however many words it has. Missing numbers lie at the mean. Rows
-that are to be compared must be given in one call.
+Vectors are standardized numbers, one-hot categories and TF-IDF of longer texts: every column of the inputs becomes a
+block of coordinates whose mean squared distance between rows is 1, so a text counts as much as a number however many
+words it has. Missing numbers lie at the mean. Rows that are to be compared must be given in one call.
 """
 
 from __future__ import annotations
@@ -151,28 +151,28 @@ def nearest_rows(
     return chosen
 
 
-def open_rows(
-    strata: Sequence[str], settled: Sequence[bool], size: int, generator: np.random.Generator, *, share: float
+def uncertain_rows(
+    strata: Sequence[str], answered: Sequence[bool], size: int, generator: np.random.Generator, *, share: float
 ) -> list[int]:
-    """Rows not settled yet first, up to a share of each stratum's places; the rest from the settled ones.
+    """Rows the instruction alone gets wrong first, up to a share of each stratum's places; the rest from the others.
 
     Not all places: what everything else gets wrong is often noise, and a set of nothing but exceptions misleads.
 
     Args:
         strata: n labels.
-        settled: n flags: what the instruction alone answers rightly.
+        answered: n flags: what the instruction alone answers rightly.
         size: Rows wanted.
         generator: Source of randomness.
-        share: Of each stratum's places that unsettled rows may take, 0..1.
+        share: Of each stratum's places that rows it gets wrong may take, 0..1.
     """
-    known = np.asarray(settled, dtype=bool)
+    known = np.asarray(answered, dtype=bool)
     chosen: list[int] = []
     for name, count in quotas(strata, size, generator).items():
         members = generator.permutation(_members(strata, name))
-        unsettled, rest = members[~known[members]], members[known[members]]
-        first = unsettled[: int(np.ceil(share * count))]
-        picked = [*first, *rest[: count - len(first)]]
-        picked += [row for row in unsettled[len(first) :] if len(picked) < count][: count - len(picked)]
+        wrong, right = members[~known[members]], members[known[members]]
+        first = wrong[: int(np.ceil(share * count))]
+        picked = [*first, *right[: count - len(first)]]
+        picked += [row for row in wrong[len(first) :] if len(picked) < count][: count - len(picked)]
         chosen.extend(int(row) for row in picked)
     return chosen
 

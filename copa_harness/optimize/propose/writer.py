@@ -3,7 +3,7 @@
 Grounded proposals follow MIPRO (Opsahl-Ong et al. 2024, arXiv 2406.11695): a summary of the data, the program's code,
 examples of the step, instructions tried before with their scores, a tip; and the demonstrations that carried weight in
 the trials so far. Which grounding, which tip, which temperature and which of the two ways is chosen by the run's
-`Learner`. Proposals are drawn under rollout ids, so they are repeatable.
+`ProposalBandit`. Proposals are drawn under rollout ids, so they are repeatable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMErr
 from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.context import current_scope
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.propose.demos import labelled_pool
+from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.render import (
     MAX_SHOWN,
     Failure,
@@ -31,13 +31,13 @@ from copa_harness.optimize.propose.render import (
     spread_out,
     step_text,
 )
-from copa_harness.optimize.search.bandit import Knowledge
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.space import InstructionOption
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.options import SearchOptions
+    from copa_harness.optimize.context import SearchContext
 
 logger = logging.getLogger("copa_harness")
 
@@ -119,10 +119,8 @@ class InstructionWriter:
     """Writes instructions for every predictor of one incumbent.
 
     Args:
-        prompt_lm: The model that writes.
+        context: The model that writes; examples to summarize and to show; how many proposals and which groundings.
         incumbent: Whose predictors.
-        trainset: Examples to summarize and to show.
-        settings: How many proposals, and which groundings are allowed.
         memory: The run's.
         past: Instructions tried before with their mean scores, 0..1, by predictor.
         failures: What the incumbent got wrong, by predictor; without any nothing is revised.
@@ -130,17 +128,15 @@ class InstructionWriter:
 
     def __init__(
         self,
-        prompt_lm: Any,
-        *,
+        context: SearchContext,
         incumbent: Candidate,
-        trainset: Sequence[dspy.Example],
-        settings: SearchOptions,
-        memory: Knowledge,
+        *,
+        memory: SearchMemory,
         past: Mapping[str, Sequence[tuple[str, float]]],
         failures: Mapping[str, Sequence[Failure]],
     ) -> None:
-        self.prompt_lm, self.incumbent, self.trainset = prompt_lm, incumbent, trainset
-        self.settings, self.memory, self.past, self.failures = settings, memory, past, failures
+        self.context, self.incumbent, self.settings = context, incumbent, context.settings
+        self.memory, self.past, self.failures = memory, past, failures
         self._predictors = dict(incumbent.template.named_predictors())
         self._description: str | None = None
 
@@ -160,7 +156,7 @@ class InstructionWriter:
         options: dict[str, tuple[InstructionOption, ...]] = {}
         with (
             current_scope().phase(Phase.INSTRUCTIONS),
-            dspy.context(lm=self.prompt_lm, adapter=default_adapter(), disable_history=True, trace=None),
+            dspy.context(lm=self.context.prompt_lm, adapter=default_adapter(), disable_history=True, trace=None),
         ):
             for part in self.incumbent.parts:
                 options[part.predictor] = self._for(part.predictor, part.instruction, allowance, first_rollout)
@@ -169,14 +165,14 @@ class InstructionWriter:
     def _for(
         self, predictor: str, current: str, allowance: Allowance, first_rollout: int
     ) -> tuple[InstructionOption, ...]:
-        n, learner, generator = self.settings.n_proposed, self.memory.learner, self.memory.generator()
+        n, bandit, generator = self.settings.n_proposed, self.memory.bandit, self.memory.generator()
         ways = ["written", "reflected"] if self.failures.get(predictor) else ["written"]
         temperatures = [f"{temperature:g}" for temperature in TEMPERATURES]
         chosen = zip(
-            learner.choose("instruction", ways, n=n, generator=generator),
-            learner.choose("grounding", self.settings.groundings or ("none",), n=n, generator=generator),
-            learner.choose("tip", list(TIPS), n=n, generator=generator),
-            learner.choose("temperature", temperatures, n=n, generator=generator),
+            bandit.choose("instruction", ways, n=n, generator=generator),
+            bandit.choose("grounding", self.settings.groundings or ("none",), n=n, generator=generator),
+            bandit.choose("tip", list(TIPS), n=n, generator=generator),
+            bandit.choose("temperature", temperatures, n=n, generator=generator),
             strict=True,
         )
         seen = {text for text, _ in self.past.get(predictor, ())} | {current}
@@ -222,16 +218,16 @@ class InstructionWriter:
         text = other_steps_text(predictor, signatures, {p.predictor: p.instruction for p in self.incumbent.parts})
         return {"other_steps": text} if text else {}
 
-    def _pool(self, predictor: str) -> list[tuple[dspy.Example, str]]:
+    def _demos(self, predictor: str) -> list[tuple[dspy.Example, str]]:
         """Demonstrations of a step: labelled rows, or where the data have none, what was bootstrapped for it so far."""
-        return labelled_pool(self._predictors[predictor].signature, self.trainset) or [
+        return labelled_demos(self._predictors[predictor].signature, self.context.trainset) or [
             (demo, "") for demo in self.memory.demos_of(predictor)
         ]
 
     def _examples(self, predictor: str, n: int) -> str:
         """The incumbent's own demonstrations, else some of the pool, one line each; "" without any."""
         own = next(part.demos for part in self.incumbent.parts if part.predictor == predictor)
-        return demos_text(own[:n] or spread_out(self._pool(predictor), n), self._predictors[predictor].signature)
+        return demos_text(own[:n] or spread_out(self._demos(predictor), n), self._predictors[predictor].signature)
 
     def _mistakes(self, predictor: str, current: str, turn: int) -> dict[str, str]:
         """A window of the mistakes, moved on with every proposal: different mistakes teach different things."""
@@ -247,8 +243,8 @@ class InstructionWriter:
         """The fields of `ProposeInstruction` that a grounding shows and that have something to say."""
         shown = [name for key, names in _SHOWN_BY.items() if grounding in ("all", key) for name in names]
         fields = {"program_step": self._step(predictor), "current_instruction": current, "tip": TIPS[tip]}
-        if "data_summary" in shown and self.trainset:
-            fields["data_summary"] = data_summary(self.trainset)
+        if "data_summary" in shown and self.context.trainset:
+            fields["data_summary"] = data_summary(self.context.trainset)
         if "program_code" in shown:
             fields["program_code"] = program_code(self.incumbent.template)
             fields |= self._others(predictor)
@@ -257,9 +253,9 @@ class InstructionWriter:
         if "step_examples" in shown and (examples := self._examples(predictor, 4)):
             fields["step_examples"] = examples
         if "weighty_demonstrations" in shown:
-            pool = [*(demo for demo, _ in self._pool(predictor)), *self.memory.demos_of(predictor)]
-            if weighty := self.memory.weighty_demos(predictor, pool):
-                fields["weighty_demonstrations"] = demos_text(weighty, self._predictors[predictor].signature)
+            pool = [*(demo for demo, _ in self._demos(predictor)), *self.memory.demos_of(predictor)]
+            if helpful := self.memory.helpful_demos(predictor, pool):
+                fields["weighty_demonstrations"] = demos_text(helpful, self._predictors[predictor].signature)
         if "past_instructions" in shown and (past := self.past.get(predictor)):
             best_last = sorted(past, key=lambda one: one[1])[-8:]
             fields["past_instructions"] = "\n".join(f"{score:.2f}: {text}" for text, score in best_last)

@@ -17,6 +17,7 @@ import dspy
 
 from copa_harness.errors import ConfigurationError, TaskError
 from copa_harness.evaluate.examples import plain
+from copa_harness.lm.metered import MeteredLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,16 @@ class Candidate:
 def model_name(lm: Any) -> str:
     """A model's name; for a fine-tuned one it contains the fingerprint of its weights."""
     return str(getattr(lm, "model", lm))
+
+
+def takes_lora(lm: Any) -> bool:
+    """Whether LoRA adapters for a model can be trained here."""
+    return isinstance(lm, MeteredLM) and lm.engine.takes_lora
+
+
+def is_tunable(lm: Any) -> bool:
+    """Whether a model can be fine-tuned: by LoRA here, or by its DSPy provider."""
+    return takes_lora(lm) or bool(getattr(getattr(lm, "provider", None), "finetunable", False))
 
 
 def _demo(demo: Any) -> dict[str, Any]:

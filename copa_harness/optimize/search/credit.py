@@ -27,8 +27,8 @@ import numpy as np
 from copa_harness.errors import BudgetExhausted
 from copa_harness.judge.paired_tests import difference_interval
 from copa_harness.optimize.budget import Allowance, OutOfCalls
-from copa_harness.optimize.search.bandit import Knowledge
 from copa_harness.optimize.search.candidate import Candidate, model_name
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.results import Phase
 from copa_harness.wording import counted
@@ -96,7 +96,7 @@ def assign_credit(
     *,
     validation: Validation,
     allowance: Allowance,
-    knowledge: Knowledge,
+    memory: SearchMemory,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Split the winner's gain among its parts; plain JSON types.
@@ -109,7 +109,7 @@ def assign_credit(
         winner: The program to be returned, fully scored, of the same structure.
         validation: Where both were scored.
         allowance: Calls for the missing cells.
-        knowledge: The run's memory, for parts whose cells are not affordable.
+        memory: The run's memory, for parts whose cells are not affordable.
         seed: Of the intervals' resampling.
 
     Returns:
@@ -132,10 +132,10 @@ def assign_credit(
             cells[cell] = candidate
     is_shapley = len(cells) == 2 ** len(parts)
     scores = {cell: validation.scores(candidate) for cell, candidate in cells.items()}
-    rows = [i for i in range(validation.n) if all(sheet[i] is not None for sheet in scores.values())]
+    rows = [i for i in range(validation.n) if all(found[i] is not None for found in scores.values())]
     if not rows:
         return {}
-    values = {cell: np.array([sheet[i] or 0.0 for i in rows]) for cell, sheet in scores.items()}
+    values = {cell: np.array([found[i] or 0.0 for i in rows]) for cell, found in scores.items()}
     credited = []
     for part in parts:
         if is_shapley:
@@ -143,7 +143,7 @@ def assign_credit(
         elif (without := frozenset(parts) - {part}) in values:
             row = _interval(values[frozenset(parts)] - values[without], seed=seed) | {"method": "leave one out"}
         else:
-            row = _from_trials(part, student, winner, knowledge)
+            row = _from_trials(part, student, winner, memory)
         credited.append({"predictor": part.predictor, "part": part.kind, **row})
     methods = list(dict.fromkeys(str(row["method"]) for row in credited))
     return {
@@ -159,19 +159,16 @@ def credit_of(run: Run) -> dict[str, Any]:
     """Who earned a finished run's gain, measured with calls its search left over; a phase of its own if it cost any."""
     if run.incumbent.key == run.student.key:
         return {}
-    calls, whole = run.scope.charged_calls, run.scope.budget.calls
-    with run.recorded("credit", len(run.notes)):
-        found = assign_credit(
+    whole = run.scope.budget.calls
+    with run.recorded("credit", only_if_charged=True):
+        return assign_credit(
             run.student,
             run.incumbent,
             validation=run.validation,
             allowance=run.capped(math.inf if math.isinf(whole) else math.floor(CREDIT_SHARE * whole)),
-            knowledge=run.knowledge,
+            memory=run.memory,
             seed=run.settings.seed,
         )
-    if run.scope.charged_calls == calls:
-        run.phases.pop()
-    return found
 
 
 def _scored(candidate: Candidate, validation: Validation, allowance: Allowance) -> bool:
@@ -201,11 +198,11 @@ def _interval(contributions: np.ndarray, *, seed: int) -> dict[str, Any]:
     return {"gain": float(rounded.mean()), "low": interval.low, "high": interval.high}
 
 
-def _from_trials(part: CreditedPart, student: Candidate, winner: Candidate, knowledge: Knowledge) -> dict[str, Any]:
+def _from_trials(part: CreditedPart, student: Candidate, winner: Candidate, memory: SearchMemory) -> dict[str, Any]:
     """What the arms of a setting gained in the trials, when leaving it out was not affordable."""
     only = mixed(student, winner, [part])
-    arms = knowledge.features_of(only, student)
-    effect = knowledge.learner.effect(list(arms))
+    arms = memory.features_of(only, student)
+    effect = memory.bandit.effect(list(arms))
     if effect is None:
         return {"gain": None, "low": None, "high": None, "method": "not measured"}
     mean, sd, n = effect

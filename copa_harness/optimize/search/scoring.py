@@ -1,14 +1,12 @@
-"""Scores of candidates on validation examples, block by block, remembered by content.
+"""Scores of candidates on validation examples, block by block, remembered by content; and what the answers cost.
 
 The examples have one fixed order. A candidate raced against another sees first the examples on which that other has
-something to gain on (see `sheets`), then the rest in the fixed order. One that was scored before costs nothing again.
-Before a block is started the allowance is asked whether it can be finished.
+something to gain on (`racing.next_rows`), then the rest in the fixed order. One that was scored before costs nothing
+again. Before a block is started the allowance is asked whether it can be finished.
 
-What a program's answers cost: prompt tokens, output tokens, dollars and seconds per answer.
-
-Measured on the validation examples while they are scored, from what was stored with every answer when it was bought; a
-replayed run sees the same numbers. An answer may take several calls (stages, retries); all of them count. Seconds are
-those of the calls one after another, as they were when bought.
+Costs are measured while the examples are scored, from what was stored with every answer when it was bought; a replayed
+run sees the same numbers. An answer may take several calls (stages, retries); all of them count. Seconds are those of
+the calls one after another, as they were when bought.
 """
 
 from __future__ import annotations
@@ -32,6 +30,222 @@ from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import FULL, estimated_difference, mean_score, next_rows, paired_differences
 from copa_harness.results import Phase
+
+logger = logging.getLogger("copa_harness")
+
+MAX_DEAD_CANDIDATES = 3
+"""So many candidates in a row without a single answer mean the provider is down, not that the candidates are bad."""
+
+MIN_DEAD_ROWS = 5
+"""So many examples they must have tried: blocks can be as small as one."""
+
+
+class Validation:
+    """The validation examples in their fixed order, and what every candidate scored on them so far.
+
+    Args:
+        examples: The validation split.
+        metric: DSPy metric.
+        threads: Examples in flight at once.
+        seed: Of the order; the order is stratified, so every block has about the whole's mix of labels.
+        block_size: Examples per block; default a quarter of the split, at least 5 and at most 32.
+        observe: Measure what answers cost (see `cost`); a little slower.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[dspy.Example],
+        *,
+        metric: Metric,
+        threads: int,
+        seed: int,
+        block_size: int | None = None,
+        observe: bool = False,
+    ) -> None:
+        self._seed, self._given_block_size = seed, block_size
+        order = stratified_order(strata_of(examples), np.random.default_rng([seed, 202]))
+        ids = example_ids(examples)
+        self.examples = [examples[i] for i in order]
+        self.ids = tuple(ids[i] for i in order)
+        self.metric = metric
+        self.threads = threads
+        self.block_size = block_size or min(32, max(5, math.ceil(len(examples) / 4)))
+        self._table: dict[str, dict[int, float | None]] = {}
+        self._candidates: dict[str, Candidate] = {}
+        self._costs: dict[str, AnswerCost] = {}
+        self._observe = observe
+        self._calls_per_example = 0
+        self._n_dead = self._n_dead_rows = 0
+
+    def part(self, rows: Sequence[int]) -> Validation:
+        """Some of the examples by themselves, with no scores yet; what answers cost is known to all parts."""
+        part = self.over([self.examples[row] for row in rows])
+        part._costs = self._costs
+        return part
+
+    def over(self, examples: Sequence[dspy.Example]) -> Validation:
+        """Other examples, scored in the same way."""
+        return Validation(
+            examples,
+            metric=self.metric,
+            threads=self.threads,
+            seed=self._seed,
+            block_size=self._given_block_size,
+            observe=self._observe,
+        )
+
+    @property
+    def n(self) -> int:
+        """Validation examples."""
+        return len(self.examples)
+
+    def calls_per_example(self, candidate: Candidate) -> int:
+        """An estimate from above: the most calls an example took so far, judges in the metric included.
+
+        At least one per predictor, and two while DSPy's ChatAdapter may ask a second time in JSON.
+        """
+        retries = 2 if getattr(default_adapter(), "use_json_adapter_fallback", False) else 1
+        return max(len(candidate.parts) * retries, self._calls_per_example)
+
+    def scores(self, candidate: Candidate) -> tuple[float | None, ...]:
+        """The candidate's score on every example in the fixed order; None where it has none (yet)."""
+        row_scores = self._table.get(candidate.key, {})
+        return tuple(row_scores.get(row) for row in range(self.n))
+
+    def n_seen(self, candidate: Candidate) -> int:
+        """On how many examples the candidate has been run."""
+        return len(self._table.get(candidate.key, ()))
+
+    def mistakes(self, candidate: Candidate) -> list[dspy.Example]:
+        """The examples scored so far that the candidate did not get fully right."""
+        scored = zip(self.examples, self.scores(candidate), strict=True)
+        return [example for example, score in scored if score is not None and score < FULL]
+
+    def is_complete(self, candidate: Candidate) -> bool:
+        """Whether the candidate has been run on every validation example."""
+        return self.n_seen(candidate) == self.n
+
+    def completed(self) -> tuple[Candidate, ...]:
+        """All fully scored candidates, in the order in which they were first scored."""
+        return tuple(candidate for candidate in self._candidates.values() if self.is_complete(candidate))
+
+    def cost(self, candidate: Candidate) -> AnswerCost:
+        """What the candidate's answers cost on the examples scored so far; nothing unless `observe` is on."""
+        return self._costs.get(candidate.key, AnswerCost())
+
+    def mean(self, candidate: Candidate) -> float:
+        """Mean score so far, nan when there is none."""
+        return mean_score(self.scores(candidate))
+
+    def cost_to_complete(self, candidate: Candidate) -> int:
+        """Upper estimate of the calls a full score still needs."""
+        return (self.n - self.n_seen(candidate)) * self.calls_per_example(candidate)
+
+    def advance(
+        self,
+        candidate: Candidate,
+        *,
+        allowance: Allowance,
+        phase: Phase,
+        against: Candidate | None = None,
+    ) -> tuple[float | None, ...]:
+        """Score the next block.
+
+        Args:
+            candidate: Who is scored.
+            allowance: What pays for it.
+            phase: Stamped on the calls.
+            against: A fully scored candidate this one has to beat: the examples on which it can be beaten come first.
+
+        Returns:
+            The candidate's scores so far, see `scores`.
+
+        Raises:
+            OutOfCalls: The allowance does not suffice for the block; nothing was run.
+            BudgetExhausted: The estimate was too low and the budget ended within the block, which is then forgotten.
+            ProviderError: Several candidates in a row got no answer at all.
+        """
+        row_scores = self._table.setdefault(candidate.key, {})
+        self._candidates.setdefault(candidate.key, candidate)
+        rows = self._next_block(candidate, against)
+        if not rows:
+            return self.scores(candidate)
+        if not allowance.can_afford(len(rows) * self.calls_per_example(candidate)):
+            raise OutOfCalls
+        charged = allowance.scope.charged_calls
+        with observing() if self._observe else nullcontext() as observer:
+            runs = run_examples(
+                candidate.program(),
+                [self.examples[row] for row in rows],
+                metric=self.metric,
+                split="validation",
+                phase=phase,
+                threads=self.threads,
+                ids=tuple(self.ids[row] for row in rows),
+                # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
+                raise_if_nothing_works=self._calls_per_example == 0,
+            )
+        if observer is not None:
+            self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(runs))
+        mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
+        self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
+        # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
+        dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
+        self._n_dead = self._n_dead + 1 if dead else 0
+        self._n_dead_rows = self._n_dead_rows + len(rows) if dead else 0
+        if self._n_dead >= MAX_DEAD_CANDIDATES and self._n_dead_rows >= MIN_DEAD_ROWS:
+            raise ProviderError(
+                f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
+                f"{runs[0].result.error}"
+            )
+        row_scores.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
+        return self.scores(candidate)
+
+    def _next_block(self, candidate: Candidate, against: Candidate | None) -> list[int]:
+        incumbent = (None,) * self.n if against is None else self.scores(against)
+        seen = self._table.get(candidate.key, {})
+        return next_rows(incumbent, seen=seen, size=self.block_size)
+
+    def complete(self, candidate: Candidate, *, allowance: Allowance, phase: Phase) -> float:
+        """Score what is missing; the mean score.
+
+        Raises:
+            OutOfCalls: The allowance does not suffice for all of it; nothing was run.
+            BudgetExhausted, ProviderError: As `advance`.
+        """
+        if not allowance.can_afford(self.cost_to_complete(candidate)):
+            raise OutOfCalls
+        while not self.is_complete(candidate):
+            self.advance(candidate, allowance=allowance, phase=phase)
+        return self.mean(candidate)
+
+    def is_better(self, candidate: Candidate, incumbent: Candidate) -> bool:
+        """Whether a fully scored candidate replaces the incumbent: a higher mean, or the same mean and simpler.
+
+        Compared on the examples both have a score for.
+        """
+        difference = self.difference(candidate, incumbent)
+        if math.isnan(difference):
+            return False
+        if abs(difference) > 1e-9:
+            return difference > 0
+        return candidate.size < incumbent.size
+
+    def standard_error(self, candidate: Candidate, other: Candidate) -> float:
+        """Standard error of the mean paired difference of two fully scored candidates; 0 when they differ nowhere."""
+        differences = paired_differences(self.scores(candidate), self.scores(other))
+        return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
+
+    def difference(self, candidate: Candidate, incumbent: Candidate) -> float:
+        """Mean paired difference over the examples both have scores for; nan when there are none."""
+        differences = paired_differences(self.scores(candidate), self.scores(incumbent))
+        return sum(differences) / len(differences) if differences else math.nan
+
+    def estimate(self, candidate: Candidate, incumbent: Candidate) -> float:
+        """What the paired difference over all examples will be, estimated from those seen; nan when there are none."""
+        if self.is_complete(candidate):
+            return self.difference(candidate, incumbent)
+        return estimated_difference(self.scores(candidate), self.scores(incumbent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,221 +299,3 @@ def _sum(start: float | None, values: Sequence[float | None]) -> float | None:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-logger = logging.getLogger("copa_harness")
-
-MAX_DEAD_CANDIDATES = 3
-"""So many candidates in a row without a single answer mean the provider is down, not that the candidates are bad."""
-
-MIN_DEAD_ROWS = 5
-"""So many examples they must have tried: blocks can be as small as one."""
-
-
-class Validation:
-    """The validation examples in their fixed order, and what every candidate scored on them so far.
-
-    Args:
-        examples: The validation split.
-        metric: DSPy metric.
-        threads: Examples in flight at once.
-        seed: Of the order; the order is stratified, so every block has about the whole's mix of labels.
-        block_size: Examples per block; default a quarter of the split, at least 5 and at most 32.
-        observe: Measure what answers cost (see `cost`); a little slower.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[dspy.Example],
-        *,
-        metric: Metric,
-        threads: int,
-        seed: int,
-        block_size: int | None = None,
-        observe: bool = False,
-    ) -> None:
-        self._seed, self._given_block_size = seed, block_size
-        order = stratified_order(strata_of(examples), np.random.default_rng([seed, 202]))
-        ids = example_ids(examples)
-        self.examples = [examples[i] for i in order]
-        self.ids = tuple(ids[i] for i in order)
-        self.metric = metric
-        self.threads = threads
-        self.block_size = block_size or min(32, max(5, math.ceil(len(examples) / 4)))
-        self._sheets: dict[str, dict[int, float | None]] = {}
-        self._candidates: dict[str, Candidate] = {}
-        self._costs: dict[str, AnswerCost] = {}
-        self._observe = observe
-        self._calls_per_example = 0
-        self._n_dead = self._n_dead_rows = 0
-
-    def part(self, rows: Sequence[int]) -> Validation:
-        """Some of the examples by themselves, with no scores yet; what answers cost is known to all parts."""
-        part = self.over([self.examples[row] for row in rows])
-        part._costs = self._costs
-        return part
-
-    def over(self, examples: Sequence[dspy.Example]) -> Validation:
-        """Other examples, scored in the same way."""
-        return Validation(
-            examples,
-            metric=self.metric,
-            threads=self.threads,
-            seed=self._seed,
-            block_size=self._given_block_size,
-            observe=self._observe,
-        )
-
-    @property
-    def n(self) -> int:
-        """Validation examples."""
-        return len(self.examples)
-
-    def calls_per_example(self, candidate: Candidate) -> int:
-        """An estimate from above: the most calls an example took so far, judges in the metric included.
-
-        At least one per predictor, and two while DSPy's ChatAdapter may ask a second time in JSON.
-        """
-        retries = 2 if getattr(default_adapter(), "use_json_adapter_fallback", False) else 1
-        return max(len(candidate.parts) * retries, self._calls_per_example)
-
-    def scores(self, candidate: Candidate) -> tuple[float | None, ...]:
-        """The candidate's score on every example in the fixed order; None where it has none (yet)."""
-        sheet = self._sheets.get(candidate.key, {})
-        return tuple(sheet.get(row) for row in range(self.n))
-
-    def n_seen(self, candidate: Candidate) -> int:
-        """On how many examples the candidate has been run."""
-        return len(self._sheets.get(candidate.key, ()))
-
-    def mistakes(self, candidate: Candidate) -> list[dspy.Example]:
-        """The examples scored so far that the candidate did not get fully right."""
-        scored = zip(self.examples, self.scores(candidate), strict=True)
-        return [example for example, score in scored if score is not None and score < FULL]
-
-    def is_complete(self, candidate: Candidate) -> bool:
-        """Whether the candidate has been run on every validation example."""
-        return self.n_seen(candidate) == self.n
-
-    def completed(self) -> tuple[Candidate, ...]:
-        """All fully scored candidates, in the order in which they were first scored."""
-        return tuple(candidate for candidate in self._candidates.values() if self.is_complete(candidate))
-
-    def cost(self, candidate: Candidate) -> AnswerCost:
-        """What the candidate's answers cost on the examples scored so far; nothing unless `observe` is on."""
-        return self._costs.get(candidate.key, AnswerCost())
-
-    def mean(self, candidate: Candidate) -> float:
-        """Mean score so far, nan when there is none."""
-        return mean_score(self.scores(candidate))
-
-    def cost_to_complete(self, candidate: Candidate) -> int:
-        """Upper estimate of the calls a full score still needs."""
-        return (self.n - self.n_seen(candidate)) * self.calls_per_example(candidate)
-
-    def advance(
-        self,
-        candidate: Candidate,
-        *,
-        allowance: Allowance,
-        phase: Phase,
-        against: Candidate | None = None,
-    ) -> tuple[float | None, ...]:
-        """Score the next block.
-
-        Args:
-            candidate: Who is scored.
-            allowance: What pays for it.
-            phase: Stamped on the calls.
-            against: A fully scored candidate this one has to beat: the examples on which it can be beaten come first.
-
-        Returns:
-            The candidate's scores so far, see `scores`.
-
-        Raises:
-            OutOfCalls: The allowance does not suffice for the block; nothing was run.
-            BudgetExhausted: The estimate was too low and the budget ended within the block, which is then forgotten.
-            ProviderError: Several candidates in a row got no answer at all.
-        """
-        sheet = self._sheets.setdefault(candidate.key, {})
-        self._candidates.setdefault(candidate.key, candidate)
-        rows = self.next_block(candidate, against=against)
-        if not rows:
-            return self.scores(candidate)
-        if not allowance.can_afford(len(rows) * self.calls_per_example(candidate)):
-            raise OutOfCalls
-        charged = allowance.scope.charged_calls
-        with observing() if self._observe else nullcontext() as observer:
-            runs = run_examples(
-                candidate.program(),
-                [self.examples[row] for row in rows],
-                metric=self.metric,
-                split="validation",
-                phase=phase,
-                threads=self.threads,
-                ids=tuple(self.ids[row] for row in rows),
-                # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
-                raise_if_nothing_works=self._calls_per_example == 0,
-            )
-        if observer is not None:
-            self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(runs))
-        mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
-        self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
-        # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
-        dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
-        self._n_dead = self._n_dead + 1 if dead else 0
-        self._n_dead_rows = self._n_dead_rows + len(rows) if dead else 0
-        if self._n_dead >= MAX_DEAD_CANDIDATES and self._n_dead_rows >= MIN_DEAD_ROWS:
-            raise ProviderError(
-                f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
-                f"{runs[0].result.error}"
-            )
-        sheet.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
-        return self.scores(candidate)
-
-    def next_block(self, candidate: Candidate, *, against: Candidate | None = None) -> list[int]:
-        """The rows `advance` scores next."""
-        bar = (None,) * self.n if against is None else self.scores(against)
-        seen = self._sheets.get(candidate.key, {})
-        return next_rows(bar, seen=seen, size=self.block_size)
-
-    def complete(self, candidate: Candidate, *, allowance: Allowance, phase: Phase) -> float:
-        """Score what is missing; the mean score.
-
-        Raises:
-            OutOfCalls: The allowance does not suffice for all of it; nothing was run.
-            BudgetExhausted, ProviderError: As `advance`.
-        """
-        if not allowance.can_afford(self.cost_to_complete(candidate)):
-            raise OutOfCalls
-        while not self.is_complete(candidate):
-            self.advance(candidate, allowance=allowance, phase=phase)
-        return self.mean(candidate)
-
-    def is_better(self, candidate: Candidate, incumbent: Candidate) -> bool:
-        """Whether a fully scored candidate replaces the incumbent: a higher mean, or the same mean and simpler.
-
-        Compared on the examples both have a score for.
-        """
-        difference = self.difference(candidate, incumbent)
-        if math.isnan(difference):
-            return False
-        if abs(difference) > 1e-9:
-            return difference > 0
-        return candidate.size < incumbent.size
-
-    def standard_error(self, candidate: Candidate, other: Candidate) -> float:
-        """Standard error of the mean paired difference of two fully scored candidates; 0 when they differ nowhere."""
-        differences = paired_differences(self.scores(candidate), self.scores(other))
-        return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
-
-    def difference(self, candidate: Candidate, incumbent: Candidate) -> float:
-        """Mean paired difference over the examples both have scores for; nan when there are none."""
-        differences = paired_differences(self.scores(candidate), self.scores(incumbent))
-        return sum(differences) / len(differences) if differences else math.nan
-
-    def estimate(self, candidate: Candidate, incumbent: Candidate) -> float:
-        """What the paired difference over all examples will be, estimated from those seen; nan when there are none."""
-        if self.is_complete(candidate):
-            return self.difference(candidate, incumbent)
-        return estimated_difference(self.scores(candidate), self.scores(incumbent))

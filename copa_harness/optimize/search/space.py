@@ -3,11 +3,10 @@
 A point is a mapping from dimension to the *name* of an option, so a stored study and its dashboard read well. The
 incumbent's own settings are always among the options, so every space contains the program that has to be beaten.
 
-Checkpoints as levels of the weights: what every epoch of a training is good for, the study finds out.
-
-A training keeps one servable LoRA adapter per epoch. The last one fits the training rows best, an earlier one may keep
-more of what the base model could do with demonstrations or an instruction; so a few of the others, spread evenly over
-the epochs, are offered beside the one that was kept. Few, because every level multiplies the space.
+**Checkpoint choices.** A training keeps one servable LoRA adapter per epoch. The last one fits the training rows best,
+an earlier one may keep more of what the base model could do with demonstrations or an instruction; what each is good
+for, the study finds out. So a few of the others, spread evenly over the epochs, are offered beside the one that was
+kept. Few, because every choice multiplies the space.
 
 Measured with `joint`, a light budget and the embedded model on the development tasks of `pretrain.devtasks` (24 draws
 of data; 50 training, 25 validation, 75 test rows; mean test score, difference to n = 1 paired, with a 95 % interval):
@@ -62,16 +61,16 @@ WEIGHTS = "weights"
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsLevel:
-    """One level of the weights dimension: a name, and the model of each predictor in the program's order."""
+class WeightsChoice:
+    """One option of the weights dimension: a name, and the model of each predictor in the program's order."""
 
     name: str
     lms: tuple[Any, ...]
 
 
-def level_of(candidate: Candidate) -> WeightsLevel:
-    """The weights a candidate runs on, as a level."""
-    return WeightsLevel("+".join(dict.fromkeys(model_name(lm) for lm in candidate.lms)), candidate.lms)
+def weights_choice(candidate: Candidate) -> WeightsChoice:
+    """The weights a candidate runs on."""
+    return WeightsChoice("+".join(dict.fromkeys(model_name(lm) for lm in candidate.lms)), candidate.lms)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Space:
     """All combinations of the options; build one with `Space.around`."""
 
     incumbent: Candidate
-    weights: tuple[WeightsLevel, ...]
+    weights: tuple[WeightsChoice, ...]
     instructions: Mapping[str, tuple[InstructionOption, ...]]
     demos: Mapping[str, tuple[DemoSet, ...]]
 
@@ -88,7 +87,7 @@ class Space:
         cls,
         incumbent: Candidate,
         *,
-        weights: Sequence[WeightsLevel] = (),
+        weights: Sequence[WeightsChoice] = (),
         instructions: Mapping[str, Sequence[InstructionOption]] | None = None,
         demos: Mapping[str, Sequence[DemoSet]] | None = None,
     ) -> Space:
@@ -96,8 +95,8 @@ class Space:
 
         Dimensions without options hold the incumbent's setting alone. Options of equal content are kept once.
         """
-        own = level_of(incumbent)
-        levels = {level.name: level for level in (own, *weights)}
+        own = weights_choice(incumbent)
+        choices = {choice.name: choice for choice in (own, *weights)}
         texts, sets = {}, {}
         for part in incumbent.parts:
             offered = list((instructions or {}).get(part.predictor, ()))
@@ -108,7 +107,7 @@ class Space:
             if all(option.demos != part.demos for option in offered_sets):
                 offered_sets.insert(0, DemoSet("incumbent", part.demos) if part.demos else NO_DEMOS)
             sets[part.predictor] = _distinct_sets(offered_sets)
-        return cls(incumbent, tuple(levels.values()), texts, sets)
+        return cls(incumbent, tuple(choices.values()), texts, sets)
 
     def with_instructions(self, change: Callable[[str], str]) -> Space:
         """The same space with every instruction but the incumbent's own passed through `change`."""
@@ -124,7 +123,7 @@ class Space:
     @cached_property
     def dimensions(self) -> dict[str, tuple[str, ...]]:
         """Names of the options by dimension, dimensions with a single option left out."""
-        found = {WEIGHTS: tuple(level.name for level in self.weights)}
+        found = {WEIGHTS: tuple(choice.name for choice in self.weights)}
         for predictor, options in self.instructions.items():
             found[f"{predictor}.instruction"] = tuple(option.name for option in options)
         for predictor, sets in self.demos.items():
@@ -147,7 +146,7 @@ class Space:
 
     def point_of_incumbent(self) -> Point:
         """The point whose candidate is the incumbent."""
-        point = {WEIGHTS: level_of(self.incumbent).name}
+        point = {WEIGHTS: weights_choice(self.incumbent).name}
         for part in self.incumbent.parts:
             texts, sets = self.instructions[part.predictor], self.demos[part.predictor]
             point[f"{part.predictor}.instruction"] = next(o.name for o in texts if o.text == part.instruction)
@@ -159,8 +158,8 @@ class Space:
         chosen = {**self.point_of_incumbent(), **point}
         candidate = self.incumbent
         if WEIGHTS in self.dimensions:
-            level = next(level for level in self.weights if level.name == chosen[WEIGHTS])
-            candidate = candidate.with_lms(level.lms)
+            weights = next(choice for choice in self.weights if choice.name == chosen[WEIGHTS])
+            candidate = candidate.with_lms(weights.lms)
         instructions = {
             predictor: next(o.text for o in options if o.name == chosen[f"{predictor}.instruction"])
             for predictor, options in self.instructions.items()
@@ -227,13 +226,13 @@ def spread(epochs: Sequence[int], n: int) -> tuple[int, ...]:
     return tuple(sorted({epochs[round((i + 1) * (len(epochs) + 1) / (n + 1)) - 1] for i in range(n)}))
 
 
-def checkpoint_levels(candidate: Candidate, lms: Sequence[Any], *, n: int) -> tuple[WeightsLevel, ...]:
-    """Levels for `n` other epochs of the training that tuned models came from; none for models trained elsewhere.
+def checkpoint_choices(candidate: Candidate, lms: Sequence[Any], *, n: int) -> tuple[WeightsChoice, ...]:
+    """Weights of `n` other epochs of the training that tuned models came from; none for models trained elsewhere.
 
     Args:
         candidate: Whose prompts; only its parts' order matters.
         lms: Tuned models, one per part. Several models are taken at the same epoch.
-        n: How many levels at most.
+        n: How many choices at most.
     """
     epochs: dict[str, dict[int, Any]] = {}
     for lm in lms:
@@ -244,12 +243,12 @@ def checkpoint_levels(candidate: Candidate, lms: Sequence[Any], *, n: int) -> tu
     if not epochs:
         return ()
     shared = sorted(set.intersection(*(set(found) for found in epochs.values())))
-    levels = []
+    choices = []
     for epoch in spread(shared, n):
         copies = {name: found[epoch] for name, found in epochs.items()}
         chosen = tuple(lm.copy(model=copies[model_name(lm)]) if model_name(lm) in copies else lm for lm in lms)
-        levels.append(level_of(candidate.with_lms(chosen)))
-    return tuple(levels)
+        choices.append(weights_choice(candidate.with_lms(chosen)))
+    return tuple(choices)
 
 
 def _adapter(lm: Any) -> LoraAdapter | None:

@@ -7,38 +7,38 @@ from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import SearchOptions
-from copa_harness.optimize.propose.demos import labelled_pool, random_sets, set_counts, traced_pools
+from copa_harness.optimize.propose.demos import labelled_demos, random_demos, set_sizes, traced_demos
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.proposer import propose_demos, starting_points
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory
+from tests.optimize.conftest import context_of
 
 
-def test_random_sets_show_every_label():
-    pool = [(dspy.Example(x=i), "abc"[i % 3]) for i in range(30)]
-    sets = random_sets(pool, label="labelled", counts={9: 4, 3: 2}, generator=np.random.default_rng(0))
-    assert [len(one.demos) for one in sets] == [9] * 4 + [3] * 2
-    assert len({one.name for one in sets}) == 6
+def test_random_demonstrations_show_every_label():
+    labelled = [(dspy.Example(x=i), "abc"[i % 3]) for i in range(30)]
+    generator = np.random.default_rng(0)
+    sets = [random_demos(labelled, size, generator) for size in (9, 9, 9, 9, 3, 3)]
+    assert [len(one) for one in sets] == [9] * 4 + [3] * 2
     for one in sets:
-        kinds = ["abc"[demo.x % 3] for demo in one.demos]
+        kinds = ["abc"[demo.x % 3] for demo in one]
         assert len(set(kinds)) == 3
         assert max(kinds.count(kind) for kind in "abc") <= len(kinds) // 3 + 1
 
 
-def test_sizes_beyond_the_pool_are_cut():
-    pool = [(dspy.Example(x=i), "") for i in range(3)]
-    (one,) = random_sets(pool, label="labelled", counts={9: 1}, generator=np.random.default_rng(0))
-    assert len(one.demos) == 3
+def test_sizes_beyond_what_there_is_are_cut():
+    labelled = [(dspy.Example(x=i), "") for i in range(3)]
+    assert len(random_demos(labelled, 9, np.random.default_rng(0))) == 3
 
 
 def test_most_sets_are_large():
-    assert set_counts(9, 12) == {9: 6, 6: 4, 3: 2}
-    assert set_counts(0, 12) == {}
-    assert sum(set_counts(1, 5).values()) == 5
+    assert set_sizes(9, 12) == [9] * 6 + [6] * 4 + [3] * 2
+    assert set_sizes(0, 12) == []
+    assert set_sizes(1, 5) == [1] * 5
 
 
 def test_labelled_demonstrations_hold_only_the_signatures_fields(toy):
-    pool = labelled_pool(dspy.Signature("size -> kind"), toy.train)
+    pool = labelled_demos(dspy.Signature("size -> kind"), toy.train)
     assert len(pool) == len(toy.train)
     assert sorted(pool[0][0].keys()) == ["kind", "size"]
 
@@ -46,7 +46,7 @@ def test_labelled_demonstrations_hold_only_the_signatures_fields(toy):
 def test_bootstrapped_demonstrations_come_from_passing_traces_only(toy):
     program = toy.program()
     runs = run_examples(program, toy.train, metric=toy.metric, split="train", lm=toy.lm())
-    (pool,) = traced_pools(program, toy.train, runs).values()
+    (pool,) = traced_demos(program, toy.train, runs).values()
     assert {demo.kind for demo, _ in pool} == {"small"}
     assert len(pool) == sum(example.kind == "small" for example in toy.train)
 
@@ -54,16 +54,9 @@ def test_bootstrapped_demonstrations_come_from_passing_traces_only(toy):
 def propose(toy, program, **settings):
     candidate = Candidate.of(program, lm=toy.lm())
     with open_scope("test") as scope:
-        options = propose_demos(
-            candidate,
-            trainset=toy.train,
-            metric=toy.metric,
-            settings=SearchOptions(**settings),
-            allowance=Allowance(scope, 100),
-            threads=4,
-            seed=(0, 1),
-            calls_per_example=1,
-        )
+        context = context_of(toy, candidate, n_demo_sets=12, **settings)
+        allowance = Allowance(scope, 100)
+        options = propose_demos(context, candidate, allowance=allowance, memory=SearchMemory(), seed=(0, 1))
         return options, scope.charged_calls
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from copa_harness.optimize.propose import similarity as selection
-from copa_harness.optimize.propose.demos import PoolKnowledge, chosen_sets
+from copa_harness.optimize.propose.demos import SelectionBasis, chosen_sets
 from copa_harness.optimize.propose.similarity import distances, row_vectors
 
 
@@ -56,14 +56,14 @@ def test_neighbours_are_near_their_targets_in_every_label(generator):
     assert sorted(near)[1] < 1.0
 
 
-def test_what_is_not_settled_comes_first_but_does_not_fill_a_set(generator):
+def test_what_is_answered_wrong_comes_first_but_does_not_fill_a_set(generator):
     strata = ["a"] * 10 + ["b"] * 10
-    settled = [i % 10 >= 5 for i in range(20)]
-    rows = selection.open_rows(strata, settled, 6, generator, share=2 / 3)
-    assert sum(not settled[row] for row in rows) == 4
+    answered = [i % 10 >= 5 for i in range(20)]
+    rows = selection.uncertain_rows(strata, answered, 6, generator, share=2 / 3)
+    assert sum(not answered[row] for row in rows) == 4
     assert sum(strata[row] == "a" for row in rows) == 3
-    assert len(selection.open_rows(strata, [True] * 20, 6, generator, share=2 / 3)) == 6
-    assert len(set(selection.open_rows(strata, [False] * 20, 6, generator, share=2 / 3))) == 6
+    assert len(selection.uncertain_rows(strata, [True] * 20, 6, generator, share=2 / 3)) == 6
+    assert len(set(selection.uncertain_rows(strata, [False] * 20, 6, generator, share=2 / 3))) == 6
 
 
 def test_the_heaviest_rows_of_every_label_are_taken(generator):
@@ -74,16 +74,16 @@ def test_the_heaviest_rows_of_every_label_are_taken(generator):
 def test_sets_are_repeatable_distinct_and_named_by_their_arm():
     pool = [(dspy.Example(x=str(i), y="ab"[i % 2]), "ab"[i % 2]) for i in range(20)]
     vectors = row_vectors([demo for demo, _ in pool], ["x"])
-    known = PoolKnowledge(vectors=vectors, targets=vectors[:0])
+    basis = SelectionBasis(vectors=vectors, targets=vectors[:0])
     plan = [(4, method) for method in ("typical", "random", "diverse")] * 3
     made = [
-        chosen_sets(pool, source="labelled", plan=plan, knowledge=known, generator=np.random.default_rng(7))
+        chosen_sets(pool, source="labelled", plan=plan, basis=basis, generator=np.random.default_rng(7))
         for _ in range(2)
     ]
     assert made[0] == made[1]
     assert len({frozenset(demo.x for demo in one.demos) for one, _ in made[0]}) == 9
     assert {arm for _, arm in made[0]} >= {"labelled", "labelled typical", "labelled diverse"}
-    assert known.methods == ("random", "diverse", "typical")
+    assert basis.methods == ("random", "diverse", "typical")
 
 
 def test_numbers_categories_and_texts_count_alike():

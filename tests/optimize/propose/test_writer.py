@@ -8,14 +8,16 @@ from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import GROUNDINGS, SearchOptions
+from copa_harness.optimize.options import GROUNDINGS
 from copa_harness.optimize.propose.proposer import propose_instructions
 from copa_harness.optimize.propose.reflection import find_failures, suspects
 from copa_harness.optimize.propose.render import program_code
 from copa_harness.optimize.propose.writer import TIPS
-from copa_harness.optimize.search.bandit import Evidence, Knowledge
+from copa_harness.optimize.search.bandit import Observation
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.results import Phase
+from tests.optimize.conftest import context_of
 
 
 class TwoSteps(dspy.Module):
@@ -36,23 +38,12 @@ def two_steps(kind="small"):
     )
 
 
-def write(student, toy, lm, *, memory=None, past=None, calls=200, metric=True, **settings):
+def write(student, toy, lm, *, memory=None, past=None, calls=200, **settings):
     """Options by predictor, and the scope they were proposed in."""
     with open_scope("test") as scope:
-        options = propose_instructions(
-            student,
-            plain={part.predictor: part.instruction for part in student.parts},
-            trainset=toy.train,
-            settings=SearchOptions(**settings),
-            allowance=Allowance(scope, calls),
-            seed=0,
-            prompt_lm=lm,
-            metric=toy.metric if metric else None,
-            threads=4,
-            calls_per_example=len(student.parts),
-            past=past,
-            knowledge=memory,
-        )
+        context = context_of(toy, student, prompt_lm=lm, **settings)
+        allowance, memory = Allowance(scope, calls), memory or SearchMemory()
+        options = propose_instructions(context, student, allowance=allowance, memory=memory, past=past)
         return options, scope
 
 
@@ -97,8 +88,8 @@ def test_every_grounding_shows_its_own_part(toy, grounding):
 def test_the_demonstrations_that_carried_weight_are_shown_to_the_writer(toy):
     student = Candidate.of(toy.program(), lm=toy.lm())
 
-    class Weighty(Knowledge):
-        def weighty_demos(self, predictor, pool, *, n=3):
+    class Weighty(SearchMemory):
+        def helpful_demos(self, predictor, pool, *, n=3):
             return [pool[4]]
 
     lm = ScriptedLM(lambda messages: {"proposed_instruction": "New."})
@@ -127,16 +118,8 @@ def test_reflection_shows_wrong_answers_with_the_metrics_feedback(toy):
 def test_without_feedback_the_right_answer_is_told(toy):
     student = Candidate.of(toy.program(), lm=toy.lm())
     with open_scope("test") as scope:
-        failures = find_failures(
-            student,
-            toy.train,
-            metric=toy.metric,
-            settings=SearchOptions(),
-            allowance=Allowance(scope, 50),
-            threads=2,
-            calls_per_example=1,
-            generator=np.random.default_rng(0),
-        )
+        context, generator = context_of(toy, student), np.random.default_rng(0)
+        failures = find_failures(context, student, allowance=Allowance(scope, 50), generator=generator)
     assert failures["self"]
     assert all("The right answer: kind = big" in failure.text for failure in failures["self"])
 
@@ -168,11 +151,11 @@ def test_an_answer_that_does_not_parse_is_its_own_predictors_fault(toy):
     assert blamed(TwoSteps(), lm, toy.train[0], toy.metric) == ["note", "decide"]
 
 
-def test_the_learner_decides_how_instructions_are_written(toy):
-    memory = Knowledge()
+def test_the_bandit_decides_how_instructions_are_written(toy):
+    memory = SearchMemory()
     for arm, gain in (("instruction: reflected", 0.4), ("instruction: written", -0.3)):
         for _ in range(40):
-            memory.learner.observe(Evidence(1, {arm: 1}, gain, 0.001, 20))
+            memory.bandit.observe(Observation(1, {arm: 1}, gain, 0.001, 20))
     student = Candidate.of(toy.program(), lm=toy.lm())
     options, _ = write(student, toy, numbered(), memory=memory)
     made = [option.name.split()[0] for option in options["self"] if option.name[-1].isdigit()]

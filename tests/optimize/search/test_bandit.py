@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from copa_harness.optimize.search.bandit import Evidence, Learner, normal_posterior, paired_gain
+from copa_harness.optimize.search.bandit import Observation, ProposalBandit, normal_posterior, paired_gain
 
 
 def taught(arms, *, n=12, phase=1, seed=0, noise=0.05):
     """A learner that saw every arm `n` times with its true gain and noise."""
-    generator, learner = np.random.default_rng(seed), Learner()
+    generator, learner = np.random.default_rng(seed), ProposalBandit()
     for name, gain in arms.items():
         for _ in range(n):
             seen = gain + float(generator.normal(0, noise))
-            learner.observe(Evidence(phase, {name: 1}, seen, noise**2, 20))
+            learner.observe(Observation(phase, {name: 1}, seen, noise**2, 20))
     return learner
 
 
@@ -24,7 +24,7 @@ def test_a_gain_is_paired_and_a_few_equal_differences_are_no_certainty():
 
 
 def test_without_evidence_arms_are_taken_in_turn():
-    learner = Learner()
+    learner = ProposalBandit()
     chosen = learner.choose("demos", ["x", "y", "z"], n=7, generator=np.random.default_rng(0))
     assert chosen == ["x", "y", "z", "x", "y", "z", "x"]
 
@@ -43,13 +43,13 @@ def test_an_arm_never_tried_still_gets_its_chance_beside_good_ones():
 
 
 def test_what_two_parts_gained_together_is_not_credited_to_each():
-    generator, learner = np.random.default_rng(2), Learner()
+    generator, learner = np.random.default_rng(2), ProposalBandit()
     for i in range(60):
         features = {"demos: d": 1} if i % 3 else {}
         if i % 2:
             features["instruction: i"] = 1
         gain = 0.3 * ("demos: d" in features) + float(generator.normal(0, 0.03))
-        learner.observe(Evidence(1, features, gain, 0.001, 20))
+        learner.observe(Observation(1, features, gain, 0.001, 20))
     found = {row["arm"]: row for row in learner.report()}
     assert found["d"]["gain"] == pytest.approx(0.3, abs=0.05)
     assert found["i"]["gain"] == pytest.approx(0.0, abs=0.05)
@@ -60,7 +60,7 @@ def test_what_two_parts_gained_together_is_not_credited_to_each():
 def test_evidence_of_earlier_phases_fades():
     learner = taught({"demos: x": 0.3}, phase=1)
     for _ in range(12):
-        learner.observe(Evidence(8, {"demos: x": 1}, 0.0, 0.0025, 20))
+        learner.observe(Observation(8, {"demos: x": 1}, 0.0, 0.0025, 20))
     (row,) = learner.report()
     assert row["gain"] < 0.05
     assert row["tries"] == 24
@@ -70,12 +70,12 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for seed in range(60):
         generator, truth = np.random.default_rng(seed), {}
-        learner, family = Learner(), float(generator.normal(0, 0.3))
+        learner, family = ProposalBandit(), float(generator.normal(0, 0.3))
         for arm in "abc":
             truth[arm] = family + float(generator.normal(0, 0.1))
             for _ in range(5):
                 gain = truth[arm] + float(generator.normal(0, np.sqrt(0.05**2 + 0.01)))
-                learner.observe(Evidence(1, {f"demos: {arm}": 1}, gain, 0.01, 20))
+                learner.observe(Observation(1, {f"demos: {arm}": 1}, gain, 0.01, 20))
         covered += sum(row["low"] <= truth[row["arm"]] <= row["high"] for row in learner.report())
     assert 0.9 <= covered / 180 <= 0.99
 

@@ -6,7 +6,7 @@ import pytest
 
 from copa_harness.errors import ConfigurationError, TaskError
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.space import DemoSet, InstructionOption, Space, WeightsLevel
+from copa_harness.optimize.search.space import DemoSet, InstructionOption, Space, WeightsChoice
 
 DEMO = dspy.Example(size="1", weight="2", kind="small").with_inputs("size", "weight")
 
@@ -61,7 +61,7 @@ def space(candidate):
     tuned = candidate.lms[0].copy(model="scripted/model@tuned")
     return Space.around(
         candidate,
-        weights=[WeightsLevel("scripted/model@tuned", (tuned,))],
+        weights=[WeightsChoice("scripted/model@tuned", (tuned,))],
         instructions={"self": [InstructionOption("a", "A."), InstructionOption("again", "A.")]},
         demos={"self": [DemoSet("one", (DEMO,))]},
     )

@@ -7,9 +7,9 @@ import pytest
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.search.bandit import Knowledge
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import CreditedPart, assign_credit, changed_parts, mixed
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.results import Phase
 
@@ -47,7 +47,7 @@ def pair():
     return student, winner
 
 
-def credit(student, winner, *, calls, knowledge=None):
+def credit(student, winner, *, calls, memory=None):
     validation = Validation(rows(), metric=metric, threads=4, seed=0)
     with open_scope("test") as scope:
         for candidate in (student, winner):
@@ -57,7 +57,7 @@ def credit(student, winner, *, calls, knowledge=None):
             winner,
             validation=validation,
             allowance=Allowance(scope, 40 + calls),
-            knowledge=knowledge or Knowledge(),
+            memory=memory or SearchMemory(),
         )
         return found, scope.charged_calls - 40
 
@@ -86,12 +86,12 @@ def test_with_less_to_spend_parts_are_left_out_one_at_a_time(pair):
 
 def test_with_nothing_to_spend_the_trials_have_to_do(pair):
     student, winner = pair
-    memory = Knowledge()
+    memory = SearchMemory()
     memory.note_instruction("self", "Good.", "instruction: written")
     tried = student.with_instructions({"self": "Good."})
-    sheet = [0.0] * 20
-    memory.note_study("p", student, [(tried, "complete")] * 9, {student.key: sheet, tried.key: [1.0, *sheet[1:]]})
-    found, spent = credit(student, winner, calls=5, knowledge=memory)
+    scores = [0.0] * 20
+    memory.note_study("p", student, [(tried, "complete")] * 9, {student.key: scores, tried.key: [1.0, *scores[1:]]})
+    found, spent = credit(student, winner, calls=5, memory=memory)
     by_part = {row["part"]: row for row in found["parts"]}
     assert by_part["instruction"]["method"] == "9 trials"
     assert by_part["instruction"]["gain"] == pytest.approx(0.05, abs=0.02)

@@ -63,7 +63,7 @@ def test_a_trial_that_could_at_best_tie_is_dropped_where_a_tie_does_not_win():
     assert not cannot_catch_up(before, [0.0, 1.0, 1.0])
     assert not cannot_catch_up(before, [1.0, 1.0, 1.0], ties_lose=True)
     pruner = RacingPruner()
-    pruner.ties_lose = True
+    pruner.race_against(None, ties_lose=True)
     assert race(before, [0.0, 1.0, 1.0], pruner=pruner)
 
 

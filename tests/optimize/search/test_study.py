@@ -11,11 +11,13 @@ from copa_harness.optimize.budget import Allowance, OutOfCalls
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.samplers import SAMPLERS, build_sampler
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import Space
 from copa_harness.optimize.search.study import search
 from copa_harness.results import Budget, Phase
+from tests.optimize.conftest import context_of
 
 
 @pytest.fixture
@@ -93,16 +95,8 @@ def searched(toy, *, calls=200, sampler="tpe", lm=None, seed=0, **settings):
     with open_scope("test", budget=Budget(calls=calls)) as scope:
         allowance = unlimited(scope)
         validation.complete(incumbent, allowance=allowance, phase=Phase.BASELINE)
-        demos = propose_demos(
-            incumbent,
-            trainset=toy.train,
-            metric=toy.metric,
-            settings=SearchOptions(),
-            allowance=allowance,
-            threads=4,
-            seed=(0,),
-            calls_per_example=1,
-        )
+        context = context_of(toy, incumbent, n_demo_sets=12)
+        demos = propose_demos(context, incumbent, allowance=allowance, memory=SearchMemory(), seed=(0,))
         space = Space.around(incumbent, demos=demos)
         outcome = search(
             space,

@@ -1,6 +1,12 @@
-"""Head-room: when a study may stop after its opening."""
+"""Early stopping: when a study may stop after its startup trials."""
 
-from copa_harness.optimize.search.study import MIN_CANDIDATES, MIN_LOOKS, gained_examples, has_headroom, looks
+from copa_harness.optimize.search.study import (
+    MIN_CANDIDATES,
+    MIN_LOOKS,
+    gained_examples,
+    has_headroom,
+    informative_looks,
+)
 from tests.optimize.search.test_study import searched
 
 
@@ -15,7 +21,7 @@ def test_an_example_that_one_candidate_wins_is_head_room():
 def test_candidates_that_only_saw_what_the_incumbent_gets_right_prove_nothing():
     incumbent = [1.0] * 7 + [0.0] * 5
     easy, full = [1.0] * 7, [1.0] * 7 + [0.0] * 5
-    assert looks(incumbent, [easy] * 10 + [full] * 3) == 15
+    assert informative_looks(incumbent, [easy] * 10 + [full] * 3) == 15
     assert has_headroom(incumbent, [easy] * 10 + [full] * 3)
     assert not has_headroom(incumbent, [full] * 12)
 

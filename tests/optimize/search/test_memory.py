@@ -5,12 +5,12 @@ import pytest
 
 from copa_harness.lm.context import open_scope
 from copa_harness.optimize.budget import Allowance
-from copa_harness.optimize.options import SearchOptions
-from copa_harness.optimize.propose.demos import labelled_pool
+from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
-from copa_harness.optimize.search.bandit import Knowledge, demo_key, input_key
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.memory import SearchMemory, demo_key, input_key
 from copa_harness.optimize.search.space import DemoSet
+from tests.optimize.conftest import context_of
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def student(toy):
 
 
 def pool_of(toy):
-    return [demo for demo, _ in labelled_pool(toy.program().signature, toy.train)]
+    return [demo for demo, _ in labelled_demos(toy.program().signature, toy.train)]
 
 
 def tried(memory, student, pool, *, n=60, helpful=2, seed=0):
@@ -38,34 +38,34 @@ def tried(memory, student, pool, *, n=60, helpful=2, seed=0):
 
 
 def test_demonstrations_that_carried_weight_are_found_in_the_trials(toy, student):
-    memory, pool = Knowledge(), pool_of(toy)
+    memory, pool = SearchMemory(), pool_of(toy)
     tried(memory, student, pool)
-    assert memory.weighty_demos("self", pool, n=1) == [pool[2]]
-    weights = memory.mean_weights("self", pool)
+    assert memory.helpful_demos("self", pool, n=1) == [pool[2]]
+    weights = memory.demo_effects("self", pool)
     assert max(range(len(pool)), key=lambda i: weights[i][0]) == 2
-    stress = memory.stress_of("self", pool)
-    assert stress is not None
-    assert stress[2] == 3.0
-    assert min(stress) == 1.0
+    row_weights = memory.row_weights("self", pool)
+    assert row_weights is not None
+    assert row_weights[2] == 3.0
+    assert min(row_weights) == 1.0
 
 
-def test_without_trials_nothing_is_stressed_or_weighty(toy):
-    memory, pool = Knowledge(), pool_of(toy)
-    assert memory.stress_of("self", pool) is None
-    assert memory.weighty_demos("self", pool) == []
-    assert memory.weights_of("self", pool, n_draws=2, generator=np.random.default_rng(0)) == []
+def test_without_trials_no_row_counts_more_and_no_demonstration_is_known_to_help(toy):
+    memory, pool = SearchMemory(), pool_of(toy)
+    assert memory.row_weights("self", pool) is None
+    assert memory.helpful_demos("self", pool) == []
+    assert memory.drawn_effects("self", pool, n_draws=2, generator=np.random.default_rng(0)) == []
 
 
-def test_weighty_sets_show_what_carried_weight(toy, student):
-    memory, pool = Knowledge(), pool_of(toy)
+def test_weighty_sets_show_what_raised_the_score(toy, student):
+    memory, pool = SearchMemory(), pool_of(toy)
     tried(memory, student, pool, n=120)
-    draws = memory.weights_of("self", pool, n_draws=20, generator=np.random.default_rng(0))
+    draws = memory.drawn_effects("self", pool, n_draws=20, generator=np.random.default_rng(0))
     ranks = [sorted(draw, reverse=True).index(draw[2]) for draw in draws]
     assert np.mean(ranks) < 4
 
 
 def test_an_option_is_credited_to_the_arm_that_proposed_it_first(toy, student):
-    memory = Knowledge()
+    memory = SearchMemory()
     memory.note_instruction("self", "Be bold.", "instruction: written", "tip: short")
     memory.note_instruction("self", "Be bold.", "instruction: reflected")
     bold = student.with_instructions({"self": "Be bold."})
@@ -80,7 +80,7 @@ def test_an_option_is_credited_to_the_arm_that_proposed_it_first(toy, student):
 
 
 def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
-    memory = Knowledge()
+    memory = SearchMemory()
     memory.note_demos("self", DemoSet("x", tuple(pool_of(toy)[:3])), "demos: labelled")
     shown = student.with_demos({"self": tuple(pool_of(toy)[:3])})
     reworded = shown.with_instructions({"self": "Other words."})
@@ -90,36 +90,20 @@ def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
 
 def propose(toy, candidate, memory, *, seed=0, **more):
     with open_scope("test") as scope:
-        return propose_demos(
-            candidate,
-            trainset=toy.train,
-            metric=toy.metric,
-            settings=SearchOptions(**more),
-            allowance=Allowance(scope, 100),
-            threads=4,
-            seed=(seed, 1),
-            calls_per_example=1,
-            knowledge=memory,
-        )
+        context = context_of(toy, candidate, n_demo_sets=12, **more)
+        return propose_demos(context, candidate, allowance=Allowance(scope, 100), memory=memory, seed=(seed, 1))
 
 
-def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
+def test_rows_a_rule_answers_give_their_places_to_rows_it_does_not(toy):
     """Transfer from the instruction to the demonstrations, without a call."""
     toy.train = toy.make_rows(40, seed=5, noise=0.3)
-    lm, memory = toy.lm(), Knowledge()
+    lm, memory = toy.lm(), SearchMemory()
     student = Candidate.of(toy.program(), lm=lm)
     with open_scope("test") as scope:
-        (options,) = propose_instructions(
-            student,
-            plain={"self": "Tell."},
-            trainset=toy.train,
-            settings=SearchOptions(),
-            allowance=Allowance(scope, 100),
-            seed=0,
-            knowledge=memory,
-        ).values()
+        context, allowance = context_of(toy, student), Allowance(scope, 100)
+        (options,) = propose_instructions(context, student, allowance=allowance, memory=memory).values()
     rule = next(option for option in options if option.name == "rule")
-    answered = memory.settled_by(rule.text)
+    answered = memory.answered_by(rule.text)
     assert 0 < sum(not right for right in answered.values()) < len(answered)
     ruled = student.with_instructions({"self": rule.text})
     tried(memory, ruled, pool_of(toy), n=2)  # demonstrations have been tried, so every method is open
@@ -133,8 +117,8 @@ def test_rows_a_rule_settles_give_their_places_to_rows_it_does_not(toy):
     assert lm.calls == 0
 
 
-def test_what_a_written_instruction_settles_is_found_out_within_a_share_of_the_calls(toy):
-    lm, memory = toy.lm(), Knowledge()
+def test_what_a_written_instruction_answers_is_found_out_within_a_share_of_the_calls(toy):
+    lm, memory = toy.lm(), SearchMemory()
     text = "Mind it. If size is below 5.0 answer small, otherwise answer big."
     written = Candidate.of(toy.program(), lm=lm).with_instructions({"self": text})
     memory.note_instruction("self", text, "instruction: written")
@@ -143,7 +127,7 @@ def test_what_a_written_instruction_settles_is_found_out_within_a_share_of_the_c
     tried(memory, written, pool_of(toy), n=2)
     propose(toy, written, memory)
     assert lm.calls == 10
-    answered = memory.settled_by(text)
+    answered = memory.answered_by(text)
     assert len(answered) == 10
     right = {input_key(e, ["size", "weight"]): (float(e.size) >= 5) == (e.kind == "big") for e in toy.train}
     assert answered == {key: right[key] for key in answered}
@@ -152,7 +136,7 @@ def test_what_a_written_instruction_settles_is_found_out_within_a_share_of_the_c
 
 
 def test_the_incumbents_set_is_varied_a_little(toy, student):
-    memory, pool = Knowledge(), pool_of(toy)
+    memory, pool = SearchMemory(), pool_of(toy)
     tried(memory, student, pool, n=2)
     shown = student.with_demos({"self": tuple(pool[:9])})
     sets = [one for seed in range(4) for one in propose(toy, shown, memory, seed=seed)["self"] if "mutated" in one.name]
@@ -165,7 +149,7 @@ def test_the_incumbents_set_is_varied_a_little(toy, student):
 
 def test_proposals_are_the_same_for_the_same_seed(toy, student):
     def names():
-        memory = Knowledge(seed=3)
+        memory = SearchMemory(seed=3)
         tried(memory, student, pool_of(toy), n=6)
         return [(one.name, one.demos) for one in propose(toy, student, memory)["self"]]
 

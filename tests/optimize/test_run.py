@@ -1,13 +1,13 @@
 """Why a run ended, in words."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from copa_harness import COPA
-from copa_harness.lm.budget.scope import Scope
-from copa_harness.optimize.adoption import reason_of
+from copa_harness.lm.context import open_scope
+from copa_harness.optimize.run import Run
+from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.results import Budget
+from tests.optimize.conftest import context_of
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,9 @@ def test_a_budget_that_is_used_up_needs_no_more_words(toy):
     ("calls", "said"),
     [(16, "set aside for what comes after the search"), (15, "does not pay for another candidate in full")],
 )
-def test_more_than_a_candidate_costs_was_set_aside(calls, said):
-    validation = SimpleNamespace(is_complete=lambda candidate: True)
-    scope = Scope("test", budget=Budget(calls))
-    run = SimpleNamespace(stopped="budget", scope=scope, validation=validation, student=None, full_score_cost=16)
-    assert said in reason_of(run)
+def test_more_than_a_candidate_costs_was_set_aside(toy, calls, said):
+    with open_scope("test", budget=Budget(len(toy.val) + calls)) as scope:
+        run = Run(context_of(toy, Candidate.of(toy.program(), lm=toy.lm())), scope=scope)
+        assert run.baseline()
+        run.stop("budget")
+    assert said in run.reason

@@ -1,4 +1,4 @@
-"""The opening: how many points, which ones, and who survives."""
+"""Startup trials: how many, which points, and who survives."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from copa_harness.optimize.search.space import Space
-from copa_harness.optimize.search.study import MAX_POINTS, MIN_POINTS, balanced_points, n_opening_points
+from copa_harness.optimize.search.study import MAX_STARTUP_TRIALS, MIN_STARTUP_TRIALS, balanced_points, n_startup_trials
 
 
 @pytest.fixture
@@ -35,15 +35,17 @@ def test_points_seen_already_do_not_come_again_and_a_small_space_runs_out(space)
     assert space.size // 2 < len(points) < space.size
 
 
-@pytest.mark.parametrize(("n_options", "expected"), [(1, MIN_POINTS), (13, 26), (1000, MAX_POINTS)])
-def test_the_opening_is_sized_to_the_largest_dimension(n_options, expected):
-    assert n_opening_points(n_options) == expected
+@pytest.mark.parametrize(("n_options", "expected"), [(1, MIN_STARTUP_TRIALS), (13, 26), (1000, MAX_STARTUP_TRIALS)])
+def test_the_startup_trials_are_sized_to_the_largest_dimension(n_options, expected):
+    assert n_startup_trials(n_options) == expected
 
 
 def test_starts_come_first_and_then_every_option_before_the_sampler_chooses(toy):
     from tests.optimize.search.test_study import searched
 
-    outcome, _, _, _ = searched(toy, calls=10_000, max_trials=MIN_POINTS, patience=None, stop_without_headroom=False)
+    outcome, _, _, _ = searched(
+        toy, calls=10_000, max_trials=MIN_STARTUP_TRIALS, patience=None, stop_without_headroom=False
+    )
     for name in outcome.trials[0].point:
         assert len({trial.point[name] for trial in outcome.trials}) > 2
 

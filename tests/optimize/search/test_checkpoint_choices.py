@@ -1,7 +1,7 @@
-"""Checkpoints as levels of the weights."""
+"""Checkpoints as choices of the weights."""
 
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.space import checkpoint_levels, spread
+from copa_harness.optimize.search.space import checkpoint_choices, spread
 
 
 def test_epochs_are_spread_evenly_and_never_more_than_there_are():
@@ -14,5 +14,5 @@ def test_epochs_are_spread_evenly_and_never_more_than_there_are():
 
 def test_models_without_checkpoints_offer_none(toy):
     candidate = Candidate.of(toy.program(), lm=toy.lm())
-    assert checkpoint_levels(candidate, candidate.lms, n=2) == ()
-    assert checkpoint_levels(candidate, (), n=2) == ()
+    assert checkpoint_choices(candidate, candidate.lms, n=2) == ()
+    assert checkpoint_choices(candidate, (), n=2) == ()

@@ -1,0 +1,87 @@
+"""What one optimization is given, once and for all: program, data, metric, models, options and limits.
+
+Every proposer and every step gets the same `SearchContext` beside what changes from step to step (the incumbent, an
+allowance, what the run remembers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+
+from copa_harness.evaluate.metrics import Metric
+from copa_harness.evaluate.runner import ExampleRun, run_examples
+from copa_harness.optimize.constraints import Constraints
+from copa_harness.optimize.options import SearchOptions
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.scoring import Validation
+from copa_harness.results import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class SearchContext:
+    """What a search works with.
+
+    Attributes:
+        student: The program as given, its models attached.
+        trainset: Source of demonstrations, rules and training rows.
+        validation: Where candidates are scored.
+        metric: Scores an answer.
+        settings: How to search.
+        constraints: Limits that whatever is returned keeps.
+        prompt_lm: Writes instructions; None leaves it at what needs no model. Never the task model by default: a small
+            one cannot.
+        teacher: Program whose traces demonstrations are bootstrapped from, with the student's predictors; None for the
+            incumbent's own.
+        finetune_data: Rows ``{"messages": [...]}`` to train on instead of rows made from the training examples.
+    """
+
+    student: Candidate
+    trainset: Sequence[dspy.Example]
+    validation: Validation
+    metric: Metric
+    settings: SearchOptions
+    constraints: Constraints = field(default_factory=Constraints)
+    prompt_lm: Any = None
+    teacher: dspy.Module | None = None
+    finetune_data: Sequence[Mapping[str, Any]] | None = None
+
+    def plain_instruction(self, predictor: str) -> str:
+        """The student's own instruction, required texts appended: what labels and rules are added to."""
+        instructions = {part.predictor: part.instruction for part in self.student.parts}
+        return self.constraints.completed(instructions[predictor])
+
+    def full_score_cost(self, candidate: Candidate) -> int:
+        """Upper estimate of the calls that scoring a candidate like this one in full takes."""
+        return self.validation.n * self.validation.calls_per_example(candidate)
+
+    def n_affordable(self, candidate: Candidate, calls: float) -> int:
+        """How many training examples the candidate can be run on with so many calls."""
+        n = calls / max(1, self.validation.calls_per_example(candidate))
+        return len(self.trainset) if math.isinf(n) else min(len(self.trainset), int(n))
+
+    def run_on_training(
+        self, program: dspy.Module, examples: Sequence[dspy.Example], *, phase: Phase, trace_to_metric: bool = False
+    ) -> tuple[ExampleRun, ...]:
+        """Run a program on training examples; that all of them fail is no error.
+
+        Args:
+            program: Any program.
+            examples: Some of the training examples.
+            phase: Stamped on the calls.
+            trace_to_metric: Whether the metric sees the trace, as when demonstrations are bootstrapped.
+        """
+        return run_examples(
+            program,
+            examples,
+            metric=self.metric,
+            split="train",
+            phase=phase,
+            threads=self.settings.threads,
+            trace_to_metric=trace_to_metric,
+            raise_if_nothing_works=False,
+        )
