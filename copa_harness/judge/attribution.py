@@ -28,6 +28,7 @@ from copa_harness.judge.intervals import group_labels, grouped, mean_interval
 from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import (
     PairedDifference,
+    PairedScores,
     clustered_difference_interval,
     difference_interval,
     paired_difference,
@@ -127,9 +128,8 @@ def attribute_gains(
     labels = group_labels(ids, groups)
 
     def gain(before: str, after: str) -> PairedDifference:
-        return paired_difference(
-            values[before].tolist(), values[after].tolist(), ids=ids, level=level, seed=seed, groups=groups
-        )
+        pairs = PairedScores(ids, values[before].tolist(), values[after].tolist(), groups)
+        return paired_difference(pairs, level=level, seed=seed)
 
     plain, optimized, tuned, joint = (values[name] for name in CELLS)
     # Rounded: effects that add up exactly must not leave the last bits of floating point as a finding.

@@ -26,7 +26,7 @@ import dspy
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
-from copa_harness.judge.paired_tests import PairedDifference, paired_difference
+from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
 from copa_harness.optimize.budget import Allowance, OutOfCalls, step_scope
 from copa_harness.optimize.finalists import (
     N_FINALISTS,
@@ -284,7 +284,7 @@ def _compared(before: Candidate, after: Candidate, sheet: Validation) -> PairedD
         if old is not None and new is not None
     ]
     old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return paired_difference(old, new, ids=[str(i) for i in range(len(pairs))])
+    return paired_difference(PairedScores([str(i) for i in range(len(pairs))], old, new))
 
 
 def conclude(run: Run, look: LastLook, preference: Preference | None) -> tuple[Mapping[str, Any], ...]:

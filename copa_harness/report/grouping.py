@@ -77,11 +77,10 @@ def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
 
     None when they were not run on the same examples (or their examples are not known).
     """
-    pairs = pair_up(before.scores, after.scores)
+    pairs = pair_up(before.scores, after.scores, groups={**before.groups, **after.groups} or None)
     if not pairs.ids or before.scores.keys() != after.scores.keys():
         return None
-    groups = {**before.groups, **after.groups}
-    return paired_difference(pairs.before, pairs.after, ids=pairs.ids, groups=groups or None)
+    return paired_difference(pairs)
 
 
 def distinct(runs: Sequence[RunRecord]) -> list[str]:

@@ -27,7 +27,7 @@ from copa_harness.session.runs import DEFERRED, is_deferred
 from copa_harness.session.settings import COMPARING, DEFAULT_LM, Settings
 
 if TYPE_CHECKING:
-    from copa_harness.judge.differences import Reference
+    from copa_harness.judge.differences import JudgedRun, Reference
     from copa_harness.judge.leakage import LeakageReport
     from copa_harness.judge.options import Gates
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
@@ -99,21 +99,24 @@ def _judged(
     *,
     settings: Settings,
 ) -> GateResult:
-    from copa_harness.judge.differences import better_than
+    from copa_harness.judge.differences import JudgedRun, better_than
 
     record, standing = records[index], rows[index]["standing"]
     name = waiting.details["name"]
     results = tuple(ExampleResult(name, score) for name, score in record.scores.items())
     evaluation = EvaluationResult(record.split, record.served_lm, results, record.interval or Interval(0.0, 1.0))
-    return better_than(
+    run = JudgedRun(
         evaluation,
-        _rival(name, index, rows, records, settings=settings),
+        fingerprints=standing["fingerprints"],
+        groups=standing["groups"],
+        opponent=_rival(name, index, rows, records, settings=settings),
+    )
+    return better_than(
+        run,
         name=name,
         alpha=waiting.details["alpha"],
-        fingerprints=standing["fingerprints"],
-        seed=settings.seed if record.seed is None else record.seed,
-        groups=standing["groups"],
         note=waiting.details["note"],
+        seed=settings.seed if record.seed is None else record.seed,
     )
 
 
@@ -272,19 +275,8 @@ class Case:
 
         leaked = guarded(self.leakage)
         rules = rules_of(gates, self.settings, on_scores=not leaked)
-        answers = judge(
-            evaluation,
-            rules,
-            calls=self.calls,
-            baseline=accepted or self._baseline(rules),
-            rival=self._rival(rules),
-            fingerprints=self.fingerprints,
-            n_expected=self.n_expected,
-            usage=self.usage,
-            groups=self.groups,
-            repeats=repeats or None,
-            seed=self.settings.seed,
-        )
+        run = self._judged_run(rules, evaluation, repeats=repeats or None)
+        answers = judge(replace(run, baseline=accepted or run.baseline), rules, seed=self.settings.seed)
         return leaked + self._left_open(answers, rules)
 
     def _left_open(self, answers: tuple[GateResult, ...], rules: Gates) -> tuple[GateResult, ...]:
@@ -308,15 +300,7 @@ class Case:
             return None
         if rules.better_than is not None and self._rival(rules) is None:
             return None  # judged when the session ends, on all examples
-        return SequentialJudge(
-            ids,
-            rules,
-            seed=self.settings.seed,
-            baseline=self._baseline(rules),
-            rival=self._rival(rules),
-            fingerprints=self.fingerprints,
-            groups=self.groups,
-        )
+        return SequentialJudge(ids, rules, run=self._judged_run(rules, None), seed=self.settings.seed)
 
     def finished(
         self, watch: SequentialJudge, evaluation: EvaluationResult, gates: Mapping[str, Any]
@@ -327,10 +311,26 @@ class Case:
 
     def spending(self, evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
         """The answers of the gates on what was spent."""
+        from copa_harness.judge.differences import JudgedRun
         from copa_harness.judge.gates import judge_spending
 
         rules = rules_of(gates, self.settings)
-        return judge_spending(rules, calls=self.calls, usage=self.usage, evaluation=evaluation)
+        return judge_spending(JudgedRun(evaluation, calls=self.calls, usage=self.usage), rules)
+
+    def _judged_run(self, rules: Gates, evaluation: EvaluationResult | None, **more: Any) -> JudgedRun:
+        from copa_harness.judge.differences import JudgedRun
+
+        return JudgedRun(
+            evaluation,
+            n_expected=self.n_expected,
+            fingerprints=self.fingerprints,
+            groups=self.groups,
+            baseline=self._baseline(rules),
+            opponent=self._rival(rules),
+            calls=self.calls,
+            usage=self.usage,
+            **more,
+        )
 
     def _baseline(self, rules: Gates) -> Reference | None:
         """The accepted baseline of the same strategy on the same model."""
@@ -417,8 +417,9 @@ def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> t
         evaluation: Any.
         gates: Values by name.
     """
+    from copa_harness.judge.differences import JudgedRun
     from copa_harness.judge.gates import judge
     from copa_harness.judge.options import Gates
 
-    answers = judge(evaluation, Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
+    answers = judge(JudgedRun(evaluation), Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
     return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)

@@ -389,9 +389,7 @@ def diff_baselines(before: Baseline, after: Baseline, *, seed: int = 0) -> Basel
         worse=tuple(row for row in moved if row[2] < row[1]),
         only_before=tuple(sorted(before.scores.keys() - after.scores.keys())),
         only_after=tuple(sorted(after.scores.keys() - before.scores.keys())),
-        difference=paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed)
-        if comparable_examples
-        else None,
+        difference=paired_difference(pairs, seed=seed) if comparable_examples else None,
     )
 
 

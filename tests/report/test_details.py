@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from copa_harness.judge.attribution import attribute_gains
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
 from copa_harness.judge.sequential.stopping import SequentialJudge
@@ -86,7 +87,7 @@ def test_stable_repeats_are_one_line():
 
 
 def early_record():
-    watch = SequentialJudge(tuple(IDS), Gates(min_score=0.5), seed=0)
+    watch = SequentialJudge(tuple(IDS), Gates(min_score=0.5), run=JudgedRun(None), seed=0)
     for block in watch.blocks(size=4):
         watch.add(dict.fromkeys(block, 1.0))
     rows = tuple(ExampleResult(key, 1.0) for unit in watch.units for key in unit)[: watch.n_used]
