@@ -84,8 +84,8 @@ class Attribution:
             f"({interval_text(interval, signed=True)}); {meaning}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, for a report."""
+    def numbers(self) -> dict[str, Any]:
+        """What a report says of it, as plain JSON types."""
         effects = {name: _effect(getattr(self, name)) for name in EFFECTS}
         cells = {name: [self.means[name], self.intervals[name].low, self.intervals[name].high] for name in CELLS}
         return {"n": self.n, "cells": cells, "effects": effects, "sentence": self.sentence()}

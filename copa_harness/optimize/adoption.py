@@ -40,10 +40,10 @@ from copa_harness.optimize.finalists import (
 )
 from copa_harness.optimize.options import Preference, SearchOptions
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
-from copa_harness.optimize.result import OptimizationResult, to_state
+from copa_harness.optimize.result import to_state
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.results import Phase
+from copa_harness.results import OptimizationResult, Phase
 from copa_harness.strategy import Step, StepKind
 from copa_harness.wording import counted
 

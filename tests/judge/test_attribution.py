@@ -105,6 +105,6 @@ def test_groups_widen_what_is_known():
 
 
 def test_the_numbers_survive_as_json():
-    document = answer(random_cells()).to_json()
+    document = answer(random_cells()).numbers()
     assert set(document["cells"]) == {"base_plain", "base_optimized", "tuned_plain", "tuned_optimized"}
     assert document["effects"]["interaction"]["low"] <= document["effects"]["interaction"]["difference"]

@@ -79,7 +79,7 @@ def test_long_lists_are_cut_and_counted():
 
 
 def test_the_diff_is_plain_json():
-    document = json.loads(json.dumps(diff_baselines(BEFORE, AFTER).to_json(), allow_nan=False))
+    document = json.loads(json.dumps(diff_baselines(BEFORE, AFTER).as_reported(), allow_nan=False))
     assert document["worse"] == [["a", 1.0, 0.0]]
     assert document["comparable"] is True
 

@@ -76,8 +76,8 @@ class SequentialAnswer:
             f"{100 * self.power.sequential:.0f} % this way"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, for a report."""
+    def numbers(self) -> dict[str, Any]:
+        """What a report says of it, as plain JSON types."""
         return {
             "n_used": self.n_used,
             "n_total": self.n_total,
