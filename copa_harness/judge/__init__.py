@@ -1,6 +1,7 @@
-"""Judgement: intervals, paired comparisons and gates over per-example scores.
+"""Judgement: intervals, paired comparisons and gates over per-example scores, as pure functions of numbers.
 
-Pure functions of numbers (numpy, scipy): no model, no file, no pytest. Names are loaded on first use.
+In the order to read: `intervals` of one mean, `paired_tests` of two runs, `exact` tests behind `noninferiority`, then
+`differences` and `gates`, which say in words what these found. Names are loaded on first use.
 """
 
 from __future__ import annotations

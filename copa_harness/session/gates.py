@@ -215,10 +215,10 @@ class GateContext:
             test: Id of the test that asks.
             asked: Gates it gave.
         """
-        known = self.settings.announced.get(test, frozenset(COMPARING))
+        known = self.settings.planned.get(test, frozenset(COMPARING))
         if known.issuperset(name for name in COMPARING if asked.get(name) is not None):
             return self
-        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unannounced))
+        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unplanned))
 
     def judged(
         self,

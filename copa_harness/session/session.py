@@ -1,6 +1,6 @@
 """One session: from settings to models, optimizations, evaluations, gates and records.
 
-Optimizations are found by content or made once (`optimizations.py`). An evaluation is never stored as such: it always
+Optimizations are found by content or made once (`optimizations`). An evaluation is never stored as such: it always
 runs, and its calls replay from the cache. The test split is given to final evaluations only.
 """
 
