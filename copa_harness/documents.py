@@ -1,11 +1,13 @@
 """JSON documents on disk: strict (no NaN), free of secrets, and written whole or not at all.
 
-The few rules every room that writes a file obeys, in one place. Standard library only.
+`to_json` and `from_json` are the one way of a frozen record to JSON and back: fields by name, nested records, tuples,
+mappings and enums by the types they are declared with. `to_jsonable` does the same for values of no declared type.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -16,10 +18,16 @@ import secrets
 import shutil
 import socket
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record")
 
 MASK = "***"
 """What stands in place of a secret."""
@@ -108,6 +116,134 @@ def to_jsonable(value: Any, *, fallback: Callable[[Any], Any] | None = repr) -> 
 def _key(key: Any) -> str:
     plain = key.value if isinstance(key, Enum) else key
     return plain if isinstance(plain, str) else json.dumps(to_jsonable(plain), sort_keys=True)
+
+
+def to_json(record: DataclassInstance) -> dict[str, Any]:
+    """A frozen record as plain JSON types, its fields by name; `from_json` reads it back.
+
+    NaN is None, an infinity the text "inf". Secrets stay: whoever writes for people masks them (`mask_secrets`).
+
+    Raises:
+        TypeError: for a value without JSON form: what comes back would not be what was put in.
+    """
+    return {field.name: _written(getattr(record, field.name)) for field in dataclasses.fields(record)}
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_json(value)
+    if isinstance(value, Mapping):
+        return {_key(key): _written(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(item) for item in value]
+    return to_jsonable(value, fallback=None)
+
+
+def from_json(kind: type[Record], document: Any) -> Record:
+    """The record that `to_json` wrote.
+
+    A field that is missing has its default; one that is not known (of a newer version) is left out. None where the
+    type is a bare `float` is the default, else NaN.
+
+    Args:
+        kind: a frozen dataclass whose fields are declared with types that are known at runtime.
+        document: what stands in JSON.
+
+    Raises:
+        ValueError: a part is missing or of the wrong type; the message says which.
+    """
+    return cast("Record", _read_record(kind, document, trail=kind.__name__))
+
+
+def _read_record(kind: type[Any], document: Any, *, trail: str) -> Any:
+    if not isinstance(document, Mapping):
+        raise ValueError(f"{trail}: got {_shown(document)}, expected an object")
+    values = {}
+    declared_types = _type_hints(cast("object", kind))
+    for field in dataclasses.fields(kind):
+        declared, here = declared_types[field.name], f"{trail}.{field.name}"
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if field.name in document:
+            if document[field.name] is None and declared is float and has_default:
+                continue  # as an infinity was once written
+            values[field.name] = _read(declared, document[field.name], trail=here)
+        elif not has_default:
+            raise ValueError(f"{here} is missing")
+    return kind(**values)
+
+
+@functools.cache
+def _type_hints(kind: object) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _read(declared: Any, value: Any, *, trail: str) -> Any:
+    """A JSON value as what it was declared to be."""
+    if declared is Any:
+        return value
+    origin, arguments = get_origin(declared), get_args(declared)
+    if origin in (Union, types.UnionType):
+        return _read_union(arguments, value, trail=trail)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{trail}: got {_shown(value)}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{trail}: got {_shown(value)}, expected an object")
+        return {key: _read(arguments[1], item, trail=f"{trail}.{key}") for key, item in value.items()}
+    if origin is not None and issubclass(origin, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{trail}: got {_shown(value)}, expected a list")
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        if fixed and len(value) != len(arguments):
+            raise ValueError(f"{trail}: got {len(value)} values, expected {len(arguments)}")
+        kinds = arguments if fixed else [arguments[0]] * len(value)
+        return tuple(
+            _read(kind, item, trail=f"{trail}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+        return _read_record(declared, value, trail=trail)
+    return _read_plain(declared, value, trail=trail)
+
+
+def _read_union(kinds: Sequence[Any], value: Any, *, trail: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    problems = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return _read(kind, value, trail=trail)
+            except ValueError as error:
+                problems.append(str(error))
+    raise ValueError("; ".join(problems))
+
+
+def _read_plain(declared: Any, value: Any, *, trail: str) -> Any:
+    """Text, numbers, enums and paths."""
+    if issubclass(declared, Enum):
+        try:
+            return declared(value)
+        except ValueError as error:
+            raise ValueError(f"{trail}: {error}") from None
+    if issubclass(declared, PurePath) and isinstance(value, str):
+        return declared(value)
+    if declared is float and (value is None or value in ("inf", "-inf")):
+        return math.nan if value is None else float(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if declared is float and is_number:
+        return value
+    if isinstance(value, declared) and (declared is not int or is_number):
+        return value
+    raise ValueError(f"{trail}: got {_shown(value)}, expected {declared.__name__}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def canonical_json(value: Any, *, fallback: Callable[[Any], Any] | None = None) -> str:

@@ -191,17 +191,17 @@ def with_comparisons(
         said: The marker's arguments by test.
         one_of_many: Whether other processes run tests of this session too.
     """
-    announced: dict[str, frozenset[str]] = {}
+    planned: dict[str, frozenset[str]] = {}
     for item, arguments in said.items():
         if {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
             gates = settings.merged(**arguments).gates
             code = getattr(getattr(item, "function", None), "__code__", None)
             asked = comparisons_in(code) if code is not None else frozenset()
-            announced[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
+            planned[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
     return replace(
         settings,
-        n_comparisons=max(1, sum(map(len, announced.values()))),
-        n_unannounced=max(1, len(announced)),
-        announced=announced,
+        n_comparisons=max(1, sum(map(len, planned.values()))),
+        n_unplanned=max(1, len(planned)),
+        planned=planned,
         one_of_many=one_of_many,
     )

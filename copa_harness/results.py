@@ -1,9 +1,9 @@
-"""Frozen records everything else speaks in: usage, budgets, per-example results, evaluations, gate answers.
+"""Frozen records everything else speaks in: usage, budgets, per-example results, evaluations, gates, optimizations.
 
-Pure data: no I/O, no statistics, no model. Scores are floats in 0..1, higher is better. Three things are
-kept apart everywhere: a wrong answer (`outcome="ok"`, low score), an answer that could not be parsed
-(`"unparsed"`, score 0: the model answered, unusably) and an example without any score because the provider
-or the metric failed (`"provider_error"`, `"metric_error"`, score None, outside every mean).
+Scores are floats in 0..1, higher is better. Three things are kept apart everywhere: a wrong answer (`outcome="ok"`, low
+score), an answer that could not be parsed (`"unparsed"`, score 0: the model answered, unusably) and an example without
+any score because the provider or the metric failed (`"provider_error"`, `"metric_error"`, score None, outside every
+mean).
 """
 
 from __future__ import annotations
@@ -236,3 +236,73 @@ class GateResult:
     verdict: Verdict
     message: str
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchEnding:
+    """Why an optimization ended, after how many candidates and distinct calls."""
+
+    reason: str
+    n_trials: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationResult:
+    """The record of one optimization; the optimized program carries it as `program.copa_result`.
+
+    Attributes:
+        strategy: As parsed, e.g. "p -> w -> p".
+        model: Name of the model(s) the program ends on; a fine-tuned one contains its fingerprint.
+        phases: What each step spent and did to the validation score.
+        score_before: Mean validation score of the student, 0..1, None when the budget did not reach that far.
+        score_after: The same for the returned program; never below `score_before`.
+        n_validation: Validation examples behind both.
+        stopped: Why it ended: "completed", "budget", "perfect score", "converged", "max_cycles", ...
+        reason: The same in words: the budget's numbers, how the last study ended.
+        exhausted: Whether the budget cut the search short.
+        usage: Everything the run spent.
+        seed: Of all random choices.
+        budget_calls: The ceiling in distinct calls, `inf` for none.
+        charged_calls: Distinct calls used, bought or replayed.
+        n_trials: Candidates looked at.
+        notes: Sentences worth telling: what was adopted or refused, and why.
+        headlines: Those of them that nobody should have to look for: what `auto` chose, what limits and preferences
+            did.
+        front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
+            which entry was returned.
+        credit: Which part of which stage earned the gain on validation; empty when nothing changed.
+        evidence: What speaks for the returned program against the one that came in, paired on validation.
+        learned: What every kind of proposal gained, one entry per arm.
+        trials: What every trial used and gained, shortened.
+        state: The program's settings as JSON (see `optimize.apply_state`); None when an optimizer changed the program
+            itself.
+    """
+
+    strategy: str
+    model: str
+    phases: tuple[PhaseRecord, ...]
+    score_before: float | None
+    score_after: float | None
+    n_validation: int
+    stopped: str
+    exhausted: bool
+    usage: Usage
+    seed: int
+    budget_calls: float = math.inf
+    charged_calls: int
+    n_trials: int = 0
+    notes: tuple[str, ...] = ()
+    headlines: tuple[str, ...] = ()
+    reason: str = ""
+    front: tuple[Mapping[str, Any], ...] = ()
+    credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    state: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def ending(self) -> SearchEnding | None:
+        """Why it ended; None when there was nothing to search."""
+        return SearchEnding(self.reason or self.stopped, self.n_trials, self.charged_calls) if self.phases else None

@@ -6,9 +6,11 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,12 +20,14 @@ from hypothesis import strategies as st
 from copa_harness.documents import (
     canonical_json,
     find_credential,
+    from_json,
     is_secret_key,
     mask_secrets,
     mask_text,
     pretty_json,
     remove_leftovers,
     temporary_name,
+    to_json,
     to_jsonable,
     write_atomic,
 )
@@ -205,3 +209,79 @@ def test_a_predecessor_that_stepped_aside_goes_only_when_its_successor_is_there(
     (tmp_path / "artifact").mkdir()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Corner:
+    x: float
+    y: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Everything:
+    name: str
+    count: int = 0
+    share: float = 0.5
+    maybe: float | None = None
+    colour: Colour = Colour.RED
+    word: Literal["yes", "no"] = "yes"
+    where: Path = Path("a")
+    point: Corner | None = None
+    points: tuple[Corner, ...] = ()
+    pair: tuple[str, float] = ("", 0.0)
+    by_name: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    anything: Mapping[str, Any] = field(default_factory=dict)
+
+
+FULL = Everything(
+    name="n",
+    count=3,
+    share=-math.inf,
+    maybe=0.25,
+    word="no",
+    where=Path("a/b"),
+    point=Corner(1.0),
+    points=(Corner(0.5, 2.0), Corner(1.0, 3.0)),
+    pair=("p", 0.5),
+    by_name={"a": (1.0, None)},
+    anything={"list": [1, "two", None]},
+)
+
+
+@pytest.mark.parametrize("record", [FULL, Everything(name="only")], ids=["full", "defaults"])
+def test_a_frozen_record_survives_the_trip_through_json(record):
+    assert from_json(Everything, json.loads(json.dumps(to_json(record), allow_nan=False))) == record
+
+
+def test_a_missing_field_has_its_default_and_an_unknown_one_is_left_out():
+    assert from_json(Everything, {"name": "n", "of a newer version": 1}) == Everything(name="n")
+
+
+def test_none_is_nan_where_a_number_has_no_default():
+    point = from_json(Corner, {"x": None, "y": None})
+    assert math.isnan(point.x)
+    assert point.y == math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 3}, r"Everything\.name: got 3, expected str"),
+        ({"count": True}, r"Everything\.count: got True, expected int"),
+        ({"colour": "blue"}, r"Everything\.colour: 'blue' is not a valid Colour"),
+        ({"word": "maybe"}, r"Everything\.word: got 'maybe', expected one of 'yes', 'no'"),
+        ({"points": [{"x": 1}, {"x": "wide"}]}, r"Everything\.points\[1\]\.x: got 'wide', expected float"),
+        ({"points": [{}]}, r"Everything\.points\[0\]\.x is missing"),
+        ({"pair": ["p"]}, r"Everything\.pair: got 1 values, expected 2"),
+        ({"by_name": {"a": 3}}, r"Everything\.by_name\.a: got 3, expected a list"),
+        ({"maybe": "no number"}, r"Everything\.maybe: got 'no number', expected float"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_refused_by_its_place(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(Everything, to_json(FULL) | change)
+
+
+def test_a_value_without_json_form_is_not_written_in_a_record():
+    with pytest.raises(TypeError, match="no JSON form"):
+        to_json(Everything(name="n", anything={"odd": object()}))

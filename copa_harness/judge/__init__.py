@@ -1,6 +1,7 @@
-"""Judgement: intervals, paired comparisons and gates over per-example scores.
+"""Judgement: intervals, paired comparisons and gates over per-example scores, as pure functions of numbers.
 
-Pure functions of numbers (numpy, scipy): no model, no file, no pytest. Names are loaded on first use.
+In the order to read: `intervals` of one mean, `paired_tests` of two runs, `exact` tests behind `noninferiority`, then
+`differences` and `gates`, which say in words what these found. Names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "attribution": ["Attribution", "attribute_gains"],
         "comparison": ["StrategyComparison", "compare_strategies"],
-        "differences": ["Reference", "better_than"],
+        "differences": ["JudgedRun", "Reference", "better_than"],
         "exact": ["bounded_mean_p_value", "exact_share_p_value"],
         "flaky": ["flaky_report", "merge_repeats", "repeated_mean", "repeats_of"],
         "gates": ["cost_per_answer", "is_failure", "judge", "judge_spending", "overall"],
@@ -22,8 +23,8 @@ __getattr__, __dir__, __all__ = attach(
         "multiple": ["holm_adjusted", "holm_over_suite"],
         "options": ["Gates"],
         "noninferiority": ["Noninferiority", "rows_to_decide", "smallest_visible_drop"],
-        "paired_tests": ["PairedDifference", "Pairs", "pair_up", "paired_difference"],
-        "power": ["mcnemar_power", "rows_needed", "sequential_power", "smallest_detectable_drop"],
+        "paired_tests": ["PairedDifference", "PairedScores", "pair_up", "paired_difference"],
+        "power": ["mcnemar_power", "sequential_power"],
         "sequential.betting": ["MeanAbove", "MeanBelow"],
         "sequential.monitors": ["RegressionMonitor", "ThresholdMonitor", "random_order"],
         "sequential.stopping": ["SequentialAnswer", "SequentialJudge"],

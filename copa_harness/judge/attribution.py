@@ -28,6 +28,7 @@ from copa_harness.judge.intervals import group_labels, grouped, mean_interval
 from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import (
     PairedDifference,
+    PairedScores,
     clustered_difference_interval,
     difference_interval,
     paired_difference,
@@ -83,8 +84,8 @@ class Attribution:
             f"({interval_text(interval, signed=True)}); {meaning}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, for a report."""
+    def numbers(self) -> dict[str, Any]:
+        """What a report says of it, as plain JSON types."""
         effects = {name: _effect(getattr(self, name)) for name in EFFECTS}
         cells = {name: [self.means[name], self.intervals[name].low, self.intervals[name].high] for name in CELLS}
         return {"n": self.n, "cells": cells, "effects": effects, "sentence": self.sentence()}
@@ -127,9 +128,8 @@ def attribute_gains(
     labels = group_labels(ids, groups)
 
     def gain(before: str, after: str) -> PairedDifference:
-        return paired_difference(
-            values[before].tolist(), values[after].tolist(), ids=ids, level=level, seed=seed, groups=groups
-        )
+        pairs = PairedScores(ids, values[before].tolist(), values[after].tolist(), groups)
+        return paired_difference(pairs, level=level, seed=seed)
 
     plain, optimized, tuned, joint = (values[name] for name in CELLS)
     # Rounded: effects that add up exactly must not leave the last bits of floating point as a finding.

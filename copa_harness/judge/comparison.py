@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 
 from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
 from copa_harness.judge.multiple import holm_adjusted
-from copa_harness.judge.paired_tests import paired_difference, permutation_p_value
+from copa_harness.judge.paired_tests import (
+    PairedScores,
+    gained_and_lost,
+    paired_difference,
+    permutation_p_value,
+    tango_bounds,
+)
 from copa_harness.results import Interval
 from copa_harness.wording import counted, number
 
@@ -191,14 +197,9 @@ def _difference(
     if len(table) == 1:
         ((task, cells),) = table.items()
         together = labels[task]
-        paired = paired_difference(
-            cells[anchor].tolist(),
-            cells[index].tolist(),
-            ids=ids[task],
-            level=level,
-            seed=seed,
-            groups=None if together is None else dict(zip(ids[task], together, strict=True)),
-        )
+        groups = None if together is None else dict(zip(ids[task], together, strict=True))
+        pairs = PairedScores(ids[task], cells[anchor].tolist(), cells[index].tolist(), groups)
+        paired = paired_difference(pairs, level=level, seed=seed)
         return paired.difference, paired.interval, paired.p_value
     by_task = [_units(cells[index] - cells[anchor], labels[task]) for task, cells in table.items()]
     weighted = np.concatenate([units.totals / (len(by_task) * units.n) for units in by_task])
@@ -214,8 +215,6 @@ def _units(values: NDArray[np.float64], labels: _Labels) -> Groups:
 
 def _stratified_interval(by_task: Sequence[Groups], *, level: float, seed: int) -> Interval:
     """Bootstrap of the mean of task means, resampling examples or groups within tasks; a bound where too few moved."""
-    from copa_harness.judge.paired_tests import gained_and_lost, tango_bounds
-
     everything = np.concatenate([units.totals for units in by_task])
     n = sum(units.n for units in by_task)
     is_grouped = n > everything.size

@@ -1,25 +1,22 @@
-"""The regression gate: this run against an accepted baseline, example by example, with a margin.
+"""The paired gates: no drop below an accepted baseline (`max_regression`), a gain over another result (`better_than`).
 
-First whether the two may be compared at all (same data, split and metric), then the test of `noninferiority.py`, then
-the sentence that says what was found and what to do. A baseline is whatever has scores by example id.
-
-The gate `better_than`: this run beats another strategy or an accepted baseline, example by example.
-
-A pass needs the gain to be shown, not just measured; a loss that is shown fails; anything between is undecided, with
-the examples it would take and the smallest gain these could have shown. The tests are those of `noninferiority.py` with
-no margin.
+First whether the two sides may be compared at all (same data, split and metric), then the test of `noninferiority`,
+then the sentence that says what was found and what to do. `max_regression` tests against the margin that is allowed.
+`better_than` tests without one: a pass needs the gain to be shown, not just measured; a loss that is shown fails;
+anything between is undecided, with the examples it would take and the smallest gain these could have shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from copa_harness.judge.messages import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
-from copa_harness.judge.paired_tests import PairedDifference, Pairs, pair_up, paired_difference, scores_by_id
-from copa_harness.results import EvaluationResult, GateResult, Verdict
+from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, scores_by_id
+from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 from copa_harness.wording import counted, number
 
 COMPARED = ("data", "split", "metric")
@@ -30,7 +27,7 @@ SYSTEM = ("program", "lm")
 
 
 class Reference(Protocol):
-    """What `max_regression` compares with: an accepted earlier run."""
+    """What a paired gate compares with: an accepted earlier run, or another one of this session."""
 
     @property
     def name(self) -> str:
@@ -49,56 +46,111 @@ class Reference(Protocol):
         """Hashes by part: `data`, `split`, `metric`, `program`, `lm`."""
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedRun:
+    """A run as its gates see it: its scores, what it is compared with, and what it spent.
+
+    Attributes:
+        evaluation: the test evaluation; None when it did not finish.
+        n_expected: examples in the split; fewer evaluated means the budget cut the evaluation short.
+        fingerprints: of this run (see `Reference.fingerprints`); parts missing on either side are not compared.
+        groups: group by example id, where examples share one.
+        repeats: scores of every repeat by example id; needed by `min_pass_all`.
+        baseline: the accepted earlier run that `max_regression` compares with; None when there is none.
+        opponent: what `better_than` names; None when there is no such result.
+        calls: model calls charged to the run; needed by `max_calls`.
+        usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
+    """
+
+    evaluation: EvaluationResult | None
+    n_expected: int | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, str] | None = None
+    repeats: Mapping[str, Sequence[float | None]] | None = None
+    baseline: Reference | None = None
+    opponent: Reference | None = None
+    calls: float | None = None
+    usage: Usage | None = None
+
+    def paired_with(self, reference: Reference) -> PairedScores:
+        """Scores of the reference and of this run, for the examples in common."""
+        scores = {} if self.evaluation is None else scores_by_id(self.evaluation)
+        return pair_up(reference.scores, scores, groups=self.groups)
+
+
+BLESS = "run it once with --copa-bless and commit the file it writes"
+"""How a run is accepted as baseline, as a clause."""
+
+
 def max_regression(
-    evaluation: EvaluationResult,
-    baseline: Reference | None,
-    *,
-    margin: float,
-    alpha: float,
-    fingerprints: Mapping[str, str],
-    bless: str,
-    seed: int = 0,
-    groups: Mapping[str, str] | None = None,
-    note: str = "",
+    run: JudgedRun, *, margin: float, alpha: float, bless: str = BLESS, note: str = "", seed: int = 0
 ) -> GateResult:
-    """Hold an evaluation to "no drop of more than `margin` below the baseline".
+    """Hold a run to "no drop of more than `margin` below the baseline".
 
     Args:
-        evaluation: the complete test evaluation.
-        baseline: the accepted earlier run; None answers undecided and says how to make one.
+        run: a complete one; without a baseline it is undecided, and the answer says how to make one.
         margin: the largest acceptable drop, 0..1.
         alpha: error rate of either decision.
-        fingerprints: of this run; parts missing on either side are not compared.
         bless: how to accept this run as baseline, a clause for the message.
-        seed: of the resampling methods.
-        groups: group by example id, where examples share one.
         note: a sentence to put after the message, such as the correction `alpha` already holds.
+        seed: of the resampling methods.
     """
-    gate = f"max_regression={margin:g}"
+    gate, baseline = f"max_regression={margin:g}", run.baseline
     if baseline is None:
         message = f"there is no baseline to compare with yet. Next: if these scores are acceptable, {bless}."
         return GateResult(gate, Verdict.UNDECIDED, message, {"baseline": None})
-    named = f"baseline {baseline.name}" + (f" ({baseline.origin})" if baseline.origin else "")
-    pairs = pair_up(baseline.scores, scores_by_id(evaluation))
-    changed = changed_parts(baseline, fingerprints)
-    if changed or not pairs.ids:
+    named = f"baseline {_named(baseline)}"
+    pairs = run.paired_with(baseline)
+    if changed_parts(baseline, run.fingerprints) or not pairs.ids:
         next_step = f"if the change is intended, {bless}; otherwise restore what changed"
-        return not_comparable(
-            gate, named, changed, pairs, baseline, fingerprints, next_step=next_step, seed=seed, groups=groups
-        )
-    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed, groups=groups)
+        return _not_comparable(gate, named, run, baseline, next_step=next_step, seed=seed)
+    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed)
     unpaired = pairs.n_only_before + pairs.n_only_after
     missing = f" {counted(unpaired, 'example')} scored on one side only could not be compared." if unpaired else ""
-    same = all(part in fingerprints and fingerprints[part] == baseline.fingerprints.get(part) for part in SYSTEM)
+    ours, theirs = run.fingerprints, baseline.fingerprints
+    same = all(part in ours and ours[part] == theirs.get(part) for part in SYSTEM)
     if same and not answer.paired.n_better and not answer.paired.n_worse:
         message = (
             f"nothing changed since {named}: the same program and model, and the same score on all "
             f"{counted(answer.paired.n, 'example')}."
         )
         return GateResult(gate, Verdict.PASS, message + missing, gate_numbers(answer, pairs))
-    message = f"{_measured(answer, named)} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
+    measured = _measured(answer, named, expected=f"a drop of at most {answer.margin:g}")
+    message = f"{measured} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
     message += f" {note}" if note else ""
     return GateResult(gate, answer.verdict, message, gate_numbers(answer, pairs))
+
+
+def better_than(run: JudgedRun, *, name: str, alpha: float, note: str = "", seed: int = 0) -> GateResult:
+    """Hold a run to "better than its opponent".
+
+    Args:
+        run: a complete one; without an opponent it is undecided.
+        name: how the gate calls the opponent.
+        alpha: error rate of either decision.
+        note: a sentence to put after the message.
+        seed: of the resampling methods.
+    """
+    gate, opponent = f"better_than={name}", run.opponent
+    if opponent is None:
+        message = (
+            f"there is no result of {name!r} to compare with. Next: run that strategy on this task before this test "
+            f"(same file, same model), or accept it as a baseline with --copa-bless."
+        )
+        return GateResult(gate, Verdict.UNDECIDED, message, {"rival": None})
+    pairs = run.paired_with(opponent)
+    if changed_parts(opponent, run.fingerprints) or not pairs.ids:
+        next_step = f"run {name} again on what is tested now"
+        return _not_comparable(gate, _named(opponent), run, opponent, next_step=next_step, seed=seed)
+    answer = noninferiority(pairs, margin=0.0, alpha=alpha, seed=seed)
+    message = f"{_measured(answer, _named(opponent), expected='a gain')} {_meaning_of_better(answer, name)}"
+    message += f" {note}" if note else ""
+    # The gain is what is tested here: a loss must not be counted as a regression gate of the suite.
+    numbers: dict[str, Any] = gate_numbers(answer, pairs)
+    numbers["p_better"] = numbers.pop("p_not_worse")
+    numbers["p_loss"] = numbers.pop("p_worse")
+    numbers.pop("p_any_drop")
+    return GateResult(gate, answer.verdict, message, numbers)
 
 
 def changed_parts(baseline: Reference, fingerprints: Mapping[str, str]) -> list[str]:
@@ -110,11 +162,16 @@ def changed_parts(baseline: Reference, fingerprints: Mapping[str, str]) -> list[
     ]
 
 
-def _measured(answer: Noninferiority, named: str) -> str:
+def _named(reference: Reference) -> str:
+    return reference.name + (f" ({reference.origin})" if reference.origin else "")
+
+
+def _measured(answer: Noninferiority, named: str, *, expected: str) -> str:
     paired = answer.paired
+    in_groups = f" in {counted(paired.n_groups, 'group')}" if paired.n_groups else ""
     return (
-        f"got {number(paired.difference, signed=True)} against {named}, expected a drop of at most {answer.margin:g}; "
-        f"{counted(paired.n, 'paired example')}{in_groups(paired)}, {paired.n_better} better, {paired.n_worse} worse, "
+        f"got {number(paired.difference, signed=True)} against {named}, expected {expected}; "
+        f"{counted(paired.n, 'paired example')}{in_groups}, {paired.n_better} better, {paired.n_worse} worse, "
         f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
     )
 
@@ -153,32 +210,20 @@ def _meaning(answer: Noninferiority, *, alpha: float, bless: str) -> str:
     return f"{state} {needed} {seen}"
 
 
-def in_groups(paired: PairedDifference) -> str:
-    """` in 12 groups`, or "" where every example stands for itself."""
-    return f" in {counted(paired.n_groups, 'group')}" if paired.n_groups else ""
-
-
-def not_comparable(
-    gate: str,
-    named: str,
-    changed: list[str],
-    pairs: Pairs,
-    baseline: Reference,
-    fingerprints: Mapping[str, str],
-    *,
-    next_step: str,
-    seed: int,
-    groups: Mapping[str, str] | None = None,
+def _not_comparable(
+    gate: str, named: str, run: JudgedRun, reference: Reference, *, next_step: str, seed: int
 ) -> GateResult:
     """The answer of a gate whose two sides differ in more than what is judged.
 
     Where the metric is the same, the examples in common are compared all the same: an example's id is its content, so
     each pair is sound. Only the population is another, so it is told and not judged.
     """
+    pairs, changed = run.paired_with(reference), changed_parts(reference, run.fingerprints)
     details: dict[str, Any] = {"changed": changed, "n_common": len(pairs.ids)}
     if changed:
         parts = ", ".join(
-            f"the {part} changed ({baseline.fingerprints[part][:12]} -> {fingerprints[part][:12]})" for part in changed
+            f"the {part} changed ({reference.fingerprints[part][:12]} -> {run.fingerprints[part][:12]})"
+            for part in changed
         )
     else:
         parts = "no example with a score is in both this run and the one compared with: the test split changed"
@@ -187,7 +232,7 @@ def not_comparable(
         n_before, n_after = (len(pairs.ids) + only for only in (pairs.n_only_before, pairs.n_only_after))
         message += f" {counted(n_before, 'example')} then, {n_after:,} now, {len(pairs.ids):,} in common."
     if pairs.ids and "metric" not in changed:
-        common = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed, groups=groups)
+        common = paired_difference(pairs, seed=seed)
         details |= {
             "difference_in_common": common.difference,
             "low_in_common": common.interval.low,
@@ -202,7 +247,7 @@ def not_comparable(
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
 
 
-def gate_numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
+def gate_numbers(answer: Noninferiority, pairs: PairedScores) -> dict[str, Any]:
     """The numbers behind a paired gate, for its details; examples that got worse come worst first."""
     paired = answer.paired
     drops = [
@@ -225,60 +270,6 @@ def gate_numbers(answer: Noninferiority, pairs: Pairs) -> dict[str, Any]:
         "rows_to_decide": answer.rows_to_decide,
         "smallest_visible_drop": None if math.isinf(answer.smallest_visible_drop) else answer.smallest_visible_drop,
     }
-
-
-def better_than(
-    evaluation: EvaluationResult,
-    rival: Reference | None,
-    *,
-    name: str,
-    alpha: float,
-    fingerprints: Mapping[str, str],
-    seed: int = 0,
-    groups: Mapping[str, str] | None = None,
-    note: str = "",
-) -> GateResult:
-    """Hold an evaluation to "better than `rival`".
-
-    Args:
-        evaluation: the complete test evaluation.
-        rival: what it has to beat; None when there is no such result, which is undecided.
-        name: how the gate calls it.
-        alpha: error rate of either decision.
-        fingerprints: of this run; data, split and metric have to agree with the rival's where both are known.
-        seed: of the resampling methods.
-        groups: group by example id, where examples share one.
-        note: a sentence to put after the message.
-    """
-    gate = f"better_than={name}"
-    if rival is None:
-        message = (
-            f"there is no result of {name!r} to compare with. Next: run that strategy on this task before this test "
-            f"(same file, same model), or accept it as a baseline with --copa-bless."
-        )
-        return GateResult(gate, Verdict.UNDECIDED, message, {"rival": None})
-    named = rival.name + (f" ({rival.origin})" if rival.origin else "")
-    pairs = pair_up(rival.scores, scores_by_id(evaluation))
-    changed = changed_parts(rival, fingerprints)
-    if changed or not pairs.ids:
-        next_step = f"run {name} again on what is tested now"
-        return not_comparable(
-            gate, named, changed, pairs, rival, fingerprints, next_step=next_step, seed=seed, groups=groups
-        )
-    answer = noninferiority(pairs, margin=0.0, alpha=alpha, seed=seed, groups=groups)
-    paired = answer.paired
-    measured = (
-        f"got {number(paired.difference, signed=True)} against {named}, expected a gain; "
-        f"{counted(paired.n, 'paired example')}{in_groups(paired)}, {paired.n_better} better, {paired.n_worse} worse, "
-        f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
-    )
-    message = f"{measured} {_meaning_of_better(answer, name)}" + (f" {note}" if note else "")
-    # The gain is what is tested here: a loss must not be counted as a regression gate of the suite.
-    numbers: dict[str, Any] = gate_numbers(answer, pairs)
-    numbers["p_better"] = numbers.pop("p_not_worse")
-    numbers["p_loss"] = numbers.pop("p_worse")
-    numbers.pop("p_any_drop")
-    return GateResult(gate, answer.verdict, message, numbers)
 
 
 def _meaning_of_better(answer: Noninferiority, name: str) -> str:

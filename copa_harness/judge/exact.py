@@ -22,34 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copa_harness.judge.intervals import N_RESAMPLES, grouped
-
-
-def clustered_bounded_p_value(
-    differences: NDArray[np.float64],
-    labels: Sequence[str],
-    *,
-    difference: float,
-    alternative: Literal["less", "greater"],
-    seed: int = 0,
-) -> float:
-    """P-value of a true mean difference of `difference`, -1..1, valid for any distribution of whole groups."""
-    groups = grouped(differences, labels)
-    # Sizes count: E[t_c - n_c delta_0] = 0 is what a mean of delta_0 over examples says.
-    values = (groups.totals - difference * groups.sizes) / groups.sizes.max()
-    return bounded_mean_p_value(
-        values, mean=0.0, alternative=alternative, low=-1.0 - difference, high=1.0 - difference, seed=seed
-    )
-
-
-def clustered_row_variance(differences: NDArray[np.float64], labels: Sequence[str]) -> float:
-    """Variance of one example's difference that, over N independent examples, gives the clustered standard error."""
-    groups = grouped(differences, labels)
-    n_groups = groups.sizes.size
-    if n_groups < 2:
-        return 1.0
-    mean = float(groups.totals.sum()) / groups.n
-    return float(((groups.totals - mean * groups.sizes) ** 2).sum() * n_groups / (n_groups - 1) / groups.n)
-
+from copa_harness.judge.paired_tests import tango_statistic
 
 GAMMA = 1e-5
 """Error spent on confining the nuisance parameter; small beside any alpha that is shared by many gates."""
@@ -89,7 +62,7 @@ def exact_share_p_value(
         return exact_share_p_value(lost, gained, n, difference=-difference, alternative="greater")
     from scipy import stats
 
-    observed = float(score_statistic(np.array([gained]), np.array([lost]), n, difference=difference)[0])
+    observed = float(tango_statistic(gained, lost, n, difference=difference))
     if n > MANY_PAIRS:
         return float(stats.norm.sf(observed))
     each_lost = np.arange(n + 1)
@@ -104,23 +77,6 @@ def exact_share_p_value(
     return float(min(1.0, (weights * tails).sum(axis=1).max() + GAMMA))
 
 
-def score_statistic(
-    gained: NDArray[np.int64], lost: NDArray[np.int64], n: int, *, difference: float
-) -> NDArray[np.float64]:
-    """Tango's statistic (`paired.tango_statistic`) for arrays of counts."""
-    a = 2.0 * n
-    b = -gained - lost + (2 * n - gained + lost) * difference
-    c = -lost * difference * (1 - difference)
-    share_lost = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = n * (2 * share_lost + difference * (1 - difference))
-    numerator = gained - lost - n * difference
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = numerator / np.sqrt(np.maximum(variance, 0.0))
-    certain = np.where(np.abs(numerator) < _TIE, 0.0, np.copysign(np.inf, numerator))
-    result: NDArray[np.float64] = np.where(variance <= 1e-12, certain, value)
-    return result
-
-
 def _least_gained(observed: float, n: int, *, difference: float) -> NDArray[np.int64]:
     """For each number lost 0..n, the least number gained whose statistic reaches the observed one.
 
@@ -130,7 +86,7 @@ def _least_gained(observed: float, n: int, *, difference: float) -> NDArray[np.i
     low, high = np.zeros(n + 1, dtype=np.int64), n - lost + 1
     while np.any(low < high):
         middle = (low + high) // 2
-        reached = score_statistic(middle, lost, n, difference=difference) >= observed - _TIE
+        reached = tango_statistic(middle, lost, n, difference=difference) >= observed - _TIE
         high = np.where(reached, middle, high)
         low = np.where(reached, low, np.minimum(middle + 1, high))
     return high
@@ -187,3 +143,30 @@ def bounded_mean_p_value(
         weights = rng.standard_gamma(counts, (min(rows, N_RESAMPLES - start), support.size))
         reached += int((weights @ (support - mean) <= 0).sum())
     return (reached + 1) / (N_RESAMPLES + 1)
+
+
+def clustered_bounded_p_value(
+    differences: NDArray[np.float64],
+    labels: Sequence[str],
+    *,
+    difference: float,
+    alternative: Literal["less", "greater"],
+    seed: int = 0,
+) -> float:
+    """P-value of a true mean difference of `difference`, -1..1, valid for any distribution of whole groups."""
+    groups = grouped(differences, labels)
+    # Sizes count: E[t_c - n_c delta_0] = 0 is what a mean of delta_0 over examples says.
+    values = (groups.totals - difference * groups.sizes) / groups.sizes.max()
+    return bounded_mean_p_value(
+        values, mean=0.0, alternative=alternative, low=-1.0 - difference, high=1.0 - difference, seed=seed
+    )
+
+
+def clustered_row_variance(differences: NDArray[np.float64], labels: Sequence[str]) -> float:
+    """Variance of one example's difference that, over N independent examples, gives the clustered standard error."""
+    groups = grouped(differences, labels)
+    n_groups = groups.sizes.size
+    if n_groups < 2:
+        return 1.0
+    mean = float(groups.totals.sum()) / groups.n
+    return float(((groups.totals - mean * groups.sizes) ** 2).sum() * n_groups / (n_groups - 1) / groups.n)

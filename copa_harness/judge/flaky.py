@@ -1,9 +1,4 @@
-"""Flaky model or flaky test? Per-example pass rates over k repeats, and a gate on the share that passes them all.
-
-An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
-chance. Pure functions of scores.
-
-The same examples answered k times: noise of the model told from noise of the examples.
+"""The same examples answered k times: is the model flaky, or were the examples few?
 
 Symbols: s_ij the score of example i in repeat j, m_i its mean over k repeats, s^2 the mean variance within examples.
 
@@ -15,6 +10,9 @@ examples would help:
     Var(mean) = model noise  s^2 / (n k)  +  examples  (Var(m_i) - s^2 / k) / n
 
 Source: Miller 2024, arXiv 2411.00640, section 3.
+
+An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
+chance. `min_pass_all` is the gate on the share of examples that pass all repeats.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from copa_harness.judge.intervals import mean_interval, wilson_interval
+from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
 from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import scores_by_id
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Usage, Verdict
@@ -96,8 +94,6 @@ def repeated_mean(
         seed: of the bootstrap.
         groups: group by example id, where examples share one.
     """
-    from copa_harness.judge.intervals import group_labels
-
     scored = {key: [s for s in scores if s is not None] for key, scores in repeats.items()}
     scored = {key: scores for key, scores in scored.items() if scores}
     means = [float(_mean(scores) or 0.0) for scores in scored.values()]

@@ -1,49 +1,166 @@
 """Gates: rules a run is held to, and their answers in words a person can act on.
 
 A gate answers pass, fail, undecided, not comparable or error; `overall` says which of them wins. `min_score` is about
-the number measured (a plain assert would decide alike), `max_regression` is a test against a baseline, example by
-example (`regression.py`). An evaluation that was cut short has no score and fails nothing: it is undecided. Pure
-functions of records.
-
-Gates on what a run spent: calls, tokens, dollars, seconds, and dollars per answer.
-
-Spending is counted, not estimated, so these gates pass or fail; they are undecided only where a price is unknown. Pure
-functions of records.
+the number measured (a plain assert would decide alike); `max_regression` and `better_than` are paired tests
+(`differences`). An evaluation that was cut short has no score and fails nothing: it is undecided. Gates on what a run
+spent (calls, tokens, dollars, seconds, dollars per answer) pass or fail, since spending is counted and not estimated;
+they are undecided only where a price is unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from copa_harness.judge.differences import Reference, better_than, max_regression
-from copa_harness.judge.flaky import Repeats, flaky_report, min_pass_all
+from copa_harness.judge.differences import BLESS, JudgedRun, better_than, max_regression
+from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
 from copa_harness.judge.messages import interval_text, shortened
 from copa_harness.judge.options import Gates
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 from copa_harness.wording import counted, dollars, number
 
+_ROUNDING = 1e-9
 
-def judge_spending(
-    gates: Gates,
-    *,
-    calls: float | None = None,
-    usage: Usage | None = None,
-    evaluation: EvaluationResult | None = None,
+
+def judge(
+    run: JudgedRun, gates: Gates, *, pass_score: float = 1.0, bless: str = BLESS, seed: int = 0
 ) -> tuple[GateResult, ...]:
-    """The answers of the spending gates that are set.
+    """Hold a run to its gates.
 
     Args:
+        run: scores, what they are compared with, what was spent.
         gates: the rules.
-        calls: calls charged to the run; needed by `max_calls`.
-        usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
-        evaluation: the evaluation whose answers `max_cost_per_answer` prices.
+        pass_score: least score that counts as passed by `min_pass_all`, 0..1.
+        bless: how to accept this run as baseline, for the messages.
+        seed: of the resampling methods.
+
+    Returns:
+        One answer per active gate, in the order errors, score, regression, opponent, repeats, spending. Empty
+        evaluations are errors.
+
+    Raises:
+        ValueError: `max_calls` is set without `calls`, or another spending gate without `usage`.
+    """
+    answers: list[GateResult] = []
+    evaluation = run.evaluation
+    complete = evaluation is not None and (run.n_expected is None or evaluation.n >= run.n_expected)
+    if evaluation is None or not complete:
+        answers.append(_truncated(evaluation, run.n_expected))
+    if evaluation is not None:
+        answers.append(_error_rate(evaluation, gates.max_error_rate))
+    if evaluation is not None and complete:
+        alpha, note = gates.alpha_each, gates.correction
+        if gates.min_score is not None:
+            answers.append(_min_score(evaluation, gates.min_score, groups=run.groups, seed=seed))
+        if gates.max_regression is not None:
+            margin = gates.max_regression
+            answers.append(max_regression(run, margin=margin, alpha=alpha, bless=bless, note=note, seed=seed))
+        if gates.better_than is not None:
+            answers.append(better_than(run, name=gates.better_than, alpha=alpha, note=note, seed=seed))
+        if gates.min_pass_all is not None:
+            single = {row.example_id: (row.score,) for row in evaluation.results}
+            report = flaky_report(run.repeats or single, pass_score=pass_score)
+            answers.append(min_pass_all(report, gates.min_pass_all))
+    answers.extend(judge_spending(run, gates))
+    return tuple(answers)
+
+
+_RANK = (Verdict.ERROR, Verdict.FAIL, Verdict.NOT_COMPARABLE, Verdict.UNDECIDED, Verdict.PASS)
+
+
+def overall(results: Iterable[GateResult]) -> Verdict:
+    """The verdict of a run: the gravest of its gates' (error > fail > not comparable > undecided > pass)."""
+    return min((result.verdict for result in results), key=_RANK.index, default=Verdict.PASS)
+
+
+def is_failure(verdict: Verdict, *, undecided_fails: bool) -> bool:
+    """Whether a verdict fails the test; undecided and not comparable do only when the setting says so."""
+    if verdict in {Verdict.UNDECIDED, Verdict.NOT_COMPARABLE}:
+        return undecided_fails
+    return verdict is not Verdict.PASS
+
+
+def _truncated(evaluation: EvaluationResult | None, n_expected: int | None) -> GateResult:
+    done = evaluation.n if evaluation is not None else 0
+    of = f" after {done} of {counted(n_expected, 'example')}" if n_expected is not None else ""
+    message = (
+        f"budget exhausted: the evaluation stopped{of}, so there is no score to judge. "
+        f"Next: raise the budget (--copa-budget=medium or calls=N) and run again; what was answered is cached and free."
+    )
+    return GateResult("completed", Verdict.UNDECIDED, message, {"n": done, "n_expected": n_expected})
+
+
+def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
+    gate = f"max_error_rate={most:g}"
+    details = {"n": evaluation.n, "n_failed": evaluation.n_failed}
+    if not evaluation.n:
+        message = (
+            f"the {evaluation.split} split has no examples, so nothing was measured. Next: give the task examples."
+        )
+        return GateResult(gate, Verdict.ERROR, message, details)
+    failed = [row for row in evaluation.results if row.score is None]
+    rate = len(failed) / evaluation.n
+    if rate <= most + _ROUNDING:
+        extra = "" if not failed else f" ({100 * rate:.1f} %), within what is allowed"
+        return GateResult(
+            gate, Verdict.PASS, f"{len(failed)} of {evaluation.n} examples without a score{extra}.", details
+        )
+    kinds = []
+    for outcome, words in (("provider_error", "got no answer from the model"), ("metric_error", "broke the metric")):
+        rows = [row for row in failed if row.outcome == outcome]
+        if rows:
+            first = shortened(rows[0].error or "no message recorded")
+            kinds.append(f"{len(rows)} {words} (first: {rows[0].example_id}: {first})")
+    message = (
+        f"{len(failed)} of {evaluation.n} examples have no score ({100 * rate:.1f} %, allowed {100 * most:g} %): "
+        f"{'; '.join(kinds) or 'no reason recorded'}. They are failures, not wrong answers, and are in no mean. "
+        f"Next: mend the cause and run again (what was answered is cached and free), or allow a share: max_error_rate."
+    )
+    return GateResult(gate, Verdict.ERROR, message, details)
+
+
+def _min_score(
+    evaluation: EvaluationResult, least: float, *, groups: Mapping[str, str] | None, seed: int
+) -> GateResult:
+    gate = f"min_score={least:g}"
+    n = evaluation.n - evaluation.n_failed
+    if not n:
+        return GateResult(gate, Verdict.UNDECIDED, "no example has a score, so there is nothing to compare.", {"n": 0})
+    score, interval = evaluation.score, evaluation.interval
+    labels = group_labels([row.example_id for row in evaluation.results if row.score is not None], groups)
+    if labels is not None:
+        interval = mean_interval(evaluation.scores, groups=labels, seed=seed)
+    details = {"score": score, "n": n, "low": interval.low, "high": interval.high, "level": interval.level}
+    measured = f"on {counted(n, evaluation.split + ' example')} ({interval_text(interval)})"
+    if score >= least - _ROUNDING:
+        message = f"got {number(score)}, expected at least {least:g}, {measured}."
+        if interval.low < least:
+            message += f" The interval reaches below {least:g}: on other examples it may fall short."
+        return GateResult(gate, Verdict.PASS, message, details)
+    message = f"got {number(score)}, expected at least {least:g} ({number(least - score)} short), {measured}."
+    if interval.high >= least:
+        rows = rows_to_settle(score, least)
+        needed = "" if rows is None else f"; about {counted(max(rows, n + 1), 'example')} would settle it"
+        message += (
+            f" Within noise: the interval reaches {least:g}{needed}. Next: add test examples, look at the worst "
+            f"ones, or set a threshold the program clears with room to spare."
+        )
+    else:
+        message += (
+            f" Not noise: the interval ends below {least:g}. Next: look at the worst examples, give the optimizer "
+            f"more budget, or lower the threshold; about {number(interval.low)} is what this program reaches reliably."
+        )
+    return GateResult(gate, Verdict.FAIL, message, details)
+
+
+def judge_spending(run: JudgedRun, gates: Gates) -> tuple[GateResult, ...]:
+    """The answers of the spending gates that are set.
 
     Raises:
         ValueError: a gate is set and what it needs is not given.
     """
     answers: list[GateResult] = []
+    calls, usage, evaluation = run.calls, run.usage, run.evaluation
     if gates.max_calls is not None:
         if calls is None:
             raise ValueError("got max_calls without calls; expected the number of calls charged to the run")
@@ -135,161 +252,3 @@ def _amount(value: float, unit: str) -> str:
     if unit == "dollars":
         return dollars(value)
     return f"{value:,.0f} {unit}" if value >= 10 or value == int(value) else f"{value:,.2g} {unit}"
-
-
-_ROUNDING = 1e-9
-
-
-def judge(
-    evaluation: EvaluationResult | None,
-    gates: Gates,
-    *,
-    calls: float | None = None,
-    baseline: Reference | None = None,
-    fingerprints: Mapping[str, str] | None = None,
-    n_expected: int | None = None,
-    usage: Usage | None = None,
-    rival: Reference | None = None,
-    groups: Mapping[str, str] | None = None,
-    repeats: Repeats | None = None,
-    pass_score: float = 1.0,
-    bless: str = "run it once with --copa-bless and commit the file it writes",
-    seed: int = 0,
-) -> tuple[GateResult, ...]:
-    """Hold an evaluation to its gates.
-
-    Args:
-        evaluation: the test evaluation; None when it did not finish.
-        gates: the rules.
-        calls: model calls charged to the run; needed by `max_calls`.
-        baseline: the accepted earlier run; None when there is none.
-        fingerprints: of this run (see `Reference.fingerprints`); parts missing on either side are not compared.
-        n_expected: examples in the split; fewer evaluated means the budget cut the evaluation short.
-        usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
-        rival: what `better_than` names; None when there is no such result.
-        groups: group by example id, where examples share one.
-        repeats: scores of every repeat by example id; needed by `min_pass_all`.
-        pass_score: least score that counts as passed by `min_pass_all`, 0..1.
-        bless: how to accept this run as baseline, for the messages.
-        seed: of the resampling methods.
-
-    Returns:
-        One answer per active gate, in the order errors, score, regression, rival, repeats, spending. Empty
-        evaluations are errors.
-
-    Raises:
-        ValueError: `max_calls` is set without `calls`, or another spending gate without `usage`.
-    """
-    answers: list[GateResult] = []
-    complete = evaluation is not None and (n_expected is None or evaluation.n >= n_expected)
-    if evaluation is None or not complete:
-        answers.append(_truncated(evaluation, n_expected))
-    if evaluation is not None:
-        answers.append(_error_rate(evaluation, gates.max_error_rate))
-    if evaluation is not None and complete:
-        if gates.min_score is not None:
-            answers.append(_min_score(evaluation, gates.min_score, groups=groups, seed=seed))
-        shared: dict[str, Any] = {
-            "alpha": gates.alpha_each,
-            "fingerprints": fingerprints or {},
-            "seed": seed,
-            "groups": groups,
-            "note": gates.correction,
-        }
-        if gates.max_regression is not None:
-            answers.append(max_regression(evaluation, baseline, margin=gates.max_regression, bless=bless, **shared))
-        if gates.better_than is not None:
-            answers.append(better_than(evaluation, rival, name=gates.better_than, **shared))
-        if gates.min_pass_all is not None:
-            single = {row.example_id: (row.score,) for row in evaluation.results}
-            answers.append(min_pass_all(flaky_report(repeats or single, pass_score=pass_score), gates.min_pass_all))
-    answers.extend(judge_spending(gates, calls=calls, usage=usage, evaluation=evaluation))
-    return tuple(answers)
-
-
-_RANK = (Verdict.ERROR, Verdict.FAIL, Verdict.NOT_COMPARABLE, Verdict.UNDECIDED, Verdict.PASS)
-
-
-def overall(results: Iterable[GateResult]) -> Verdict:
-    """The verdict of a run: the gravest of its gates' (error > fail > not comparable > undecided > pass)."""
-    return min((result.verdict for result in results), key=_RANK.index, default=Verdict.PASS)
-
-
-def is_failure(verdict: Verdict, *, undecided_fails: bool) -> bool:
-    """Whether a verdict fails the test; undecided and not comparable do only when the setting says so."""
-    if verdict in {Verdict.UNDECIDED, Verdict.NOT_COMPARABLE}:
-        return undecided_fails
-    return verdict is not Verdict.PASS
-
-
-def _truncated(evaluation: EvaluationResult | None, n_expected: int | None) -> GateResult:
-    done = evaluation.n if evaluation is not None else 0
-    of = f" after {done} of {counted(n_expected, 'example')}" if n_expected is not None else ""
-    message = (
-        f"budget exhausted: the evaluation stopped{of}, so there is no score to judge. "
-        f"Next: raise the budget (--copa-budget=medium or calls=N) and run again; what was answered is cached and free."
-    )
-    return GateResult("completed", Verdict.UNDECIDED, message, {"n": done, "n_expected": n_expected})
-
-
-def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
-    gate = f"max_error_rate={most:g}"
-    details = {"n": evaluation.n, "n_failed": evaluation.n_failed}
-    if not evaluation.n:
-        message = (
-            f"the {evaluation.split} split has no examples, so nothing was measured. Next: give the task examples."
-        )
-        return GateResult(gate, Verdict.ERROR, message, details)
-    failed = [row for row in evaluation.results if row.score is None]
-    rate = len(failed) / evaluation.n
-    if rate <= most + _ROUNDING:
-        extra = "" if not failed else f" ({100 * rate:.1f} %), within what is allowed"
-        return GateResult(
-            gate, Verdict.PASS, f"{len(failed)} of {evaluation.n} examples without a score{extra}.", details
-        )
-    kinds = []
-    for outcome, words in (("provider_error", "got no answer from the model"), ("metric_error", "broke the metric")):
-        rows = [row for row in failed if row.outcome == outcome]
-        if rows:
-            first = shortened(rows[0].error or "no message recorded")
-            kinds.append(f"{len(rows)} {words} (first: {rows[0].example_id}: {first})")
-    message = (
-        f"{len(failed)} of {evaluation.n} examples have no score ({100 * rate:.1f} %, allowed {100 * most:g} %): "
-        f"{'; '.join(kinds) or 'no reason recorded'}. They are failures, not wrong answers, and are in no mean. "
-        f"Next: mend the cause and run again (what was answered is cached and free), or allow a share: max_error_rate."
-    )
-    return GateResult(gate, Verdict.ERROR, message, details)
-
-
-def _min_score(
-    evaluation: EvaluationResult, least: float, *, groups: Mapping[str, str] | None, seed: int
-) -> GateResult:
-    gate = f"min_score={least:g}"
-    n = evaluation.n - evaluation.n_failed
-    if not n:
-        return GateResult(gate, Verdict.UNDECIDED, "no example has a score, so there is nothing to compare.", {"n": 0})
-    score, interval = evaluation.score, evaluation.interval
-    labels = group_labels([row.example_id for row in evaluation.results if row.score is not None], groups)
-    if labels is not None:
-        interval = mean_interval(evaluation.scores, groups=labels, seed=seed)
-    details = {"score": score, "n": n, "low": interval.low, "high": interval.high, "level": interval.level}
-    measured = f"on {counted(n, evaluation.split + ' example')} ({interval_text(interval)})"
-    if score >= least - _ROUNDING:
-        message = f"got {number(score)}, expected at least {least:g}, {measured}."
-        if interval.low < least:
-            message += f" The interval reaches below {least:g}: on other examples it may fall short."
-        return GateResult(gate, Verdict.PASS, message, details)
-    message = f"got {number(score)}, expected at least {least:g} ({number(least - score)} short), {measured}."
-    if interval.high >= least:
-        rows = rows_to_settle(score, least)
-        needed = "" if rows is None else f"; about {counted(max(rows, n + 1), 'example')} would settle it"
-        message += (
-            f" Within noise: the interval reaches {least:g}{needed}. Next: add test examples, look at the worst "
-            f"ones, or set a threshold the program clears with room to spare."
-        )
-    else:
-        message += (
-            f" Not noise: the interval ends below {least:g}. Next: look at the worst examples, give the optimizer "
-            f"more budget, or lower the threshold; about {number(interval.low)} is what this program reaches reliably."
-        )
-    return GateResult(gate, Verdict.FAIL, message, details)

@@ -1,4 +1,4 @@
-"""Intervals around a mean score: exact ideas for right/wrong, the bootstrap for graded scores.
+"""Intervals around a mean score: exact ideas for right/wrong, the bootstrap for graded scores, whole groups for groups.
 
 Symbols: n examples, k successes, scores s_1..s_n in [0, 1], m their mean, z the normal quantile.
 
@@ -10,16 +10,16 @@ Symbols: n examples, k successes, scores s_1..s_n in [0, 1], m their mean, z the
   k = n m is used instead. It is conservative: among all variables on [0, 1] with mean m, right/wrong has the
   greatest variance, m (1 - m).
 
-Examples that share something (a passage, a document, a user) are not independent: clusters are.
+Examples that share something (a passage, a document, a user) are not independent: their groups are. With G groups,
+n_c examples of group c, N = sum n_c and t_c the group's total of scores or differences, the mean is sum t_c / N, and
+the group is the independent unit of everything in this package:
 
-Symbols: G groups, n_c examples of group c, N = sum n_c, t_c the group's total of scores or differences; the mean is
-sum t_c / N. Everything here treats the group as the independent unit:
-
-* interval: BCa bootstrap of the ratio sum t_c / sum n_c over whole groups (scipy); with too few informative groups
-  Wilson's or Tango's interval at the effective number N_e = N^2 / sum n_c^2, the value for answers that always agree
-  within a group (Kish 1965). Clustered standard errors for evaluations: Miller 2024, arXiv 2411.00640.
+* interval: BCa bootstrap of the ratio sum t_c / sum n_c over whole groups; with too few informative groups Wilson's
+  interval (of a difference Tango's, see `paired_tests`) at the effective number N_e = N^2 / sum n_c^2, the value for
+  answers that always agree within a group (Kish 1965). Clustered standard errors for evaluations: Miller 2024,
+  arXiv 2411.00640.
 * "nothing changed": the sign of t_c is exchanged for whole groups (exact when the runs are exchangeable).
-* against a margin: Gaffke's test of (t_c - n_c delta_0) / max n_c, groups being drawn independently.
+* against a margin: Gaffke's test (`exact`) of (t_c - n_c delta_0) / max n_c, groups being drawn independently.
 
 Measured: at an intra-group correlation of .71, 50 groups of 10, ignoring the groups alarms in 43 % of runs at 5 %.
 """
@@ -27,8 +27,9 @@ Measured: at an intra-group correlation of .71, 50 groups of 10, ignoring the gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,9 @@ MIN_DISTINCT_ROWS = 10
 
 Measured (skewed differences, n = 75): with 7 informative rows a nominal 5 % bootstrap bound misses 22 % of the time.
 """
+
+MIN_GROUPS = 15
+"""Groups that differ, below which whole groups are not resampled but bounded."""
 
 _CHUNK = 1_000_000
 
@@ -85,7 +89,7 @@ def mean_interval(
         scores: one number in 0..1 per example; none at all gives 0..1.
         level: two-sided confidence, 0 < level < 1.
         seed: of the bootstrap; equal scores and seed give equal intervals.
-        groups: the group of each score, where some examples share one (see `clustered.py`).
+        groups: the group of each score, where some examples share one.
 
     Returns:
         `method` is "wilson" (all 0 or 1), "bca" (graded), "wilson-bound" (graded, too little spread to resample),
@@ -145,14 +149,22 @@ def bootstrap_bounds(values: NDArray[np.float64], *, level: float, seed: int) ->
 
     Source: Efron (1987), "Better bootstrap confidence intervals"; `scipy.stats.bootstrap`.
     """
+    return _bca_bounds((values,), np.mean, level=level, seed=seed)
+
+
+def _bca_bounds(
+    data: tuple[NDArray[np.float64], ...], statistic: Callable[..., Any], *, level: float, seed: int
+) -> tuple[float, float] | None:
     from scipy import stats
 
     result = stats.bootstrap(
-        (values,),
-        np.mean,
+        data,
+        statistic,
+        paired=len(data) > 1,
+        vectorized=True,
         confidence_level=level,
         n_resamples=N_RESAMPLES,
-        batch=max(1, _CHUNK // values.size),
+        batch=max(1, _CHUNK // data[0].size),
         method="BCa",
         rng=np.random.default_rng(seed),
     )
@@ -174,7 +186,10 @@ def _check_level(level: float) -> None:
 MIN_GROUPS = 15
 """Groups that differ, below which whole groups are not resampled but bounded."""
 
-_GROUPS_CHUNK = 1_000_000
+_GROUPSMIN_GROUPS = 15
+"""Groups that differ, below which whole groups are not resampled but bounded."""
+
+_CHUNK = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +249,7 @@ def clustered_mean_interval(
 ) -> Interval:
     """Interval of a mean score whose examples come in groups; `method` is "cluster-bca" or "cluster-bound"."""
     groups = grouped(scores, labels)
-    bounds = _bootstrap(groups, level=level, seed=seed)
+    bounds = group_bootstrap_bounds(groups, level=level, seed=seed)
     if bounds is not None:
         return Interval(max(0.0, bounds[0]), min(1.0, bounds[1]), level, "cluster-bca")
     share = min(1.0, max(0.0, float(groups.totals.sum()) / groups.n))
@@ -243,26 +258,13 @@ def clustered_mean_interval(
     return Interval(bound.low, bound.high, level, "cluster-bound")
 
 
-def _bootstrap(groups: Groups, *, level: float, seed: int) -> tuple[float, float] | None:
-    """BCa bounds of the ratio over whole groups, or None where there is too little to resample."""
+def group_bootstrap_bounds(groups: Groups, *, level: float, seed: int) -> tuple[float, float] | None:
+    """BCa bounds of the mean over whole groups, or None where there is too little to resample."""
     if n_informative(groups.means) < MIN_GROUPS:
         return None
-    from scipy import stats
 
     def ratio(totals: NDArray[np.float64], sizes: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
         quotient: NDArray[np.float64] = totals.sum(axis=axis) / sizes.sum(axis=axis)
         return quotient
 
-    result = stats.bootstrap(
-        (groups.totals, groups.sizes),
-        ratio,
-        paired=True,
-        vectorized=True,
-        confidence_level=level,
-        n_resamples=N_RESAMPLES,
-        batch=max(1, _GROUPS_CHUNK // groups.sizes.size),
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+    return _bca_bounds((groups.totals, groups.sizes), ratio, level=level, seed=seed)

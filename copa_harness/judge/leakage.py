@@ -5,8 +5,6 @@ they are near-duplicates when the sets of their token shingles (runs of `SHINGLE
 resemblance and containment of documents") overlap with a Jaccard index of at least `NEAR`. The same example counts
 as seen: a gate on it measures memory. A near-duplicate is reported and left to the reader: templates make examples
 look alike. Demonstrations in the prompt are seen by the model at test time and count like training examples.
-
-Works on plain mappings of input fields.
 """
 
 from __future__ import annotations
@@ -134,7 +132,7 @@ def find_leakage(
 
 
 def no_leakage(report: LeakageReport) -> GateResult:
-    """The guard as a gate: an error when test examples were seen, for then the other gates measure memory."""
+    """The check as a gate: an error when test examples were seen, for then the other gates measure memory."""
     details = {
         "n": report.n,
         "seen": sorted(report.seen_ids),

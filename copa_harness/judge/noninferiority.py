@@ -8,7 +8,7 @@ one-sided test, d = variance of one example's difference (for right/wrong about 
     undecided  neither: the rows needed and the smallest drop these rows could have shown are stated
 
 A failure also needs the test of "nothing changed" to refute it, so an unchanged program fails with probability at
-most alpha. Against the margin every test holds its size for any distribution (`exact.py`):
+most alpha. Against the margin every test holds its size for any distribution (`exact`):
 
     right/wrong   exact McNemar at 0, the exact unconditional test at -m
     graded        paired permutation at 0, Gaffke's test at -m (and at 0, for a pass)
@@ -23,7 +23,7 @@ Formulas of n and power: Connor (1987), Biometrics 43:207, for paired shares.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +39,7 @@ from copa_harness.judge.exact import (
 from copa_harness.judge.intervals import MIN_DISTINCT_ROWS, group_labels, grouped
 from copa_harness.judge.paired_tests import (
     PairedDifference,
-    Pairs,
+    PairedScores,
     gained_and_lost,
     is_right_wrong,
     mcnemar_p_value,
@@ -83,9 +83,7 @@ class Noninferiority:
     smallest_visible_drop: float
 
 
-def noninferiority(
-    pairs: Pairs, *, margin: float, alpha: float = 0.05, seed: int = 0, groups: Mapping[str, str] | None = None
-) -> Noninferiority:
+def noninferiority(pairs: PairedScores, *, margin: float, alpha: float = 0.05, seed: int = 0) -> Noninferiority:
     """Judge a drop against a margin.
 
     Args:
@@ -93,7 +91,6 @@ def noninferiority(
         margin: the largest drop that is acceptable, 0..1.
         alpha: error rate of either decision.
         seed: of the resampling methods.
-        groups: group by example id, where examples share one.
 
     Raises:
         ValueError: for a margin outside 0..1 or no pairs.
@@ -102,10 +99,10 @@ def noninferiority(
         raise ValueError(f"got margin={margin}; expected a drop between 0 and 1, such as 0.05")
     if not pairs.ids:
         raise ValueError("got no examples in common; expected at least one paired example")
-    paired = paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed, groups=groups)
+    paired = paired_difference(pairs, seed=seed)
     old, new = np.asarray(pairs.before, dtype=np.float64), np.asarray(pairs.after, dtype=np.float64)
     binary = is_right_wrong(old) and is_right_wrong(new)
-    labels = group_labels(pairs.ids, groups)
+    labels = group_labels(pairs.ids, pairs.groups)
     if labels is not None:
         p_not_worse, p_worse, p_any_drop = _one_sided_groups(new - old, labels, margin=margin, seed=seed)
     else:

@@ -21,39 +21,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from copa_harness.judge.intervals import (
     MIN_DISTINCT_ROWS,
     N_RESAMPLES,
-    _bootstrap,
     bootstrap_bounds,
+    group_bootstrap_bounds,
     group_labels,
     grouped,
 )
 from copa_harness.results import EvaluationResult, Interval
-
-
-def clustered_difference_interval(
-    differences: NDArray[np.float64], labels: Sequence[str], *, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Interval of a mean difference whose examples come in groups; `method` as for the mean."""
-    groups = grouped(differences, labels)
-    bounds = _bootstrap(groups, level=level, seed=seed)
-    if bounds is not None:
-        return Interval(max(-1.0, bounds[0]), min(1.0, bounds[1]), level, "cluster-bca")
-    gained, lost = gained_and_lost(differences)
-    n_whole = max(1, math.floor(groups.effective_n + 1e-9))
-    scale = n_whole / groups.n
-    low, high = tango_bounds(gained * scale, lost * scale, n_whole, level=level)
-    return Interval(low, high, level, "cluster-bound")
-
 
 Alternative = Literal["two-sided", "less", "greater"]
 
 _CHUNK = 1_000_000
 
 _DECIMALS = 10
+
+_TIE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +63,22 @@ class PairedDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """The examples two runs have in common, in order of their id, and how many have no partner."""
+class PairedScores:
+    """Scores of two runs over the same examples.
 
-    ids: tuple[str, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
+    Attributes:
+        ids: the examples' ids, each once.
+        before: scores of the reference run, 0..1, in the same order.
+        after: scores of the new run, 0..1, in the same order.
+        groups: group by example id, where examples share one; None for none.
+        n_only_before: examples with a score in the reference run only.
+        n_only_after: examples with a score in the new run only.
+    """
+
+    ids: Sequence[str]
+    before: Sequence[float]
+    after: Sequence[float]
+    groups: Mapping[str, str] | None = None
     n_only_before: int = 0
     n_only_after: int = 0
 
@@ -102,39 +98,33 @@ def scores_by_id(evaluation: EvaluationResult | Iterable[tuple[str, float | None
     return scores
 
 
-def pair_up(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Pairs:
-    """Pair two runs by example id; examples without a score on either side are left out and counted."""
+def pair_up(
+    before: Mapping[str, float | None], after: Mapping[str, float | None], *, groups: Mapping[str, str] | None = None
+) -> PairedScores:
+    """Pair two runs by example id, in order of the id; examples without a score on either side are only counted."""
     scored_before = {example_id: score for example_id, score in before.items() if score is not None}
     scored_after = {example_id: score for example_id, score in after.items() if score is not None}
     ids = tuple(sorted(scored_before.keys() & scored_after.keys()))
-    return Pairs(
+    return PairedScores(
         ids=ids,
         before=tuple(scored_before[example_id] for example_id in ids),
         after=tuple(scored_after[example_id] for example_id in ids),
+        groups=groups,
         n_only_before=len(scored_before) - len(ids),
         n_only_after=len(scored_after) - len(ids),
     )
 
 
-def paired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    *,
-    ids: Sequence[str],
-    level: float = 0.95,
-    seed: int = 0,
-    groups: Mapping[str, str] | None = None,
-) -> PairedDifference:
+def paired_difference(pairs: PairedScores, *, level: float = 0.95, seed: int = 0) -> PairedDifference:
     """Compare two runs over the same examples.
 
+    The ids make the answer independent of the order of the examples, and a repeated id is refused: the same example
+    counted twice is not two observations.
+
     Args:
-        before: scores of the reference run, 0..1.
-        after: scores of the new run, 0..1, in the same order.
-        ids: the examples' ids, in the same order. They make the answer independent of that order, and a repeated
-            id is refused: the same example counted twice is not two observations.
+        pairs: scores before and after.
         level: two-sided confidence of the interval.
         seed: of the resampling methods.
-        groups: group by example id, where examples share one (see `clustered.py`).
 
     Returns:
         The difference; over no examples at all it is nan with the interval -1..1.
@@ -142,6 +132,7 @@ def paired_difference(
     Raises:
         ValueError: for unequal lengths, repeated ids or scores outside 0..1.
     """
+    ids, before, after = pairs.ids, pairs.before, pairs.after
     if not len(before) == len(after) == len(ids):
         raise ValueError(f"got {len(before)} before, {len(after)} after, {len(ids)} ids; expected equal lengths")
     if len(set(ids)) != len(ids):
@@ -157,18 +148,17 @@ def paired_difference(
         return PairedDifference(math.nan, Interval(-1.0, 1.0, level, "none"), 1.0, "none", 0)
     gained, lost = gained_and_lost(differences)
     binary = is_right_wrong(old) and is_right_wrong(new)
-    labels = group_labels([ids[index] for index in order], groups)
+    labels = group_labels([ids[index] for index in order], pairs.groups)
     if labels is not None:
         interval = clustered_difference_interval(differences, labels, level=level, seed=seed)
+        p_value = permutation_p_value(grouped(differences, labels).totals, seed=seed)
+        method = "paired permutation of groups"
     else:
         interval = difference_interval(differences, binary=binary, level=level, seed=seed)
-    if labels is not None:
-        totals = grouped(differences, labels).totals
-        p_value, method = permutation_p_value(totals, seed=seed), "paired permutation of groups"
-    elif binary:
-        p_value, method = mcnemar_p_value(round(gained), round(lost)), "exact McNemar"
-    else:
-        p_value, method = permutation_p_value(differences, alternative="two-sided", seed=seed), "paired permutation"
+        if binary:
+            p_value, method = mcnemar_p_value(round(gained), round(lost)), "exact McNemar"
+        else:
+            p_value, method = permutation_p_value(differences, seed=seed), "paired permutation"
     return PairedDifference(
         difference=float(math.fsum(differences) / n),
         interval=interval,
@@ -205,6 +195,21 @@ def difference_interval(differences: NDArray[np.float64], *, binary: bool, level
     return Interval(low, high, level, "tango" if binary else "tango-bound")
 
 
+def clustered_difference_interval(
+    differences: NDArray[np.float64], labels: Sequence[str], *, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of a mean difference whose examples come in groups; `method` as for the mean."""
+    groups = grouped(differences, labels)
+    bounds = group_bootstrap_bounds(groups, level=level, seed=seed)
+    if bounds is not None:
+        return Interval(max(-1.0, bounds[0]), min(1.0, bounds[1]), level, "cluster-bca")
+    gained, lost = gained_and_lost(differences)
+    n_whole = max(1, math.floor(groups.effective_n + 1e-9))
+    scale = n_whole / groups.n
+    low, high = tango_bounds(gained * scale, lost * scale, n_whole, level=level)
+    return Interval(low, high, level, "cluster-bound")
+
+
 def mcnemar_p_value(gained: int, lost: int, *, alternative: Alternative = "two-sided") -> float:
     """Exact McNemar test: is one direction of change commoner than the other?
 
@@ -237,17 +242,24 @@ def permutation_p_value(
     exact = moved.size <= math.log2(N_RESAMPLES)
     # Rounded, so that equal sums added in another order count as ties.
     observed = round(float(moved.sum()), _DECIMALS)
-    totals = np.round(_all_exchanges(moved) if exact else _some_exchanges(moved, seed=seed), _DECIMALS)
+    totals = np.round(sign_flip_sums(moved) if exact else _some_exchanges(moved, seed=seed), _DECIMALS)
     added = 0 if exact else 1
     less = (int((totals <= observed).sum()) + added) / (totals.size + added)
     greater = (int((totals >= observed).sum()) + added) / (totals.size + added)
     return {"less": less, "greater": greater, "two-sided": min(1.0, 2 * min(less, greater))}[alternative]
 
 
-def _all_exchanges(moved: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums under every choice of signs, 2^k of them for k differences."""
-    sums: NDArray[np.float64] = np.zeros(1)
-    for difference in moved:
+def sign_flip_sums(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of k differences under every choice of their signs: what an exact test of "nothing changed" counts.
+
+    Args:
+        differences: (k,), or (k, m) for m columns whose signs are exchanged together, row by row.
+
+    Returns:
+        (2^k,), or (2^k, m).
+    """
+    sums: NDArray[np.float64] = np.zeros((1, *differences.shape[1:]))
+    for difference in differences:
         sums = np.concatenate([sums - difference, sums + difference])
     return sums
 
@@ -263,20 +275,29 @@ def _some_exchanges(moved: NDArray[np.float64], *, seed: int) -> NDArray[np.floa
     return np.concatenate(sums)
 
 
-def tango_statistic(gained: float, lost: float, n: int, *, difference: float) -> float:
+def tango_statistic(gained: ArrayLike, lost: ArrayLike, n: int, *, difference: float) -> NDArray[np.float64]:
     """Score statistic of "the true difference is `difference`": large when the data show more, about N(0, 1).
+
+    Args:
+        gained: sum of the gains, a number or an array of them.
+        lost: sum of the losses, of the same shape.
+        n: all pairs.
+        difference: the true difference under the null hypothesis, -1..1.
 
     Source: Tango (1998), eq. 4-6, with the restricted maximum-likelihood estimate q of the share lost.
     """
+    g, lo = np.asarray(gained), np.asarray(lost)
     a = 2.0 * n
-    b = -gained - lost + (2 * n - gained + lost) * difference
-    c = -lost * difference * (1 - difference)
-    share_lost = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    b = -g - lo + (2 * n - g + lo) * difference
+    c = -lo * difference * (1 - difference)
+    share_lost = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
     variance = n * (2 * share_lost + difference * (1 - difference))
-    numerator = gained - lost - n * difference
-    if variance <= 1e-12:
-        return 0.0 if abs(numerator) < 1e-9 else math.copysign(math.inf, numerator)
-    return numerator / math.sqrt(variance)
+    numerator = g - lo - n * difference
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = numerator / np.sqrt(np.maximum(variance, 0.0))
+    certain = np.where(np.abs(numerator) < _TIE, 0.0, np.copysign(np.inf, numerator))
+    result: NDArray[np.float64] = np.where(variance <= 1e-12, certain, value)
+    return result
 
 
 def tango_bounds(gained: float, lost: float, n: int, *, level: float) -> tuple[float, float]:
@@ -291,7 +312,7 @@ def tango_bounds(gained: float, lost: float, n: int, *, level: float) -> tuple[f
             return edge
 
         def gap(difference: float) -> float:
-            value = tango_statistic(gained, lost, n, difference=difference)
+            value = float(tango_statistic(gained, lost, n, difference=difference))
             return max(-1e6, min(1e6, value)) - target
 
         return float(optimize.brentq(gap, observed, edge, xtol=1e-10))

@@ -1,11 +1,11 @@
-"""How many examples, and which drop could be seen: exact power of the paired right/wrong gates.
+"""With which probability a true drop is found: power of the paired right/wrong gates.
 
 Symbols: n paired examples, d the share that disagrees, delta = the true drop, so a share (d + delta) / 2 is lost and
 (d - delta) / 2 gained; the number that moves is Binomial(n, d), and given it the gains are binomial too.
 
 The fixed gate is the exact McNemar test; its power is summed, not simulated. The sequential gate has no such formula
-and is simulated from a seed. `noninferiority.rows_to_decide` has the quick formula for any margin and for graded
-scores. Source: Connor (1987), Biometrics 43:207.
+and is simulated from a seed. How many examples a drop takes: `noninferiority.rows_to_decide`. Source: Connor (1987),
+Biometrics 43:207.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copa_harness.judge.exact import score_statistic
-from copa_harness.judge.noninferiority import MANY_ROWS, POWER, rows_to_decide
+from copa_harness.judge.paired_tests import tango_statistic
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 from copa_harness.judge.sequential.betting import FRACTIONS
 
@@ -63,62 +62,13 @@ def mcnemar_power(n: int, *, drop: float, disagreement: float, alpha: float = 0.
     return float((weights * stats.binom.cdf(_most_gained(n, alpha), moved, (1 - drop / disagreement) / 2)).sum())
 
 
-def rows_needed(
-    drop: float, *, disagreement: float, margin: float = 0.0, power: float = POWER, alpha: float = 0.05
-) -> int | None:
-    """Paired right/wrong examples at which a true drop is shown with the given power; None when out of reach.
-
-    Exact for no margin; with a margin the formula of `rows_to_decide` (80 % power).
-
-    Args:
-        drop: true drop, 0..disagreement.
-        disagreement: share of examples on which the runs differ, 0..1.
-        margin: allowed drop, 0..1.
-        power: probability of showing it, 0..1.
-        alpha: one-sided error rate.
-    """
-    _check(1, drop, disagreement)
-    if margin > 0:
-        return rows_to_decide(-drop, margin=margin, variance=disagreement, alpha=alpha)
-    guess = rows_to_decide(-drop, margin=0.0, variance=disagreement, alpha=alpha)
-    if guess is None or guess > MANY_ROWS // 100:
-        return guess
-    low, high = 0, max(8, guess)
-    while mcnemar_power(high, drop=drop, disagreement=disagreement, alpha=alpha) < power:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = mcnemar_power(middle, drop=drop, disagreement=disagreement, alpha=alpha) >= power
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
-
-def smallest_detectable_drop(n: int, *, disagreement: float, power: float = POWER, alpha: float = 0.05) -> float | None:
-    """The smallest true drop the exact McNemar test shows with the given power on n examples; None when none.
-
-    Args:
-        n: paired examples, at least 1.
-        disagreement: share of examples on which the runs differ, 0..1; no drop is larger.
-        power: probability of showing it, 0..1.
-        alpha: one-sided error rate.
-    """
-    if mcnemar_power(n, drop=disagreement, disagreement=disagreement, alpha=alpha) < power:
-        return None
-    low, high = 0.0, disagreement
-    for _ in range(30):
-        middle = (low + high) / 2
-        enough = mcnemar_power(n, drop=middle, disagreement=disagreement, alpha=alpha) >= power
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
-
 def sequential_power(
     n: int, *, drop: float, disagreement: float, margin: float = 0.0, alpha: float = 0.05, seed: int = 0
 ) -> SequentialPower:
     """Power of the sequential regression gate against a true drop, by simulation, beside that of the fixed one.
 
-    Without a margin the exact test is looked at after every row (`spending_error.py`); with one, half of alpha is
-    spent on looking, half on the exact test of all rows at the end (see `sequential.py`).
+    Without a margin the exact test is looked at after every row (`sequential.alpha_spending`); with one, half
+    of alpha is spent on looking, half on the exact test of all rows at the end (`sequential.monitors`).
 
     Args:
         n: rows on offer, at least 1.
@@ -160,12 +110,9 @@ def sequential_power(
     moved = lost[:, -1] + gained[:, -1]
     at_end = gained[:, -1] <= _most_gained(n_looks, alpha / 2)[moved]
     at_end_fixed = gained[:, -1] <= _most_gained(n_looks, alpha)[moved]
-    if margin > 0:
-        statistic = score_statistic(
-            gained[:, -1].astype(np.int64), lost[:, -1].astype(np.int64), n_looks, difference=-margin
-        )
-        at_end &= statistic <= stats.norm.ppf(alpha / 2)
-        at_end_fixed &= statistic <= stats.norm.ppf(alpha)
+    statistic = tango_statistic(gained[:, -1], lost[:, -1], n_looks, difference=-margin)
+    at_end &= statistic <= stats.norm.ppf(alpha / 2)
+    at_end_fixed &= statistic <= stats.norm.ppf(alpha)
     return SequentialPower(float(at_end_fixed.mean()), float((stopped | at_end).mean()), float(rows.mean()))
 
 

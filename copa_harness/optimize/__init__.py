@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "budget": ["LEVELS", "describe_budget", "parse_budget"],
         "copa": ["COPA"],
-        "result": ["OptimizationResult", "apply_state", "to_state"],
+        "result": ["apply_state", "to_state"],
     },
 )

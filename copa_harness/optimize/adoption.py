@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
-from copa_harness.judge.paired_tests import PairedDifference, paired_difference
+from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
 from copa_harness.optimize.budget import Allowance, OutOfCalls
 from copa_harness.optimize.finalists import (
     N_FINALISTS,
@@ -337,7 +337,7 @@ def _compared(before: Candidate, after: Candidate, rows: Validation) -> PairedDi
         if old is not None and new is not None
     ]
     old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return paired_difference(old, new, ids=[str(i) for i in range(len(pairs))])
+    return paired_difference(PairedScores([str(i) for i in range(len(pairs))], old, new))
 
 
 # -- score and cost

@@ -1,4 +1,4 @@
-"""What an optimization leaves behind: the record on the program, and the program's settings as JSON.
+"""What an optimization leaves behind of a program: its settings as JSON.
 
 A finished optimization can be restored without a single call: `to_state` writes every predictor's instruction,
 demonstrations and model name, `apply_state` puts them on a fresh copy of the program.
@@ -9,92 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dspy
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.evaluate.examples import plain
 from copa_harness.optimize.search.candidate import model_name
-from copa_harness.results import PhaseRecord, Usage
+from copa_harness.results import OptimizationResult
 
 if TYPE_CHECKING:
     from copa_harness.optimize.adoption import Adoption
     from copa_harness.optimize.run import Run
 
 STATE_SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizationResult:
-    """The record of one optimization; the optimized program carries it as `program.copa_result`.
-
-    Attributes:
-        strategy: As parsed, e.g. "p -> w -> p".
-        model: Name of the model(s) the program ends on; a fine-tuned one contains its fingerprint.
-        phases: What each step spent and did to the validation score.
-        score_before: Mean validation score of the student, 0..1, None when the budget did not reach that far.
-        score_after: The same for the returned program; never below `score_before`.
-        n_validation: Validation examples behind both.
-        stopped: Why it ended: "completed", "budget", "perfect score", "converged", "max_cycles", ...
-        reason: The same in words: the budget's numbers, how the last study ended.
-        exhausted: Whether the budget cut the search short.
-        usage: Everything the run spent.
-        seed: Of all random choices.
-        budget_calls: The ceiling in distinct calls, `inf` for none.
-        charged_calls: Distinct calls used, bought or replayed.
-        n_trials: Candidates looked at.
-        notes: Sentences worth telling: what was adopted or refused, and why.
-        headlines: Those of them that nobody should have to look for: what `auto` chose, what limits and preferences
-            did.
-        front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
-            which entry was returned.
-        credit: Which part of which stage earned the gain on validation (`credit.assign_credit`); empty without one.
-        evidence: What speaks for the returned program against the one that came in (`adoption.Adoption`).
-        learned: What every kind of proposal gained (`ProposalBandit.report`).
-        trials: What every trial used and gained, shortened (`SearchMemory.records`).
-        state: The program's settings as JSON (see `apply_state`); None when an optimizer changed the program itself.
-    """
-
-    strategy: str
-    model: str
-    phases: tuple[PhaseRecord, ...]
-    score_before: float | None
-    score_after: float | None
-    n_validation: int
-    stopped: str
-    exhausted: bool
-    usage: Usage
-    seed: int
-    budget_calls: float
-    charged_calls: int
-    n_trials: int = 0
-    notes: tuple[str, ...] = ()
-    headlines: tuple[str, ...] = ()
-    reason: str = ""
-    front: tuple[Mapping[str, Any], ...] = ()
-    credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    state: Mapping[str, Any] | None = field(default=None, repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON types; `from_json` reads it back."""
-        record: dict[str, Any] = plain(asdict(self))
-        record["budget_calls"] = None if self.budget_calls == float("inf") else self.budget_calls
-        return record
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> OptimizationResult:
-        """The record `to_json` wrote."""
-        fields = dict(record)
-        fields["usage"] = Usage(**fields["usage"])
-        fields["phases"] = tuple(PhaseRecord(**{**p, "usage": Usage(**p["usage"])}) for p in fields["phases"])
-        fields |= {name: tuple(fields.get(name, ())) for name in ("notes", "headlines", "front", "learned", "trials")}
-        fields["budget_calls"] = float("inf") if fields["budget_calls"] is None else fields["budget_calls"]
-        return cls(**fields)
 
 
 def result_of(

@@ -11,8 +11,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "environment": ["environment"],
-        "files": ["ReportPaths", "gates_to_read", "read_report", "verdict_counts", "write_reports"],
-        "records": ["RunRecord"],
+        "files": ["ReportPaths", "gates_to_read", "verdict_counts", "write_reports"],
+        "records": ["RunRecord", "as_reported"],
         "tables": ["all_tables", "compare_table", "copa_table", "failure_table", "phase_table"],
     },
 )

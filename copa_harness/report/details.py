@@ -1,12 +1,8 @@
-"""Tables of what the statistics found: attribution, ranked strategies, unstable examples, rows saved.
+"""Tables that tell more: attribution, ranked strategies, unstable examples, rows saved, and what a search learned.
 
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
-as they were judged; only the ranking is computed here, from the scores.
-
-Tables of what an optimization learned: which part of which stage earned the gain, and which proposals paid.
-
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
-as the optimizer made them, on its validation examples.
+What an optimization learned (credit, evidence, proposals) is about its validation examples, in numbers the optimizer
+made; the others are about the test split. Only the ranking is computed here, from the scores. Each function returns
+text without a final newline, or "" when no run has anything to say.
 """
 
 from __future__ import annotations
@@ -18,7 +14,8 @@ from typing import Any
 from copa_harness.judge.attribution import CELLS, EFFECTS
 from copa_harness.judge.comparison import compare_strategies
 from copa_harness.judge.flaky import FlakyReport, flaky_report
-from copa_harness.report.grouping import by_task, chosen, distinct, told_apart, told_once
+from copa_harness.judge.paired_tests import PairedDifference
+from copa_harness.report.grouping import by_task, chosen, deduplicated, disambiguated, distinct, from_optimization
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.results import Interval
@@ -26,6 +23,9 @@ from copa_harness.wording import number
 
 MAX_FLAKY_SHOWN = 10
 """Unstable examples shown per run; latest.json has all repeats."""
+
+TERMINAL_ARMS = 2
+"""Arms shown per family and run in the terminal, the best first; latest.md shows all."""
 
 _CELL_NAMES = {
     "base_plain": "base, plain prompts",
@@ -48,21 +48,18 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
     """The 2 x 2 of weights and prompts of every run that measured it, with gains and their interaction."""
     rows: list[list[str]] = []
     notes = ["base or tuned weights with plain or optimized prompts: mean score, then gains, paired by example"]
-    for run in told_once(runs, "attribution"):
-        cells, effects = run.attribution["cells"], run.attribution["effects"]
-        lines = [(_CELL_NAMES[name], *_cell(cells[name], signed=False), "") for name in CELLS]
-        lines += [
-            (
-                _EFFECT_NAMES[name],
-                *_cell([effects[name][part] for part in ("difference", "low", "high")], signed=True),
-                f"{effects[name]['p_value']:.2g}",
-            )
-            for name in EFFECTS
+    for run, found in deduplicated(runs, lambda run: run.attribution):
+        lines = [
+            (_CELL_NAMES[name], *_cell(found.means[name], found.intervals[name], signed=False), "") for name in CELLS
         ]
+        for name in EFFECTS:
+            effect: PairedDifference = getattr(found, name)
+            cell = _cell(effect.difference, effect.interval, signed=True)
+            lines.append((_EFFECT_NAMES[name], *cell, f"{effect.p_value:.2g}"))
         for index, line in enumerate(lines):
-            where = [run.task, run.strategy, f"{run.attribution['n']:,}"] if index == 0 else ["", "", ""]
+            where = [run.task, run.strategy, f"{found.n:,}"] if index == 0 else ["", "", ""]
             rows.append([*where[:2], line[0], where[2], *line[1:]])
-        notes.append(f"{run.task}, {run.strategy}: {run.attribution['sentence']}")
+        notes.append(f"{run.task}, {run.strategy}: {found.sentence()}")
     headers = ["task", "strategy", "system or gain", "n", "score or gain", "95 % interval", "p"]
     return with_notes(draw(rows, headers, style=style, n_text=3), notes, style=style) if rows else ""
 
@@ -77,7 +74,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     """
     rows: list[list[str]] = []
     notes: list[str] = []
-    repeated = any(new is not run for new, run in zip(told_apart(runs), runs, strict=True))
+    repeated = any(new is not run for new, run in zip(disambiguated(runs), runs, strict=True))
     anchors: set[str] = set()
     models = list(dict.fromkeys(run.model for run in runs if run.split == "test"))
     for model in models:
@@ -166,17 +163,17 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
     rows = []
     n_used = n_total = 0
     for run in runs:
-        if not run.sequential:
+        if run.sequential is None:
             continue
-        found: Mapping[str, Any] = run.sequential
-        used, total, usd = found["n_used"], found["n_total"], found.get("usd_saved")
+        found = run.sequential
+        used, total = found.n_used, found.n_total
         n_used, n_total = n_used + used, n_total + total
         power = "-"
-        if found.get("power_sequential") is not None:
-            fixed, early = 100 * found["power_fixed"], 100 * found["power_sequential"]
-            power = f"{early:.0f} % ({fixed:.0f} %) at {number(found['visible_drop'])}"
+        if found.power is not None:
+            fixed, early = 100 * found.power.fixed, 100 * found.power.sequential
+            power = f"{early:.0f} % ({fixed:.0f} %) at {number(found.visible_drop)}"
         saved = f"{total - used:,} ({100 * (total - used) / total:.0f} %)" if total else "-"
-        dollars = "-" if usd is None else f"{usd:,.4f}"
+        dollars = "-" if found.usd_saved is None else f"{found.usd_saved:,.4f}"
         rows.append(
             [
                 run.task,
@@ -247,20 +244,14 @@ def _same_tasks(best: Mapping[str, Mapping[str, RunRecord]]) -> dict[str, Mappin
     return complete if len(complete) > 1 else dict(best)
 
 
-def _cell(values: Sequence[float], *, signed: bool) -> tuple[str, str]:
-    value, low, high = values
-    return number(value, signed=signed), bounds(Interval(low, high), signed=signed).strip()
-
-
-TERMINAL_ARMS = 2
-"""Arms shown per family and run in the terminal, the best first; latest.md shows all."""
+def _cell(value: float, interval: Interval, *, signed: bool) -> tuple[str, str]:
+    return number(value, signed=signed), bounds(interval, signed=signed).strip()
 
 
 def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """Who earned it: the gain of every part of every stage of the programs that optimizations ended on."""
     rows: list[list[str]] = []
-    for run in told_once(runs, "credit"):
-        credit: Mapping[str, Any] = run.credit
+    for run, credit in deduplicated(runs, from_optimization("credit")):
         parts = [*credit["parts"], {"predictor": "", "part": "all parts", "method": "measured", **credit["total"]}]
         for index, part in enumerate(parts):
             where = [run.task, run.strategy] if index == 0 else ["", ""]
@@ -289,10 +280,9 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
 
 def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What speaks for each result against the program as written, paired by example, and what was returned."""
-    told = told_once(runs, "evidence")
+    told = deduplicated(runs, from_optimization("evidence"))
     rows: list[list[str]] = []
-    for run in told:
-        found: Mapping[str, Any] = run.evidence
+    for run, found in told:
         interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
         returned = "the result" if found["adopted"] else "the program as written"
         rows.append(
@@ -313,23 +303,23 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
         return ""
     headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p", "returned"]
     notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
-    if any(run.evidence["unseen"] for run in told):
+    if any(found["unseen"] for _, found in told):
         notes.append("unseen: validation rows held back from the search")
-    if not all(run.evidence["unseen"] for run in told):
+    if not all(found["unseen"] for _, found in told):
         notes.append("validation: the rows that chose the result; difference and interval flatter it")
-    if not all(run.evidence["tested"] for run in told):
+    if not all(found["tested"] for _, found in told):
         notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
-    notes.extend(f"{run.task}, {run.strategy}: {run.evidence['why']}" for run in told if run.evidence["why"])
+    notes.extend(f"{run.task}, {run.strategy}: {found['why']}" for run, found in told if found["why"])
     return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
 
 
 def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """What every optimization learned about its proposals: how often an arm was tried, and what it gained."""
     rows: list[list[str]] = []
-    for run in told_once(runs, "learned"):
+    for run, learned in deduplicated(runs, from_optimization("learned")):
         shown: dict[str, int] = {}
         first = True
-        for arm in run.learned:
+        for arm in learned:
             shown[arm["family"]] = shown.get(arm["family"], 0) + 1
             if style == "terminal" and shown[arm["family"]] > TERMINAL_ARMS:
                 continue

@@ -31,7 +31,7 @@ _GIT_TIMEOUT_S = 5.0
 
 
 def environment(*, root: Path | None = None, packages: Sequence[str] = PACKAGES, **more: Any) -> dict[str, Any]:
-    """What the report says about its surroundings.
+    """What the report says of where it was made.
 
     Args:
         root: a folder in the git working tree to name; None leaves the commit out.

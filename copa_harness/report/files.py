@@ -2,16 +2,11 @@
 
 `latest.*` are replaced as a whole; the numbered copy (0001.json, 0002.json, ...) takes the next free number even when
 several processes write at once. A folder that cannot be written is one `CopaError`; whoever called still has the
-records and prints them.
-
-What the gates of all runs said: counts, the ones that need attention, and the whole list for latest.md.
-
-Text from run records.
+records and prints them, with the gates that need attention (`gates_to_read`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +17,7 @@ from typing import Any
 from copa_harness.documents import mask_secrets, mask_text, pretty_json, temporary_name, to_jsonable, write_atomic
 from copa_harness.errors import CopaError
 from copa_harness.judge.messages import format_gates
-from copa_harness.report.records import RunRecord
+from copa_harness.report.records import RunRecord, as_reported
 from copa_harness.report.tables import all_tables
 from copa_harness.results import SCHEMA, Verdict
 from copa_harness.wording import counted
@@ -91,7 +86,7 @@ def write_reports(
     Args:
         directory: the report folder; created when missing.
         runs: the records, in the order of the report. Absolute artifact paths are written relative to `directory`.
-        environment: what to say about versions, machine, seed and budget (see `surroundings.environment`).
+        environment: what to say about versions, machine, seed and budget (see `environment`).
 
     Raises:
         CopaError: the folder cannot be written or the disk is full. Earlier reports are intact.
@@ -101,7 +96,7 @@ def write_reports(
     document = {
         "schema": SCHEMA,
         "environment": mask_secrets(to_jsonable(environment or {})),
-        "runs": [run.to_json() for run in placed],
+        "runs": [as_reported(run) for run in placed],
     }
     text = pretty_json(document)
     try:
@@ -115,23 +110,6 @@ def write_reports(
             f"(answers are cached)."
         ) from error
     return ReportPaths(latest, numbered, markdown)
-
-
-def read_report(path: Path) -> tuple[RunRecord, ...]:
-    """The records of a report written earlier.
-
-    Raises:
-        CopaError: the file is missing, damaged, or of another schema.
-    """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
-            raise CopaError(f"report {path} has schema {document['schema']!r}; this version reads {SCHEMA}.")
-        return tuple(RunRecord.from_json(run) for run in document["runs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CopaError(
-            f"{path} is not a readable copa_harness report ({error}). Next: run the suite again."
-        ) from error
 
 
 def markdown_report(runs: Sequence[RunRecord], *, environment: Mapping[str, Any]) -> str:

@@ -1,48 +1,44 @@
-"""Which run belongs in which cell: what a strategy optimizes, and which of several runs stands for it.
+"""Which run belongs in which cell: what a strategy optimizes, which of several runs stands for it, what to call them.
 
 Of several runs for one cell the one with the best *validation* score is shown (the last of equals): choosing by the
-test score would make the table flatter than the truth. Pure functions of run records.
+test score would make the table flatter than the truth.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from copa_harness.errors import ConfigurationError
 from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference
 from copa_harness.report.records import RunRecord
+from copa_harness.strategy import StepKind, parse_strategy
 
 Kind = Literal["baseline", "weights", "prompts", "joint", "other"]
 
-_PROMPT_STEPS = frozenset({"p", "prompts", "demos", "instructions"})
-_WEIGHT_STEPS = frozenset({"w", "weights"})
+Told = TypeVar("Told")
 
 
-def steps_of(strategy: str) -> tuple[str, ...]:
-    """The names between the arrows, in lower case."""
-    return tuple(step.strip().lower() for step in re.split(r"->|→|>", bare(strategy)) if step.strip())
-
-
-def bare(strategy: str) -> str:
-    """A strategy without what `told_apart` added."""
+def base_strategy(strategy: str) -> str:
+    """A strategy without what `disambiguated` added."""
     return strategy.split(" (", 1)[0]
 
 
 def kind_of(strategy: str) -> Kind:
     """What a strategy optimizes; "other" for an optimizer of DSPy on its own or a program the test brought along."""
-    steps = set(steps_of(strategy))
-    if steps <= {"none"}:
+    try:
+        kinds = {step.kind for step in parse_strategy(base_strategy(strategy))}
+    except ConfigurationError:
+        return "other"
+    if kinds == {StepKind.NONE}:
         return "baseline"
-    if steps <= _WEIGHT_STEPS:
+    if kinds == {StepKind.WEIGHTS}:
         return "weights"
-    if steps <= _PROMPT_STEPS:
+    if kinds <= {StepKind.PROMPTS, StepKind.ALTERNATE}:
         return "prompts"
-    if "joint" in steps or (steps & _WEIGHT_STEPS and steps - _WEIGHT_STEPS):
-        return "joint"
-    return "other"
+    return "joint" if kinds & {StepKind.JOINT, StepKind.WEIGHTS} else "other"
 
 
 def chosen(runs: Iterable[RunRecord]) -> RunRecord | None:
@@ -53,14 +49,14 @@ def chosen(runs: Iterable[RunRecord]) -> RunRecord | None:
     """
     best: RunRecord | None = None
     for run in runs:
-        if run.score is not None and (best is None or _standing(run) >= _standing(best)):
+        if run.score is not None and (best is None or _preference(run) >= _preference(best)):
             best = run
     return best
 
 
-def _standing(run: RunRecord) -> tuple[bool, float]:
-    is_whole = not run.sequential or run.sequential["n_used"] == run.sequential["n_total"]
-    return is_whole, -math.inf if run.validation_after is None else run.validation_after
+def _preference(run: RunRecord) -> tuple[bool, float]:
+    is_whole, validated = run.sequential is None or not run.sequential.n_saved, run.validation[1]
+    return is_whole, -math.inf if validated is None else validated
 
 
 def by_task(runs: Iterable[RunRecord], *, split: str = "test") -> dict[tuple[str, str], list[RunRecord]]:
@@ -77,11 +73,10 @@ def difference(before: RunRecord, after: RunRecord) -> PairedDifference | None:
 
     None when they were not run on the same examples (or their examples are not known).
     """
-    pairs = pair_up(before.scores, after.scores)
+    pairs = pair_up(before.scores, after.scores, groups={**before.groups, **after.groups} or None)
     if not pairs.ids or before.scores.keys() != after.scores.keys():
         return None
-    groups = {**before.groups, **after.groups}
-    return paired_difference(pairs.before, pairs.after, ids=pairs.ids, groups=groups or None)
+    return paired_difference(pairs)
 
 
 def distinct(runs: Sequence[RunRecord]) -> list[str]:
@@ -89,7 +84,7 @@ def distinct(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(run.strategy for run in runs))
 
 
-def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+def disambiguated(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The runs, with the test's name in the strategy where several of one strategy differ in settings or results.
 
     Where the name does not tell them apart, the budget or a number does. Runs alike (two tests may share one
@@ -119,9 +114,9 @@ def _variant(run: RunRecord) -> tuple[Any, ...]:
         run.n,
         run.scores,
         run.score,
-        run.validation_after,
-        dict(run.search),
-        tuple(run.notes),
+        run.validation[1],
+        None if run.optimization is None else run.optimization.ending,
+        run.notes,
     )
 
 
@@ -140,13 +135,21 @@ def _labels(runs: Sequence[RunRecord], variants: Sequence[Any]) -> list[str]:
     return [f"{name}, no. {i + 1}" for name, i in zip(names, number, strict=True)]
 
 
-def told_once(runs: Sequence[RunRecord], attribute: str) -> list[RunRecord]:
-    """The runs that have something to tell; two tests may share one optimization, which tells it once."""
-    told: list[tuple[str, str, str, Any]] = []
+def deduplicated(runs: Sequence[RunRecord], tell: Callable[[RunRecord], Told | None]) -> list[tuple[RunRecord, Told]]:
+    """The runs that have something to tell, with it; two tests may share one optimization, which tells it once."""
+    told: list[tuple[str, str, str, Told]] = []
     found = []
     for run in runs:
-        told_as = (run.task, run.model, bare(run.strategy), getattr(run, attribute))
-        if getattr(run, attribute) and told_as not in told:
+        what = tell(run)
+        if not what:
+            continue
+        told_as = (run.task, run.model, base_strategy(run.strategy), what)
+        if told_as not in told:
             told.append(told_as)
-            found.append(run)
+            found.append((run, what))
     return found
+
+
+def from_optimization(attribute: str) -> Callable[[RunRecord], Any]:
+    """What a run's optimization tells under a name of `OptimizationResult`; None without an optimization."""
+    return lambda run: None if run.optimization is None else getattr(run.optimization, attribute)

@@ -1,26 +1,34 @@
-"""One run as the report knows it, and its JSON form.
+"""One run as every table, file and test body knows it.
 
-A `RunRecord` holds what the tables and `latest.json` show: scores with their examples, cost by phase, gates, verdict.
-It survives the trip through JSON, so test workers can hand records to the process that reports. NaN and infinity have
-no JSON form: a missing score is null.
+A `RunRecord` holds scores with their examples, cost by phase, gates and verdict, and the optimization that led to the
+program. It survives the trip through JSON (`documents.to_json`), so the processes of a session hand records to the one
+that reports; `as_reported` is the flatter form in which `latest.json` has it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from copa_harness.documents import mask_secrets, to_jsonable
+from copa_harness.documents import mask_secrets, to_json, to_jsonable
+from copa_harness.judge.attribution import Attribution
 from copa_harness.judge.gates import overall
 from copa_harness.judge.paired_tests import scores_by_id
-from copa_harness.results import Budget, EvaluationResult, GateResult, Interval, PhaseRecord, Usage, Verdict
+from copa_harness.judge.sequential.stopping import SequentialAnswer
+from copa_harness.results import (
+    Budget,
+    EvaluationResult,
+    GateResult,
+    Interval,
+    OptimizationResult,
+    PhaseRecord,
+    Usage,
+    Verdict,
+)
 
-_USAGE_FIELDS = tuple(entry.name for entry in fields(Usage))
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """One evaluation of one program, with the optimization that led to it.
 
@@ -29,83 +37,84 @@ class RunRecord:
         task: the task's name.
         strategy: how weights and prompts were searched; "none" for the program as written.
         lm: the base model, as it was named in the settings.
+        label: what the tables call the model; empty means `lm`.
         split: the split the score is of.
         score: mean score, 0..1; None when there is none (all failed, or the budget cut the evaluation short).
+        interval: around the score; None without a score.
         n: examples evaluated.
         n_failed: examples without a score.
-        interval: around the score; None without a score.
-        usage: everything the run spent.
-        phases: what each phase spent and did to the validation score.
-        verdict: of all gates together.
-        artifact: path of the artifact, "" for none.
-        label: what the tables call the model; empty means `lm`.
-        served_lm: the model that answered in the end (a fine-tuned one contains its fingerprint).
         n_unparsed: answers that did not parse, scored 0.
         n_provider_errors: examples the model gave no answer for.
         n_metric_errors: examples whose metric broke.
-        gates: the gates' answers.
-        budget: ceiling of the run.
-        validation_before: mean validation score of the program as given, 0..1.
-        validation_after: the same of the program evaluated.
+        served_lm: the model that answered in the end (a fine-tuned one contains its fingerprint).
         scores: score per example id, for paired comparisons.
-        seed: of all random choices; None when not recorded.
-        stopped: why the optimization ended.
-        exhausted: whether the budget ended it.
         repeats: scores of every repeat per example id, when the examples were answered several times.
-        sequential: what stopping early saved and cost (`SequentialAnswer.to_json`); empty when all rows were used.
-        attribution: what weights and prompts gained (`Attribution.to_json`); empty when not measured.
         groups: group by example id, where examples share one: paired comparisons keep them together.
-        credit: which part of which stage earned the optimization's gain on validation; empty when nothing changed.
-        learned: what the optimization learned about its proposals, one entry per arm.
-        front: programs on the front of validation score and cost per answer, cheapest first, when one was asked for.
-        notes: what the optimization did, in sentences.
-        search: why the optimization ended (`reason`), its `n_trials` and distinct `calls`; empty without one.
         label_scores: of constrained answers, by example id and output field: every allowed value's log-probability.
-        evidence: what speaks for the optimized program against the one that came in, paired on validation.
+        gates: the gates' answers.
+        verdict: of all gates together.
+        usage: everything the run spent.
+        phases: what each phase spent here and now, and did to the validation score; those of the optimization first.
+        budget: ceiling of the optimization.
+        seed: of all random choices; None when not recorded.
+        cut_short: the ceilings of the whole session ended it; it has no score.
+        optimization: what led to the program; None for one that was not optimized.
+        artifact: path of the artifact, "" for none.
+        sequential: what stopping early saved and cost; None when all rows were used.
+        attribution: what weights and prompts gained, alone and together; None when not measured.
     """
 
     test: str
     task: str
     strategy: str
     lm: str
+    label: str = ""
     split: str
     score: float | None
+    interval: Interval | None
     n: int
     n_failed: int
-    interval: Interval | None
-    usage: Usage = field(default_factory=Usage)
-    phases: tuple[PhaseRecord, ...] = ()
-    verdict: Verdict = Verdict.PASS
-    artifact: str = ""
-    label: str = ""
-    served_lm: str = ""
     n_unparsed: int = 0
     n_provider_errors: int = 0
     n_metric_errors: int = 0
-    gates: tuple[GateResult, ...] = ()
-    budget: Budget = field(default_factory=Budget)
-    validation_before: float | None = None
-    validation_after: float | None = None
+    served_lm: str = ""
     scores: Mapping[str, float | None] = field(default_factory=dict)
-    seed: int | None = None
-    stopped: str = ""
-    exhausted: bool = False
     repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    sequential: Mapping[str, Any] = field(default_factory=dict)
-    attribution: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
-    credit: Mapping[str, Any] = field(default_factory=dict)
-    learned: Sequence[Mapping[str, Any]] = ()
-    front: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-    search: Mapping[str, Any] = field(default_factory=dict)
-    label_scores: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    label_scores: Mapping[str, Any] = field(default_factory=dict)
+    gates: tuple[GateResult, ...] = ()
+    verdict: Verdict = Verdict.PASS
+    usage: Usage = field(default_factory=Usage)
+    phases: tuple[PhaseRecord, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    seed: int | None = None
+    cut_short: bool = False
+    optimization: OptimizationResult | None = None
+    artifact: str = ""
+    sequential: SequentialAnswer | None = None
+    attribution: Attribution | None = None
 
     @property
     def model(self) -> str:
         """What the tables call the model."""
         return self.label or self.lm
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the optimization did, in sentences."""
+        return () if self.optimization is None else self.optimization.notes
+
+    @property
+    def validation(self) -> tuple[float | None, float | None]:
+        """Mean validation score of the program as given and of the program evaluated, 0..1."""
+        result = self.optimization
+        return (None, None) if result is None else (result.score_before, result.score_after)
+
+    @property
+    def search_usage(self) -> Usage:
+        """What the optimization spent here and now, without evaluations."""
+        n_phases = 0 if self.optimization is None else len(self.optimization.phases)
+        return sum((phase.usage for phase in self.phases[:n_phases]), Usage())
 
     @classmethod
     def from_evaluation(
@@ -117,8 +126,6 @@ class RunRecord:
         strategy: str,
         lm: str,
         split: str,
-        gates: Sequence[GateResult] = (),
-        usage: Usage | None = None,
         **more: Any,
     ) -> RunRecord:
         """A record of an evaluation; None stands for one that the budget cut short, which has no score.
@@ -130,164 +137,59 @@ class RunRecord:
             strategy: how the program was made.
             lm: the base model.
             split: the split.
-            gates: their answers; the verdict is the gravest.
-            usage: everything spent; default the evaluation's own.
-            **more: any other attribute of the record (`phases`, `artifact`, `budget`, ...).
+            **more: any other attribute of the record. `usage` is that of the phases, or of the evaluation without
+                them; the verdict is that of the gates.
         """
-        rows = evaluation.results if evaluation is not None else ()
-        has_score = evaluation is not None and bool(evaluation.scores)
+        rows = () if evaluation is None else evaluation.results
+        found: dict[str, Any] = {"score": None, "interval": None}
+        if evaluation is not None:
+            found |= {"served_lm": evaluation.lm, "scores": scores_by_id(evaluation), "usage": evaluation.usage}
+            if evaluation.scores:
+                found |= {"score": float(evaluation.score), "interval": evaluation.interval}
+        if phases := more.get("phases"):
+            found["usage"] = sum((phase.usage for phase in phases), Usage())
         return cls(
             test=test,
             task=task,
             strategy=strategy,
             lm=lm,
             split=split,
-            score=float(evaluation.score) if evaluation is not None and has_score else None,
-            n=len(rows),
-            n_failed=sum(row.score is None for row in rows),
-            interval=evaluation.interval if evaluation is not None and has_score else None,
-            usage=usage if usage is not None else (evaluation.usage if evaluation is not None else Usage()),
-            verdict=more.pop("verdict", None) or overall(gates),
-            served_lm=more.pop("served_lm", None) or (evaluation.lm if evaluation is not None else ""),
-            n_unparsed=sum(row.outcome == "unparsed" for row in rows),
-            n_provider_errors=sum(row.outcome == "provider_error" for row in rows),
-            n_metric_errors=sum(row.outcome == "metric_error" for row in rows),
-            gates=tuple(gates),
-            scores=scores_by_id(evaluation) if evaluation is not None else {},
-            label_scores={row.example_id: row.label_scores for row in rows if row.label_scores},
-            **more,
+            **found
+            | {
+                "n": len(rows),
+                "n_failed": sum(row.score is None for row in rows),
+                "n_unparsed": sum(row.outcome == "unparsed" for row in rows),
+                "n_provider_errors": sum(row.outcome == "provider_error" for row in rows),
+                "n_metric_errors": sum(row.outcome == "metric_error" for row in rows),
+                "label_scores": {row.example_id: row.label_scores for row in rows if row.label_scores},
+                "verdict": overall(more.get("gates", ())),
+            }
+            | more,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON types (see the README for the schema); credentials are masked."""
-        document = {
-            "test": self.test,
-            "task": self.task,
-            "strategy": self.strategy,
-            "lm": self.lm,
-            "split": self.split,
-            "score": self.score,
-            "n": self.n,
-            "n_failed": self.n_failed,
-            "interval": None if self.interval is None else [self.interval.low, self.interval.high],
-            "usage": _usage_to_json(self.usage),
-            "phases": [
-                {
-                    "phase": phase.phase,
-                    "usage": _usage_to_json(phase.usage),
-                    "score_before": phase.score_before,
-                    "score_after": phase.score_after,
-                    "note": phase.note,
-                }
-                for phase in self.phases
-            ],
-            "verdict": self.verdict,
-            "artifact": self.artifact,
-            "label": self.model,
-            "served_lm": self.served_lm,
-            "n_unparsed": self.n_unparsed,
-            "n_provider_errors": self.n_provider_errors,
-            "n_metric_errors": self.n_metric_errors,
-            "interval_level": None if self.interval is None else self.interval.level,
-            "interval_method": None if self.interval is None else self.interval.method,
-            "gates": [
-                {"gate": gate.gate, "verdict": gate.verdict, "message": gate.message, "details": gate.details}
-                for gate in self.gates
-            ],
-            "budget": {"name": self.budget.name, "calls": self.budget.calls},
-            "validation": {"before": self.validation_before, "after": self.validation_after},
-            "seed": self.seed,
-            "stopped": self.stopped,
-            "exhausted": self.exhausted,
-            "scores": self.scores,
-            "repeats": self.repeats,
-            "sequential": self.sequential,
-            "attribution": self.attribution,
-            "groups": self.groups,
-            "credit": self.credit,
-            "learned": list(self.learned),
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "search": self.search,
-            "label_scores": self.label_scores,
-            "evidence": dict(self.evidence),
-        }
-        masked: dict[str, Any] = mask_secrets(to_jsonable(document))
-        return masked
 
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> RunRecord:
-        """The record a JSON mapping stands for; parts beyond the minimum schema may be missing.
-
-        Raises:
-            ValueError: a part of the minimum is missing or of the wrong kind.
-        """
-        try:
-            return _from_json(document)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"got a run record without a usable {error}; expected the schema of to_json()") from error
-
-
-def _from_json(document: Mapping[str, Any]) -> RunRecord:
-    bounds, budget, validation = document["interval"], document.get("budget", {}), document.get("validation", {})
-    level, method = document.get("interval_level") or 0.95, document.get("interval_method") or "unknown"
-    calls = budget.get("calls")
-    return RunRecord(
-        test=document["test"],
-        task=document["task"],
-        strategy=document["strategy"],
-        lm=document["lm"],
-        split=document["split"],
-        score=document["score"],
-        n=document["n"],
-        n_failed=document["n_failed"],
-        interval=None if bounds is None else Interval(float(bounds[0]), float(bounds[1]), level, method),
-        usage=_usage_from_json(document["usage"]),
-        phases=tuple(
-            PhaseRecord(
-                phase["phase"],
-                _usage_from_json(phase["usage"]),
-                phase.get("score_before"),
-                phase.get("score_after"),
-                phase.get("note", ""),
-            )
-            for phase in document["phases"]
-        ),
-        verdict=Verdict(document["verdict"]),
-        artifact=document["artifact"] or "",
-        label=document.get("label", ""),
-        served_lm=document.get("served_lm", ""),
-        n_unparsed=document.get("n_unparsed", 0),
-        n_provider_errors=document.get("n_provider_errors", 0),
-        n_metric_errors=document.get("n_metric_errors", 0),
-        gates=tuple(
-            GateResult(gate["gate"], Verdict(gate["verdict"]), gate["message"], gate.get("details", {}))
-            for gate in document.get("gates", ())
-        ),
-        budget=Budget(math.inf if calls is None else calls, budget.get("name", "unlimited")),
-        validation_before=validation.get("before"),
-        validation_after=validation.get("after"),
-        scores=dict(document.get("scores", {})),
-        seed=document.get("seed"),
-        stopped=document.get("stopped", ""),
-        exhausted=document.get("exhausted", False),
-        repeats={key: tuple(scores) for key, scores in document.get("repeats", {}).items()},
-        sequential=dict(document.get("sequential", {})),
-        attribution=dict(document.get("attribution", {})),
-        groups=dict(document.get("groups", {})),
-        credit=dict(document.get("credit", {})),
-        learned=tuple(document.get("learned", ())),
-        front=tuple(document.get("front", ())),
-        notes=tuple(document.get("notes", ())),
-        search=dict(document.get("search", {})),
-        label_scores=dict(document.get("label_scores", {})),
-        evidence=document.get("evidence", {}),
-    )
-
-
-def _usage_to_json(usage: Usage) -> dict[str, Any]:
-    return {name: getattr(usage, name) for name in _USAGE_FIELDS}
-
-
-def _usage_from_json(document: Mapping[str, Any]) -> Usage:
-    return Usage(**{name: document[name] for name in _USAGE_FIELDS if name in document})
+def as_reported(run: RunRecord) -> dict[str, Any]:
+    """A record as `latest.json` has it (see reports/README.md for the keys); credentials are masked."""
+    document, result = to_json(run), run.optimization
+    for name in ("optimization", "cut_short"):
+        del document[name]
+    before, after = run.validation
+    document |= {
+        "label": run.model,
+        "interval": None if run.interval is None else [run.interval.low, run.interval.high],
+        "interval_level": None if run.interval is None else run.interval.level,
+        "interval_method": None if run.interval is None else run.interval.method,
+        "budget": {"name": run.budget.name, "calls": run.budget.calls},
+        "validation": {"before": before, "after": after},
+        "stopped": "budget" if run.cut_short else "" if result is None else result.stopped,
+        "exhausted": run.cut_short or (result is not None and result.exhausted),
+        "sequential": {} if run.sequential is None else run.sequential.numbers(),
+        "attribution": {} if run.attribution is None else run.attribution.numbers(),
+    }
+    for name in ("credit", "evidence"):
+        document[name] = {} if result is None else getattr(result, name)
+    for name in ("learned", "front", "notes"):
+        document[name] = () if result is None else getattr(result, name)
+    document["search"] = {} if result is None or result.ending is None else result.ending
+    masked: dict[str, Any] = mask_secrets(to_jsonable(document))
+    return masked

@@ -18,9 +18,24 @@ _MAX_NAME_WIDTH = 20
 
 
 def draw(
-    rows: Sequence[Sequence[str]], headers: Sequence[str], *, style: Style, n_text: int, last_text: bool = False
+    rows: Sequence[Sequence[str]],
+    headers: Sequence[str],
+    *,
+    style: Style,
+    n_text: int,
+    last_text: bool = False,
+    wrap: bool = True,
 ) -> str:
-    """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned."""
+    """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned.
+
+    Args:
+        rows: cells by row.
+        headers: one per column.
+        style: where the table will stand.
+        n_text: columns of names; in a terminal long names stand on several lines, unless `wrap` is False.
+        last_text: whether the last column is left-aligned too.
+        wrap: see `n_text`.
+    """
     from tabulate import tabulate
 
     n_right = len(headers) - n_text - last_text
@@ -29,7 +44,7 @@ def draw(
         cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
     # The header goes in as a row: tabulate widens every column by two for a header of its own.
-    wrapped = [[_wrapped(cell) if column < n_text else cell for column, cell in enumerate(row)] for row in rows]
+    wrapped = [[_wrapped(cell) if wrap and i < n_text else cell for i, cell in enumerate(row)] for row in rows]
     lines = tabulate(
         [list(headers), *wrapped], tablefmt="presto", colalign=alignment, disable_numparse=True
     ).splitlines()

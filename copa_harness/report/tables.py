@@ -1,16 +1,7 @@
-"""The tables of the terminal summary and of latest.md, drawn by tabulate.
+"""The tables of the terminal summary and of latest.md: what weights and prompts gained, what it cost, how it ended.
 
 Numbers stand right-aligned with their unit in the header, beside every mean stand n and its interval, differences are
 signed, and a missing value is '-'. Each function returns text without a final newline, or "" when it has no rows.
-
-The table of how searches ended: why, and after how many candidates and calls.
-
-Numbers come from the records as the optimizer made them.
-
-Tables of what an optimization did, and of the choice it had between score and cost.
-
-Each function returns text without a final newline, or "" when no run has anything to say. Numbers come from the records
-as the optimizer made them, on its validation examples.
 """
 
 from __future__ import annotations
@@ -28,7 +19,17 @@ from copa_harness.report.details import (
     ranking_table,
     sequential_table,
 )
-from copa_harness.report.grouping import Kind, by_task, chosen, difference, distinct, kind_of, told_apart, told_once
+from copa_harness.report.grouping import (
+    Kind,
+    by_task,
+    chosen,
+    deduplicated,
+    difference,
+    disambiguated,
+    distinct,
+    from_optimization,
+    kind_of,
+)
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.results import PhaseRecord, Usage
@@ -38,12 +39,9 @@ from copa_harness.wording import number
 def ending_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """Why every optimization ended; "" without one."""
     rows = []
-    for run in told_once(runs, "search"):
-        search = run.search
+    for run, ending in deduplicated(runs, from_optimization("ending")):
         ceiling = "" if math.isinf(run.budget.calls) else f" of {run.budget.calls:,.0f}"
-        rows.append(
-            [run.task, run.strategy, f"{search['n_trials']:,}", f"{search['calls']:,}{ceiling}", search["reason"]]
-        )
+        rows.append([run.task, run.strategy, f"{ending.n_trials:,}", f"{ending.calls:,}{ceiling}", ending.reason])
     headers = ["task", "strategy", "candidates", "calls", "ended by"]
     return draw(rows, headers, style=style, n_text=2, last_text=True) if rows else ""
 
@@ -60,8 +58,8 @@ _COSTS = (
 def front_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """The programs between which the preference chose: none is better and cheaper than another."""
     rows: list[list[str]] = []
-    for run in told_once(runs, "front"):
-        for index, entry in enumerate(run.front):
+    for run, front in deduplicated(runs, from_optimization("front")):
+        for index, entry in enumerate(front):
             where = [run.task, run.strategy] if index == 0 else ["", ""]
             costs = [_answer_cost(entry, key, form) for _, key, form in _COSTS]
             chosen = "returned" if entry["returned"] else ""
@@ -80,8 +78,8 @@ def story_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
         return ""
     rows = [
         [run.task if index == 0 else "", run.strategy if index == 0 else "", note]
-        for run in told_once(runs, "notes")
-        for index, note in enumerate(run.notes)
+        for run, notes in deduplicated(runs, from_optimization("notes"))
+        for index, note in enumerate(notes)
     ]
     return draw(rows, ["task", "strategy", "what it did"], style=style, n_text=3) if rows else ""
 
@@ -137,8 +135,8 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
         if outside is not None:
             lines.append(_phase_cells("other" if lines else "all", outside, "", priced=priced))
         if len(lines) > 1:
-            validation = PhaseRecord("", Usage(), run.validation_before, run.validation_after)
-            lines.append(_phase_cells("total", run.usage, _change(validation), priced=priced))
+            change = _change(PhaseRecord("", Usage(), *run.validation))
+            lines.append(_phase_cells("total", run.usage, change, priced=priced))
         for index, line in enumerate(lines):
             rows.append([run.task if index == 0 else "", run.strategy if index == 0 else "", *line])
         spent += run.usage
@@ -195,7 +193,7 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         style: where the table will stand.
     """
     rows, budgets = [], set()
-    for (task, model), group in by_task(told_apart(runs)).items():
+    for (task, model), group in by_task(disambiguated(runs)).items():
         strategies = distinct(group)
         if len(strategies) < 2:
             continue
@@ -256,9 +254,9 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
     """Every table that has something to say, as (title, text).
 
     Strategies are compared when some task has one that the first table has no column for, or several for one column.
-    Several runs of one strategy are told apart (see `told_apart`).
+    Several runs of one strategy are told apart (see `disambiguated`).
     """
-    every, runs = runs, told_apart(runs)
+    every, runs = runs, disambiguated(runs)
     repeated = {run.strategy for run, before in zip(runs, every, strict=True) if run is not before}
     crowded = [
         run

@@ -3,14 +3,10 @@
 What the metric asked a model on the way is told apart from what the program asked, and failed calls are kept by kind
 with the first traceback. Nothing bounds a measurement but the split and the ceilings of the whole session.
 
-The leakage guard of a run: what of the test split was seen by the optimizer or stands in the prompt.
-
-Collects the inputs of the splits and of the demonstrations; the comparison is `judge`'s.
-
-What weights and what prompts gained in a run that searched both: the two missing cells of the 2 x 2, measured.
-
-The program as written on the base model and the optimized program on the tuned model are measured anyway; here the
-optimized prompts are put on the base weights, and the program as written on the tuned ones.
+What goes with a measurement is found here too: which examples share a group, what of the test split was seen before
+(`leakage_of`), and, for a run that searched both, what weights and what prompts gained (`attributed`): the program as
+written on the base model and the optimized program on the tuned model are measured anyway; the two missing cells of the
+2 x 2 are the optimized prompts on the base weights, and the program as written on the tuned ones.
 """
 
 from __future__ import annotations
@@ -42,6 +38,14 @@ SPLITS = {"train": "trainset", "val": "valset", "test": "testset"}
 
 
 @dataclass(frozen=True, slots=True)
+class FailedCalls:
+    """Attempts at a call that failed in one way: how many (those a retry mended included), and the first traceback."""
+
+    count: int
+    first: str
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What came out.
 
@@ -49,14 +53,13 @@ class Measured:
         evaluation: The scores; with repeats, each example's mean over them. Its usage is the program's own.
         repeats: Scores of every repeat by example id; empty without repeats.
         phases: What was spent: by the program, and by the metric if it asked a model.
-        failures: Attempts at a call that failed, by kind: how many (those that a retry mended included) and the
-            first traceback.
+        failures: Attempts at a call that failed, by kind.
     """
 
     evaluation: ScoredEvaluation
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     phases: tuple[PhaseRecord, ...] = ()
-    failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    failures: Mapping[str, FailedCalls] = field(default_factory=dict)
 
     @property
     def n_metric_calls(self) -> int:
@@ -158,9 +161,9 @@ def _phases(evaluation: ScoredEvaluation, hidden: Usage | None) -> tuple[PhaseRe
     return (own, PhaseRecord(f"{evaluation.split} metric", hidden, note="calls that the metric made"))
 
 
-def _failures(scope: Scope) -> dict[str, tuple[int, str]]:
+def _failures(scope: Scope) -> dict[str, FailedCalls]:
     first = scope.first_failures
-    return {kind: (count, first.get(kind, "")) for kind, count in scope.failures.items()}
+    return {kind: FailedCalls(count, first.get(kind, "")) for kind, count in scope.failures.items()}
 
 
 def _once(

@@ -1,133 +1,29 @@
-"""The end of a session: rows of all processes become report files, baselines, tables, remarks and an exit status.
+"""The end of a session: entries of all processes become report files, baselines, tables, remarks and an exit status.
 
-Rows are what processes hand one another: what `recording.Entry.row` makes, with `"order"`, the position of the test.
-
-Results on their way to become baselines: from the process that measured them to the one that writes.
-
-A test process never writes a baseline: it hands its candidates on as plain JSON, and the controller writes them when
-the session ends. So several workers never write one file, and a session that is killed leaves the old baselines as they
-were.
+Only the process that has all entries writes. So several workers never write one baseline, and a session that is killed
+leaves the old baselines as they were.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CopaError
-from copa_harness.results import Interval, Verdict
+from copa_harness.judge.gates import is_failure, overall
+from copa_harness.results import Verdict
+from copa_harness.session.entries import Entry, from_row
 from copa_harness.session.gates import settle
 from copa_harness.session.plan import plan_text
+from copa_harness.session.runs import is_deferred
 from copa_harness.session.settings import Settings
-from copa_harness.wording import ceiling
+from copa_harness.wording import ceiling, counted, number
 
 if TYPE_CHECKING:
     from copa_harness.report.records import RunRecord
-    from copa_harness.results import EvaluationResult
     from copa_harness.store.baselines import Baseline
-
-
-def candidate(
-    evaluation: EvaluationResult,
-    *,
-    task: str,
-    name: str,
-    fingerprints: Mapping[str, str],
-    repeats: Mapping[str, Sequence[float | None]],
-    settings: Settings,
-) -> Baseline:
-    """The baseline a run would become.
-
-    Raises:
-        ArtifactError: Some examples have no score.
-    """
-    from copa_harness.report.environment import git_commit, versions
-    from copa_harness.store.baselines import Baseline
-
-    return Baseline.from_evaluation(
-        evaluation,
-        task=task,
-        name=name,
-        fingerprints=fingerprints,
-        versions=versions(),
-        commit=git_commit(settings.root),
-        created=datetime.date.today().isoformat(),
-        repeats=repeats,
-    )
-
-
-def to_row(baseline: Baseline | None) -> dict[str, Any] | None:
-    """A candidate as plain JSON types (a `Score` is no plain float: processes could not hand it on)."""
-    if baseline is None:
-        return None
-    document: dict[str, Any] = json.loads(json.dumps(asdict(baseline)))
-    return document
-
-
-def write_baselines(rows: Iterable[Mapping[str, Any]], *, directory: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Write the candidates that rows carry; of several for one file the last one stands.
-
-    Args:
-        rows: Rows of the session in their order, each with a candidate under `"baseline"` or None.
-        directory: Where baselines lie.
-
-    Returns:
-        The files written, each with what changed in it, and what a person should know.
-    """
-    from copa_harness.store.baselines import Baseline, baseline_path, save_baseline
-
-    found: dict[Path, Baseline] = {}
-    remarks = []
-    for row in rows:
-        document = row.get("baseline")
-        if document is None:
-            continue
-        repeats = {example_id: tuple(scores) for example_id, scores in document["repeats"].items()}
-        baseline = Baseline(**{**document, "interval": Interval(**document["interval"]), "repeats": repeats})
-        path = baseline_path(directory, task=baseline.task, name=baseline.name)
-        if path in found and found[path].scores != baseline.scores:
-            remarks.append(
-                f"{baseline.task} ({baseline.name}): several runs of this session differ and are one baseline; the "
-                f"last one was accepted, of {row['record']['test']}"
-            )
-        found[path] = baseline
-    written = []
-    for path, baseline in found.items():
-        try:
-            changed = _what_changed(path, baseline)
-            written.append((save_baseline(directory, baseline), changed))
-        except (CopaError, OSError) as error:
-            remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
-    return written, remarks
-
-
-def _what_changed(path: Path, accepted: Baseline) -> str:
-    """What accepting a run does to the baseline that is in its place: nobody should bless a loss unawares."""
-    from copa_harness.judge.paired_tests import pair_up
-    from copa_harness.store.baselines import read_baseline
-    from copa_harness.wording import counted, number
-
-    now = f"score {number(accepted.score)} on {counted(len(accepted.scores), f'{accepted.split} example')}"
-    if not path.exists():
-        return f"{now}; the first one"
-    try:
-        older = read_baseline(path)
-    except CopaError:
-        return f"{now}; in place of a file that could not be read"
-    parts = [part for part, digest in accepted.fingerprints.items() if older.fingerprints.get(part) != digest]
-    if older.scores == accepted.scores and not parts:
-        return f"{now}; as before"
-    pairs = pair_up(older.scores, accepted.scores)
-    moves = [after - before for before, after in zip(pairs.before, pairs.after, strict=True)]
-    better, worse = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
-    changed = f"; changed: {', '.join(parts)}" if parts else ""
-    in_common = "" if older.scores.keys() == accepted.scores.keys() else f" of {len(moves):,} in common"
-    return f"{now}, was {number(older.score)}: {better} better, {worse} worse{in_common}{changed}"
-
 
 FAILED = 1
 """Exit status when the suite fails though no test did: Holm's correction, or a comparison made at the end."""
@@ -163,98 +59,148 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
     """Writes the report files and, if the session is blessed, the baselines; draws the tables.
 
     Args:
-        rows: From every process of the session, in any order.
+        rows: From every process of the session, in any order (see `entries`).
         settings: Where to write, and what to say about seed and budget.
         n_refused: Tests that ended because the session's ceilings refused a call.
     """
-    plans = [row["plan"] for row in rows if "plan" in row]
-    if plans:
-        table = ("what a run would pay", plan_text(plans))
-        return Report((table,), "", "plan only, nothing was run", (), (), "")
-    from copa_harness.report.environment import environment
-    from copa_harness.report.files import gates_to_read, verdict_counts, write_reports
-    from copa_harness.report.records import RunRecord
+    from copa_harness.report.files import gates_to_read, verdict_counts
     from copa_harness.report.tables import all_tables
 
-    ordered = sorted(rows, key=lambda row: row["order"])
-    records = [RunRecord.from_json(row["record"]) for row in ordered]
-    records, failed_late = settle(ordered, records, settings=settings)
-    notes = list(dict.fromkeys(note for row in ordered for note in row.get("notes", ())))
-    remarks = [
-        f"{row['record']['test']}: a gate failed, but the test passed it by; call copa_run.check() in it"
-        for row in ordered
-        if row["unchecked"]
-    ]
-    remarks += failed_late
-    failures = _failures(ordered)
-    if failures:
-        counts = ", ".join(f"{kind} {found['count']:,}" for kind, found in failures.items())
-        notes.append(
-            f"attempts at calls that failed, those a retry mended included: {counts}; the first traceback of each "
-            f"kind is in latest.json"
-        )
+    entries = sorted((from_row(row) for row in rows), key=lambda entry: entry.order)
+    if plans := [entry.plan for entry in entries if entry.plan is not None]:
+        table = ("what a run would pay", plan_text(plans))
+        return Report((table,), "", "plan only, nothing was run", (), (), "")
+    records, failed_late = settle(entries, settings=settings)
+    notes = list(dict.fromkeys(note for entry in entries for note in entry.notes))
+    remarks = [*_unchecked(entries), *failed_late]
+    failures = _failures(entries)
+    notes += _failed_attempts(failures)
     suite, suite_fails = _over_suite(records)
-    if suite:
-        (remarks if suite_fails else notes).append(suite)
+    (remarks if suite_fails else notes).extend(suite)
     if settings.bless:
-        accepted, problems = write_baselines(ordered, directory=settings.baseline_dir)
+        accepted, problems = accept_baselines(entries, directory=settings.baseline_dir)
         notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
         remarks += problems
-    if settings.total_budget is not None:
-        notes += _spent(settings)
-    n_cut = max(sum(bool(row.get("cut_short")) for row in ordered), n_refused)
-    if n_cut:
-        what = "evaluation or test was" if n_cut == 1 else "evaluations or tests were"
-        remarks.append(
-            f"budget exhausted: {n_cut} {what} cut short by the ceilings of the session, without a score; raise "
-            f"--copa-total-budget and run again, what was answered is cached and free"
-        )
-    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
-    if settings.constrain:
-        more["constrained"] = True
-    surroundings = environment(
-        root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more
-    )
-    written = ""
-    try:
-        written = _shown(
-            write_reports(settings.report_dir, records, environment=surroundings).latest_markdown, settings.root
-        )
-    except CopaError as error:
-        remarks.append(str(error))
+    notes += _spent(settings)
+    n_cut = max(sum(record.cut_short for record in records), n_refused)
+    remarks += _cut_short(n_cut)
+    written, problems = _written(records, failures, settings=settings)
     return Report(
         tables=all_tables(records),
         gates=gates_to_read(records),
         verdicts=verdict_counts(records),
         notes=tuple(notes),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *problems),
         written=written,
         exit_status=FAILED if suite_fails or failed_late else BUDGET_EXHAUSTED if n_cut else 0,
     )
 
 
-def _over_suite(records: Sequence[RunRecord]) -> tuple[str, bool]:
+def _unchecked(entries: Iterable[Entry]) -> list[str]:
+    """Tests that passed by a failed gate, for they never asked."""
+    remarks = []
+    for entry in entries:
+        if entry.record is None or entry.checked is not False:
+            continue
+        verdict_so_far = overall(gate for gate in entry.record.gates if not is_deferred(gate))
+        if is_failure(verdict_so_far, undecided_fails=entry.undecided_fails):
+            remarks.append(
+                f"{entry.test}: a gate failed, but the test passed it by; call copa_run.check() in it",
+            )
+    return remarks
+
+
+def _failures(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
+    """Failed attempts of all entries by kind: how many, and the first traceback."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        for kind, failed in entry.failures.items():
+            known = found.setdefault(kind, {"count": 0, "first": failed.first})
+            known["count"] += failed.count
+    return dict(sorted(found.items()))
+
+
+def _failed_attempts(failures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not failures:
+        return []
+    counts = ", ".join(f"{kind} {found['count']:,}" for kind, found in failures.items())
+    return [
+        f"attempts at calls that failed, those a retry mended included: {counts}; the first traceback of each "
+        f"kind is in latest.json"
+    ]
+
+
+def _over_suite(records: Sequence[RunRecord]) -> tuple[list[str], bool]:
     """What Holm's correction says of all regression gates together, and whether it fails what no test failed."""
     from copa_harness.judge.multiple import holm_over_suite, suite_text
 
     gates = [(f"{record.test} ({record.task}, {record.strategy})", gate) for record in records for gate in record.gates]
     comparisons = holm_over_suite(gates)
     found_later = any(row.corrected is Verdict.FAIL and row.verdict is not Verdict.FAIL for row in comparisons)
-    return suite_text(comparisons), found_later
+    text = suite_text(comparisons)
+    return [text] if text else [], found_later
 
 
-def _failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Failed attempts of all rows by kind: how many, and the first traceback."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        for kind, (count, traceback) in row.get("failures", {}).items():
-            known = found.setdefault(kind, {"count": 0, "first": traceback})
-            known["count"] += count
-    return dict(sorted(found.items()))
+def accept_baselines(entries: Iterable[Entry], *, directory: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Write the baselines that runs are to become; of several for one file the last one stands.
+
+    Args:
+        entries: Of the session, in their order.
+        directory: Where baselines lie.
+
+    Returns:
+        The files written, each with what changed in it, and what a person should know.
+    """
+    from copa_harness.store.baselines import baseline_path, save_baseline
+
+    found: dict[Path, Baseline] = {}
+    remarks = []
+    for entry in entries:
+        baseline = entry.baseline
+        if baseline is None:
+            continue
+        path = baseline_path(directory, task=baseline.task, name=baseline.name)
+        if path in found and found[path].scores != baseline.scores:
+            remarks.append(
+                f"{baseline.task} ({baseline.name}): several runs of this session differ and are one baseline; the "
+                f"last one was accepted, of {entry.test}"
+            )
+        found[path] = baseline
+    written = []
+    for path, baseline in found.items():
+        try:
+            changed = _what_changed(path, baseline)
+            written.append((save_baseline(directory, baseline), changed))
+        except (CopaError, OSError) as error:
+            remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
+    return written, remarks
+
+
+def _what_changed(path: Path, accepted: Baseline) -> str:
+    """What accepting a run does to the baseline that is in its place: nobody should bless a loss unawares."""
+    from copa_harness.judge.paired_tests import pair_up
+    from copa_harness.store.baselines import read_baseline
+
+    now = f"score {number(accepted.score)} on {counted(len(accepted.scores), f'{accepted.split} example')}"
+    if not path.exists():
+        return f"{now}; the first one"
+    try:
+        older = read_baseline(path)
+    except CopaError:
+        return f"{now}; in place of a file that could not be read"
+    parts = [part for part, digest in accepted.fingerprints.items() if older.fingerprints.get(part) != digest]
+    if older.scores == accepted.scores and not parts:
+        return f"{now}; as before"
+    pairs = pair_up(older.scores, accepted.scores)
+    moves = [after - before for before, after in zip(pairs.before, pairs.after, strict=True)]
+    better, worse = sum(move > 0 for move in moves), sum(move < 0 for move in moves)
+    changed = f"; changed: {', '.join(parts)}" if parts else ""
+    in_common = "" if older.scores.keys() == accepted.scores.keys() else f" of {len(moves):,} in common"
+    return f"{now}, was {number(older.score)}: {better} better, {worse} worse{in_common}{changed}"
 
 
 def _spent(settings: Settings) -> list[str]:
-    """What all processes of the session paid, beside its ceilings."""
+    """What all processes of the session paid, beside its ceilings; nothing without any."""
     from copa_harness.lm.budget.cost import amount_of
     from copa_harness.lm.budget.ledger import RUNS_FOLDER, RunLedger
 
@@ -273,6 +219,32 @@ def _spent(settings: Settings) -> list[str]:
             paid = f"${spent.usd:,.6g}" if name == "usd" else f"{amount_of(spent, name):,}"
             parts.append(f"{paid} of {ceiling(name, most)}")
     return [f"the whole session paid {', '.join(parts)}"] if parts else []
+
+
+def _cut_short(n_cut: int) -> list[str]:
+    if not n_cut:
+        return []
+    what = "evaluation or test was" if n_cut == 1 else "evaluations or tests were"
+    return [
+        f"budget exhausted: {n_cut} {what} cut short by the ceilings of the session, without a score; raise "
+        f"--copa-total-budget and run again, what was answered is cached and free"
+    ]
+
+
+def _written(records: Sequence[RunRecord], failures: Mapping[str, Any], *, settings: Settings) -> tuple[str, list[str]]:
+    """Where the report for people was written, and why it was not."""
+    from copa_harness.report.environment import environment
+    from copa_harness.report.files import write_reports
+
+    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
+    if settings.constrain:
+        more["constrained"] = True
+    made_in = environment(root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more)
+    try:
+        paths = write_reports(settings.report_dir, records, environment=made_in)
+    except CopaError as error:
+        return "", [str(error)]
+    return _shown(paths.latest_markdown, settings.root), []
 
 
 def _shown(path: Path, root: Path) -> str:

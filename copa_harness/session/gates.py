@@ -1,17 +1,13 @@
-"""A run and its gates: everything it is compared with, found and handed to `judge`.
+"""The gates of a run: what it is compared with, found among the session's runs and the accepted baselines, and judged.
 
-The statistics are `judge`'s; nothing here decides.
+`RunHistory` keeps the complete evaluations of this process's session, keyed by what the task is and what answers, so
+that two fixtures that make the same task share their runs. `GateContext` is one run before its gates.
 
-Gates that name another run of the session, judged once all runs are known: `better_than` at the session's end.
-
-A test process knows only its own runs, and of those only the earlier ones. What such a gate compares with must not
-depend on how many processes there are, so one rule holds everywhere: the last run of that strategy (same task, same
-base model) before the test in collection order; else the accepted baseline; else the first such run after it. A test
-process judges at once what it can know by that rule, and leaves the rest open for `settle`.
-
-What a session remembers of its complete evaluations on test splits: later runs are compared with them.
-
-Keyed by what the task is and what answers, so that two fixtures that make the same task share their runs.
+Gates that name another run (`better_than`) must not depend on how many processes there are, and a test process knows
+only its own runs, and of those only the earlier ones. So one rule holds everywhere: the last run of that strategy (same
+task, same base model) before the test in collection order; else the accepted baseline; else the first such run after
+it. A test process judges at once what it can know by that rule, and leaves the rest open for `settle`, which judges it
+at the session's end.
 """
 
 from __future__ import annotations
@@ -22,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Usage, Verdict
+from copa_harness.session.entries import ComparisonBasis, Entry
 from copa_harness.session.optimizations import task_fingerprint
 from copa_harness.session.runs import DEFERRED, is_deferred
 from copa_harness.session.settings import COMPARING, DEFAULT_LM, Settings
 
 if TYPE_CHECKING:
-    from copa_harness.judge.differences import Reference
+    from copa_harness.judge.differences import JudgedRun, Reference
     from copa_harness.judge.leakage import LeakageReport
     from copa_harness.judge.options import Gates
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
@@ -37,112 +34,74 @@ if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
     from copa_harness.tasks.task import Task
 
+_EARLY = ("min_score", "max_regression", "better_than")
+"""Gates that can be decided before all examples are evaluated."""
+
+ON_SCORES = (*_EARLY, "min_pass_all")
+"""Gates that mean nothing once test examples were seen, or when only some were evaluated."""
+
 
 def baseline_name(strategy: str, model: str) -> str:
     """What the baseline of a strategy is called: the model is named unless it is the default one."""
     return strategy if model == DEFAULT_LM else f"{strategy} on {model}"
 
 
-def deferred(gate: GateResult, name: str, *, alpha: float, note: str) -> GateResult:
-    """A `better_than` gate whose other side may still come, from a later test or from another process.
+def canonical(name: str) -> str:
+    """A strategy's name as runs carry it; any other name as it is."""
+    from copa_harness.strategy import parse_strategy
+
+    try:
+        return " -> ".join(str(step) for step in parse_strategy(name))
+    except ConfigurationError:
+        return name
+
+
+def rules_of(gates: Mapping[str, Any], settings: Settings, *, on_scores: bool = True) -> Gates:
+    """Gates by name as `judge` wants them.
 
     Args:
-        gate: Its answer as long as there is nothing to compare with.
-        name: What it compares with.
-        alpha: Error rate it will be held to.
-        note: Sentence to put after its message.
+        gates: Values by name.
+        settings: How many comparisons share the error rate.
+        on_scores: False leaves out the gates on scores, which mean nothing once examples were seen.
+
+    Raises:
+        ConfigurationError: A value is out of range.
     """
-    message = f"open until the session ends: no run of {name!r} is known here yet, another test may still bring one."
-    return GateResult(
-        gate.gate, Verdict.UNDECIDED, message, {DEFERRED: True, "name": name, "alpha": alpha, "note": note}
-    )
+    from copa_harness.judge.options import Gates
+
+    kept = {name: value for name, value in gates.items() if on_scores or name not in ON_SCORES}
+    return Gates(**kept, n_comparisons=max(1, settings.n_comparisons))
 
 
-def settle(
-    rows: Sequence[Mapping[str, Any]], records: Sequence[RunRecord], *, settings: Settings
-) -> tuple[list[RunRecord], list[str]]:
-    """Judge what was left open, and say which of it fails.
+def leakage_gate(report: LeakageReport) -> tuple[GateResult, ...]:
+    """The leakage check's answer when test examples were seen; nothing otherwise."""
+    from copa_harness.judge.leakage import no_leakage
+
+    answer = no_leakage(report)
+    return (answer,) if answer.verdict is Verdict.ERROR else ()
+
+
+def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
+    """The answer of `max_error_rate` where it is no pass: for an evaluation that is held to no other gate.
 
     Args:
-        rows: Of all processes, in the order of their tests; `"standing"` says what others may compare a run with
-            (see `recording.Entry`).
-        records: Of the rows, in the same order.
-        settings: Where accepted baselines lie, and the seed.
-
-    Returns:
-        The records with every gate judged, and a remark for each that fails though its test could not say so.
+        evaluation: Any.
+        gates: Values by name.
     """
-    from copa_harness.judge.gates import is_failure, overall
+    from copa_harness.judge.differences import JudgedRun
+    from copa_harness.judge.gates import judge
+    from copa_harness.judge.options import Gates
 
-    settled, failed = [], []
-    for index, (row, record) in enumerate(zip(rows, records, strict=True)):
-        waiting = next((gate for gate in record.gates if is_deferred(gate)), None)
-        if waiting is None:
-            settled.append(record)
-            continue
-        answer = _judged(index, waiting, rows, records, settings=settings)
-        gates = tuple(answer if gate is waiting else gate for gate in record.gates)
-        settled.append(replace(record, gates=gates, verdict=overall(gates)))
-        if row["checked"] and is_failure(answer.verdict, undecided_fails=row["undecided_fails"]):
-            failed.append(
-                f"{record.test}: {answer.gate} is judged now that all runs of the session are known: "
-                f"{answer.verdict.value}. {answer.message}"
-            )
-    return settled, failed
+    answers = judge(JudgedRun(evaluation), Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
+    return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)
 
 
-def _judged(
-    index: int,
-    waiting: GateResult,
-    rows: Sequence[Mapping[str, Any]],
-    records: Sequence[RunRecord],
-    *,
-    settings: Settings,
-) -> GateResult:
-    from copa_harness.judge.differences import better_than
-
-    record, standing = records[index], rows[index]["standing"]
-    name = waiting.details["name"]
-    results = tuple(ExampleResult(name, score) for name, score in record.scores.items())
-    evaluation = EvaluationResult(record.split, record.served_lm, results, record.interval or Interval(0.0, 1.0))
-    return better_than(
-        evaluation,
-        _rival(name, index, rows, records, settings=settings),
-        name=name,
-        alpha=waiting.details["alpha"],
-        fingerprints=standing["fingerprints"],
-        seed=settings.seed if record.seed is None else record.seed,
-        groups=standing["groups"],
-        note=waiting.details["note"],
-    )
-
-
-def _rival(
-    name: str, index: int, rows: Sequence[Mapping[str, Any]], records: Sequence[RunRecord], *, settings: Settings
-) -> Reference | None:
-    """What the run at `index` is compared with, by the rule above."""
-    key = rows[index]["standing"]["key"]
-    found = [
-        (position, Earlier(record.strategy, record.scores, row["standing"]["fingerprints"]))
-        for position, (row, record) in enumerate(zip(rows, records, strict=True))
-        if position != index
-        and row.get("standing")
-        and row["standing"]["key"] == key
-        and record.strategy == canonical(name)
-    ]
-    before = [run for position, run in found if position < index]
-    if before:
-        return before[-1]
-    baseline = accepted_rival(name, task=records[index].task, model=records[index].lm, settings=settings)
-    return baseline or next((run for _, run in found), None)
-
-
-_Key = tuple[str, str]
+# -- what a run is compared with
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
-    """A run of this session that later ones can be compared with."""
+class EarlierRun:
+    """A run of this session that others can be compared with."""
 
     name: str
     scores: Mapping[str, float | None]
@@ -150,60 +109,73 @@ class Earlier:
     origin: str = "this session"
 
 
-class Memory:
+class RunHistory:
     """Evaluations of whole test splits by task, model and strategy."""
 
     def __init__(self) -> None:
-        self._plain: dict[_Key, ScoredEvaluation] = {}
-        self._earlier: dict[_Key, dict[str, Earlier]] = {}
+        self._as_written: dict[tuple[str, str], ScoredEvaluation] = {}
+        self._earlier: dict[tuple[str, str], dict[str, EarlierRun]] = {}
 
     def remember(
-        self, task: Task, lm: MeteredLM, evaluation: ScoredEvaluation, fingerprints: Mapping[str, str]
-    ) -> None:
-        """Keep an evaluation of all examples.
+        self,
+        task: Task,
+        lm: MeteredLM,
+        evaluation: ScoredEvaluation,
+        *,
+        fingerprints: Mapping[str, str],
+        groups: Mapping[str, str] | None,
+    ) -> ComparisonBasis:
+        """Keep an evaluation of all examples; what other processes need to compare a run of theirs with it.
 
         Args:
             task: What was evaluated on.
             lm: The base model.
             evaluation: Of the whole test split.
             fingerprints: Of data, split, metric, program and lm.
+            groups: Group by example id, where examples share one.
         """
         from copa_harness.judge.paired_tests import scores_by_id
 
         key = _key(task, lm)
         if evaluation.strategy == "none":
-            self._plain[key] = evaluation
-        earlier = Earlier(evaluation.strategy, scores_by_id(evaluation), fingerprints)
+            self._as_written[key] = evaluation
+        earlier = EarlierRun(evaluation.strategy, scores_by_id(evaluation), fingerprints)
         self._earlier.setdefault(key, {})[evaluation.strategy] = earlier
+        return ComparisonBasis(key, dict(fingerprints), groups)
 
-    def standing(
-        self, task: Task, lm: MeteredLM, fingerprints: Mapping[str, str], groups: Mapping[str, str] | None
-    ) -> dict[str, Any]:
-        """What other processes need to compare a run with one of their own, as plain JSON types.
-
-        Args:
-            task: What was evaluated on.
-            lm: The base model.
-            fingerprints: Of data, split, metric, program and lm.
-            groups: Group by example id, where examples share one.
-        """
-        return {"key": list(_key(task, lm)), "fingerprints": dict(fingerprints), "groups": groups}
-
-    def plain(self, task: Task, lm: MeteredLM) -> ScoredEvaluation | None:
+    def as_written(self, task: Task, lm: MeteredLM) -> ScoredEvaluation | None:
         """The program as written on the base model, if it was evaluated."""
-        return self._plain.get(_key(task, lm))
+        return self._as_written.get(_key(task, lm))
 
-    def earlier(self, task: Task, lm: MeteredLM) -> Mapping[str, Earlier]:
+    def earlier(self, task: Task, lm: MeteredLM) -> Mapping[str, EarlierRun]:
         """Runs of the task on the base model, by strategy."""
         return self._earlier.get(_key(task, lm), {})
 
 
-def _key(task: Task, lm: MeteredLM) -> _Key:
+def _key(task: Task, lm: MeteredLM) -> tuple[str, str]:
     return (task_fingerprint(task), lm.fingerprint)
 
 
+def accepted_opponent(name: str, *, task: str, model: str, settings: Settings) -> Baseline | None:
+    """The accepted baseline that `better_than` names, if there is one.
+
+    Raises:
+        ArtifactError: Its file is damaged.
+    """
+    from copa_harness.store.baselines import load_baseline
+
+    for known_as in dict.fromkeys((baseline_name(canonical(name), model), canonical(name), name)):
+        baseline = load_baseline(settings.baseline_dir, task=task, name=known_as)
+        if baseline is not None:
+            return baseline
+    return None
+
+
+# -- one run
+
+
 @dataclass(frozen=True, slots=True)
-class Case:
+class GateContext:
     """What the gates of one run are judged on, apart from its scores.
 
     Attributes:
@@ -229,11 +201,11 @@ class Case:
     n_expected: int
     groups: Mapping[str, str] | None
     leakage: LeakageReport
-    earlier: Mapping[str, Earlier]
+    earlier: Mapping[str, EarlierRun]
     settings: Settings
 
-    def unannounced(self, test: str, asked: Mapping[str, Any]) -> Case:
-        """This case with the error rate of gates that `check()` was given and nobody could count beforehand.
+    def for_unplanned(self, test: str, asked: Mapping[str, Any]) -> GateContext:
+        """This context with the error rate of comparisons that `check()` was given and nobody could count beforehand.
 
         Those counted share one error rate; these share another among all tests that could ask for one. So each of
         the two families raises a false alarm in at most alpha of sessions, and Holm's correction at the end holds
@@ -243,10 +215,10 @@ class Case:
             test: Id of the test that asks.
             asked: Gates it gave.
         """
-        known = self.settings.announced.get(test, frozenset(COMPARING))
+        known = self.settings.planned.get(test, frozenset(COMPARING))
         if known.issuperset(name for name in COMPARING if asked.get(name) is not None):
             return self
-        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unannounced))
+        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unplanned))
 
     def judged(
         self,
@@ -256,7 +228,7 @@ class Case:
         repeats: Mapping[str, tuple[float | None, ...]],
         accepted: Baseline | None = None,
     ) -> tuple[GateResult, ...]:
-        """The gates' answers, the leakage guard's first if it has something to say.
+        """The gates' answers, the leakage check's first if it has something to say.
 
         Args:
             evaluation: All examples of the split.
@@ -270,33 +242,16 @@ class Case:
         """
         from copa_harness.judge.gates import judge
 
-        leaked = guarded(self.leakage)
+        leaked = leakage_gate(self.leakage)
         rules = rules_of(gates, self.settings, on_scores=not leaked)
-        answers = judge(
-            evaluation,
-            rules,
-            calls=self.calls,
-            baseline=accepted or self._baseline(rules),
-            rival=self._rival(rules),
-            fingerprints=self.fingerprints,
-            n_expected=self.n_expected,
-            usage=self.usage,
-            groups=self.groups,
-            repeats=repeats or None,
-            seed=self.settings.seed,
-        )
-        return leaked + self._left_open(answers, rules)
-
-    def _left_open(self, answers: tuple[GateResult, ...], rules: Gates) -> tuple[GateResult, ...]:
-        """The answers with `better_than` open, when what it names may be in another process or come later."""
+        run = self._judged_run(rules, evaluation, accepted=accepted)
+        answers = judge(replace(run, repeats=repeats or None), rules, seed=self.settings.seed)
         name = rules.better_than
-        if name is None or self._rival(rules) is not None:
-            return answers
-        return tuple(
-            deferred(gate, name, alpha=rules.alpha_each, note=rules.correction)
-            if gate.gate.startswith("better_than=")
-            else gate
-            for gate in answers
+        if name is None or run.opponent is not None:
+            return leaked + answers
+        open_until_the_end = _deferred(name, rules)
+        return leaked + tuple(
+            open_until_the_end if answer.gate == open_until_the_end.gate else answer for answer in answers
         )
 
     def watch(self, ids: tuple[str, ...], gates: Mapping[str, Any]) -> SequentialJudge | None:
@@ -304,19 +259,12 @@ class Case:
         from copa_harness.judge.sequential.stopping import SequentialJudge
 
         rules = rules_of(gates, self.settings)
-        if guarded(self.leakage) or not any(gates.get(name) is not None for name in _EARLY):
+        if leakage_gate(self.leakage) or not any(gates.get(name) is not None for name in _EARLY):
             return None
-        if rules.better_than is not None and self._rival(rules) is None:
+        run = self._judged_run(rules, None)
+        if rules.better_than is not None and run.opponent is None:
             return None  # judged when the session ends, on all examples
-        return SequentialJudge(
-            ids,
-            rules,
-            seed=self.settings.seed,
-            baseline=self._baseline(rules),
-            rival=self._rival(rules),
-            fingerprints=self.fingerprints,
-            groups=self.groups,
-        )
+        return SequentialJudge(ids, rules, run=run, seed=self.settings.seed)
 
     def finished(
         self, watch: SequentialJudge, evaluation: EvaluationResult, gates: Mapping[str, Any]
@@ -327,10 +275,27 @@ class Case:
 
     def spending(self, evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
         """The answers of the gates on what was spent."""
+        from copa_harness.judge.differences import JudgedRun
         from copa_harness.judge.gates import judge_spending
 
-        rules = rules_of(gates, self.settings)
-        return judge_spending(rules, calls=self.calls, usage=self.usage, evaluation=evaluation)
+        run = JudgedRun(evaluation, calls=self.calls, usage=self.usage)
+        return judge_spending(run, rules_of(gates, self.settings))
+
+    def _judged_run(
+        self, rules: Gates, evaluation: EvaluationResult | None, *, accepted: Baseline | None = None
+    ) -> JudgedRun:
+        from copa_harness.judge.differences import JudgedRun
+
+        return JudgedRun(
+            evaluation,
+            n_expected=self.n_expected,
+            fingerprints=self.fingerprints,
+            groups=self.groups,
+            baseline=accepted or self._baseline(rules),
+            opponent=self._opponent(rules),
+            calls=self.calls,
+            usage=self.usage,
+        )
 
     def _baseline(self, rules: Gates) -> Reference | None:
         """The accepted baseline of the same strategy on the same model."""
@@ -341,7 +306,7 @@ class Case:
         name = baseline_name(self.strategy, self.model)
         return load_baseline(self.settings.baseline_dir, task=self.task, name=name)
 
-    def _rival(self, rules: Gates) -> Reference | None:
+    def _opponent(self, rules: Gates) -> Reference | None:
         """What `better_than` names: a strategy run earlier in this session, else an accepted baseline."""
         if rules.better_than is None:
             return None
@@ -350,75 +315,89 @@ class Case:
             return None  # another process may have a run that goes first; the session's end knows them all
         if name in self.earlier:
             return self.earlier[name]
-        return accepted_rival(rules.better_than, task=self.task, model=self.model, settings=self.settings)
+        return accepted_opponent(rules.better_than, task=self.task, model=self.model, settings=self.settings)
 
 
-def accepted_rival(name: str, *, task: str, model: str, settings: Settings) -> Baseline | None:
-    """The accepted baseline that `better_than` names, if there is one.
-
-    Raises:
-        ArtifactError: Its file is damaged.
-    """
-    from copa_harness.store.baselines import load_baseline
-
-    for known_as in dict.fromkeys((baseline_name(canonical(name), model), canonical(name), name)):
-        baseline = load_baseline(settings.baseline_dir, task=task, name=known_as)
-        if baseline is not None:
-            return baseline
-    return None
+def _deferred(name: str, rules: Gates) -> GateResult:
+    """A `better_than` gate whose other side may still come, from a later test or from another process."""
+    message = f"open until the session ends: no run of {name!r} is known here yet, another test may still bring one."
+    details = {DEFERRED: True, "name": name, "alpha": rules.alpha_each, "note": rules.correction}
+    return GateResult(f"better_than={name}", Verdict.UNDECIDED, message, details)
 
 
-_EARLY = ("min_score", "max_regression", "better_than")
+# -- the end of the session
 
 
-def guarded(report: LeakageReport) -> tuple[GateResult, ...]:
-    """The leakage guard's answer when test examples were seen; nothing otherwise."""
-    from copa_harness.judge.leakage import no_leakage
-
-    answer = no_leakage(report)
-    return (answer,) if answer.verdict is Verdict.ERROR else ()
-
-
-ON_SCORES = (*_EARLY, "min_pass_all")
-"""Gates that mean nothing once test examples were seen, or when only some were evaluated."""
-
-
-def rules_of(gates: Mapping[str, Any], settings: Settings, *, on_scores: bool = True) -> Gates:
-    """Gates by name as `judge` wants them.
+def settle(entries: Sequence[Entry], *, settings: Settings) -> tuple[list[RunRecord], list[str]]:
+    """Judge what was left open, and say which of it fails.
 
     Args:
-        gates: Values by name.
-        settings: How many comparisons share the error rate.
-        on_scores: False leaves out the gates on scores, which mean nothing once examples were seen.
+        entries: Of all processes, in the order of their tests.
+        settings: Where accepted baselines lie, and the seed.
 
-    Raises:
-        ConfigurationError: A value is out of range.
+    Returns:
+        The records with every gate judged, and a remark for each that fails though its test could not say so.
     """
-    from copa_harness.judge.options import Gates
+    from copa_harness.judge.gates import is_failure, overall
 
-    kept = {name: value for name, value in gates.items() if on_scores or name not in ON_SCORES}
-    return Gates(**kept, n_comparisons=max(1, settings.n_comparisons))
+    settled, failed = [], []
+    evaluated = [(entry, entry.record) for entry in entries if entry.record is not None]
+    for index, (entry, record) in enumerate(evaluated):
+        waiting = next((gate for gate in record.gates if is_deferred(gate)), None)
+        if waiting is None:
+            settled.append(record)
+            continue
+        answer = _settled(index, waiting, evaluated, settings=settings)
+        gates = tuple(answer if gate is waiting else gate for gate in record.gates)
+        settled.append(replace(record, gates=gates, verdict=overall(gates)))
+        if entry.checked and is_failure(answer.verdict, undecided_fails=entry.undecided_fails):
+            failed.append(
+                f"{record.test}: {answer.gate} is judged now that all runs of the session are known: "
+                f"{answer.verdict.value}. {answer.message}"
+            )
+    return settled, failed
 
 
-def canonical(name: str) -> str:
-    """A strategy's name as runs carry it; any other name as it is."""
-    from copa_harness.strategy import parse_strategy
-
-    try:
-        return " -> ".join(str(step) for step in parse_strategy(name))
-    except ConfigurationError:
-        return name
+Evaluated = Sequence[tuple[Entry, "RunRecord"]]
 
 
-def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
-    """The answer of `max_error_rate` where it is no pass: for an evaluation that is held to no other gate.
+def _settled(index: int, waiting: GateResult, evaluated: Evaluated, *, settings: Settings) -> GateResult:
+    from copa_harness.judge.differences import JudgedRun, better_than
 
-    Args:
-        evaluation: Any.
-        gates: Values by name.
-    """
-    from copa_harness.judge.gates import judge
-    from copa_harness.judge.options import Gates
+    entry, record = evaluated[index]
+    assert entry.comparison is not None  # only a whole test split leaves a gate open
+    name = waiting.details["name"]
+    results = tuple(ExampleResult(example_id, score) for example_id, score in record.scores.items())
+    evaluation = EvaluationResult(record.split, record.served_lm, results, record.interval or Interval(0.0, 1.0))
+    run = JudgedRun(
+        evaluation,
+        fingerprints=entry.comparison.fingerprints,
+        groups=entry.comparison.groups,
+        opponent=_opponent_of(name, index, evaluated, settings=settings),
+    )
+    return better_than(
+        run,
+        name=name,
+        alpha=waiting.details["alpha"],
+        note=waiting.details["note"],
+        seed=settings.seed if record.seed is None else record.seed,
+    )
 
-    answers = judge(evaluation, Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
-    return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)
+
+def _opponent_of(name: str, index: int, evaluated: Evaluated, *, settings: Settings) -> Reference | None:
+    """What the run at `index` is compared with, by the rule above."""
+    own, record = evaluated[index]
+    found = [
+        (position, EarlierRun(other.strategy, other.scores, entry.comparison.fingerprints))
+        for position, (entry, other) in enumerate(evaluated)
+        if position != index
+        and entry.comparison is not None
+        and own.comparison is not None
+        and entry.comparison.key == own.comparison.key
+        and other.strategy == canonical(name)
+    ]
+    before = [run for position, run in found if position < index]
+    if before:
+        return before[-1]
+    baseline = accepted_opponent(name, task=record.task, model=record.lm, settings=settings)
+    return baseline or next((run for _, run in found), None)

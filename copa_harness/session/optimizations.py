@@ -5,9 +5,7 @@ package versions and this package's own source. An optimization is looked up in 
 made: under a lock, so that of several processes that need it one makes it and the others wait and find it done. One
 found on disk costs no call, no training step and no import of torch or Optuna.
 
-Work on the disk: by one process at a time, and what a run says when the disk takes no more.
-
-That is one clear error, or a warning where only repetition is lost.
+What a run says when the disk takes no more is one clear error, or a warning where only repetition is lost.
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ import errno
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.errors import CacheError
-from copa_harness.results import PhaseRecord, Usage
+from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.optimize.copa import COPA
-    from copa_harness.optimize.result import OptimizationResult
     from copa_harness.store.stages import StageStore
     from copa_harness.tasks.task import Task
 
@@ -38,7 +36,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
-def told_if_full(directory: Path, task: str) -> Iterator[None]:
+def disk_errors(directory: Path, task: str) -> Iterator[None]:
     """The block writes below `directory` for the optimization of `task`.
 
     Raises:
@@ -57,7 +55,7 @@ def told_if_full(directory: Path, task: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(locks: Path, key: str) -> Iterator[None]:
+def exclusive_lock(locks: Path, key: str) -> Iterator[None]:
     """While the block runs no other process is in one with the same key; the lock lapses when its owner is killed."""
     from filelock import FileLock
 
@@ -96,7 +94,6 @@ class Optimized:
         result: What the optimizer reported when it was made.
         artifact: Folder with program, LoRA adapter and manifest.
         from_disk: It was found finished, not made by this process.
-        told: What it spent stands in a record already; further records spend nothing: a report sums up right.
         cut_short: The session's ceilings ended the search; what it found is no result.
     """
 
@@ -106,12 +103,16 @@ class Optimized:
     result: OptimizationResult
     artifact: Path
     from_disk: bool
-    told: bool = False
     cut_short: bool = False
+    _told: bool = field(default=False, init=False)
 
-    def phases(self) -> tuple[PhaseRecord, ...]:
-        """The phases with what they spent here and now: nothing, when they were found finished."""
-        if not (self.from_disk or self.told):
+    def tell_phases(self) -> tuple[PhaseRecord, ...]:
+        """The phases with what they spent here and now: nothing, when they were found finished.
+
+        It is told once: further records of the same optimization spend nothing, so a report sums up right.
+        """
+        told_before, self._told = self._told, True
+        if not (self.from_disk or told_before):
             return self.result.phases
         where = "done earlier" if self.from_disk else "shared"
         return tuple(
@@ -154,7 +155,7 @@ class Optimizations:
         """
         key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings)
         if key not in self._made:
-            with told_if_full(self._directory, task.name):
+            with disk_errors(self._directory, task.name):
                 self._made[key] = self._found(key, task, lm) or self._make(key, task, lm, prompt_lm, settings)
         return self._made[key]
 
@@ -166,12 +167,12 @@ class Optimizations:
         return self._made.get(key) or self._found(key, task, lm)
 
     def _found(self, key: str, task: Task, lm: MeteredLM) -> Optimized | None:
-        from copa_harness.optimize.result import OptimizationResult, apply_state
+        from copa_harness.optimize.result import apply_state
 
         stored = self._stages.get(key)
         if stored is None:
             return None
-        result = OptimizationResult.from_json(stored["result"])
+        result = from_json(OptimizationResult, stored["result"])
         if result.state is None:
             return None
         program = apply_state(task.program, result.state, lm=lm)
@@ -203,7 +204,7 @@ class Optimizations:
             on_progress=titled(task.name, self._on_progress),
             **settings.search,
         )
-        with alone(self._locks, key):
+        with exclusive_lock(self._locks, key):
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
 
     def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
@@ -213,20 +214,26 @@ class Optimizations:
         result: OptimizationResult = program.copa_result
         cut_short = _cut_short(result, settings)
         if cut_short:
-            key = hash_json([key, "cut short", result.to_json()])  # another session may have more to spend
+            key = hash_json([key, "cut short", to_json(result)])  # another session may have more to spend
         if result.state is not None and not cut_short:
-            keep(self._stages, key, {"task": task.name, "result": result.to_json()}, task=task.name)
-        finished = self._finished(key, task, program, lm, result, from_disk=False)
-        finished.cut_short = cut_short
-        return finished
+            keep(self._stages, key, {"task": task.name, "result": to_json(result)}, task=task.name)
+        return self._finished(key, task, program, lm, result, cut_short=cut_short)
 
     def _finished(
-        self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult, *, from_disk: bool
+        self,
+        key: str,
+        task: Task,
+        program: dspy.Module,
+        lm: MeteredLM,
+        result: OptimizationResult,
+        *,
+        from_disk: bool = False,
+        cut_short: bool = False,
     ) -> Optimized:
         models = [predictor.lm for predictor in program.predictors() if predictor.lm is not None]
         tuned = next((model for model in models if model.model == result.model), lm)
         artifact = self._saved(key, task, program, tuned, result)
-        return Optimized(key, program, tuned, result, artifact, from_disk)
+        return Optimized(key, program, tuned, result, artifact, from_disk=from_disk, cut_short=cut_short)
 
     def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
         """The artifact's folder; written when it is not there yet."""

@@ -7,9 +7,9 @@ evaluation of the program as written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from copa_harness.results import Phase
 from copa_harness.session.evaluation import searches_both, split_of
@@ -47,10 +47,6 @@ class PlanLine:
     usd: float | None
     key: str
     each: tuple[float, float] | None = None
-
-    def row(self, test: str) -> dict[str, Any]:
-        """As plain JSON types, with the test that asked."""
-        return {"test": test, "plan": asdict(self)}
 
 
 def plan_evaluation(
@@ -135,27 +131,22 @@ def plan_run(
     ]
 
 
-def plan_text(lines: Sequence[Mapping[str, Any]]) -> str:
+def plan_text(lines: Sequence[PlanLine]) -> str:
     """A table of the steps with a total per task and over all; steps that tests share are counted once."""
-    distinct = list({line["key"]: line for line in lines}.values())
-    rows = [("task", "step", "calls to pay", "cached", "tokens", "dollars")]
-    for task in dict.fromkeys(line["task"] for line in distinct):
-        own = [line for line in distinct if line["task"] == task]
-        rows += [(task if index == 0 else "", line["what"], *_cells(line)) for index, line in enumerate(own)]
+    from copa_harness.report.rendering import draw, with_notes
+
+    distinct = list({line.key: line for line in lines}.values())
+    rows = []
+    for task in dict.fromkeys(line.task for line in distinct):
+        own = [line for line in distinct if line.task == task]
+        rows += [[task if index == 0 else "", line.what, *_cells(line)] for index, line in enumerate(own)]
         if len(own) > 1:
-            rows.append(("", "total", *_cells(_total(own))))
-    rows.append(("all", "", *_cells(_total(distinct))))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    drawn = [
-        " | ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    rule = "-+-".join("-" * width for width in widths)
-    note = "  at most; a step after one that is missing is priced like the program as written; ? = no bound is known"
-    return "\n".join([drawn[0], rule, *drawn[1:], note])
+            rows.append(["", "total", *_cells(_total(own))])
+    rows.append(["all", "", *_cells(_total(distinct))])
+    headers = ["task", "step", "calls to pay", "cached", "tokens", "dollars"]
+    note = "at most; a step after one that is missing is priced like the program as written; ? = no bound is known"
+    lines_drawn = draw(rows, headers, style="terminal", n_text=2, wrap=False).splitlines()
+    return with_notes("\n".join(line[1:] for line in lines_drawn), [note], style="terminal")
 
 
 def _line(task: Task, what: str, plan: DryRun, key: str) -> PlanLine:
@@ -185,15 +176,19 @@ def _least(amount: float | None, ceiling: float) -> float | None:
     return min(amount, ceiling)
 
 
-def _total(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        name: None if any(line[name] is None for line in lines) else sum(line[name] for line in lines)
-        for name in ("calls", "cached", "tokens", "usd")
-    }
+def _total(lines: Sequence[PlanLine]) -> PlanLine:
+    tokens, usd = _sum([line.tokens for line in lines]), _sum([line.usd for line in lines])
+    calls, cached = sum(line.calls for line in lines), sum(line.cached for line in lines)
+    return PlanLine("", "total", calls, cached, tokens, usd, "")
 
 
-def _cells(line: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _sum(amounts: Sequence[float | None]) -> float | None:
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if len(known) == len(amounts) else None
+
+
+def _cells(line: PlanLine) -> tuple[str, str, str, str]:
     def shown(value: float | None, digits: int = 0) -> str:
         return "?" if value is None else "unlimited" if value == float("inf") else f"{value:,.{digits}f}"
 
-    return shown(line["calls"]), shown(line["cached"]), shown(line["tokens"]), shown(line["usd"], 4)
+    return shown(line.calls), shown(line.cached), shown(line.tokens), shown(line.usd, 4)

@@ -1,24 +1,29 @@
 """The end of a run: the optimized program measured on the test split, judged, attributed and recorded.
 
-The one place where the test split meets an optimized program.
-
-What is noted of every evaluation: its record, and what the session's end has to say about it beyond that.
-
-Entries become rows of plain JSON types, so that the processes of one session can hand them to the one that reports.
+`finish_run` is the one place where the test split meets an optimized program. What else is measured (`copa_evaluate`)
+is recorded here too, and so is what the session's ceilings cut short.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
-from copa_harness.judge.gates import is_failure, overall
-from copa_harness.results import GateResult, PhaseRecord, Usage, Verdict
-from copa_harness.session.evaluation import Measured, attributed, groups_of, leakage_of, measure, searches_both
-from copa_harness.session.finish import candidate, to_row
-from copa_harness.session.gates import ON_SCORES, Case, Memory, baseline_name
+from copa_harness.results import GateResult, PhaseRecord, Verdict
+from copa_harness.session.entries import Entry
+from copa_harness.session.evaluation import (
+    Measured,
+    attributed,
+    groups_of,
+    leakage_of,
+    measure,
+    searches_both,
+    split_of,
+)
+from copa_harness.session.gates import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.optimizations import Optimized, fingerprints_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings, check_gates
@@ -28,66 +33,208 @@ if TYPE_CHECKING:
     import dspy
 
     from copa_harness.judge.attribution import Attribution
+    from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
-    from copa_harness.optimize.result import OptimizationResult
     from copa_harness.report.records import RunRecord
-    from copa_harness.session.runs import CopaRun
     from copa_harness.store.baselines import Baseline
     from copa_harness.tasks.task import Task
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One evaluation.
+def finish_run(
+    task: Task, optimized: Optimized, *, base: MeteredLM, settings: Settings, history: RunHistory, test: str
+) -> tuple[Entry, CopaRun]:
+    """Measure an optimized program on the test split, hold it to its gates and record it.
 
-    Attributes:
-        record: For the report.
-        run: The run it belongs to, if any; gates that its test asked for later are its.
-        baseline: What it becomes if the session is blessed.
-        failures: Attempts at a call that failed, by kind: how many and the first traceback.
-        notes: Sentences for the summary.
-        cut_short: The session's ceilings ended it; it has no score.
-        standing: What other runs need to compare themselves with it: `key` (task and base model), `fingerprints` and
-            `groups`; empty unless it is a whole test split of a named strategy.
+    Args:
+        task: What to measure on.
+        optimized: The program, its model, and how it was found.
+        base: The base model.
+        settings: In force for this run, its gates among them.
+        history: Earlier runs of the session; this one is added if it is complete.
+        test: Id of the test that asked.
+
+    Returns:
+        What the session's end needs to know, and what the test gets.
+
+    Raises:
+        BudgetExhausted: The ceilings of the whole session cut the evaluation short.
+        ArtifactError: A baseline file is damaged, or the evaluation cannot become one.
     """
+    from copa_harness.evaluate.examples import example_ids
 
-    record: RunRecord
-    run: CopaRun | None = None
-    baseline: Baseline | None = None
-    failures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    program, strategy, gates = optimized.program, optimized.result.strategy, settings.gates
+    context = _context(task, optimized, base=base, settings=settings, history=history)
+    watch = context.watch(example_ids(task.testset), gates) if settings.sequential else None
+    measured = measure(task, program, optimized.lm, split="test", strategy=strategy, settings=settings, watch=watch)
+    evaluation = measured.evaluation
+    judged = _judge(context, measured, gates, watch=watch)
+    comparison, gained = None, _Gained()
+    if evaluation.n == context.n_expected:
+        fingerprints, groups = context.fingerprints, context.groups
+        comparison = history.remember(task, base, evaluation, fingerprints=fingerprints, groups=groups)
+        if searches_both(strategy):
+            as_written = history.as_written(task, base)
+            assert as_written is not None  # evaluated before the search
+            gained = _attribution(
+                task, optimized, base=base, as_written=as_written, final=evaluation, settings=settings
+            )
+    record = record_of(
+        measured,
+        test=test,
+        base=base,
+        settings=settings,
+        optimized=optimized,
+        more_phases=gained.phases,
+        gates=judged.answers,
+        sequential=judged.sequential,
+        attribution=gained.attribution,
+        groups=dict(context.groups or {}),
+    )
+    where = f"{task.name}, {strategy}"
+    notes = (
+        *notes_of(measured, program, optimized.lm),
+        *gained.notes,
+        *(f"{where}: {said}" for said in optimized.result.headlines),
+        *_over_long(record.phases, where=where),
+        *((f"{task.name}: {context.leakage.text()}",) if context.leakage.near else ()),
+    )
+    run = CopaRun(
+        record=record,
+        evaluation=evaluation,
+        baseline=history.as_written(task, base) or evaluation,
+        program=program,
+        lm=optimized.lm,
+        from_disk=optimized.from_disk,
+        undecided_fails=bool(gates.get("undecided_fails")),
+        judge_again=_second_judgement(context, measured, judged, gates=gates, test=test),
+    )
+    entry = Entry(
+        test=test,
+        record=record,
+        baseline=judged.accepted,
+        failures=measured.failures,
+        notes=notes,
+        comparison=comparison,
+    )
+    return entry, run
+
+
+def _context(
+    task: Task, optimized: Optimized, *, base: MeteredLM, settings: Settings, history: RunHistory
+) -> GateContext:
+    return GateContext(
+        task=task.name,
+        strategy=optimized.result.strategy,
+        model=base.model,
+        fingerprints=fingerprints_of(task, optimized.program, optimized.lm),
+        calls=optimized.result.charged_calls,
+        usage=optimized.result.usage,
+        n_expected=len(task.testset),
+        groups=groups_of(task),
+        leakage=leakage_of(task, optimized.program),
+        earlier=history.earlier(task, base),
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The gates' answers, what stopping early came to, and the baseline the run is to become, if it is to be one."""
+
+    answers: tuple[GateResult, ...]
+    sequential: SequentialAnswer | None = None
+    accepted: Baseline | None = None
+
+
+def _judge(
+    context: GateContext, measured: Measured, gates: Mapping[str, Any], *, watch: SequentialJudge | None
+) -> _Judged:
+    evaluation = measured.evaluation
+    if watch is not None:
+        sequential, answers = context.finished(watch, evaluation, gates)
+        return _Judged(answers, sequential=sequential)
+    accepted = _baseline_of(context, measured) if context.settings.bless else None
+    answers = context.judged(evaluation, gates, repeats=measured.repeats, accepted=accepted)
+    return _Judged(answers, accepted=accepted)
+
+
+def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
+    """The baseline a run would become.
+
+    Raises:
+        ArtifactError: Some examples have no score.
+    """
+    from copa_harness.report.environment import git_commit, versions
+    from copa_harness.store.baselines import Baseline
+
+    return Baseline.from_evaluation(
+        measured.evaluation,
+        task=context.task,
+        name=baseline_name(context.strategy, context.model),
+        fingerprints=context.fingerprints,
+        versions=versions(),
+        commit=git_commit(context.settings.root),
+        created=datetime.date.today().isoformat(),
+        repeats=measured.repeats,
+    )
+
+
+def _second_judgement(
+    context: GateContext, measured: Measured, judged: _Judged, *, gates: Mapping[str, Any], test: str
+) -> Any:
+    """What answers the gates that `check()` is given."""
+
+    def judge_again(asked: Mapping[str, Any]) -> tuple[GateResult, ...]:
+        check_gates(asked, where="copa_run.check()")
+        if judged.sequential is None:
+            judging = context.for_unplanned(test, asked)
+            both = {**gates, **asked}
+            return judging.judged(measured.evaluation, both, repeats=measured.repeats, accepted=judged.accepted)
+        if decided := [name for name in asked if name in (*ON_SCORES, "max_error_rate")]:
+            raise ConfigurationError(
+                f"copa_run.check(): got {', '.join(decided)} for an evaluation that stopped early, when the marker's "
+                f"gates were decided (--copa-sequential); expected gates on scores in the marker."
+            )
+        return judged.answers + context.spending(measured.evaluation, asked)
+
+    return judge_again
+
+
+@dataclass(frozen=True, slots=True)
+class _Gained:
+    """The 2 x 2 of weights and prompts, what measuring it cost, and a note where it could not be measured."""
+
+    attribution: Attribution | None = None
+    phases: tuple[PhaseRecord, ...] = ()
     notes: tuple[str, ...] = ()
-    cut_short: bool = False
-    standing: Mapping[str, Any] = field(default_factory=dict)
 
-    def row(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        run, record = self.run, self.record
-        if run is not None and run.gates != record.gates:
-            record = replace(record, gates=run.gates, verdict=run.verdict)
-        failed = run is not None and is_failure(run.verdict_so_far, undecided_fails=run.undecided_fails)
-        return {
-            "test": record.test,
-            "record": record.to_json(),
-            "unchecked": failed and run is not None and not run.checked,
-            "baseline": to_row(self.baseline),
-            "failures": {kind: list(counted) for kind, counted in self.failures.items()},
-            "notes": list(self.notes),
-            "cut_short": self.cut_short,
-            "standing": dict(self.standing),
-            "checked": run is not None and run.checked,
-            "undecided_fails": run is not None and run.undecided_fails,
-        }
+
+def _attribution(
+    task: Task,
+    optimized: Optimized,
+    *,
+    base: MeteredLM,
+    as_written: ScoredEvaluation,
+    final: ScoredEvaluation,
+    settings: Settings,
+) -> _Gained:
+    """What weights and prompts gained; the run itself is complete without it."""
+    try:
+        answer, phases = attributed(task, optimized, base=base, plain=as_written, final=final, settings=settings)
+    except (CopaError, BudgetExhausted, ValueError) as error:
+        where = f"{task.name}, {optimized.result.strategy}"
+        return _Gained(notes=(f"{where}: what weights and prompts gained was not measured: {error}",))
+    return _Gained(answer, phases)
 
 
 def record_of(
     measured: Measured,
     *,
     test: str,
-    model: str,
+    base: MeteredLM,
     settings: Settings,
     optimized: Optimized | None = None,
-    gates: tuple[GateResult, ...] = (),
-    phases: tuple[PhaseRecord, ...] = (),
+    more_phases: tuple[PhaseRecord, ...] = (),
     **more: Any,
 ) -> RunRecord:
     """The record of an evaluation with the optimization that led to it; its cost is then told.
@@ -95,42 +242,33 @@ def record_of(
     Args:
         measured: The evaluation.
         test: Id of the test that asked.
-        model: Name of the base model.
+        base: The base model.
         settings: In force for this run.
         optimized: What led to the program, if anything.
-        gates: Their answers.
-        phases: What was spent beyond optimization and evaluation.
+        more_phases: What was spent beyond optimization and evaluation.
         **more: Further attributes of the record.
     """
     from copa_harness.report.records import RunRecord
 
     evaluation = measured.evaluation
-    phases = (*(optimized.phases() if optimized else ()), *measured.phases, *phases)
+    phases = (*measured.phases, *more_phases)
     if optimized is not None:
-        optimized.told = True
+        phases = (*optimized.tell_phases(), *phases)
         more |= {
             "artifact": str(optimized.artifact.absolute()),
             "budget": settings.budget,
-            "validation_before": optimized.result.score_before,
-            "validation_after": optimized.result.score_after,
-            "stopped": optimized.result.stopped,
-            "exhausted": optimized.result.exhausted,
-            "credit": optimized.result.credit,
-            "learned": optimized.result.learned,
-            "front": optimized.result.front,
-            "notes": optimized.result.notes,
-            "search": search_of(optimized.result),
-            "evidence": optimized.result.evidence,
+            # What replays the program stands in the artifact, what every trial did in the cache.
+            "optimization": replace(optimized.result, state=None, trials=()),
         }
     return RunRecord.from_evaluation(
         evaluation,
         test=test,
         task=evaluation.task,
         strategy=evaluation.strategy,
-        lm=model,
+        lm=base.model,
         split=evaluation.split,
-        gates=gates,
-        usage=sum((phase.usage for phase in phases), Usage()),
+        # What tables call a model, where its name alone does not say how it answers.
+        label=f"{base.model}, constrained" if base.constrain else "",
         phases=phases,
         seed=settings.seed,
         repeats=measured.repeats,
@@ -138,44 +276,26 @@ def record_of(
     )
 
 
-def search_of(result: OptimizationResult) -> dict[str, Any]:
-    """Why an optimization ended, for the report; empty when there was nothing to search."""
-    if not result.phases:
-        return {}
-    return {
-        "reason": result.reason or result.stopped,
-        "n_trials": result.n_trials,
-        "calls": result.charged_calls,
-    }
-
-
-def shown_as(lm: MeteredLM) -> dict[str, str]:
-    """What tables call a model, where its name alone does not say how it answers."""
-    return {"label": f"{lm.model}, constrained"} if lm.constrain else {}
-
-
-def cut_short_record(
+def cut_short_entry(
     reason: str,
     *,
     test: str,
-    task: str,
+    task: Task,
     strategy: str,
-    model: str,
+    base: MeteredLM,
     split: str,
-    n_expected: int,
     settings: Settings,
-    phases: tuple[PhaseRecord, ...] = (),
-) -> RunRecord:
-    """The record of an evaluation that the session's ceilings ended: no score, and nothing passed or failed.
+    phases: Sequence[PhaseRecord] = (),
+) -> Entry:
+    """What an evaluation that the session's ceilings ended leaves behind: no score, and nothing passed or failed.
 
     Args:
         reason: What was refused.
         test: Id of the test that asked.
-        task: The task's name.
+        task: The task.
         strategy: How the program was to be made.
-        model: Name of the base model.
+        base: The base model.
         split: The split.
-        n_expected: Its examples.
         settings: In force for this run.
         phases: What was paid for all the same.
     """
@@ -186,185 +306,22 @@ def cut_short_record(
         Verdict.UNDECIDED,
         f"budget exhausted: {reason}. There is no score to judge. Next: raise --copa-total-budget and run again; what "
         f"was answered is cached and free.",
-        {"n": 0, "n_expected": n_expected},
+        {"n": 0, "n_expected": len(split_of(task, split))},
     )
-    return RunRecord.from_evaluation(
+    record = RunRecord.from_evaluation(
         None,
         test=test,
-        task=task,
+        task=task.name,
         strategy=strategy,
-        lm=model,
+        lm=base.model,
         split=split,
         gates=(gate,),
-        usage=sum((phase.usage for phase in phases), Usage()),
-        phases=phases,
+        phases=tuple(phases),
         budget=settings.budget,
         seed=settings.seed,
-        stopped="budget",
-        exhausted=True,
+        cut_short=True,
     )
-
-
-def final_entry(
-    task: Task,
-    optimized: Optimized,
-    *,
-    base: MeteredLM,
-    settings: Settings,
-    memory: Memory,
-    test: str,
-) -> Entry:
-    """Measure an optimized program on the test split, hold it to its gates and record it.
-
-    Args:
-        task: What to measure on.
-        optimized: The program, its model, and how it was found.
-        base: The base model.
-        settings: In force for this run, its gates among them.
-        memory: Earlier runs of the session; this one is added if it is complete.
-        test: Id of the test that asked.
-
-    Raises:
-        BudgetExhausted: The ceilings of the whole session cut the evaluation short.
-        ArtifactError: A baseline file is damaged, or the evaluation cannot become one.
-    """
-    from copa_harness.evaluate.examples import example_ids
-
-    result, gates = optimized.result, settings.gates
-    case = Case(
-        task=task.name,
-        strategy=result.strategy,
-        model=base.model,
-        fingerprints=fingerprints_of(task, optimized.program, optimized.lm),
-        calls=result.charged_calls,
-        usage=result.usage,
-        n_expected=len(task.testset),
-        groups=groups_of(task),
-        leakage=leakage_of(task, optimized.program),
-        earlier=memory.earlier(task, base),
-        settings=settings,
-    )
-    watch = case.watch(example_ids(task.testset), gates) if settings.sequential else None
-    measured = measure(
-        task,
-        optimized.program,
-        optimized.lm,
-        split="test",
-        strategy=result.strategy,
-        settings=settings,
-        watch=watch,
-    )
-    evaluation = measured.evaluation
-    early = accepted = attribution = None
-    more_phases: tuple[PhaseRecord, ...] = ()
-    notes = notes_of(measured, optimized.program, optimized.lm)
-    if watch is not None:
-        early, answers = case.finished(watch, evaluation, gates)
-    else:
-        if settings.bless:
-            accepted = candidate(
-                evaluation,
-                task=task.name,
-                name=baseline_name(result.strategy, base.model),
-                fingerprints=case.fingerprints,
-                repeats=measured.repeats,
-                settings=settings,
-            )
-        answers = case.judged(evaluation, gates, repeats=measured.repeats, accepted=accepted)
-    standing: dict[str, Any] = {}
-    if evaluation.n == case.n_expected:
-        standing = memory.standing(task, base, case.fingerprints, case.groups)
-        memory.remember(task, base, evaluation, case.fingerprints)
-        if searches_both(result.strategy):
-            plain = memory.plain(task, base)
-            assert plain is not None  # evaluated before the search
-            attribution, more_phases, note = _attribution(
-                task, optimized, base=base, plain=plain, final=evaluation, settings=settings
-            )
-            notes += note
-    notes += tuple(f"{task.name}, {result.strategy}: {said}" for said in result.headlines)
-    phases = optimized.phases()
-    notes += _over_long(phases, where=f"{task.name}, {result.strategy}")
-    if case.leakage.near:
-        notes += (f"{task.name}: {case.leakage.text()}",)
-
-    def judge_again(asked: Mapping[str, Any]) -> tuple[GateResult, ...]:
-        check_gates(asked, where="copa_run.check()")
-        if early is None:
-            judging = case.unannounced(test, asked)
-            return judging.judged(evaluation, {**gates, **asked}, repeats=measured.repeats, accepted=accepted)
-        if decided := [name for name in asked if name in (*ON_SCORES, "max_error_rate")]:
-            raise ConfigurationError(
-                f"copa_run.check(): got {', '.join(decided)} for an evaluation that stopped early, when the marker's "
-                f"gates were decided (--copa-sequential); expected gates on scores in the marker."
-            )
-        return answers + case.spending(evaluation, asked)
-
-    run = CopaRun(
-        task=task.name,
-        strategy=result.strategy,
-        evaluation=evaluation,
-        baseline=memory.plain(task, base) or evaluation,
-        usage=sum((phase.usage for phase in phases), Usage()),
-        budget=settings.budget,
-        phases=(*phases, *measured.phases, *more_phases),
-        gates=answers,
-        verdict=overall(answers),
-        program=optimized.program,
-        lm=optimized.lm,
-        artifact=optimized.artifact,
-        exhausted=result.exhausted,
-        stopped=result.stopped,
-        from_disk=optimized.from_disk,
-        undecided_fails=bool(gates.get("undecided_fails")),
-        repeats=measured.repeats,
-        sequential=early,
-        attribution=attribution,
-        judge_again=judge_again,
-    )
-    record = record_of(
-        measured,
-        test=test,
-        model=base.model,
-        settings=settings,
-        optimized=optimized,
-        gates=answers,
-        phases=more_phases,
-        sequential={} if early is None else early.to_json(),
-        attribution={} if attribution is None else attribution.to_json(),
-        groups=dict(case.groups or {}),
-        **shown_as(base),
-    )
-    return Entry(record, run, baseline=accepted, failures=measured.failures, notes=notes, standing=standing)
-
-
-def _attribution(
-    task: Task,
-    optimized: Optimized,
-    *,
-    base: MeteredLM,
-    plain: ScoredEvaluation,
-    final: ScoredEvaluation,
-    settings: Settings,
-) -> tuple[Attribution | None, tuple[PhaseRecord, ...], tuple[str, ...]]:
-    """The 2 x 2, its cost, and a note if it could not be measured: the run itself is complete without it."""
-    try:
-        answer, phases = attributed(task, optimized, base=base, plain=plain, final=final, settings=settings)
-    except (CopaError, BudgetExhausted, ValueError) as error:
-        where = f"{task.name}, {optimized.result.strategy}"
-        return None, (), (f"{where}: what weights and prompts gained was not measured: {error}",)
-    return answer, phases, ()
-
-
-def _over_long(phases: Sequence[PhaseRecord], *, where: str) -> tuple[str, ...]:
-    """Training rows that were too long: who sees only scores would not know that part of the data was not used."""
-    from copa_harness.optimize.weights import LEFT_OUT
-
-    clauses = [clause for phase in phases for clause in phase.note.split("; ") if clause.endswith(LEFT_OUT)]
-    return tuple(
-        f"{where}: {clause} of the training; remedy: fewer or shorter demonstrations, or a larger max_length in lora="
-        for clause in clauses
-    )
+    return Entry(test=test, record=record)
 
 
 def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[str, ...]:
@@ -377,16 +334,27 @@ def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[s
     """
     from copa_harness.lm.constrained import nothing_to_constrain
 
-    notes: tuple[str, ...] = ()
+    evaluation = measured.evaluation
+    notes = []
     if nothing_to_constrain(program, lm):
-        notes += (
-            f"{measured.evaluation.task}: constrain: no output field of {type(program).__name__} has a list of allowed "
-            "values (Literal, enum, bool); answers are generated.",
+        notes.append(
+            f"{evaluation.task}: constrain: no output field of {type(program).__name__} has a list of allowed "
+            "values (Literal, enum, bool); answers are generated."
         )
-    if not measured.n_metric_calls:
-        return notes
-    return (
-        *notes,
-        f"{measured.evaluation.title}: the metric made {counted(measured.n_metric_calls, 'call')} of a model of its "
-        f"own on the {measured.evaluation.split} split; they are paid for and counted, in a phase apart.",
+    if measured.n_metric_calls:
+        notes.append(
+            f"{evaluation.title}: the metric made {counted(measured.n_metric_calls, 'call')} of a model of its "
+            f"own on the {evaluation.split} split; they are paid for and counted, in a phase apart."
+        )
+    return tuple(notes)
+
+
+def _over_long(phases: Sequence[PhaseRecord], *, where: str) -> tuple[str, ...]:
+    """Training rows that were too long: who sees only scores would not know that part of the data was not used."""
+    from copa_harness.optimize.weights import LEFT_OUT
+
+    clauses = [clause for phase in phases for clause in phase.note.split("; ") if clause.endswith(LEFT_OUT)]
+    return tuple(
+        f"{where}: {clause} of the training; remedy: fewer or shorter demonstrations, or a larger max_length in lora="
+        for clause in clauses
     )

@@ -6,8 +6,8 @@ assertion fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from copa_harness.judge.attribution import Attribution
     from copa_harness.judge.sequential.stopping import SequentialAnswer
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.report.records import RunRecord
 
 DEFERRED = "deferred"
 """Key in a gate's details: it is judged when the session ends."""
@@ -94,54 +95,97 @@ class ScoredEvaluation(EvaluationResult):
 
 @dataclass(slots=True, eq=False, repr=False)
 class CopaRun:
-    """One optimization run and its final evaluation.
+    """One optimization run and its final evaluation: what the report says of it, and what a test can go on with.
 
     Attributes:
-        task: The task's name.
-        strategy: How weights and prompts were searched.
+        record: What the report says; most of it can be asked for here.
         evaluation: The optimized program on the test split; the only look at it.
         baseline: The program as written, base model, on the same split.
-        usage: What the optimization spent in this session, without the final evaluation; `usage.calls` never
-            exceeds `budget.calls`. A run found on disk spends nothing.
-        budget: Ceiling of the optimization.
-        phases: What each phase spent and what it did to the validation score; the last is the final evaluation.
-        gates: The answers of the marker's gates.
-        verdict: All gates together.
         program: The optimized program, its model attached.
         lm: The model it runs on, the fine-tuned one if weights were trained.
-        artifact: Directory with program, LoRA adapter and manifest.
-        exhausted: The budget ended the search; the program is the best found until then.
-        stopped: Why the search ended.
         from_disk: The optimization was found finished on disk and not run again.
         undecided_fails: Whether `check()` fails on gates that are undecided or not comparable.
         checked: Whether the test called `check()`.
-        repeats: Scores of every repeat by example id; empty unless examples were answered several times.
-        sequential: What stopping early saved and cost; None when all examples were evaluated.
-        attribution: What weights and prompts gained, alone and together; None unless the strategy searched both.
         judge_again: Answers gates that `check()` is given.
     """
 
-    task: str
-    strategy: str
+    record: RunRecord
     evaluation: ScoredEvaluation
     baseline: ScoredEvaluation
-    usage: Usage
-    budget: Budget
-    phases: tuple[PhaseRecord, ...]
-    gates: tuple[GateResult, ...]
-    verdict: Verdict
     program: dspy.Module
     lm: MeteredLM
-    artifact: Path | None
-    exhausted: bool = False
-    stopped: str = ""
     from_disk: bool = False
     undecided_fails: bool = False
     checked: bool = False
-    repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
-    sequential: SequentialAnswer | None = None
-    attribution: Attribution | None = None
     judge_again: Callable[[Mapping[str, Any]], tuple[GateResult, ...]] | None = None
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.record.task
+
+    @property
+    def strategy(self) -> str:
+        """How weights and prompts were searched."""
+        return self.record.strategy
+
+    @property
+    def usage(self) -> Usage:
+        """What the optimization spent in this session, without the final evaluation.
+
+        `usage.calls` never exceeds `budget.calls`. A run found on disk spends nothing.
+        """
+        return self.record.search_usage
+
+    @property
+    def budget(self) -> Budget:
+        """Ceiling of the optimization."""
+        return self.record.budget
+
+    @property
+    def phases(self) -> tuple[PhaseRecord, ...]:
+        """What each phase spent and what it did to the validation score; the final evaluation comes after these."""
+        return self.record.phases
+
+    @property
+    def gates(self) -> tuple[GateResult, ...]:
+        """The answers of the marker's gates, or of those `check()` was given."""
+        return self.record.gates
+
+    @property
+    def verdict(self) -> Verdict:
+        """All gates together."""
+        return self.record.verdict
+
+    @property
+    def artifact(self) -> Path | None:
+        """Directory with program, LoRA adapter and manifest."""
+        return Path(self.record.artifact) if self.record.artifact else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the budget ended the search; the program is the best found until then."""
+        return self.record.optimization is not None and self.record.optimization.exhausted
+
+    @property
+    def stopped(self) -> str:
+        """Why the search ended."""
+        return "" if self.record.optimization is None else self.record.optimization.stopped
+
+    @property
+    def repeats(self) -> Mapping[str, Sequence[float | None]]:
+        """Scores of every repeat by example id; empty unless examples were answered several times."""
+        return self.record.repeats
+
+    @property
+    def sequential(self) -> SequentialAnswer | None:
+        """What stopping early saved and cost; None when all examples were evaluated."""
+        return self.record.sequential
+
+    @property
+    def attribution(self) -> Attribution | None:
+        """What weights and prompts gained, alone and together; None unless the strategy searched both."""
+        return self.record.attribution
 
     @property
     def score(self) -> Score:
@@ -196,8 +240,8 @@ class CopaRun:
         __tracebackhide__ = True
         self.checked = True
         if gates and self.judge_again is not None:
-            self.gates = self.judge_again(gates)
-            self.verdict = overall(self.gates)
+            answers = self.judge_again(gates)
+            self.record = replace(self.record, gates=answers, verdict=overall(answers))
             self.undecided_fails = gates.get("undecided_fails", self.undecided_fails)
         if is_failure(self.verdict_so_far, undecided_fails=self.undecided_fails):
             raise AssertionError(self.describe())

@@ -1,6 +1,6 @@
 """One session: from settings to models, optimizations, evaluations, gates and records.
 
-Optimizations are found by content or made once (`optimizations.py`). An evaluation is never stored as such: it always
+Optimizations are found by content or made once (`optimizations`). An evaluation is never stored as such: it always
 runs, and its calls replay from the cache. The test split is given to final evaluations only.
 """
 
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
 from copa_harness.results import PhaseRecord
-from copa_harness.session.evaluation import groups_of, leakage_of, measure, split_of
-from copa_harness.session.gates import ON_SCORES, Memory, canonical, guarded, too_many_errors
+from copa_harness.session.entries import Entry, to_row
+from copa_harness.session.evaluation import groups_of, leakage_of, measure
+from copa_harness.session.gates import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
 from copa_harness.session.plan import plan_run
-from copa_harness.session.recording import Entry, cut_short_record, final_entry, notes_of, record_of, shown_as
+from copa_harness.session.recording import cut_short_entry, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.settings import Settings
 from copa_harness.tasks.task import Task
@@ -39,7 +40,6 @@ class CopaSession:
 
     Attributes:
         settings: As given.
-        entries: One per evaluation in the order they were made, each with the run it belongs to, if any.
 
     Raises:
         ConfigurationError: The cache directory cannot be used.
@@ -50,10 +50,9 @@ class CopaSession:
         self.settings = settings
         self.models = Models(settings)
         self._optimizations = Optimizations(settings.cache_dir, on_progress=on_progress)
-        self.entries: list[Entry] = []
+        self._kept: list[tuple[Entry, CopaRun | None]] = []
         self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
-        self._memory = Memory()
-        self._plans: list[dict[str, Any]] = []
+        self._history = RunHistory()
         self._open = ExitStack()
         self._open.callback(self.models.close)
         if settings.total_budget is not None:
@@ -137,21 +136,23 @@ class CopaSession:
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
         task = _checked(task)
-        with self._told_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
+        with self._kept_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
             measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
-        standing: dict[str, Any] = {}
+        groups, comparison = groups_of(task, split), None
         if strategy == "none" and split == "test":
             fingerprints = fingerprints_of(task, task.program, lm)
-            standing = self._memory.standing(task, lm, fingerprints, groups_of(task))
-            self._memory.remember(task, lm, measured.evaluation, fingerprints)
-        more: dict[str, Any] = {
-            **shown_as(base),
-            "groups": groups_of(task, split) or {},
-            "gates": too_many_errors(measured.evaluation, settings.gates),
-        }
-        record = record_of(measured, test=test, model=base.model, settings=settings, optimized=optimized, **more)
+            comparison = self._history.remember(task, lm, measured.evaluation, fingerprints=fingerprints, groups=groups)
+        record = record_of(
+            measured,
+            test=test,
+            base=base,
+            settings=settings,
+            optimized=optimized,
+            groups=groups or {},
+            gates=too_many_errors(measured.evaluation, settings.gates),
+        )
         notes = notes_of(measured, program or task.program, lm)
-        self.entries.append(Entry(record, failures=measured.failures, notes=notes, standing=standing))
+        self._keep(Entry(test=test, record=record, failures=measured.failures, notes=notes, comparison=comparison))
         return measured.evaluation
 
     def run(
@@ -180,24 +181,22 @@ class CopaSession:
         base = self._metered(lm, settings)
         strategy = canonical(settings.strategy)
         _refuse_what_was_seen(_checked(task), settings.gates)
-        if self._memory.plain(task, base) is None and strategy != "none":
+        if self._history.as_written(task, base) is None and strategy != "none":
             # First of all: a broken metric or model shows here, before anything is spent on searching.
             self.evaluate(task, lm=base, settings=settings, test=test)
-        with self._told_if_cut_short(
+        with self._kept_if_cut_short(
             task, strategy=strategy, base=base, split="test", settings=settings, test=test
         ) as spent:
             optimized = self._optimizations.get(task, lm=base, prompt_lm=prompt_lm, settings=settings)
             if optimized.cut_short:
-                spent += optimized.phases()
-                optimized.told = True
+                spent += optimized.tell_phases()
                 raise BudgetExhausted(
                     f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
                     f"{settings.budget.calls:,.0f} calls of its own"
                 )
-            entry = final_entry(task, optimized, base=base, settings=settings, memory=self._memory, test=test)
-        self.entries.append(entry)
-        assert entry.run is not None
-        return entry.run
+            entry, run = finish_run(task, optimized, base=base, settings=settings, history=self._history, test=test)
+        self._keep(entry, run)
+        return run
 
     def plan(
         self,
@@ -224,20 +223,33 @@ class CopaSession:
         if strategy != "none":
             finished = self._optimizations.finished(_checked(task), lm=base, prompt_lm=prompt_lm, settings=settings)
         key = f"{task_fingerprint(_checked(task))} {base.fingerprint}"
-        lines = plan_run(task, finished, base, strategy=strategy, settings=settings, key=key)
-        self._plans += [line.row(test) for line in lines]
+        for line in plan_run(task, finished, base, strategy=strategy, settings=settings, key=key):
+            self._keep(Entry(test=test, plan=line))
+
+    # -- what is kept for the end
+
+    @property
+    def entries(self) -> list[Entry]:
+        """One per evaluation or planned step in the order they were made, each as its run stands now."""
+        return [
+            entry
+            if run is None
+            else replace(entry, record=run.record, checked=run.checked, undecided_fails=run.undecided_fails)
+            for entry, run in self._kept
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Entries and plans as plain JSON types (see `ending`)."""
-        rows = [entry.row() for entry in self.entries]
-        if rows:
-            rows[0]["notes"] += self.models.served()
-        return [*rows, *self._plans]
+        """The entries as plain JSON types; which models were loaded is told with the first evaluation."""
+        entries = self.entries
+        if entries and entries[0].record is not None:
+            entries[0] = replace(entries[0], notes=(*entries[0].notes, *self.models.served()))
+        return [to_row(entry) for entry in entries]
 
-    # -- steps
+    def _keep(self, entry: Entry, run: CopaRun | None = None) -> None:
+        self._kept.append((entry, run))
 
     @contextmanager
-    def _told_if_cut_short(
+    def _kept_if_cut_short(
         self, task: Task, *, strategy: str, base: MeteredLM, split: str, settings: Settings, test: str
     ) -> Iterator[list[PhaseRecord]]:
         """Records what the session's ceilings end in the block, and lets it end.
@@ -249,18 +261,17 @@ class CopaSession:
         try:
             yield spent
         except BudgetExhausted as error:
-            record = cut_short_record(
+            entry = cut_short_entry(
                 str(error),
                 test=test,
-                task=task.name,
+                task=task,
                 strategy=strategy,
-                model=base.model,
+                base=base,
                 split=split,
-                n_expected=len(split_of(task, split)),
                 settings=settings,
-                phases=tuple(spent),
+                phases=spent,
             )
-            self.entries.append(Entry(record, cut_short=True))
+            self._keep(entry)
             raise
 
 
@@ -279,5 +290,5 @@ def _refuse_what_was_seen(task: Task, gates: Mapping[str, Any]) -> None:
         TaskError: Test examples were seen, and there are such gates.
     """
     if any(gates.get(name) is not None for name in ON_SCORES):
-        for answer in guarded(leakage_of(task)):
+        for answer in leakage_gate(leakage_of(task)):
             raise TaskError(f"task {task.name!r}: {answer.message}")

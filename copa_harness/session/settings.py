@@ -100,8 +100,8 @@ class Settings:
         gates: Gates by name: those of the marker, and the ini file's where it says nothing.
         search: Search options that somebody gave, by name; what is left to `COPA` is not among them.
         n_comparisons: Gates of the session that compare example by example; they share one error rate.
-        n_unannounced: Tests that may ask `check()` for a comparison nobody announced; those share one as well.
-        announced: Comparing gates that are counted in `n_comparisons`, by test id.
+        n_unplanned: Tests that may ask `check()` for a comparison nobody announced; those share one as well.
+        planned: Comparing gates that are counted in `n_comparisons`, by test id.
         one_of_many: Whether other processes run tests of this session too.
         worker: This process's number among those of the session, from 0; None if it is the only one.
         run_id: The same in every process of the session, another in every session.
@@ -244,8 +244,8 @@ class Settings:
     gates: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
     n_comparisons: int = 1
-    n_unannounced: int = 1
-    announced: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    n_unplanned: int = 1
+    planned: Mapping[str, frozenset[str]] = field(default_factory=dict)
     one_of_many: bool = False
     worker: int | None = None
     run_id: str = "run"

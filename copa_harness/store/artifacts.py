@@ -18,12 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from copa_harness.documents import (
+    from_json,
     hash_file,
     is_secret_key,
     mask_secrets,
     pretty_json,
     remove_leftovers,
     temporary_name,
+    to_json,
     to_jsonable,
 )
 from copa_harness.errors import ArtifactError
@@ -56,6 +58,25 @@ class Artifact:
     lora_directory: Path | None
     manifest: dict[str, Any]
     fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactFile:
+    """A file of an artifact, as its manifest has it."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `manifest.json` says: the fingerprint over the content, what was recorded of the making, and every file."""
+
+    fingerprint: str
+    about: dict[str, Any]
+    files: dict[str, ArtifactFile]
+    schema: int = SCHEMA
+    kind: str = KIND
 
 
 def save_artifact(
@@ -93,9 +114,11 @@ def save_artifact(
         (temporary / PROGRAM).write_text(pretty_json(state), encoding="utf-8")
         if lora_directory is not None:
             _copy_weights(Path(lora_directory), temporary / LORA)
-        files = {name: _describe(temporary / name) for name in _file_names(temporary)}
-        document = {"schema": SCHEMA, "kind": KIND, "fingerprint": _fingerprint(files), "about": about, "files": files}
-        (temporary / MANIFEST).write_text(pretty_json(document), encoding="utf-8")
+        paths = {name: temporary / name for name in _file_names(temporary)}
+        files = {name: ArtifactFile(hash_file(path), path.stat().st_size) for name, path in paths.items()}
+        document = to_json(Manifest(_fingerprint(files), about, files))
+        head = {name: document.pop(name) for name in ("schema", "kind")}
+        (temporary / MANIFEST).write_text(pretty_json(head | document), encoding="utf-8")
         _put_in_place(temporary, target)
     finally:
         if temporary.exists():
@@ -114,19 +137,19 @@ def load_artifact(path: Path) -> Artifact:
             to do.
     """
     directory = Path(path).parent if Path(path).name == MANIFEST else Path(path)
-    document = _read_manifest(directory)
-    files: Mapping[str, Mapping[str, Any]] = document["files"]
+    manifest = _read_manifest(directory)
+    files = manifest.files
     for name, expected in files.items():
         file = directory / _safe(name, directory)
         if not file.is_file():
             raise ArtifactError(f"artifact {directory}: {name} is missing. {_AGAIN}")
         got = hash_file(file)
-        if got != expected.get("sha256"):
+        if got != expected.sha256:
             raise ArtifactError(
                 f"artifact {directory}: {name} was changed (sha256 {got[:12]}, the manifest says "
-                f"{str(expected.get('sha256'))[:12]}). {_AGAIN}"
+                f"{expected.sha256[:12]}). {_AGAIN}"
             )
-    if PROGRAM not in files or document["fingerprint"] != _fingerprint(files):
+    if PROGRAM not in files or manifest.fingerprint != _fingerprint(files):
         raise ArtifactError(f"artifact {directory}: {MANIFEST} was changed. {_AGAIN}")
     strangers = sorted(set(_file_names(directory)) - set(files) - {MANIFEST})
     if strangers:
@@ -137,15 +160,15 @@ def load_artifact(path: Path) -> Artifact:
         directory=directory,
         program_state=json.loads((directory / PROGRAM).read_text(encoding="utf-8")),
         lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
-        manifest=dict(document["about"]),
-        fingerprint=document["fingerprint"],
+        manifest=manifest.about,
+        fingerprint=manifest.fingerprint,
     )
 
 
 _AGAIN = "Next: run the suite again to make it anew, or restore the folder from where it was copied."
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -160,12 +183,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"artifact {directory} has schema {document.get('schema')!r}, this version reads {SCHEMA}. Next: load it "
             f"with the copa_harness that wrote it, or run the suite again."
         )
-    if not all(isinstance(document.get(part), kind) for part, kind in _PARTS.items()):
-        raise ArtifactError(f"artifact {directory}: {MANIFEST} is incomplete; expected {', '.join(_PARTS)}. {_AGAIN}")
-    return document
-
-
-_PARTS = {"files": dict, "about": dict, "fingerprint": str}
+    try:
+        return from_json(Manifest, document)
+    except ValueError as error:
+        raise ArtifactError(
+            f"artifact {directory}: {MANIFEST} is incomplete; expected files, about, fingerprint ({error}). {_AGAIN}"
+        ) from error
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
@@ -226,12 +249,8 @@ def _file_names(directory: Path) -> Iterator[str]:
             yield relative.as_posix()
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
-
-
-def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
-    return hash_json({name: entry.get("sha256") for name, entry in files.items()})
+def _fingerprint(files: Mapping[str, ArtifactFile]) -> str:
+    return hash_json({name: file.sha256 for name, file in files.items()})
 
 
 def _safe(name: str, directory: Path) -> str:

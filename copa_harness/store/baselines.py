@@ -3,12 +3,8 @@
     baselines/<task>/<name>.json     one example per line, sorted by id, so that a diff shows which examples changed
 
 Only scores and outcomes by example id are kept, never inputs or answers. Fingerprints say what must agree before scores
-are compared (data, split, metric) and what was judged (program, lm).
-
-What changed between two accepted results: parts, versions, and examples, as data and in words.
-
-A baseline's own file is made for `git diff`; this is the reading of it for `copa baseline show` and `diff`, with the
-paired difference beside the list of examples.
+are compared (data, split, metric) and what was judged (program, lm). The file is made for `git diff`; `diff_baselines`
+reads two of them for `copa baseline diff`, with the paired difference beside the list of examples.
 """
 
 from __future__ import annotations
@@ -20,9 +16,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from copa_harness.documents import mask_secrets, to_jsonable, write_atomic
+from copa_harness.documents import from_json, mask_secrets, to_json, write_atomic
 from copa_harness.errors import ArtifactError
 from copa_harness.judge.differences import COMPARED
 from copa_harness.judge.messages import interval_text
@@ -31,6 +27,23 @@ from copa_harness.results import SCHEMA, EvaluationResult, Interval, Outcome
 from copa_harness.wording import counted, number
 
 KIND = "copa_harness baseline"
+
+_HEAD = (
+    "schema",
+    "kind",
+    "task",
+    "name",
+    "split",
+    "lm",
+    "score",
+    "n",
+    "interval",
+    "commit",
+    "created",
+    "fingerprints",
+    "versions",
+)
+"""What stands above the examples, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,36 +145,25 @@ def save_baseline(directory: Path, baseline: Baseline) -> Path:
     Raises:
         OSError: the folder cannot be written; the older baseline is intact.
     """
-    head: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "task": baseline.task,
-        "name": baseline.name,
-        "split": baseline.split,
-        "lm": baseline.lm,
-        "score": round(baseline.score, 6),
-        "n": len(baseline.scores),
-        "interval": {
-            "low": round(baseline.interval.low, 6),
-            "high": round(baseline.interval.high, 6),
-            "level": baseline.interval.level,
-            "method": baseline.interval.method,
-        },
-        "commit": baseline.commit,
-        "created": baseline.created,
-        "fingerprints": dict(sorted(baseline.fingerprints.items())),
-        "versions": dict(sorted(baseline.versions.items())),
-    }
-    head = mask_secrets(to_jsonable(head))
+    document = to_json(baseline) | {"score": round(baseline.score, 6)}
+    document["interval"] |= {name: round(getattr(baseline.interval, name), 6) for name in ("low", "high")}
+    for name in ("fingerprints", "versions"):
+        document[name] = dict(sorted(document[name].items()))
+    by_example = {name: document.pop(name) for name in ("scores", "repeats", "outcomes")}
+    document = {"schema": SCHEMA, "kind": KIND, "n": len(baseline.scores)} | document
+    head = mask_secrets({name: document[name] for name in _HEAD})
     rows = [
         json.dumps(
             {"id": example_id, "score": score}
-            | ({"repeats": list(baseline.repeats[example_id])} if example_id in baseline.repeats else {})
-            | ({"outcome": baseline.outcomes[example_id]} if example_id in baseline.outcomes else {}),
+            | {
+                key: by_example[name][example_id]
+                for key, name in (("repeats", "repeats"), ("outcome", "outcomes"))
+                if example_id in by_example[name]
+            },
             ensure_ascii=False,
             allow_nan=False,
         )
-        for example_id, score in sorted(baseline.scores.items())
+        for example_id, score in sorted(by_example["scores"].items())
     ]
     text = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False)
     examples = ",\n".join(f"    {row}" for row in rows)
@@ -207,7 +209,7 @@ def read_baseline(path: Path) -> Baseline:
     if not isinstance(document, dict) or document.get("kind") != KIND or document.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} is not a baseline of schema {SCHEMA}. {_MEND}")
     try:
-        return _from_json(document)
+        return _from_document(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"baseline {path} is damaged ({type(error).__name__}: {error}). {_MEND}") from error
 
@@ -237,38 +239,18 @@ def list_baselines(directory: Path, *, task: str | None = None) -> tuple[Baselin
 _MEND = "Next: restore it (git checkout), or accept the present scores with --copa-bless."
 
 
-def _from_json(document: Mapping[str, Any]) -> Baseline:
-    scores: dict[str, float | None] = {}
-    outcomes: dict[str, Outcome] = {}
-    repeats: dict[str, tuple[float | None, ...]] = {}
+def _from_document(document: Mapping[str, Any]) -> Baseline:
+    """The baseline in a file's JSON, whose examples are rows there."""
+    scores: dict[str, Any] = {}
     for row in document["examples"]:
-        score = row["score"]
-        if row["id"] in scores or not (score is None or 0 <= float(score) <= 1):
+        if row["id"] in scores or not (row["score"] is None or 0 <= float(row["score"]) <= 1):
             raise ValueError(f"example {row['id']!r} is repeated or has a score outside 0..1")
-        scores[row["id"]] = None if score is None else float(score)
-        if "repeats" in row:
-            repeats[row["id"]] = tuple(None if several is None else float(several) for several in row["repeats"])
-        if "outcome" in row:
-            if row["outcome"] not in get_args(Outcome):
-                raise ValueError(f"example {row['id']!r} has the unknown outcome {row['outcome']!r}")
-            outcomes[row["id"]] = row["outcome"]
+        scores[row["id"]] = None if row["score"] is None else float(row["score"])
     if len(scores) != document["n"]:
         raise ValueError(f"{len(scores)} examples where {document['n']} are announced")
-    return Baseline(
-        task=document["task"],
-        name=document["name"],
-        split=document["split"],
-        lm=document["lm"],
-        score=float(document["score"]),
-        interval=Interval(**document["interval"]),
-        scores=scores,
-        outcomes=outcomes,
-        fingerprints=dict(document["fingerprints"]),
-        versions=dict(document["versions"]),
-        commit=document["commit"],
-        created=document["created"],
-        repeats=repeats,
-    )
+    outcomes = {row["id"]: row["outcome"] for row in document["examples"] if "outcome" in row}
+    repeats = {row["id"]: row["repeats"] for row in document["examples"] if "repeats" in row}
+    return from_json(Baseline, {**document, "scores": scores, "outcomes": outcomes, "repeats": repeats})
 
 
 def _slug(text: str) -> str:
@@ -319,10 +301,9 @@ class BaselineDiff:
         """Whether the mean scores may be compared: data, split and metric are the same."""
         return not any(part in self.fingerprints for part in COMPARED)
 
-    def to_json(self) -> dict[str, Any]:
+    def as_reported(self) -> dict[str, Any]:
         """The diff as plain JSON types."""
-        document: dict[str, Any] = to_jsonable(self)
-        return document | {"comparable": self.comparable}
+        return to_json(self) | {"comparable": self.comparable}
 
     def text(self, *, n_shown: int = 10) -> str:
         """Lines for a terminal: scores, the paired difference, what else changed, the examples that moved."""
@@ -389,9 +370,7 @@ def diff_baselines(before: Baseline, after: Baseline, *, seed: int = 0) -> Basel
         worse=tuple(row for row in moved if row[2] < row[1]),
         only_before=tuple(sorted(before.scores.keys() - after.scores.keys())),
         only_after=tuple(sorted(after.scores.keys() - before.scores.keys())),
-        difference=paired_difference(pairs.before, pairs.after, ids=pairs.ids, seed=seed)
-        if comparable_examples
-        else None,
+        difference=paired_difference(pairs, seed=seed) if comparable_examples else None,
     )
 
 

@@ -10,14 +10,25 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import canonical_json, find_credential, to_jsonable, write_atomic
+from copa_harness.documents import canonical_json, find_credential, from_json, to_json, to_jsonable, write_atomic
 from copa_harness.results import SCHEMA
 from copa_harness.store.fingerprints import hash_examples, hash_json, hash_source
 
 __all__ = ["StageStore", "hash_examples", "hash_json", "hash_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStage:
+    """What the file of a stage holds."""
+
+    schema: int
+    key: str
+    sha256: str
+    value: dict[str, Any]
 
 
 class StageStore:
@@ -44,14 +55,14 @@ class StageStore:
             return self._ignore(path, f"cannot be read ({error})")
         try:
             document = json.loads(text)
-            stored_key, checksum, value = document["key"], document["sha256"], document["value"]
-        except (ValueError, KeyError, TypeError) as error:
-            return self._ignore(path, f"is not a stage result ({type(error).__name__}: {error})")
-        if document.get("schema") != SCHEMA:
-            return None  # written by another version: not damaged, only of no use
-        if stored_key != key or not isinstance(value, dict) or checksum != _checksum(value):
+            if isinstance(document, dict) and document.get("schema") != SCHEMA:
+                return None  # written by another version: not damaged, only of no use
+            stage = from_json(StoredStage, document)
+        except ValueError as error:
+            return self._ignore(path, f"is not a stage result ({error})")
+        if stage.key != key or stage.sha256 != _checksum(stage.value):
             return self._ignore(path, "does not match its checksum")
-        return value
+        return stage.value
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Keep a result; an earlier one under the same key is replaced.
@@ -72,7 +83,7 @@ class StageStore:
                 stacklevel=2,
             )
             return
-        document = {"schema": SCHEMA, "key": key, "sha256": _checksum(plain), "value": plain}
+        document = to_json(StoredStage(SCHEMA, key, _checksum(plain), plain))
         write_atomic(self.path(key), json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
     def _ignore(self, path: Path, what: str) -> dict[str, Any] | None:

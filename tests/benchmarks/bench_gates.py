@@ -28,11 +28,12 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.exact import bounded_mean_p_value, clustered_bounded_p_value, exact_share_p_value
 from copa_harness.judge.intervals import grouped
 from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.options import Gates
-from copa_harness.judge.paired_tests import Pairs, mcnemar_p_value, permutation_p_value
+from copa_harness.judge.paired_tests import PairedScores, mcnemar_p_value, permutation_p_value
 from copa_harness.judge.power import mcnemar_power
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 from copa_harness.judge.sequential.betting import FRACTIONS
@@ -401,7 +402,7 @@ def check_against_real(rng):
             scores = {key: float(value <= 0) for key, value in zip(ids, d)}  # noqa: B905
 
         after = {key: Before.scores[key] + float(value) for key, value in zip(ids, d, strict=False)}
-        watch = SequentialJudge(ids, Gates(max_regression=0.0), seed=1, baseline=Before())
+        watch = SequentialJudge(ids, Gates(max_regression=0.0), run=JudgedRun(None, baseline=Before()), seed=1)
         for block in watch.blocks(size=1):
             watch.add({key: after[key] for key in block})
         order = [key for unit in watch.units for key in unit]
@@ -413,7 +414,7 @@ def check_against_real(rng):
                 looked.add(np.array([sign * value]))
             stops.append(looked.rejected_at[0])
         assert watch.n_used == min(*stops, 120), (watch.n_used, stops)
-        pairs = Pairs(ids, tuple(Before.scores[key] for key in ids), tuple(after[key] for key in ids))
+        pairs = PairedScores(ids, tuple(Before.scores[key] for key in ids), tuple(after[key] for key in ids))
         fails = noninferiority(pairs, margin=0.0).verdict is Verdict.FAIL
         assert fails == (mcnemar_p_values(d[None])[0] <= ALPHA)
 

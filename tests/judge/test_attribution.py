@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from copa_harness.judge.attribution import attribute_gains
-from copa_harness.judge.paired_tests import paired_difference
+from copa_harness.judge.paired_tests import PairedScores, paired_difference
 
 IDS = [f"e{i:03}" for i in range(60)]
 
@@ -37,7 +37,7 @@ def test_the_interaction_is_what_both_gain_beyond_the_sum():
 
 def test_every_gain_is_the_paired_difference_of_its_cells():
     cells = random_cells(1)
-    expected = paired_difference(list(cells[0].values()), list(cells[3].values()), ids=IDS)
+    expected = paired_difference(PairedScores(IDS, list(cells[0].values()), list(cells[3].values())))
     assert answer(cells).both == expected
 
 
@@ -105,6 +105,6 @@ def test_groups_widen_what_is_known():
 
 
 def test_the_numbers_survive_as_json():
-    document = answer(random_cells()).to_json()
+    document = answer(random_cells()).numbers()
     assert set(document["cells"]) == {"base_plain", "base_optimized", "tuned_plain", "tuned_optimized"}
     assert document["effects"]["interaction"]["low"] <= document["effects"]["interaction"]["difference"]

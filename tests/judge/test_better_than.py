@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.multiple import holm_over_suite
@@ -21,7 +22,7 @@ def against(before, after, *, gates=None, **more):
     rows = tuple(ExampleResult(f"e{i:03}", float(s)) for i, s in enumerate(after))
     evaluation = EvaluationResult("test", "lm", rows, mean_interval([float(s) for s in after]))
     rival = None if before is None else Rival({f"e{i:03}": float(s) for i, s in enumerate(before)})
-    answers = judge(evaluation, gates or Gates(better_than="none"), rival=rival, **more)
+    answers = judge(JudgedRun(evaluation, opponent=rival, **more), gates or Gates(better_than="none"))
     (found,) = [answer for answer in answers if answer.gate.startswith("better_than")]
     return found
 
@@ -62,7 +63,7 @@ def test_a_rival_of_another_metric_is_not_comparable():
     rows = (ExampleResult("a", 1.0),)
     evaluation = EvaluationResult("test", "lm", rows, mean_interval([1]))
     rival = Rival({"a": 0.0}, {"metric": "a" * 64})
-    answers = judge(evaluation, Gates(better_than="p"), rival=rival, fingerprints={"metric": "b" * 64})
+    answers = judge(JudgedRun(evaluation, fingerprints={"metric": "b" * 64}, opponent=rival), Gates(better_than="p"))
     assert answers[-1].verdict is Verdict.NOT_COMPARABLE
     assert "run p again" in answers[-1].message
 

@@ -4,7 +4,7 @@ from scipy import stats
 
 from copa_harness.judge.comparison import compare_strategies
 from copa_harness.judge.multiple import holm_adjusted
-from copa_harness.judge.paired_tests import paired_difference
+from copa_harness.judge.paired_tests import PairedScores, paired_difference
 
 
 def scores(seed, share, n=60):
@@ -26,7 +26,7 @@ def test_differences_on_one_task_are_the_paired_ones_corrected_by_holm():
     found = compare_strategies(table, reference="none")
     before = list(table["none"]["iris"].values())
     plain = [
-        paired_difference(before, list(table[name]["iris"].values()), ids=list(table[name]["iris"]))
+        paired_difference(PairedScores(list(table[name]["iris"]), before, list(table[name]["iris"].values())))
         for name in ("p", "joint")
     ]
     assert row(found, "joint").difference == plain[1].difference

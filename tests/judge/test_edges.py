@@ -7,11 +7,12 @@ import pytest
 
 from copa_harness.judge.attribution import attribute_gains
 from copa_harness.judge.comparison import compare_strategies
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.flaky import repeated_mean
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
-from copa_harness.judge.paired_tests import paired_difference
+from copa_harness.judge.paired_tests import PairedScores, paired_difference
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 
@@ -33,7 +34,9 @@ def evaluation(scores):
 
 def regression(before, after, *, margin=0.05, groups=None, rule=None):
     gates = rule or Gates(max_regression=margin, max_error_rate=1.0)
-    answers = judge(evaluation(after), gates, baseline=Accepted(before), rival=Accepted(before), groups=groups)
+    answers = judge(
+        JudgedRun(evaluation(after), baseline=Accepted(before), groups=groups, opponent=Accepted(before)), gates
+    )
     return answers[1]
 
 
@@ -67,8 +70,8 @@ def test_many_equal_scores_on_both_sides_rule_out_a_drop_without_claiming_certai
 def test_a_score_that_is_no_number_is_refused_where_it_comes_in():
     for call in (
         lambda: mean_interval([0.5, math.nan]),
-        lambda: paired_difference([0.5], [math.nan], ids=["a"]),
-        lambda: paired_difference([math.inf], [0.5], ids=["a"]),
+        lambda: paired_difference(PairedScores(["a"], [0.5], [math.nan])),
+        lambda: paired_difference(PairedScores(["a"], [math.inf], [0.5])),
     ):
         with pytest.raises(ValueError, match=r"expected finite numbers in 0\.\.1"):
             call()
@@ -95,7 +98,7 @@ def test_a_single_group_is_one_observation_however_many_examples_it_has():
             rule=Gates(better_than="before", max_error_rate=1.0),
         )
         assert gain.verdict is Verdict.UNDECIDED
-    found = paired_difference([1.0] * 200, [0.0] * 200, ids=ids, groups=one)
+    found = paired_difference(PairedScores(ids, [1.0] * 200, [0.0] * 200, one))
     assert (found.p_value, found.n_groups) == (1.0, 1)
     assert found.interval.high - found.interval.low > 0.5
 
@@ -103,7 +106,9 @@ def test_a_single_group_is_one_observation_however_many_examples_it_has():
 @pytest.mark.parametrize("n", [1, 2])
 def test_early_stops_of_one_or_two_examples_use_them_all_and_say_nothing_untrue(n):
     ids = tuple(f"e{i}" for i in range(n))
-    watch = SequentialJudge(ids, Gates(max_regression=0.05), seed=0, baseline=Accepted(dict.fromkeys(ids, 1.0)))
+    watch = SequentialJudge(
+        ids, Gates(max_regression=0.05), run=JudgedRun(None, baseline=Accepted(dict.fromkeys(ids, 1.0))), seed=0
+    )
     for block in watch.blocks(size=16):
         watch.add(dict.fromkeys(block, 1.0))
     answer = watch.finish(evaluation(dict.fromkeys(ids, 1.0)))
@@ -115,7 +120,10 @@ def test_a_single_group_in_sequential_mode_is_seen_whole_and_stays_undecided():
     ids = tuple(f"e{i:02}" for i in range(30))
     groups = dict.fromkeys(ids, "all")
     watch = SequentialJudge(
-        ids, Gates(max_regression=0.05), seed=0, baseline=Accepted(dict.fromkeys(ids, 1.0)), groups=groups
+        ids,
+        Gates(max_regression=0.05),
+        run=JudgedRun(None, baseline=Accepted(dict.fromkeys(ids, 1.0)), groups=groups),
+        seed=0,
     )
     for block in watch.blocks(size=4):
         assert len(block) == 30

@@ -1,5 +1,6 @@
 import pytest
 
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval, wilson_interval
@@ -44,7 +45,7 @@ def test_the_gate_holds_the_share_that_passes_every_repeat():
 def test_one_repeat_cannot_show_stability():
     rows = (ExampleResult("a", 1.0),)
     evaluation = EvaluationResult("test", "lm", rows, mean_interval([1]))
-    (answer,) = [g for g in judge(evaluation, Gates(min_pass_all=0.5)) if g.gate.startswith("min_pass_all")]
+    (answer,) = [g for g in judge(JudgedRun(evaluation), Gates(min_pass_all=0.5)) if g.gate.startswith("min_pass_all")]
     assert answer.verdict is Verdict.UNDECIDED
     assert "--copa-repeat" in answer.message
 

@@ -6,6 +6,7 @@ import pytest
 
 from copa_harness.documents import to_jsonable
 from copa_harness.errors import ConfigurationError
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import is_failure, judge, overall
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
@@ -32,95 +33,100 @@ def only(results, gate):
 
 
 def test_a_score_on_the_threshold_passes():
-    assert only(judge(evaluation([1] * 17 + [0] * 3), Gates(min_score=0.85)), "min_score").verdict is Verdict.PASS
+    assert (
+        only(judge(JudgedRun(evaluation([1] * 17 + [0] * 3)), Gates(min_score=0.85)), "min_score").verdict
+        is Verdict.PASS
+    )
 
 
 def test_a_sum_of_rounded_numbers_on_the_threshold_passes():
-    assert only(judge(evaluation([0.1] * 10), Gates(min_score=0.1)), "min_score").verdict is Verdict.PASS
+    assert only(judge(JudgedRun(evaluation([0.1] * 10)), Gates(min_score=0.1)), "min_score").verdict is Verdict.PASS
 
 
 def test_a_miss_says_got_expected_n_interval_and_that_it_may_be_noise():
-    result = only(judge(evaluation([1] * 16 + [0] * 4), Gates(min_score=0.85)), "min_score")
+    result = only(judge(JudgedRun(evaluation([1] * 16 + [0] * 4)), Gates(min_score=0.85)), "min_score")
     assert result.verdict is Verdict.FAIL
     for words in ("got 0.800", "at least 0.85", "20 test examples", "95 % interval", "Within noise", "would settle it"):
         assert words in result.message
 
 
 def test_a_clear_miss_says_that_it_is_not_noise_and_what_to_do():
-    result = only(judge(evaluation([1] * 20 + [0] * 55), Gates(min_score=0.85)), "min_score")
+    result = only(judge(JudgedRun(evaluation([1] * 20 + [0] * 55)), Gates(min_score=0.85)), "min_score")
     assert "Not noise" in result.message
     assert "Next:" in result.message
 
 
 def test_a_narrow_pass_says_that_other_examples_may_fall_short():
-    result = only(judge(evaluation([1] * 18 + [0] * 2), Gates(min_score=0.85)), "min_score")
+    result = only(judge(JudgedRun(evaluation([1] * 18 + [0] * 2)), Gates(min_score=0.85)), "min_score")
     assert result.verdict is Verdict.PASS
     assert "may fall short" in result.message
 
 
 def test_any_failure_is_an_error_unless_a_share_is_allowed():
     run = evaluation([1] * 72, failed=3)
-    strict = only(judge(run, Gates()), "max_error_rate")
+    strict = only(judge(JudgedRun(run), Gates()), "max_error_rate")
     assert strict.verdict is Verdict.ERROR
     assert "3 of 75" in strict.message
     assert "connection refused" in strict.message
-    assert only(judge(run, Gates(max_error_rate=0.04)), "max_error_rate").verdict is Verdict.PASS
+    assert only(judge(JudgedRun(run), Gates(max_error_rate=0.04)), "max_error_rate").verdict is Verdict.PASS
 
 
 def test_a_broken_metric_is_told_from_a_silent_provider():
-    result = only(judge(evaluation([1], failed=2, outcome="metric_error"), Gates()), "max_error_rate")
+    result = only(judge(JudgedRun(evaluation([1], failed=2, outcome="metric_error")), Gates()), "max_error_rate")
     assert "2 broke the metric" in result.message
 
 
 def test_unparsed_answers_are_wrong_not_failed():
     rows = (ExampleResult("a", 0.0, "unparsed"), ExampleResult("b", 1.0))
     run = EvaluationResult("test", "lm", rows, mean_interval([0, 1]))
-    assert overall(judge(run, Gates())) is Verdict.PASS
+    assert overall(judge(JudgedRun(run), Gates())) is Verdict.PASS
 
 
 def test_an_empty_split_is_an_error():
-    assert overall(judge(evaluation([]), Gates(min_score=0.5))) is Verdict.ERROR
+    assert overall(judge(JudgedRun(evaluation([])), Gates(min_score=0.5))) is Verdict.ERROR
 
 
 def test_a_run_without_any_score_is_an_error_not_a_zero():
-    results = judge(evaluation([], failed=4), Gates(min_score=0.5))
+    results = judge(JudgedRun(evaluation([], failed=4)), Gates(min_score=0.5))
     assert overall(results) is Verdict.ERROR
     assert only(results, "min_score").verdict is Verdict.UNDECIDED
 
 
 @pytest.mark.parametrize(("run", "expected"), [(None, 75), (evaluation([1] * 10), 75)])
 def test_a_truncated_evaluation_is_undecided_and_never_a_score(run, expected):
-    results = judge(run, Gates(min_score=0.9, max_regression=0.05), n_expected=expected)
+    results = judge(JudgedRun(run, n_expected=expected), Gates(min_score=0.9, max_regression=0.05))
     assert overall(results) is Verdict.UNDECIDED
     assert not [result for result in results if result.gate.startswith("min_score")]
     assert "budget exhausted" in results[0].message
 
 
 def test_failures_in_a_truncated_evaluation_are_still_errors():
-    assert overall(judge(evaluation([1], failed=1), Gates(), n_expected=75)) is Verdict.ERROR
+    assert overall(judge(JudgedRun(evaluation([1], failed=1), n_expected=75), Gates())) is Verdict.ERROR
 
 
 def test_calls_are_held_to_their_ceiling():
-    assert only(judge(evaluation([1]), Gates(max_calls=400), calls=400), "max_calls").verdict is Verdict.PASS
-    over = only(judge(evaluation([1]), Gates(max_calls=400), calls=412), "max_calls")
+    assert only(judge(JudgedRun(evaluation([1]), calls=400), Gates(max_calls=400)), "max_calls").verdict is Verdict.PASS
+    over = only(judge(JudgedRun(evaluation([1]), calls=412), Gates(max_calls=400)), "max_calls")
     assert over.verdict is Verdict.FAIL
     assert "12 too many" in over.message
 
 
 def test_a_ceiling_without_a_count_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="max_calls without calls"):
-        judge(evaluation([1]), Gates(max_calls=400))
+        judge(JudgedRun(evaluation([1])), Gates(max_calls=400))
 
 
 def test_without_a_baseline_regression_is_undecided_and_says_how_to_bless():
-    result = only(judge(evaluation([1] * 5), Gates(max_regression=0.05)), "max_regression")
+    result = only(judge(JudgedRun(evaluation([1] * 5)), Gates(max_regression=0.05)), "max_regression")
     assert result.verdict is Verdict.UNDECIDED
     assert "--copa-bless" in result.message
 
 
 def run_against(before, after, *, margin=0.05, theirs=None, ours=None):
     accepted = Accepted({f"e{i:03}": float(s) for i, s in enumerate(before)}, theirs or {})
-    results = judge(evaluation(after), Gates(max_regression=margin), baseline=accepted, fingerprints=ours or {})
+    results = judge(
+        JudgedRun(evaluation(after), baseline=accepted, fingerprints=ours or {}), Gates(max_regression=margin)
+    )
     return only(results, "max_regression")
 
 
@@ -169,7 +175,7 @@ def test_changed_data_split_or_metric_are_not_comparable_and_named(part):
 
 def test_runs_without_a_common_example_are_not_comparable():
     accepted = Accepted({"z1": 1.0})
-    result = only(judge(evaluation([1]), Gates(max_regression=0.1), baseline=accepted), "max_regression")
+    result = only(judge(JudgedRun(evaluation([1]), baseline=accepted), Gates(max_regression=0.1)), "max_regression")
     assert result.verdict is Verdict.NOT_COMPARABLE
 
 
@@ -210,13 +216,13 @@ def test_undecided_fails_only_when_asked(verdict, lenient, strict):
     ("wrong", "words"),
     [
         ({"min_score": 85}, "write 0.85 for 85 %"),
-        ({"min_score": -0.1}, "a number from 0 to 1"),
-        ({"min_score": math.nan}, "a number from 0 to 1"),
+        ({"min_score": -0.1}, "between 0 and 1"),
+        ({"min_score": math.nan}, "between 0 and 1"),
         ({"min_score": "high"}, "such as 0.85"),
         ({"max_regression": True}, "such as 0.05"),
         ({"max_calls": -1}, "such as 400"),
         ({"max_error_rate": None}, "such as 0.02"),
-        ({"alpha": 0.9}, "a number from 0 to 0.5"),
+        ({"alpha": 0.9}, "between 0 and 0.5"),
     ],
 )
 def test_gates_refuse_values_that_mean_nothing(wrong, words):
@@ -229,14 +235,16 @@ def test_every_detail_is_plain_json():
     for result in (
         run_against([1] * 75, [0] * 20 + [1] * 55),
         run_against([1], [0]),
-        *judge(evaluation([0.5] * 9, failed=1), Gates(min_score=0.9, max_calls=3), calls=4),
+        *judge(JudgedRun(evaluation([0.5] * 9, failed=1), calls=4), Gates(min_score=0.9, max_calls=3)),
     ):
         assert json.loads(json.dumps(to_jsonable(result.details, fallback=None), allow_nan=False)) is not None
 
 
 def test_changed_data_are_told_with_how_many_examples_are_left_to_compare():
     accepted = Accepted({f"e{i:03}": 1.0 for i in range(2, 12)}, {"data": "a" * 20})
-    answers = judge(evaluation([1] * 8), Gates(max_regression=0.05), baseline=accepted, fingerprints={"data": "b" * 20})
+    answers = judge(
+        JudgedRun(evaluation([1] * 8), baseline=accepted, fingerprints={"data": "b" * 20}), Gates(max_regression=0.05)
+    )
     gate = only(answers, "max_regression")
     assert gate.verdict is Verdict.NOT_COMPARABLE
     assert "10 examples then, 8 now, 6 in common." in gate.message

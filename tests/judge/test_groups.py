@@ -1,13 +1,15 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.exact import clustered_bounded_p_value, clustered_row_variance
 from copa_harness.judge.intervals import clustered_mean_interval, group_labels, grouped, mean_interval
 from copa_harness.judge.noninferiority import noninferiority
-from copa_harness.judge.paired_tests import Pairs, clustered_difference_interval, paired_difference
+from copa_harness.judge.paired_tests import PairedScores, clustered_difference_interval, paired_difference
 from copa_harness.results import Verdict
 
 
@@ -101,10 +103,12 @@ def test_whole_groups_that_move_alarm_in_at_most_five_percent_of_runs():
         moved = rng.random(100) < 0.4
         before = np.where(moved & (sign < 0), 1.0, 0.0)
         after = np.where(moved & (sign > 0), 1.0, 0.0)
-        pairs = Pairs(ids, tuple(before), tuple(after))
-        result = paired_difference(pairs.before, pairs.after, ids=ids, groups=groups, seed=seed)
+        pairs = PairedScores(ids, tuple(before), tuple(after))
+        result = paired_difference(PairedScores(ids, pairs.before, pairs.after, groups), seed=seed)
         clustered += result.p_value <= 0.1 and result.difference < 0
-        ignored += paired_difference(pairs.before, pairs.after, ids=ids).p_value <= 0.1 and result.difference < 0
+        ignored += (
+            paired_difference(PairedScores(ids, pairs.before, pairs.after)).p_value <= 0.1 and result.difference < 0
+        )
     assert clustered / runs <= 0.05 + 2.4 * math.sqrt(0.05 * 0.95 / runs)
     assert ignored / runs > 0.15
 
@@ -118,8 +122,8 @@ def test_the_bounded_test_treats_groups_as_rows():
 
 def test_a_regression_over_groups_says_how_many_there_were():
     ids = names(60)
-    pairs = Pairs(ids, (1.0,) * 60, (0.0,) * 40 + (1.0,) * 20)
-    answer = noninferiority(pairs, margin=0.02, groups=clusters(60, 4))
+    pairs = PairedScores(ids, (1.0,) * 60, (0.0,) * 40 + (1.0,) * 20, clusters(60, 4))
+    answer = noninferiority(pairs, margin=0.02)
     assert answer.paired.n_groups == 15
     assert answer.paired.method == "paired permutation of groups"
     assert answer.verdict is Verdict.FAIL
@@ -127,9 +131,9 @@ def test_a_regression_over_groups_says_how_many_there_were():
 
 def test_few_groups_leave_open_what_as_many_examples_would_decide():
     ids = names(60)
-    pairs = Pairs(ids, (1.0,) * 60, (0.0,) * 15 + (1.0,) * 45)
+    pairs = PairedScores(ids, (1.0,) * 60, (0.0,) * 15 + (1.0,) * 45)
     assert noninferiority(pairs, margin=0.02).verdict is Verdict.FAIL
-    assert noninferiority(pairs, margin=0.02, groups=clusters(60, 15)).verdict is Verdict.UNDECIDED
+    assert noninferiority(replace(pairs, groups=clusters(60, 15)), margin=0.02).verdict is Verdict.UNDECIDED
 
 
 def test_a_threshold_gate_shows_the_interval_of_the_groups():
@@ -141,6 +145,7 @@ def test_a_threshold_gate_shows_the_interval_of_the_groups():
     rows = tuple(ExampleResult(key, score) for key, score in zip(names(60), scores, strict=True))
     evaluation = EvaluationResult("test", "lm", rows, mean_interval(scores))
     alone, grouped_gate = (
-        judge(evaluation, Gates(min_score=0.5), groups=groups)[1].details for groups in (None, clusters(60, 10))
+        judge(JudgedRun(evaluation, groups=groups), Gates(min_score=0.5))[1].details
+        for groups in (None, clusters(60, 10))
     )
     assert grouped_gate["low"] < alone["low"] - 0.1

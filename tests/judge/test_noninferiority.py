@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copa_harness.judge.noninferiority import noninferiority, rows_to_decide, smallest_visible_drop
-from copa_harness.judge.paired_tests import Pairs, mcnemar_p_value
+from copa_harness.judge.paired_tests import PairedScores, mcnemar_p_value
 from copa_harness.results import Verdict
 
 
 def pairs_of(gained, lost, same):
     before = [0.0] * gained + [1.0] * lost + [1.0] * same
     after = [1.0] * gained + [0.0] * lost + [1.0] * same
-    return Pairs(tuple(f"e{i:05}" for i in range(len(before))), tuple(before), tuple(after))
+    return PairedScores(tuple(f"e{i:05}" for i in range(len(before))), tuple(before), tuple(after))
 
 
 def graded(before, after):
-    return Pairs(tuple(f"e{i:05}" for i in range(len(before))), tuple(before), tuple(after))
+    return PairedScores(tuple(f"e{i:05}" for i in range(len(before))), tuple(before), tuple(after))
 
 
 # Examples needed for 80 % power (exact McNemar), measured: the table of the design notes.
@@ -183,4 +183,4 @@ def test_a_margin_that_is_no_drop_is_refused(margin):
 
 def test_nothing_in_common_is_refused():
     with pytest.raises(ValueError, match="no examples in common"):
-        noninferiority(Pairs((), (), ()), margin=0.05)
+        noninferiority(PairedScores((), (), ()), margin=0.05)

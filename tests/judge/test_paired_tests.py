@@ -9,11 +9,13 @@ from scipy import stats
 
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.paired_tests import (
+    PairedScores,
     mcnemar_p_value,
     pair_up,
     paired_difference,
     permutation_p_value,
     scores_by_id,
+    sign_flip_sums,
     tango_bounds,
     tango_statistic,
 )
@@ -26,7 +28,7 @@ graded_pairs = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1,
 
 def compare(pairs, **more):
     ids = [f"e{i:04}" for i in range(len(pairs))]
-    return paired_difference([b for b, _ in pairs], [a for _, a in pairs], ids=ids, **more)
+    return paired_difference(PairedScores(ids, [b for b, _ in pairs], [a for _, a in pairs]), **more)
 
 
 @given(
@@ -128,9 +130,9 @@ def test_the_order_of_examples_does_not_matter(pairs, seed):
     ids = [f"e{i:04}" for i in range(len(pairs))]
     order = list(range(len(pairs)))
     seed.shuffle(order)
-    straight = paired_difference([b for b, _ in pairs], [a for _, a in pairs], ids=ids)
+    straight = paired_difference(PairedScores(ids, [b for b, _ in pairs], [a for _, a in pairs]))
     shuffled = paired_difference(
-        [pairs[i][0] for i in order], [pairs[i][1] for i in order], ids=[ids[i] for i in order]
+        PairedScores([ids[i] for i in order], [pairs[i][0] for i in order], [pairs[i][1] for i in order])
     )
     assert straight == shuffled
 
@@ -144,6 +146,31 @@ def test_the_statistic_at_the_ends_of_tangos_interval_is_the_normal_quantile(gai
     for bound, sign in ((low, 1), (high, -1)):
         if -1 < bound < 1 and abs(bound) > 1e-6:
             assert tango_statistic(gained, lost, n, difference=bound) == pytest.approx(sign * 1.959964, abs=1e-3)
+
+
+@given(gained=st.integers(0, 20), lost=st.integers(0, 20), same=st.integers(0, 40), difference=st.floats(-0.9, 0.9))
+def test_tangos_statistic_is_the_difference_over_its_standard_error_under_the_null(gained, lost, same, difference):
+    n = gained + lost + same
+    if not n:
+        return
+    a, c = 2 * n, -lost * difference * (1 - difference)
+    b = -gained - lost + (2 * n - gained + lost) * difference
+    share_lost = (math.sqrt(max(b * b - 4 * a * c, 0)) - b) / (2 * a)
+    variance = n * (2 * share_lost + difference * (1 - difference))
+    shown = gained - lost - n * difference
+    got = tango_statistic(np.array([gained, gained]), np.array([lost, lost]), n, difference=difference)
+    assert got[0] == got[1]
+    if variance > 1e-9:
+        assert got[0] == pytest.approx(shown / math.sqrt(variance), rel=1e-9, abs=1e-9)
+
+
+def test_signs_of_several_columns_are_exchanged_together():
+    differences = np.array([[0.5, 1.0], [-0.25, 0.0], [1.0, -1.0]])
+    sums = sign_flip_sums(differences)
+    expected = [np.asarray(signs) @ differences for signs in itertools.product([-1, 1], repeat=3)]
+    assert sums.shape == (8, 2)
+    assert sorted(map(tuple, sums)) == sorted(map(tuple, expected))
+    assert sorted(sign_flip_sums(differences[:, 0])) == sorted(sums[:, 0])
 
 
 def test_tangos_interval_without_any_change_has_the_closed_form():
@@ -174,18 +201,18 @@ def test_the_same_graded_change_everywhere_is_certain_enough():
 
 
 def test_no_pairs_give_nan_and_the_widest_interval():
-    result = paired_difference([], [], ids=[])
+    result = paired_difference(PairedScores([], [], []))
     assert math.isnan(result.difference)
     assert (result.interval.low, result.interval.high, result.n) == (-1.0, 1.0, 0)
 
 
 def test_repeated_ids_and_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="repeated example ids"):
-        paired_difference([0, 1], [0, 1], ids=["a", "a"])
+        paired_difference(PairedScores(["a", "a"], [0, 1], [0, 1]))
     with pytest.raises(ValueError, match="equal lengths"):
-        paired_difference([0, 1], [0], ids=["a", "b"])
+        paired_difference(PairedScores(["a", "b"], [0, 1], [0]))
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        paired_difference([0.0], [1.5], ids=["a"])
+        paired_difference(PairedScores(["a"], [0.0], [1.5]))
 
 
 def test_pairing_leaves_out_what_has_no_score_and_counts_what_has_no_partner():

@@ -8,12 +8,12 @@ import pytest
 
 from copa_harness.judge.flaky import example_means
 from copa_harness.judge.noninferiority import noninferiority
-from copa_harness.judge.paired_tests import Pairs, pair_up, paired_difference, permutation_p_value
+from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, permutation_p_value
 from copa_harness.results import Verdict
 
 
-def pairs_of(before, after) -> Pairs:
-    """Pairs of two arrays examples x repeats of scores, as the gates get them."""
+def pairs_of(before, after) -> PairedScores:
+    """PairedScores of two arrays examples x repeats of scores, as the gates get them."""
     named = [{f"e{i:03}": tuple(map(float, row)) for i, row in enumerate(run)} for run in (before, after)]
     return pair_up(example_means(named[0]), example_means(named[1]))
 
@@ -23,7 +23,7 @@ def test_the_p_value_is_that_of_swapping_all_answers_of_an_example_at_once(seed)
     rng = np.random.default_rng(seed)
     before, after = (rng.random((6, 3)) < 0.5, rng.random((6, 3)) < 0.8)
     pairs = pairs_of(before, after)
-    found = paired_difference(pairs.before, pairs.after, ids=pairs.ids)
+    found = paired_difference(PairedScores(pairs.ids, pairs.before, pairs.after))
     # By brute force: every example may have had its two columns of answers exchanged, 2^6 ways.
     means = []
     for swap in itertools.product((False, True), repeat=6):

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copa_harness import COPA
+from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.context import observing
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.options import LIMITS
-from copa_harness.optimize.result import OptimizationResult
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import AnswerCost
+from copa_harness.results import OptimizationResult
 
 
 def test_every_limit_has_a_name_that_is_checked_before_anything_is_loaded():
@@ -119,7 +120,7 @@ def test_the_cheapest_within_so_many_points_is_returned_with_the_front(toy):
     assert returned["score"] == result.score_after
     scores = [entry["score"] for entry in result.front]
     assert scores == sorted(scores)
-    again = OptimizationResult.from_json(json.loads(json.dumps(result.to_json())))
+    again = from_json(OptimizationResult, json.loads(json.dumps(to_json(result))))
     assert again.front == result.front
 
 

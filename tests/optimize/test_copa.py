@@ -5,13 +5,15 @@ import json
 import dspy
 import pytest
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ConfigurationError, MetricError, ProviderError, TaskError, TrainingError
 from copa_harness.evaluate import evaluate
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize import COPA, OptimizationResult, apply_state, to_state
+from copa_harness.optimize import COPA, apply_state, to_state
+from copa_harness.results import OptimizationResult
 
 
 def optimized(toy, strategy="p", *, lm=None, program=None, valset="val", **settings):
@@ -330,8 +332,8 @@ def test_the_prompt_lms_instructions_are_tried(toy):
 def test_a_finished_optimization_is_restored_without_a_call(toy):
     lm = tunable(toy)
     program = optimized(toy, "w -> p", lm=lm)
-    stored = json.loads(json.dumps(program.copa_result.to_json()))
-    result = OptimizationResult.from_json(stored)
+    stored = json.loads(json.dumps(to_json(program.copa_result)))
+    result = from_json(OptimizationResult, stored)
     assert result == program.copa_result
     fresh = tunable(toy)
     restored = apply_state(toy.program(), result.state, lm=fresh)

@@ -2,9 +2,10 @@
 
 import dspy
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.copa import COPA
-from copa_harness.optimize.result import OptimizationResult
+from copa_harness.results import OptimizationResult
 
 
 def optimized(toy, **more):
@@ -27,7 +28,7 @@ def test_the_result_says_what_was_learned_and_who_earned_it_and_keeps_it_as_json
     assert all(row["low"] <= row["gain"] <= row["high"] for row in result.learned)
     assert {row["part"] for row in result.credit["parts"]} <= {"weights", "instruction", "demonstrations"}
     assert result.credit["total"]["gain"] > 0
-    again = OptimizationResult.from_json(result.to_json())
+    again = from_json(OptimizationResult, to_json(result))
     assert again.credit == result.credit
     assert again.learned == result.learned
     assert again.trials == result.trials
@@ -35,10 +36,10 @@ def test_the_result_says_what_was_learned_and_who_earned_it_and_keeps_it_as_json
 
 
 def test_a_record_of_before_is_still_read(toy):
-    record = optimized(toy).copa_result.to_json()
+    record = to_json(optimized(toy).copa_result)
     for name in ("credit", "learned", "trials"):
         del record[name]
-    assert OptimizationResult.from_json(record).trials == ()
+    assert from_json(OptimizationResult, record).trials == ()
 
 
 class TwoSteps(dspy.Module):

@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.judge.attribution import attribute_gains
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
 from copa_harness.judge.sequential.stopping import SequentialJudge
@@ -32,7 +34,7 @@ def attributed():
 
 def test_the_attribution_shows_four_systems_six_effects_and_the_sentence():
     answer = attributed()
-    text = attribution_table([record("p -> w", attribution=answer.to_json())])
+    text = attribution_table([record("p -> w", attribution=answer)])
     for words in ("base, plain prompts", "tuned, optimized", "prompts alone", "both together", "beyond their sum"):
         assert words in text
     assert f"{answer.both.difference:+.3f}" in text
@@ -86,7 +88,7 @@ def test_stable_repeats_are_one_line():
 
 
 def early_record():
-    watch = SequentialJudge(tuple(IDS), Gates(min_score=0.5), seed=0)
+    watch = SequentialJudge(tuple(IDS), Gates(min_score=0.5), run=JudgedRun(None), seed=0)
     for block in watch.blocks(size=4):
         watch.add(dict.fromkeys(block, 1.0))
     rows = tuple(ExampleResult(key, 1.0) for unit in watch.units for key in unit)[: watch.n_used]
@@ -101,7 +103,7 @@ def early_record():
         lm="lm",
         split="test",
         gates=answer.gates,
-        sequential=answer.to_json(),
+        sequential=answer,
     )
 
 
@@ -116,10 +118,9 @@ def test_rows_and_dollars_saved_are_shown_with_a_total():
 
 def test_findings_survive_the_trip_through_json():
     _, run = early_record()
-    full = record("p -> w", attribution=attributed().to_json(), repeats={"a": (1.0, None), "b": (1.0, 0.0)})
+    full = record("p -> w", attribution=attributed(), repeats={"a": (1.0, None), "b": (1.0, 0.0)})
     for one in (run, full):
-        again = RunRecord.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)))
-        assert again.to_json() == one.to_json()
+        assert from_json(RunRecord, json.loads(json.dumps(to_json(one), allow_nan=False))) == one
 
 
 @pytest.mark.parametrize("style", ["terminal", "markdown"])
@@ -127,7 +128,7 @@ def test_every_finding_is_among_all_tables(style):
     _, run = early_record()
     runs = [
         run,
-        record("p -> w", attribution=attributed().to_json(), repeats={"a": (1.0, 0.0)}),
+        record("p -> w", attribution=attributed(), repeats={"a": (1.0, 0.0)}),
         record("miprov2", 0.7, seed=4),
     ]
     titles = [title for title, _ in all_tables(runs, style=style)]
@@ -146,7 +147,7 @@ def test_the_markdown_report_has_them_too():
 
 
 def test_long_explanations_are_wrapped_to_the_width_of_a_terminal():
-    text = attribution_table([record("p -> w -> demos -> instructions -> w", attribution=attributed().to_json())])
+    text = attribution_table([record("p -> w -> demos -> instructions -> w", attribution=attributed())])
     assert max(map(len, text.splitlines())) <= 120
     flaky = flaky_table([record(repeats=dict.fromkeys(IDS, (1.0, 0.0)))])
     assert max(map(len, flaky.splitlines())) <= 120
@@ -174,4 +175,4 @@ def test_examples_that_share_a_group_widen_every_interval_of_the_report():
     apart, together = dict(table()), dict(table(groups=groups))
     for title in ("strategies compared", "strategies ranked"):
         assert width(together[title]) > width(apart[title])
-    assert RunRecord.from_json(record(groups=groups).to_json()).groups == groups
+    assert from_json(RunRecord, to_json(record(groups=groups))).groups == groups

@@ -1,12 +1,14 @@
 """Tables of what an optimization learned."""
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.report.details import credit_table, evidence_table, learned_table
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
 from copa_harness.results import Usage
+from tests.report.conftest import optimization
 
 
-def run(**more):
+def run(**told):
     return RunRecord(
         test="t",
         task="toy",
@@ -18,7 +20,7 @@ def run(**more):
         n_failed=0,
         interval=None,
         usage=Usage(),
-        **more,
+        optimization=optimization(**told),
     )
 
 
@@ -66,7 +68,7 @@ def test_one_optimization_shared_by_two_tests_is_told_once():
 
 def test_the_terminal_shows_the_best_arms_and_the_page_all():
     learned = [arm("demos", f"way {i}", 0.5 - i / 10) for i in range(4)] + [arm("tip", "short", 0.0)]
-    terminal, page = (learned_table([run(learned=learned)], style=style) for style in ("terminal", "markdown"))
+    terminal, page = (learned_table([run(learned=tuple(learned))], style=style) for style in ("terminal", "markdown"))
     assert "way 1" in terminal
     assert "way 2" not in terminal
     assert "short" in terminal
@@ -75,7 +77,7 @@ def test_the_terminal_shows_the_best_arms_and_the_page_all():
 
 
 def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
-    record = RunRecord.from_json(run(credit=CREDIT, learned=[arm("tip", "short", 0.1)]).to_json())
+    record = from_json(RunRecord, to_json(run(credit=CREDIT, learned=(arm("tip", "short", 0.1),))))
     titles = [title for title, _ in all_tables([record])]
     assert "who earned it" in titles
     assert "what the search learned about its proposals" in titles
@@ -117,5 +119,5 @@ def test_the_evidence_table_says_on_which_rows_and_what_was_returned():
 
 
 def test_evidence_survives_the_report():
-    record = RunRecord.from_json(run(evidence=evidence()).to_json())
-    assert dict(record.evidence) == evidence()
+    record = from_json(RunRecord, to_json(run(evidence=evidence())))
+    assert record.optimization.evidence == evidence()

@@ -11,8 +11,8 @@ from copa_harness.errors import CopaError
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.report import files
 from copa_harness.report.environment import environment, git_commit, versions
-from copa_harness.report.files import gates_to_read, markdown_report, read_report, verdict_counts, write_reports
-from copa_harness.report.records import RunRecord
+from copa_harness.report.files import gates_to_read, markdown_report, verdict_counts, write_reports
+from copa_harness.report.records import RunRecord, as_reported
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Usage, Verdict
 
 
@@ -38,11 +38,10 @@ def test_the_json_has_the_agreed_schema(tmp_path):
     assert document["runs"][0]["usage"]["paid_calls"] == 2
 
 
-def test_what_was_written_is_read_back(tmp_path):
+def test_what_is_written_are_the_records_as_reported(tmp_path):
     written = [record(), record(strategy="w", artifact="artifacts/iris")]
-    assert read_report(write_reports(tmp_path, written).latest_json) == tuple(
-        RunRecord.from_json(run.to_json()) for run in written
-    )
+    document = json.loads(write_reports(tmp_path, written).latest_json.read_text())
+    assert document["runs"] == [as_reported(run) for run in written]
 
 
 def test_an_absolute_artifact_becomes_relative_to_the_report(tmp_path):
@@ -98,13 +97,6 @@ def test_a_full_disk_is_one_error_and_the_earlier_report_is_intact(tmp_path, mon
     assert sorted(os.listdir(tmp_path)) == ["0001.json", "latest.json", "latest.md"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99, "runs": []}', '{"schema": 1, "runs": [{}]}'])
-def test_a_damaged_report_is_one_error(tmp_path, text):
-    (tmp_path / "latest.json").write_text(text)
-    with pytest.raises(CopaError):
-        read_report(tmp_path / "latest.json")
-
-
 def test_the_markdown_has_tables_gates_and_environment():
     gate = GateResult("min_score=0.9", Verdict.FAIL, "got *0.5* <b>\nexpected 0.9")
     text = markdown_report([record(gates=(gate,))], environment={"seed": 0, "versions": {"dspy": "3.4.1"}})
@@ -116,7 +108,7 @@ def test_the_markdown_has_tables_gates_and_environment():
 
 
 def test_a_report_without_runs_is_still_a_report(tmp_path):
-    assert read_report(write_reports(tmp_path, []).latest_json) == ()
+    assert json.loads(write_reports(tmp_path, []).latest_json.read_text())["runs"] == []
 
 
 def test_credentials_in_the_environment_are_masked(tmp_path):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from copa_harness.report.grouping import kind_of, told_apart
+from copa_harness.report.grouping import disambiguated, kind_of
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables, compare_table, copa_table
 from copa_harness.results import Budget, Interval, Usage
+from tests.report.conftest import optimization
 
-SEARCH = {"reason": "every combination was tried", "n_trials": 12, "calls": 300}
 BIG = RunRecord(
     test="suite.py::test_big",
     task="iris",
@@ -22,37 +22,38 @@ BIG = RunRecord(
     interval=Interval(0.6, 1.0),
     usage=Usage(300),
     budget=Budget(400, "light"),
-    search=SEARCH,
+    optimization=optimization(
+        reason="every combination was tried", n_trials=12, charged_calls=300, score_after=0.9, strategy="p"
+    ),
     seed=0,
     scores={str(i): float(i > 0) for i in range(10)},
-    validation_after=0.9,
 )
 SMALL = replace(
     BIG,
     test="suite.py::test_small",
     budget=Budget(100, "calls=100"),
     score=0.8,
-    validation_after=0.7,
     scores={str(i): float(i > 1) for i in range(10)},
-    search={**SEARCH, "calls": 99},
+    optimization=replace(BIG.optimization, charged_calls=99, score_after=0.7),
 )
-BASE = replace(BIG, strategy="none", score=0.5, scores={str(i): float(i > 4) for i in range(10)}, search={})
+BASE = replace(BIG, strategy="none", score=0.5, scores={str(i): float(i > 4) for i in range(10)}, optimization=None)
 
 
 def labels(*runs):
-    return [run.strategy for run in told_apart(runs)]
+    return [run.strategy for run in disambiguated(runs)]
 
 
 def test_runs_of_one_strategy_with_other_settings_are_named_after_their_tests():
     assert labels(BASE, BIG, SMALL) == ["none", "p (test_big)", "p (test_small)"]
     assert kind_of("p -> w (test_big[a -> b])") == kind_of("p -> w")
-    assert labels(*told_apart([BIG, SMALL])) == ["p (test_big)", "p (test_small)"]
+    assert labels(*disambiguated([BIG, SMALL])) == ["p (test_big)", "p (test_small)"]
 
 
-def test_the_same_budget_with_other_results_is_told_apart_too():
+def test_the_same_budget_with_other_results_is_disambiguated_too():
     other = replace(SMALL, budget=BIG.budget)
+    forbids = replace(BIG.optimization, notes=("forbids 'sepal'",))
     assert labels(BIG, other) == ["p (test_big)", "p (test_small)"]
-    assert labels(BIG, replace(BIG, test="b", notes=("forbids 'sepal'",)))[1] == "p (b)"
+    assert labels(BIG, replace(BIG, test="b", optimization=forbids))[1] == "p (b)"
 
 
 @pytest.mark.parametrize(

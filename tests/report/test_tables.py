@@ -3,10 +3,12 @@ import re
 import pytest
 
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.sequential.stopping import SequentialAnswer
 from copa_harness.report.grouping import chosen, kind_of
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables, compare_table, copa_table, failure_table, phase_table
 from copa_harness.results import Budget, EvaluationResult, ExampleResult, PhaseRecord, Usage
+from tests.report.conftest import optimization
 
 
 def run(strategy, n_right, *, n=75, task="iris", split="test", lm="embedded", failed=0, unparsed=0, **more):
@@ -83,8 +85,8 @@ def test_only_the_test_split_counts():
 
 
 def test_of_several_joint_runs_the_best_on_validation_is_shown_not_the_best_on_test():
-    lucky = run("p -> w", 74, validation_after=0.8)
-    better = run("joint", 60, validation_after=0.9)
+    lucky = run("p -> w", 74, optimization=optimization(score_after=0.8))
+    better = run("joint", 60, optimization=optimization(score_after=0.9))
     assert chosen([better, lucky]) is better
     table = copa_table([FOUR[0], lucky, better])
     assert cells(table, "iris")["COPA"].startswith("0.800")
@@ -118,8 +120,8 @@ def test_numbers_are_right_aligned_and_tables_fit_140_columns():
 def test_the_phase_table_has_a_row_per_phase_and_a_total_per_run():
     weights, prompts = Usage(10, 1, 0, 100, 20, 0, 48, 2.0), Usage(390, 9, 0, 9000, 880, 0, 0, 8.5)
     phases = (PhaseRecord("weights", weights, 0.3, 0.7), PhaseRecord("instructions", prompts, 0.7, 0.9))
-    before_after = {"validation_before": 0.3, "validation_after": 0.9}
-    record = run("w -> p", 70, usage=weights + prompts, phases=phases, **before_after)
+    found = optimization(phases=phases, score_before=0.3, score_after=0.9)
+    record = run("w -> p", 70, usage=weights + prompts, phases=phases, optimization=found)
     table = phase_table([record])
     assert cells(table, "instructions") == {
         "task": "",
@@ -214,8 +216,8 @@ def test_dollars_have_a_column_where_any_were_spent():
 
 def test_a_run_that_stopped_early_does_not_stand_for_a_cell_that_has_a_whole_one():
     whole = run("none", 50)
-    stopped = run("none", 30, n=32, sequential={"n_used": 32, "n_total": 75})
-    used_all = run("none", 51, sequential={"n_used": 75, "n_total": 75})
+    stopped = run("none", 30, n=32, sequential=SequentialAnswer((), 32, 75))
+    used_all = run("none", 51, sequential=SequentialAnswer((), 75, 75))
     assert chosen([whole, stopped]) is whole
     assert chosen([whole, used_all]) is used_all
     assert chosen([stopped]) is stopped

@@ -1,11 +1,13 @@
 """Tables of the choice between score and cost, and of what an optimization did."""
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables, front_table, story_table
 from copa_harness.results import Usage
+from tests.report.conftest import optimization
 
 
-def run(**more):
+def run(**told):
     return RunRecord(
         test="t",
         task="toy",
@@ -17,7 +19,7 @@ def run(**more):
         n_failed=0,
         interval=None,
         usage=Usage(),
-        **more,
+        optimization=optimization(**told),
     )
 
 
@@ -52,7 +54,7 @@ def test_what_an_optimization_did_stands_in_the_file_and_not_in_the_terminal():
 
 
 def test_both_survive_json_and_are_told_once_when_tests_share_an_optimization():
-    records = [RunRecord.from_json(run(front=FRONT, notes=("said",)).to_json()) for _ in range(2)]
+    records = [from_json(RunRecord, to_json(run(front=FRONT, notes=("said",)))) for _ in range(2)]
     tables = dict(all_tables(records, style="markdown"))
     assert tables["score and cost"].count("returned") == 1
     assert tables["what the optimizations did"].count("said") == 1

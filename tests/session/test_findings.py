@@ -85,7 +85,7 @@ def test_a_strategy_with_weights_and_prompts_is_attributed_to_both(session):
     assert found.means["base_optimized"] == pytest.approx(1 / 2)
     assert found.means["tuned_plain"] == pytest.approx(1 / 3)
     assert found.interaction.difference == pytest.approx(1 - 1 / 2 - 1 / 3)
-    assert session.entries[-1].record.attribution == found.to_json()
+    assert session.entries[-1].record.attribution == found
     phases = {phase.phase: phase.usage.paid_calls for phase in session.entries[-1].record.phases}
     assert phases["evaluate: optimized prompts, base weights"] == 18
     assert phases["evaluate: plain prompts, tuned weights"] == 18

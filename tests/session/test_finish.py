@@ -4,11 +4,13 @@ import pytest
 
 from copa_harness.report.records import RunRecord
 from copa_harness.results import GateResult, Interval, Verdict
+from copa_harness.session.entries import Entry, to_row
+from copa_harness.session.evaluation import FailedCalls
 from copa_harness.session.finish import BUDGET_EXHAUSTED, FAILED, finish
 from copa_harness.session.settings import Settings
 
 
-def row(test, *gates, **more):
+def row(test, *gates, cut_short=False, **more):
     record = RunRecord(
         test=test,
         task="t",
@@ -21,8 +23,9 @@ def row(test, *gates, **more):
         interval=Interval(0.2, 0.8),
         gates=gates,
         verdict=Verdict.UNDECIDED,
+        cut_short=cut_short,
     )
-    return {"order": 0, "test": test, "record": record.to_json(), "unchecked": False, **more}
+    return to_row(Entry(test=test, order=0, record=record, **more))
 
 
 def drop(p_value, verdict=Verdict.UNDECIDED):
@@ -57,7 +60,8 @@ def test_a_failure_over_the_suite_outranks_a_budget_that_ended(settings):
 
 
 def test_failed_attempts_of_all_processes_are_summed_by_kind(settings):
-    many, few = {"timeout": [2, "first"]}, {"timeout": [1, "later"], "refusal": [1, ""]}
+    many = {"timeout": FailedCalls(2, "first")}
+    few = {"timeout": FailedCalls(1, "later"), "refusal": FailedCalls(1, "")}
     rows = [row("a", failures=many), row("b", failures=few)]
     (note,) = finish(rows, settings=settings).notes
     assert "refusal 1, timeout 3" in note

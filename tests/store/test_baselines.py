@@ -3,6 +3,7 @@ import json
 import pytest
 
 from copa_harness.errors import ArtifactError
+from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import judge, overall
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
@@ -38,8 +39,8 @@ def test_a_baseline_serves_the_regression_gate(tmp_path):
     save_baseline(tmp_path, baseline([1.0] * 60))
     accepted = load_baseline(tmp_path, task="iris", name="p -> w -> p")
     gates = Gates(max_regression=0.05)
-    assert overall(judge(evaluation([0.0] * 60), gates, baseline=accepted)) is Verdict.FAIL
-    assert overall(judge(evaluation([1.0] * 60), gates, baseline=accepted)) is Verdict.PASS
+    assert overall(judge(JudgedRun(evaluation([0.0] * 60), baseline=accepted), gates)) is Verdict.FAIL
+    assert overall(judge(JudgedRun(evaluation([1.0] * 60), baseline=accepted), gates)) is Verdict.PASS
 
 
 def test_a_diff_shows_only_the_examples_that_changed(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from copa_harness.errors import ArtifactError
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.paired_tests import paired_difference
+from copa_harness.judge.paired_tests import PairedScores, paired_difference
 from copa_harness.results import EvaluationResult, ExampleResult
 from copa_harness.store.baselines import (
     Baseline,
@@ -40,7 +40,7 @@ def test_a_diff_names_what_moved_what_is_gone_and_what_is_new():
 
 
 def test_the_difference_is_the_paired_one_over_the_examples_in_common():
-    expected = paired_difference([1.0, 0.0, 1.0], [0.0, 0.25, 1.0], ids=["a", "b", "c"])
+    expected = paired_difference(PairedScores(["a", "b", "c"], [1.0, 0.0, 1.0], [0.0, 0.25, 1.0]))
     assert diff_baselines(BEFORE, AFTER).difference == expected
 
 
@@ -79,7 +79,7 @@ def test_long_lists_are_cut_and_counted():
 
 
 def test_the_diff_is_plain_json():
-    document = json.loads(json.dumps(diff_baselines(BEFORE, AFTER).to_json(), allow_nan=False))
+    document = json.loads(json.dumps(diff_baselines(BEFORE, AFTER).as_reported(), allow_nan=False))
     assert document["worse"] == [["a", 1.0, 0.0]]
     assert document["comparable"] is True
 

@@ -6,9 +6,9 @@ A monitor per gate watches the rows and never takes back a verdict:
   question is settled by the last row at the latest, and by certainty as soon as the rest cannot change it. A verdict
   that comes early differs from that of all rows with probability at most alpha.
 * regression (`max_regression`, `better_than`): is the true mean difference below (above) minus the margin? For
-  right/wrong scores without a margin McNemar's exact test is looked at after every row (`spending_error.py`). For all
-  else half of alpha goes to looking after every row (betting e-process, `betting.py`), half to the test of all rows at
-  the end (`noninferiority.py`). Either way the whole errs with probability at most alpha; the answer says how much
+  right/wrong scores without a margin McNemar's exact test is looked at after every row (`alpha_spending`). For all
+  else half of alpha goes to looking after every row (betting e-process, `betting`), half to the test of all rows at
+  the end (`noninferiority`). Either way the whole errs with probability at most alpha; the answer says how much
   power stopping early costs.
 
 Examples of one group are drawn together and are one bet.

@@ -1,16 +1,12 @@
-"""A whole run in sequential mode: which examples next, whether to stop, and what to say then.
+"""A whole run in sequential mode: which examples next, whether to stop, and what was found, saved and lost by it.
 
-    watch = SequentialJudge(ids, gates, seed=0, baseline=accepted, fingerprints=fingerprints)
+    watch = SequentialJudge(ids, gates, run=JudgedRun(None, baseline=accepted, fingerprints=fingerprints), seed=0)
     for block in watch.blocks(size=16):             # example ids to evaluate now, together
         watch.add(scores of the block by example id)
-        if watch.decided:
-            break
     answer = watch.finish(evaluation of the examples used)
 
-All gates on scores are watched at once; the run ends when each has its verdict or one has failed. Statistics are
-`sequential.py`'s.
-
-What a sequential run found, saved and cost, in numbers and in words.
+All gates on scores are watched at once by the monitors of `monitors`; the run ends when each has its verdict or one has
+failed.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.judge.differences import Reference, better_than, changed_parts, max_regression
+from copa_harness.judge.differences import JudgedRun, better_than, changed_parts, max_regression
 from copa_harness.judge.gates import cost_per_answer, judge, overall
 from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
 from copa_harness.judge.options import Gates
@@ -80,8 +76,8 @@ class SequentialAnswer:
             f"{100 * self.power.sequential:.0f} % this way"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The numbers, for a report."""
+    def numbers(self) -> dict[str, Any]:
+        """What a report says of it, as plain JSON types."""
         return {
             "n_used": self.n_used,
             "n_total": self.n_total,
@@ -163,32 +159,18 @@ class SequentialJudge:
     Args:
         ids: ids of all examples of the split, each once.
         gates: the rules; `min_score`, `max_regression`, `better_than` and `max_error_rate` are watched.
+        run: the run before its evaluation: what it is compared with (a reference that is not comparable is not
+            watched), and which examples share a group.
         seed: of the random order.
-        baseline: what `max_regression` compares with.
-        rival: what `better_than` compares with.
-        fingerprints: of this run; a reference that is not comparable is not watched.
-        groups: group by example id, where examples share one.
 
     Raises:
         ValueError: for repeated ids.
     """
 
-    def __init__(
-        self,
-        ids: tuple[str, ...],
-        gates: Gates,
-        *,
-        seed: int,
-        baseline: Reference | None = None,
-        rival: Reference | None = None,
-        fingerprints: Mapping[str, str] | None = None,
-        groups: Mapping[str, str] | None = None,
-    ) -> None:
-        self.units = random_order(ids, seed=seed, groups=groups)
+    def __init__(self, ids: tuple[str, ...], gates: Gates, *, run: JudgedRun, seed: int) -> None:
+        self.units = random_order(ids, seed=seed, groups=run.groups)
         self.n_total, self.n_used = len(ids), 0
-        self._gates, self._seed, self._groups = gates, seed, groups
-        self._fingerprints = dict(fingerprints or {})
-        self._baseline, self._rival = baseline, rival
+        self._gates, self._run, self._seed = gates, run, seed
         self._alpha = gates.alpha / gates.n_comparisons
         self._next_unit = self._n_failed = 0
         sizes = [len(unit) for unit in self.units]
@@ -197,10 +179,10 @@ class SequentialJudge:
             self._threshold = ThresholdMonitor(gates.min_score, sizes=sizes, alpha=gates.alpha)
         self._paired: dict[str, tuple[RegressionMonitor, Mapping[str, float | None]]] = {}
         for kind, reference, margin in (
-            ("regression", baseline, gates.max_regression),
-            ("rival", rival, None if gates.better_than is None else 0.0),
+            ("regression", run.baseline, gates.max_regression),
+            ("opponent", run.opponent, None if gates.better_than is None else 0.0),
         ):
-            comparable = reference is not None and not changed_parts(reference, self._fingerprints)
+            comparable = reference is not None and not changed_parts(reference, run.fingerprints)
             if margin is not None and reference is not None and comparable:
                 is_binary = all(score in (None, 0, 1) for score in reference.scores.values())
                 monitor = RegressionMonitor(
@@ -268,13 +250,13 @@ class SequentialJudge:
         """
         if evaluation.n != self.n_used:
             raise ValueError(f"got an evaluation of {evaluation.n} examples; expected the {self.n_used} added")
-        answers = list(judge(evaluation, Gates(max_error_rate=self._gates.max_error_rate)))
+        answers = list(judge(JudgedRun(evaluation), Gates(max_error_rate=self._gates.max_error_rate)))
         if self._threshold is not None:
             answers.append(self._min_score(self._threshold, evaluation))
         if self._gates.max_regression is not None:
             answers.append(self._compared("regression", evaluation))
         if self._gates.better_than is not None:
-            answers.append(self._compared("rival", evaluation))
+            answers.append(self._compared("opponent", evaluation))
         each = cost_per_answer(evaluation)
         power, drop = self._power(evaluation)
         saved = None if each is None else each * (self.n_total - self.n_used)
@@ -284,7 +266,7 @@ class SequentialJudge:
         if self.n_used == self.n_total:
             return next(
                 answer
-                for answer in judge(evaluation, replace(_SCORE_ONLY, min_score=monitor.threshold))
+                for answer in judge(JudgedRun(evaluation), Gates(min_score=monitor.threshold))
                 if answer.gate.startswith("min_score")
             )
         gate = f"min_score={monitor.threshold:g}"
@@ -314,19 +296,12 @@ class SequentialJudge:
         if monitor is not None:
             alpha = monitor.alpha_at_the_end
             note = f"(Looking early left an error rate of {alpha:.2g} of {self._alpha:.2g} for this last test.)"
-        shared: dict[str, Any] = {
-            "alpha": alpha,
-            "fingerprints": self._fingerprints,
-            "seed": self._seed,
-            "groups": self._groups,
-        }
+        run = replace(self._run, evaluation=evaluation)
         if kind == "regression":
-            bless = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
             margin = self._gates.max_regression or 0.0
-            answer = max_regression(evaluation, self._baseline, margin=margin, bless=bless, note=note, **shared)
+            answer = max_regression(run, margin=margin, alpha=alpha, bless=_BLESS, note=note, seed=self._seed)
         else:
-            name = self._gates.better_than or ""
-            answer = better_than(evaluation, self._rival, name=name, note=note, **shared)
+            answer = better_than(run, name=self._gates.better_than or "", alpha=alpha, note=note, seed=self._seed)
         if monitor is None:
             return answer
         if monitor.verdict is None:
@@ -353,6 +328,6 @@ class SequentialJudge:
         return power, drop
 
 
-_SCORE_ONLY = Gates()
+_BLESS = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
 
 _NOT_NEEDED = "left open, because another gate ended the run first. Next: mend that one and run again."

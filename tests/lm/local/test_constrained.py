@@ -11,6 +11,7 @@ from typing import Literal
 import dspy
 import pytest
 
+from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate import evaluate
 from copa_harness.evaluate.runner import run_examples
@@ -190,7 +191,7 @@ def test_an_evaluation_has_a_score_for_every_label_and_pays_nothing_more_for_the
         assert set(scores) == {"red", "blue"}
         assert "logprobs" not in result.predicted
     record = RunRecord.from_evaluation(evaluation, test="t", task="colour", strategy="none", lm="hf:tiny", split="test")
-    told = RunRecord.from_json(json.loads(json.dumps(record.to_json()))).label_scores
+    told = from_json(RunRecord, json.loads(json.dumps(to_json(record)))).label_scores
     assert told[evaluation.results[0].example_id] == evaluation.results[0].label_scores
 
 
