@@ -175,6 +175,15 @@ def test_heavy_libraries_stay_in_their_rooms(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_dspy_does_not_promise_is_imported_in_one_place(path):
+    public = ("dspy.clients.provider", "dspy.clients.utils_finetune")
+    for module, line in imported_modules(path):
+        is_private = module.startswith("dspy.clients.") or any(part.startswith("_") for part in module.split("."))
+        if module.startswith("dspy.") and is_private and module not in public:
+            assert name_of(path) == "lm/dspy_internals", f"{name_of(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_say_what_they_do(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{name_of(path)} opens without a word on what it does"
 
