@@ -46,11 +46,11 @@ HEAVY = {
     "torch": ("lm/local", "lm/embedded/pretrain", "testing/", "tune/"),
     "transformers": ("lm/local", "lm/embedded/pretrain", "testing/", "tune/"),
     "peft": ("lm/local", "lm/embedded/pretrain", "tune/"),
-    "dspy": ("lm/", "evaluate/", "tune/", "optimize/", "tasks/"),
+    "dspy": ("lm/", "evaluate/", "testing/", "tune/", "optimize/", "tasks/"),
     "optuna": ("optimize/search/", "optimize/dspy_optimizers/"),
     "hypothesis": (),
     "tabulate": ("report/rendering",),
-    "pytest": ("plugin", "fixtures", "options"),
+    "pytest": ("plugin", "fixtures", "options", "testing/engine_contract"),
     "_pytest": (),
     "sklearn": ("tasks/", "optimize/", "lm/embedded/pretrain"),
     "diskcache": ("lm/cache/",),
@@ -205,6 +205,15 @@ def test_heavy_libraries_stay_in_their_rooms(path):
         homes = HEAVY.get(module.split(".")[0])
         if homes is not None and line not in annotations_only:
             assert name_of(path).startswith(homes or ("-",)), f"{name_of(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_dspy_does_not_promise_is_imported_in_one_place(path):
+    public = ("dspy.clients.provider", "dspy.clients.utils_finetune")
+    for module, line in imported_modules(path):
+        is_private = module.startswith("dspy.clients.") or any(part.startswith("_") for part in module.split("."))
+        if module.startswith("dspy.") and is_private and module not in public:
+            assert name_of(path) == "lm/dspy_internals", f"{name_of(path)}:{line} imports {module}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -1,6 +1,6 @@
-"""Names for examples: a stable id from an example's content, the same in every process and on every machine.
+"""What an example is here: an id made of its content, its inputs and labels, and what its trace tells of its answer.
 
-Also what a program's trace tells of an example's answer.
+An id is the same in every process and on every machine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Language models: the gateway all calls go through, its cache and budget, the engines, and what a DSPy program holds.
 
-Names load on first use (PEP 562), so importing this package loads neither dspy nor torch.
+Read `metered`, `context`, `gateway` and `engine` in that order; then `budget` and `cache`, which the gateway uses, and
+an engine: `scripted`, `endpoint` or `local`. `factory` makes a model from its name. Names load on first use (PEP 562),
+so importing this package loads neither dspy nor torch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""The fast path to the gateway asks exactly what DSPy's own way asks, or leaves the call to DSPy."""
+"""The fast path to the gateway asks exactly what DSPy's own way asks, or leaves the call to DSPy.
 
+With the switch in either position: on, requests are built here; off, DSPy builds them.
+"""
+
+import os
 import warnings
+from unittest import mock
 
 import dspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copa_harness.lm.dspy_internals import RequestBuilder
+from copa_harness.lm.dspy_internals import SWITCH, RequestBuilder, fast_path_enabled, is_plain_call
 from copa_harness.lm.scripted import ScriptedLM
 
 ROWS = st.lists(
@@ -35,6 +40,22 @@ SETTINGS = st.fixed_dictionaries(
 SHARED = RequestBuilder()
 
 
+def switched(position):
+    """The fast path on or off, for a block."""
+    return mock.patch.dict(os.environ, {SWITCH: position})
+
+
+def asked(lm, messages, call_settings):
+    """Calls an LM with nothing printed; the class of the error if there was one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # OpenAI-style messages, rollouts at temperature 0
+        try:
+            lm(messages=[dict(row) for row in messages], **call_settings)
+        except Exception as error:  # noqa: BLE001 - whatever DSPy raises, both ways raise it
+            return type(error)
+    return None
+
+
 def asked_of_dspy(messages, call_settings):
     """The request DSPy makes."""
     seen = []
@@ -54,10 +75,8 @@ def asked_of_dspy(messages, call_settings):
             )
 
     lm = dspy.LM("m", engine=Engine(), cache=False, num_retries=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI-style messages
-        lm(messages=messages, **{k: v for k, v in call_settings.items() if k not in ("cache", "rollout_id")})
-    return seen[0]
+    error = asked(lm, messages, {k: v for k, v in call_settings.items() if k not in ("cache", "rollout_id")})
+    return seen[0] if error is None else error
 
 
 @settings(max_examples=150)
@@ -68,6 +87,23 @@ def test_the_request_is_the_one_dspy_makes(messages, call_settings):
         theirs = asked_of_dspy(messages, call_settings)
         assert ours == theirs
         assert repr(ours.config) == repr(theirs.config)  # 1 and 1.0 are equal, and different keys
+
+
+@pytest.mark.parametrize("position", ["1", "0"])
+@settings(max_examples=100, deadline=None)
+@given(messages=ROWS, call_settings=SETTINGS)
+def test_a_call_through_the_gateway_asks_what_dspy_would_in_both_positions_of_the_switch(
+    position, messages, call_settings
+):
+    lm = ScriptedLM("a", model="m", temperature=None)
+    with switched(position), dspy.context(disable_history=True):
+        assert fast_path_enabled() is is_plain_call(lm) is (position == "1")
+        error = asked(lm, messages, call_settings)
+    ours = lm.requests[0].request if error is None else error
+    theirs = asked_of_dspy(messages, call_settings)
+    assert ours == theirs
+    if error is None:
+        assert repr(ours) == repr(theirs)
 
 
 @pytest.mark.parametrize(

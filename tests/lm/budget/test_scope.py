@@ -223,3 +223,68 @@ def test_a_replay_of_the_same_requests_is_refused_at_the_same_one(ceiling, asked
         return None
 
     assert run(PAID) == run(Usage(cached_calls=1))
+
+
+WORST = Cost(calls=1, input_tokens=20, output_tokens=9)
+
+
+def charged(scope, key="a"):
+    return scope.charge(key, worst=WORST)
+
+
+def test_a_charge_left_by_an_exception_gives_everything_back_and_counts_the_failure():
+    scope = Scope("t", budget=Budget(1, tokens=100))
+    with pytest.raises(ValueError, match="no answer"), charged(scope):
+        raise ValueError("no answer")
+    assert (scope.charged_calls, scope.usage().failed_calls, scope._account.spent) == (0, 1, Cost())
+    with charged(scope) as charge:
+        charge.settle(Cost(1, 10, 2), PAID)
+    assert scope._account.totals() == {"spent": Cost(1, 10, 2), "reserved": Cost()}
+
+
+def test_a_charge_interrupted_in_the_middle_leaves_the_worst_case_spent():
+    scope = Scope("t", budget=Budget(1, tokens=100))
+    with pytest.raises(KeyboardInterrupt), charged(scope):
+        raise KeyboardInterrupt
+    assert (scope.charged_calls, scope.usage().failed_calls, scope._account.spent) == (0, 0, WORST)
+
+
+def test_a_charge_that_may_have_been_billed_is_booked_at_its_worst():
+    scope = Scope("t", budget=Budget(5, tokens=100))
+    with charged(scope) as charge:
+        charge.lose()
+    usage = scope.usage()
+    assert (usage.paid_calls, usage.failed_calls, usage.estimated_calls) == (1, 1, 1)
+    assert (scope.charged_calls, scope._account.spent) == (1, WORST)
+
+
+def test_a_step_shares_the_books_of_its_run_and_stops_alone():
+    scope = Scope("run", budget=Budget(10, tokens=1000))
+    outer = scope.step(6, name="outer")
+    inner = outer.step(3, name="inner")
+    with scope.phase(Phase.SEARCH):
+        for key in "abc":
+            charged(inner, key).settle(Cost(1, 5, 1), PAID)
+        with pytest.raises(BudgetExhausted, match=r"step 'run \[outer\] \[inner\]' used its share of the budget \(3 "):
+            charged(inner, "d")
+        charged(outer, "d").settle(Cost(1, 5, 1), PAID)
+    assert (inner.exhausted, outer.exhausted, scope.exhausted) == (True, False, False)
+    assert (inner.remaining_calls, outer.remaining_calls, scope.remaining_calls) == (0, 2, 6)
+    assert inner.usage() == outer.usage() == scope.usage()
+    assert inner.phase_usages()["search"].paid_calls == 4
+    assert scope._account.spent == Cost(4, 20, 4)
+
+
+def test_a_failure_inside_a_step_is_counted_once_in_its_run_and_around_it():
+    around = Scope("suite")
+    scope = Scope("run", parent=around)
+    scope.step(3, name="step").note_failure("timeout", "a traceback")
+    assert scope.failures == around.failures == {"timeout": 1}
+
+
+def test_a_step_is_refused_what_its_run_cannot_pay():
+    scope = Scope("run", budget=Budget(usd=1e-6, name="small"))
+    step = scope.step(3, name="step")
+    with pytest.raises(BudgetExhausted, match=r"budget 'small' of 'run' is spent: \$0 of"):
+        step.charge("a", worst=Cost(1, 1, 1, Cost.picodollars_of(1.0)))
+    assert (step.exhausted, scope.exhausted, scope.charged_calls) == (False, True, 0)

@@ -24,6 +24,7 @@ from copa_harness.errors import (
 )
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.context import in_context, open_scope
+from copa_harness.lm.dspy_internals import SWITCH
 from copa_harness.lm.endpoint.engine import HttpEngine
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
@@ -52,7 +53,9 @@ def hurry(monkeypatch):
     monkeypatch.setattr("copa_harness.lm.gateway.time.sleep", lambda seconds: real(seconds / 100))
 
 
-def test_a_program_runs_through_the_pool_and_sends_what_dspy_would(make, stub, stubs):
+@pytest.mark.parametrize("fast_path", ["1", "0"])
+def test_a_program_runs_through_the_pool_and_sends_what_dspy_would(make, stub, stubs, fast_path, monkeypatch):
+    monkeypatch.setenv(SWITCH, fast_path)
     program = dspy.Predict("question -> answer")
     lm = make(temperature=0.3, stop=["END"])
     program.set_lm(lm)
