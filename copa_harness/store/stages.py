@@ -13,11 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import canonical_json, find_credential, to_jsonable, write_atomic
+from copa_harness.documents import find_credential, hash_json, to_jsonable, write_atomic
 from copa_harness.results import SCHEMA
-from copa_harness.store.fingerprints import hash_examples, hash_json, hash_source
-
-__all__ = ["StageStore", "hash_examples", "hash_json", "hash_source"]
 
 
 class StageStore:
@@ -49,7 +46,7 @@ class StageStore:
             return self._ignore(path, f"is not a stage result ({type(error).__name__}: {error})")
         if document.get("schema") != SCHEMA:
             return None  # written by another version: not damaged, only of no use
-        if stored_key != key or not isinstance(value, dict) or checksum != _checksum(value):
+        if stored_key != key or not isinstance(value, dict) or checksum != hash_json(value):
             return self._ignore(path, "does not match its checksum")
         return value
 
@@ -72,7 +69,7 @@ class StageStore:
                 stacklevel=2,
             )
             return
-        document = {"schema": SCHEMA, "key": key, "sha256": _checksum(plain), "value": plain}
+        document = {"schema": SCHEMA, "key": key, "sha256": hash_json(plain), "value": plain}
         write_atomic(self.path(key), json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
     def _ignore(self, path: Path, what: str) -> dict[str, Any] | None:
@@ -84,7 +81,3 @@ class StageStore:
                 stacklevel=3,
             )
         return None
-
-
-def _checksum(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()
