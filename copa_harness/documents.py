@@ -59,6 +59,7 @@ _SECRET_TEXT = re.compile(
 )
 
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _TEMPORARY = re.compile(
     r"\.(?P<name>.*)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,10})\.[0-9a-f]{12}\.tmp(?P<aside>\.old)?"
 )
@@ -360,6 +361,25 @@ def _is_abandoned(machine: str, pid: int, written_s: float) -> bool:
 
 def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 (64 hex digits) of a value's canonical JSON; the order of mapping keys does not matter.
+
+    Raises:
+        TypeError: for a value with neither a JSON form nor a `repr` that is the same in every process.
+    """
+    return hashlib.sha256(canonical_json(value, fallback=_stable_repr).encode("utf-8")).hexdigest()
+
+
+def _stable_repr(value: Any) -> str:
+    text, kind = repr(value), f"{type(value).__module__}.{type(value).__qualname__}"
+    if _ADDRESS.search(text):
+        raise TypeError(
+            f"got a {kind}, whose only text is a memory address; expected a value that can be fingerprinted. Convert "
+            "it to plain values, or give its class a __repr__ that shows its content."
+        )
+    return f"{kind}:{text}"
 
 
 def hash_file(path: Path) -> str:

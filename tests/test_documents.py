@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from copa_harness.documents import (
     canonical_json,
     find_credential,
     from_json,
+    hash_file,
+    hash_json,
     is_secret_key,
     mask_secrets,
     mask_text,
@@ -58,6 +61,13 @@ def test_known_types_become_what_they_mean():
     known = {"a": np.float64(0.5), "b": np.arange(2), "c": Colour.RED, "d": Point(math.nan, Path("a/b"))}
     assert to_jsonable(known) == {"a": 0.5, "b": [0, 1], "c": "red", "d": {"x": None, "path": "a/b"}}
     assert to_jsonable({2, 1}) == [1, 2]
+
+
+def test_digests_stay_what_they_are_since_finished_work_is_found_by_them(tmp_path):
+    value = {"b": [1, 2.5, None, math.nan], "a": "grüße", "s": {2, 1}, "p": Path("x/y"), "c": complex(1, 2)}
+    assert hash_json(value) == "b925e20e0ca307786e9e8c15772529298d453d394504059301a573bf9aa886cf"
+    (tmp_path / "file").write_bytes(b"abc" * 10**6)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(b"abc" * 10**6).hexdigest()
 
 
 def test_sets_are_the_same_text_in_every_process():

@@ -35,7 +35,7 @@ from dspy._vendor.lm15.providers.openai_chat import OpenAIChatLM
 from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
 from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
 from dspy._vendor.lm15.transports import TransportRequest, TransportResponse
-from dspy._vendor.lm15.transports._exceptions import ConnectError, ConnectTimeout, ProtocolError, ReadError
+from dspy._vendor.lm15.transports._exceptions import ConnectError, ConnectTimeout, ReadError
 from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.adapters.utils import format_field_value
 from dspy.clients import model_metadata
@@ -66,7 +66,6 @@ __all__ = [
     "LM15Engine",
     "PlainChat",
     "PromptAdapter",
-    "ProtocolError",
     "ReadError",
     "RequestBuilder",
     "TransportRequest",

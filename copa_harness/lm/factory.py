@@ -22,7 +22,6 @@ from dspy.utils.exceptions import LMConfigurationError
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.dspy_internals import CLIENT_KEYS, LITELLM_PROVIDER_PREFIXES, prompt_adapter, resolve
-from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM
 
@@ -225,9 +224,11 @@ def meter_lm(lm: dspy.LM, *, gateway: Gateway) -> MeteredLM:
     defaults = {key: value for key, value in lm.kwargs.items() if key not in CLIENT_KEYS}
     if "max_completion_tokens" in defaults:  # DSPy's spelling for reasoning models; its constructor takes the other
         defaults["max_tokens"] = defaults.pop("max_completion_tokens")
+    from copa_harness.lm.endpoint.engine import HttpEngine
+
     return MeteredLM(
         lm.model,
-        engine=_endpoint_engine(lm),
+        engine=HttpEngine(lm),
         gateway=gateway,
         provider=lm.provider,
         model_type=lm.model_type,
@@ -238,16 +239,6 @@ def meter_lm(lm: dspy.LM, *, gateway: Gateway) -> MeteredLM:
         use_developer_role=lm.use_developer_role,
         **{"temperature": None, "max_tokens": None, **defaults},
     )
-
-
-def _endpoint_engine(lm: dspy.LM) -> Engine:
-    if importlib.util.find_spec("aiohttp") is None:
-        from copa_harness.lm.endpoint.engine import EndpointEngine
-
-        return EndpointEngine(lm)
-    from copa_harness.lm.endpoint.engine import HttpEngine
-
-    return HttpEngine(lm)
 
 
 def adapter_for(lm: dspy.BaseLM) -> dspy.Adapter:

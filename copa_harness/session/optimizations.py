@@ -208,7 +208,7 @@ class Optimizations:
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
 
     def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
-        from copa_harness.store.stages import hash_json
+        from copa_harness.documents import hash_json
 
         program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
@@ -262,7 +262,8 @@ class Optimizations:
 
 def program_fingerprint(program: dspy.Module) -> str:
     """SHA-256 of a program: the source of its class and the state of its predictors, models left out."""
-    from copa_harness.store.stages import hash_json, hash_source
+    from copa_harness.documents import hash_json
+    from copa_harness.store.fingerprints import hash_source
 
     state: Mapping[str, Any] = program.dump_state(json_mode=True)
     bare = {
@@ -275,7 +276,8 @@ def program_fingerprint(program: dspy.Module) -> str:
 
 def task_fingerprint(task: Task) -> str:
     """SHA-256 of a task: its data, the source of its metric, its program. Its name does not count."""
-    from copa_harness.store.stages import hash_examples, hash_json, hash_source
+    from copa_harness.documents import hash_json
+    from copa_harness.store.fingerprints import hash_examples, hash_source
 
     return hash_json(
         {
@@ -291,7 +293,7 @@ def task_fingerprint(task: Task) -> str:
 
 def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str, str]:
     """What must agree before test scores are compared (data, split, metric), and what was judged (program, lm)."""
-    from copa_harness.store.stages import hash_examples, hash_source
+    from copa_harness.store.fingerprints import hash_examples, hash_source
 
     return {
         "data": hash_examples(task.testset),
@@ -303,8 +305,8 @@ def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str
 
 
 def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> str:
+    from copa_harness.documents import hash_json
     from copa_harness.report.environment import versions
-    from copa_harness.store.stages import hash_json
     from copa_harness.strategy import parse_strategy
 
     return hash_json(
@@ -340,8 +342,7 @@ def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
 @cache
 def _own_source() -> str:
     """SHA-256 of the modules that decide how an optimization runs: a changed optimizer makes new results."""
-    from copa_harness.documents import hash_file
-    from copa_harness.store.stages import hash_json
+    from copa_harness.documents import hash_file, hash_json
 
     package = Path(__file__).parents[1]
     files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))

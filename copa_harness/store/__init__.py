@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
             "read_baseline",
             "save_baseline",
         ],
-        "fingerprints": ["hash_examples", "hash_json", "hash_source"],
+        "fingerprints": ["hash_examples", "hash_source"],
         "stages": ["StageStore"],
     },
 )

@@ -20,6 +20,7 @@ from typing import Any
 from copa_harness.documents import (
     from_json,
     hash_file,
+    hash_json,
     is_secret_key,
     mask_secrets,
     pretty_json,
@@ -30,7 +31,6 @@ from copa_harness.documents import (
 )
 from copa_harness.errors import ArtifactError
 from copa_harness.results import SCHEMA
-from copa_harness.store.fingerprints import hash_json
 
 KIND = "copa_harness artifact"
 PROGRAM = "program.json"

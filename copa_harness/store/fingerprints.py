@@ -15,19 +15,9 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from copa_harness.documents import canonical_json, to_jsonable
+from copa_harness.documents import hash_json, to_jsonable
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PRIVATE_PREFIX = "dspy_"
-
-
-def hash_json(value: Any) -> str:
-    """SHA-256 (64 hex digits) of a value's canonical JSON; the order of mapping keys does not matter.
-
-    Raises:
-        TypeError: for a value with neither a JSON form nor a `repr` that is the same in every process.
-    """
-    return hashlib.sha256(canonical_json(value, fallback=_stable_repr).encode("utf-8")).hexdigest()
 
 
 def hash_examples(examples: Iterable[Any]) -> str:
@@ -178,13 +168,3 @@ def _bytecode(code: types.CodeType) -> Any:
 
 def _name(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', repr(type(thing)))}"
-
-
-def _stable_repr(value: Any) -> str:
-    text = repr(value)
-    if _ADDRESS.search(text):
-        raise TypeError(
-            f"got a {_name(type(value))}, whose only text is a memory address; expected a value that can be "
-            f"fingerprinted. Convert it to plain values, or give its class a __repr__ that shows its content."
-        )
-    return f"{_name(type(value))}:{text}"

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import canonical_json, find_credential, from_json, to_json, to_jsonable, write_atomic
+from copa_harness.documents import find_credential, from_json, hash_json, to_json, to_jsonable, write_atomic
 from copa_harness.results import SCHEMA
-from copa_harness.store.fingerprints import hash_examples, hash_json, hash_source
-
-__all__ = ["StageStore", "hash_examples", "hash_json", "hash_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class StageStore:
             stage = from_json(StoredStage, document)
         except ValueError as error:
             return self._ignore(path, f"is not a stage result ({error})")
-        if stage.key != key or stage.sha256 != _checksum(stage.value):
+        if stage.key != key or stage.sha256 != hash_json(stage.value):
             return self._ignore(path, "does not match its checksum")
         return stage.value
 
@@ -83,7 +80,7 @@ class StageStore:
                 stacklevel=2,
             )
             return
-        document = to_json(StoredStage(SCHEMA, key, _checksum(plain), plain))
+        document = to_json(StoredStage(SCHEMA, key, hash_json(plain), plain))
         write_atomic(self.path(key), json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
     def _ignore(self, path: Path, what: str) -> dict[str, Any] | None:
@@ -95,7 +92,3 @@ class StageStore:
                 stacklevel=3,
             )
         return None
-
-
-def _checksum(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()

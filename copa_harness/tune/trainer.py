@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copa_harness.documents import hash_json
 from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingMemoryError
 from copa_harness.lm.context import current_scope
-from copa_harness.lm.local.files import LoraFiles, hash_mapping, model_name, read_lora
+from copa_harness.lm.local.files import LoraFiles, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,
     checkpoint_folders,
@@ -207,7 +208,7 @@ class LoraTrainer:
         self, rows: Sequence[TrainingRow], *, settings: LoraSettings, held_out: Sequence[TrainingRow], served_with: str
     ) -> str:
         """The content address of a training: 32 hex digits."""
-        return hash_mapping(
+        return hash_json(
             {
                 "schema": RECIPE_SCHEMA,
                 "base": self.engine.fingerprint(self.engine.name),

@@ -9,7 +9,9 @@
 (c) a fully cached evaluation beside DSPy's own module overhead. That overhead is what the same program costs DSPy when
     its LM answers at once from memory: an engine that returns a constant, no cache anywhere, no history;
 (d) duplicates and overshoot: calls the server saw, against distinct requests and against a ceiling;
-(e) 75 Iris rows with 12 demonstrations through the embedded model, beside the engine's own time for the same requests.
+(e) 75 Iris rows with 12 demonstrations through the embedded model, beside the engine's own time for the same requests;
+(f) the store of answers alone: microseconds to read and to store an answer in one thread, and milliseconds until 64 new
+    threads have read, or stored, ten each.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; the ratios are taken side by side on it.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -25,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import warnings
@@ -163,6 +167,44 @@ def lookups(n):
     print(
         f"    gateway / dspy.cache: hit {rows[0][1] / rows[1][1]:.2f}, miss {rows[0][2] / rows[1][2]:.2f}", flush=True
     )
+
+
+def store(n):
+    cache = ResponseCache(Path(tempfile.mkdtemp(dir=SCRATCH.name)) / "f")
+    answer, fresh = {"text": ANSWER * 20}, itertools.count(1)
+    cache.set(f"{0:064x}", answer)
+
+    def miss(_):
+        key = f"{next(fresh):064x}"
+        if cache.get(key) is None:
+            cache.set(key, answer)
+
+    actions = {"read": lambda _: cache.get(f"{0:064x}"), "store": miss}
+    alone = {name: best_us(action, n) for name, action in actions.items()}
+    crowd = {
+        name: statistics.median(in_new_threads(action, 64, 10) for _ in range(5)) for name, action in actions.items()
+    }
+    print("\n(f) the store alone: " + ", ".join(f"{name} {us:.1f} us" for name, us in alone.items()))
+    print("    64 new threads, ten each: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in crowd.items()), flush=True)
+
+
+def in_new_threads(action, n_threads, n_each):
+    """Milliseconds until that many threads, started together, have done `action` so often each."""
+    together = threading.Barrier(n_threads + 1)
+
+    def work():
+        together.wait()
+        for index in range(n_each):
+            action(index)
+
+    threads = [threading.Thread(target=work) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    began = time.perf_counter()
+    together.wait()
+    for thread in threads:
+        thread.join()
+    return (time.perf_counter() - began) * 1e3
 
 
 def bare_client(url, n, concurrency):
@@ -367,7 +409,7 @@ def embedded(rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one latency, one model, smaller rounds")
-    parser.add_argument("--only", choices="abcde", help="one part")
+    parser.add_argument("--only", choices="abcdef", help="one part")
     options = parser.parse_args()
     quick = options.quick
 
@@ -389,6 +431,8 @@ def main():
         exactness(150 if quick else 400)
     if options.only in (None, "e"):
         embedded(1 if quick else 5)
+    if options.only in (None, "f"):
+        store(500 if quick else 2000)
     SCRATCH.cleanup()
 
 

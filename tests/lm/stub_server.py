@@ -45,6 +45,8 @@ class Reply:
     hang: bool = False
     cut_after: int | None = None  # bytes of the body after which the connection is cut
     drip_s: float | None = None  # seconds between single bytes of the body
+    before: bytes = b""  # what is sent before the answer, unasked, such as an interim one
+    after: bytes = b""  # and what behind it
 
     def encoded(self):
         body = completion() if self.body is None else self.body
@@ -53,7 +55,7 @@ class Reply:
 
 class _Connection(asyncio.Protocol):
     def __init__(self, stub):
-        self.stub, self.buffer = stub, b""
+        self.stub, self.buffer, self.n_answers_left = stub, b"", stub.answers_per_connection
 
     def connection_made(self, transport):
         self.transport = transport
@@ -77,6 +79,10 @@ class _Connection(asyncio.Protocol):
                 return
             body = self.buffer[end + 4 : end + 4 + length]
             self.buffer = self.buffer[end + 4 + length :]
+            if self.n_answers_left == 0:
+                self.transport.close()  # without a word, and without having looked at the request
+                return
+            self.n_answers_left -= 1
             self.stub.asked(self, head.split(" ", 2)[1], headers, body)
 
     def write(self, data):
@@ -105,6 +111,7 @@ class StubServer:
         self.requests, self.n_requests, self.n_under_way, self.most_under_way = [], 0, 0, 0
         self.n_connections = 0
         self.refuse_above = None  # more requests under way than this are answered 429
+        self.answers_per_connection = float("inf")  # a connection that brought so many ends at the next request
         self.connections = set()
         self._ready = threading.Event()
 
@@ -155,7 +162,7 @@ class StubServer:
             connection.write(head + body[: reply.cut_after])
             asyncio.get_running_loop().call_later(0.01, connection.cut)
         else:
-            connection.write(head + body)
+            connection.write(reply.before + head + body + reply.after)
 
     def _drip(self, connection, body, pause_s):
         connection.write(body[:1])

@@ -1,4 +1,4 @@
-"""Exactly once across processes: whoever asks, an answer is paid once, and a killed owner's claim lapses."""
+"""Exactly once across processes: whoever asks, an answer is paid once, and a killed owner's lock lapses."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_three_processes_asking_the_same_at_once_pay_each_answer_once(start, tmp
     assert sum(result["paid"] for result in results) == 30
 
 
-def test_the_claim_of_a_killed_process_lapses(start, tmp_path):
+def test_the_lock_of_a_killed_process_lapses(start, tmp_path):
     owner, heir = start("hang"), start("one")
     go(owner)
     while not (tmp_path / "paid.log").exists():

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copa_harness.store.fingerprints import hash_examples, hash_json, hash_source
+from copa_harness.documents import hash_json
+from copa_harness.store.fingerprints import hash_examples, hash_source
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -192,7 +193,7 @@ def test_another_process_computes_the_same_hash(tmp_path):
     source = str(tmp_path / "1" / "metric_module.py")
     program = (
         "import importlib.util, sys\n"
-        "from copa_harness.store.fingerprints import hash_source, hash_json\n"
+        "from copa_harness.documents import hash_json; from copa_harness.store.fingerprints import hash_source\n"
         f"spec = importlib.util.spec_from_file_location('metric_module', {source!r})\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(hash_source(m.metric), hash_json({'a': {'x', 'y', 'z'}}))"

@@ -221,7 +221,7 @@ class ResponseCache:
                 stack.enter_context(self._locks.locked(key))
             except OSError as error:
                 self._warn(
-                    "claim",
+                    "lock",
                     f"cannot lock {self._locks.path} ({error}); other processes may pay for the same answers",
                 )
             yield

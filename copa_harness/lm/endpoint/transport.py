@@ -1,303 +1,46 @@
-"""One pool of connections per process that any number of threads may send through.
+"""HTTP for every thread of the process: connections kept alive by urllib3, and what lm15 asks of a transport.
 
 DSPy's native client (lm15) builds requests and reads answers; this is only its transport, so every dialect it speaks
-goes through here. A thread waits on a connection of its own (see `connections`, and why); what goes through a proxy, or
-to a URL with a password in it, goes through aiohttp on one background event loop, which knows those. Every wait is
-bounded, redirects are not followed (a credential would travel with them).
+goes through here. A thread waits on a connection of its own, which the system wakes when the answer is there; proxies,
+certificates and keep-alive are urllib3's. What is ours:
 
-Blocking keep-alive connections to the servers of this process, lent to whatever thread asks.
-
-A thread that waits for its own socket is woken by the system when its answer is there. Behind an event loop it takes
-two more turns at the interpreter, which many computing threads make dear: with 64 threads that compute 0.5 ms per call,
-a stub server 50 ms away and two cores, one call cost 0.56 ms of CPU on a bare socket, 0.73 with http.client, 0.88 with
-urllib3 and 0.81 with aiohttp on a loop of its own. Requests and answers are written and read by the standard library's
-http.client; every wait is bounded by one deadline.
+* one deadline bounds an answer to its last byte, however slowly it drips;
+* interim answers (1xx) are skipped, and a connection that brought more than its answer is not used again: nothing left
+  over becomes the answer of the next request;
+* a connection that was used before and is dead without a single byte of an answer is replaced once: the server closed
+  it while it was idle, so nothing was bought;
+* redirects are not followed: prompt and credential would travel with them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import atexit
+import contextlib
 import http.client
 import io
 import os
 import re
-import select
 import socket
 import ssl
 import threading
 import time
 import urllib.request
-from collections import deque
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
-import aiohttp
+import urllib3
 from dspy.lm15 import TimeoutError as ProviderTimedOut
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from copa_harness.lm.cache.locks import fork_count
 from copa_harness.lm.context import time_left_s
 from copa_harness.lm.dspy_internals import (
     ConnectError,
     ConnectTimeout,
-    ProtocolError,
     ReadError,
     TransportRequest,
     TransportResponse,
 )
-
-MOST_IDLE = 1024
-"""Idle connections kept per server."""
-
-TRUSTED_S = 0.5
-"""Seconds a connection may have been idle before it is looked at: servers close what is idle for longer."""
-
-_USUAL = re.compile(rb"HTTP/1\.1 ([2-5]\d\d)([^\r\n]*)\r\n((?:[!-9;-~]+:[^\r\n\x00]*\r\n)*[!-9;-~]+:[^\r\n\x00]*)")
-
-_HEADER = re.compile(r"([!-9;-~]+):([^\r\n]*)")
-
-_SPECIAL = ("content-length", "transfer-encoding", "connection", "content-encoding")
-
-_UNSENDABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-Headers = list[tuple[str, str]]
-
-Reply = tuple[int, str, Headers, bytes]
-
-
-class NotConnectedError(OSError):
-    """No connection came about: nothing was sent."""
-
-
-class Connections:
-    """Idle connections by server, the one used last first. Thread-safe.
-
-    Args:
-        connect_timeout_s: Longest wait for a connection.
-        largest_body: Bytes of an answer after which it is given up.
-    """
-
-    def __init__(self, *, connect_timeout_s: float, largest_body: int) -> None:
-        self._connect_timeout_s = connect_timeout_s
-        self._largest_body = largest_body
-        self._idle: dict[tuple[str, str], deque[tuple[_Connection, float]]] = {}
-        self._generation = fork_count()
-        self._tls: ssl.SSLContext | None = None
-        self._lock = threading.Lock()
-
-    def send(self, method: str, url: SplitResult, *, headers: Headers, body: bytes, limit_s: float) -> Reply:
-        """Send a request and wait for its whole answer.
-
-        Args:
-            method: As in HTTP.
-            url: http or https, without user and password.
-            headers: As in HTTP.
-            body: As in HTTP.
-            limit_s: Longest wait, from the start to the last byte received.
-
-        Returns:
-            Status, reason, headers and body.
-
-        Raises:
-            NotConnectedError: Nothing was sent. A `TimeoutError` stands behind it if that was the reason.
-            TimeoutError: The answer was not complete in time.
-            OSError: The connection broke, or what came is no HTTP.
-            http.client.HTTPException: The same.
-        """
-        deadline_s = time.monotonic() + limit_s
-        server = (url.scheme, url.netloc)
-        connection = self._connected(server, url, limit_s)
-        try:
-            _wait_at_most(connection.sock, limit_s)
-            connection.sock.sendall(_head(method, url, tuple(headers), len(body)) + body)
-            reply, reusable = connection.answer(method, deadline_s, largest_body=self._largest_body)
-        except BaseException:
-            connection.close()
-            raise
-        if reusable:
-            self._keep(server, connection)
-        else:
-            connection.close()
-        return reply
-
-    def close(self) -> None:
-        """Close what is idle; connections may be asked for again."""
-        for idle in self._of_this_process().values():
-            while idle:
-                idle.pop()[0].close()
-
-    def _connected(self, server: tuple[str, str], url: SplitResult, limit_s: float) -> _Connection:
-        idle = self._of_this_process().get(server)
-        while idle:
-            try:
-                connection, used_s = idle.pop()
-            except IndexError:  # another thread took it
-                break
-            if time.monotonic() - used_s < TRUSTED_S or not _readable(connection.sock):
-                return connection
-            connection.close()  # a readable idle connection is one the server closed
-        timeout_s = min(self._connect_timeout_s, limit_s)
-        host, secure = url.hostname or "", url.scheme == "https"
-        try:
-            sock = socket.create_connection((host, url.port or (443 if secure else 80)), timeout_s)
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if secure:
-                    sock = self._context().wrap_socket(sock, server_hostname=host)
-            except BaseException:
-                sock.close()
-                raise
-        except TimeoutError as error:
-            raise NotConnectedError(f"no connection within {timeout_s:g} s") from error
-        except (OSError, UnicodeError) as error:
-            raise NotConnectedError(f"no connection to {url.netloc}: {error}") from error
-        return _Connection(sock)
-
-    def _keep(self, server: tuple[str, str], connection: _Connection) -> None:
-        idle = self._of_this_process().setdefault(server, deque())
-        if len(idle) < MOST_IDLE:
-            idle.append((connection, time.monotonic()))
-        else:
-            connection.close()
-
-    def _of_this_process(self) -> dict[tuple[str, str], deque[tuple[_Connection, float]]]:
-        if self._generation != fork_count():  # a fork must not speak over its parent's connections
-            with self._lock:
-                if self._generation != fork_count():
-                    self._idle, self._generation = {}, fork_count()
-        return self._idle
-
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            with self._lock:
-                self._tls = self._tls or ssl.create_default_context()
-        return self._tls
-
-
-class _Connection:
-    """A connected socket.
-
-    Args:
-        sock: Taken over; to be closed with `close`.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def close(self) -> None:
-        """Close the socket."""
-        self.sock.close()
-
-    def answer(self, method: str, deadline_s: float, *, largest_body: int) -> tuple[Reply, bool]:
-        """The next answer, and whether the connection may be used again.
-
-        The usual one, of known length and here at once, is read directly; http.client reads any other.
-        """
-        reader = _Bounded(self.sock, deadline_s)
-        head, separator, body = (start := reader.start()).partition(b"\r\n\r\n")
-        if separator and (match := _USUAL.fullmatch(head)) is not None:
-            headers = [(name, value.strip(" \t")) for name, value in _HEADER.findall(match[3].decode("latin-1"))]
-            special = {name.lower(): value for name, value in headers if name.lower() in _SPECIAL}
-            complete = special.keys() == {"content-length"} and special["content-length"] == str(len(body))
-            if complete and len(body) <= largest_body:
-                return (int(match[1]), match[2].decode("latin-1").strip(), headers, body), True
-        reader.unread(start)
-        response = http.client.HTTPResponse(reader, method=method)  # type: ignore[arg-type]
-        try:
-            response.begin()
-            data = _body(response, largest_body)
-            return (response.status, response.reason, response.getheaders(), data), not response.will_close
-        finally:
-            response.close()
-
-
-def _body(response: http.client.HTTPResponse, largest: int) -> bytes:
-    if response.length is None and not response.chunked and response.getheader("Content-Length") is not None:
-        raise http.client.HTTPException(f"got the Content-Length {response.getheader('Content-Length')!r}")
-    if response.length is not None and response.length <= largest:
-        return response.read()
-    data = response.read(largest + 1)
-    if len(data) > largest:
-        raise http.client.HTTPException(f"the answer exceeds {largest:,} bytes")
-    return data
-
-
-@lru_cache(256)
-def _head(method: str, url: SplitResult, headers: tuple[tuple[str, str], ...], n_bytes: int) -> bytes:
-    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
-    host = url.netloc.encode("idna" if not url.netloc.isascii() else "ascii").decode("ascii")
-    own = {"host": host, "user-agent": "copa-harness", "accept-encoding": "identity", "content-length": str(n_bytes)}
-    given = {name.lower() for name, _ in headers}
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
-    lines += [f"{name}: {value}" for name, value in own.items() if name not in given]
-    if any(_UNSENDABLE.search(line) for line in lines) or " " in target:
-        raise ValueError("a header or the URL holds a control character or a space")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-class _Bounded(io.RawIOBase):
-    """A socket's reading side with a deadline: each wait is for what is left, so a slow drip ends as well."""
-
-    def __init__(self, sock: socket.socket, deadline_s: float) -> None:
-        self._sock, self._deadline_s = sock, deadline_s
-        self._seen = b""
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """What http.client asks a socket for."""
-        return io.BufferedReader(self, 2**16)
-
-    def start(self) -> bytes:
-        """What comes first."""
-        self._wait()
-        return self._sock.recv(2**16)
-
-    def unread(self, data: bytes) -> None:
-        """Let `data` be read again."""
-        self._seen = data
-
-    def readable(self) -> bool:
-        """As in `io`."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
-        """As in `io`.
-
-        Raises:
-            TimeoutError: The deadline is over.
-        """
-        if self._seen:
-            piece, self._seen = self._seen[: len(buffer)], self._seen[len(buffer) :]
-            buffer[: len(piece)] = piece
-            return len(piece)
-        self._wait()
-        return self._sock.recv_into(buffer)
-
-    def _wait(self) -> None:
-        left_s = self._deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("the deadline is over")
-        _wait_at_most(self._sock, left_s)
-
-
-def _wait_at_most(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's timeout unless it is that already, give or take: setting it is a system call."""
-    now_s = sock.gettimeout()
-    if now_s is None or not seconds <= now_s <= seconds + 0.01:
-        sock.settimeout(seconds)
-
-
-def _readable(sock: socket.socket) -> bool:
-    try:
-        if hasattr(select, "poll"):
-            poll = select.poll()
-            poll.register(sock, select.POLLIN)
-            return bool(poll.poll(0))
-        return bool(select.select([sock], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True
-
 
 DEFAULT_TIMEOUT_S = 600.0
 """Longest wait for a whole answer when the LM sets no `timeout`."""
@@ -308,9 +51,361 @@ CONNECT_TIMEOUT_S = 10.0
 LARGEST_BODY = 64 * 2**20
 """Bytes of an answer after which it is given up."""
 
+MOST_IDLE = 1024
+"""Idle connections kept per server."""
+
+_ENVIRONMENT = (
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
+"""Environment variables that say which way requests go and whose certificates are trusted."""
+
+_UNSENDABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+Headers = list[tuple[str, str]]
+
+Reply = tuple[int, str, Headers, bytes]
+"""Status, reason, headers and body."""
+
+
+class NotConnectedError(Exception):
+    """Nothing was sent, mostly since no connection came about; with a `TimeoutError` behind it, in time."""
+
+
+class StaleConnectionError(Exception):
+    """A connection that was used before ended without a byte of an answer."""
+
+
+class _Bounded(io.RawIOBase):
+    """A socket's reading side with a deadline: each wait is for what is left of the timeout it had at first."""
+
+    def __init__(self, source: Any, sock: socket.socket) -> None:
+        self._source, self._sock = source, sock
+        self._deadline_s = time.monotonic() + (sock.gettimeout() or DEFAULT_TIMEOUT_S)
+        self.n_received = 0
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ended:
+            return 0
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the deadline is over")
+        self._sock.settimeout(left_s)
+        n_now: int = self._source.readinto(buffer)
+        self.n_received += n_now
+        self.ended = n_now == 0
+        return n_now
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+class _Reader(io.BufferedReader):
+    """What an answer is read from. If more came than the answer took, the connection is not fit for another one."""
+
+    def __init__(self, bounded: _Bounded, sock: socket.socket) -> None:
+        super().__init__(bounded, 2**16)
+        self._bounded, self._sock = bounded, sock
+
+    def close(self) -> None:
+        if not self.closed:
+            self._bounded.ended = True
+            if self.peek(1):
+                with contextlib.suppress(OSError):  # it may be closed already
+                    self._sock.shutdown(socket.SHUT_RDWR)  # the pool takes it for one the server closed
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer read through `_Reader`, without the interim ones before it."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
+        super().__init__(sock, *arguments, **settings)
+        self._bounded = _Bounded(self.fp.detach(), sock)
+        self.fp = _Reader(self._bounded, sock)
+
+    def begin(self) -> None:
+        """Read the head.
+
+        Raises:
+            http.client.RemoteDisconnected: The connection ended without a byte.
+        """
+        try:
+            super().begin()
+            while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+                self.headers = None  # type: ignore[assignment]
+                super().begin()
+        except ConnectionError as error:
+            if self._bounded.n_received == 0:
+                raise http.client.RemoteDisconnected(str(error)) from error
+            raise http.client.HTTPException(f"the head of the answer was cut off: {error}") from error
+        if self._bounded.ended:
+            raise http.client.HTTPException("the head of the answer was cut off")
+
+
+class _Connection:
+    """What our connections, with and without TLS, have before urllib3's."""
+
+    response_class: type[http.client.HTTPResponse] = _Answer
+    timeout: Any
+    sock: Any
+    host: str
+    port: int
+    _is_used = False
+    _held: list[bytes] | None = None
+
+    def request(self, *arguments: Any, **settings: Any) -> None:
+        """Send a request: head and body at once, where http.client sends one after the other.
+
+        Raises:
+            NotConnectedError: It is no HTTP request; nothing was sent.
+        """
+        self._held = []
+        try:
+            super().request(*arguments, **settings)  # type: ignore[misc]
+        except ValueError as error:
+            raise NotConnectedError(f"the request cannot be sent: {error}") from error
+        finally:
+            held, self._held = b"".join(self._held), None
+        self.send(held)
+
+    def send(self, data: Any) -> None:
+        """Send bytes, or keep them until the request is whole."""
+        if self._held is None:
+            super().send(data)  # type: ignore[misc]
+        else:
+            self._held.append(data)
+
+    def connect(self) -> None:
+        """Connect, within the shorter time there is for that.
+
+        Raises:
+            NotConnectedError: Nothing was sent, for whatever reason.
+        """
+        self._is_used, limit_s = False, self.timeout
+        self.timeout = min(limit_s, CONNECT_TIMEOUT_S)
+        try:
+            super().connect()  # type: ignore[misc]
+        except (OSError, ValueError, http.client.HTTPException, urllib3.exceptions.HTTPError) as error:
+            reason = error.__cause__ or error
+            if isinstance(reason, TimeoutError):
+                raise NotConnectedError(f"no connection within {self.timeout:g} s") from reason
+            raise NotConnectedError(f"no connection to {self.host}:{self.port}: {reason}") from error
+        finally:
+            self.timeout = limit_s
+        self.sock.settimeout(limit_s)
+
+    def getresponse(self) -> Any:
+        """The answer's head.
+
+        Raises:
+            StaleConnectionError: The connection brought answers before, and ended now without one.
+        """
+        try:
+            response = super().getresponse()  # type: ignore[misc]
+        except http.client.RemoteDisconnected as error:
+            if self._is_used:
+                raise StaleConnectionError("the server had closed the connection") from error
+            raise
+        self._is_used = True
+        return response
+
+
+class _PlainConnection(_Connection, HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+_POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {"http": _PlainPool, "https": _SecurePool}
+
+_NO_RETRIES = urllib3.Retry(False, redirect=False)
+
+
+class Connections:
+    """Connections of this process, kept by server and lent to whatever thread asks.
+
+    Which proxy a request goes through, and whose certificates are trusted, say the usual environment variables at the
+    time of the request: `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`; `SSL_CERT_FILE` and `SSL_CERT_DIR` in
+    place of the system's certificates, `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` beside them.
+
+    Args:
+        largest_body: Bytes of an answer after which it is given up.
+    """
+
+    def __init__(self, *, largest_body: int = LARGEST_BODY) -> None:
+        self._largest_body = largest_body
+        self._pools: dict[tuple[str, ...], Any] = {}
+        self._fork_count = fork_count()
+
+    def send(self, method: str, url: str, *, headers: Headers, body: bytes, limit_s: float) -> Reply:
+        """Send a request and wait for its whole answer.
+
+        Args:
+            method: As in HTTP.
+            url: http or https. A user and password in it are sent as basic authorization, in place of any other.
+            headers: As in HTTP.
+            body: As in HTTP.
+            limit_s: Longest wait, from the start to the last byte received.
+
+        Raises:
+            NotConnectedError: Nothing was sent.
+            TimeoutError: The answer was not complete in time.
+            OSError: The connection broke, or what came is no HTTP.
+        """
+        if any(_UNSENDABLE.search(name) or _UNSENDABLE.search(value) for name, value in headers):
+            raise NotConnectedError("the request cannot be sent: a header holds a control character")
+        fields = {"User-Agent": "copa-harness", **dict(headers)}
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise NotConnectedError(f"no connection: {error}") from error
+        if "@" in parts.netloc:
+            userinfo, _, host = parts.netloc.rpartition("@")
+            parts = parts._replace(netloc=host)
+            fields = {name: value for name, value in fields.items() if name.lower() != "authorization"}
+            fields |= urllib3.make_headers(basic_auth=unquote(userinfo))
+        deadline_s = time.monotonic() + limit_s
+        try:
+            return self._answered(method, parts, headers=fields, body=body, limit_s=limit_s)
+        except StaleConnectionError:
+            self._pools.pop(_key(parts), None)  # so that the next one is new
+        try:
+            left_s = max(0.001, deadline_s - time.monotonic())
+            return self._answered(method, parts, headers=fields, body=body, limit_s=left_s)
+        except StaleConnectionError as error:
+            raise ConnectionError(str(error)) from error
+
+    def close(self) -> None:
+        """Close what is idle; connections may be asked for again."""
+        self._pools.clear()
+
+    def _answered(
+        self, method: str, url: SplitResult, *, headers: dict[str, str], body: bytes, limit_s: float
+    ) -> Reply:
+        pool = self._pool(url)
+        target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        try:
+            reply = pool.urlopen(
+                method,
+                url.geturl() if isinstance(pool, urllib3.ProxyManager) else target,
+                headers=headers,
+                body=body,
+                timeout=urllib3.Timeout(total=limit_s),
+                retries=_NO_RETRIES,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            try:
+                data = self._body(reply)
+            except BaseException:
+                reply.close()
+                raise
+            finally:
+                reply.release_conn()
+        except urllib3.exceptions.TimeoutError as error:
+            raise TimeoutError("the deadline is over") from error
+        except urllib3.exceptions.LocationValueError as error:
+            raise NotConnectedError(f"no connection: {error}") from error
+        except urllib3.exceptions.HTTPError as error:
+            reason = next((part for part in error.args if isinstance(part, Exception)), error)
+            raise OSError(_named(reason)) from error
+        received = [(name, value.strip(" \t")) for name, value in reply.headers.items()]
+        return reply.status, reply.reason or "", received, data
+
+    def _body(self, reply: urllib3.BaseHTTPResponse) -> bytes:
+        if reply.status < 200:
+            raise OSError(f"got the status {reply.status}, expected an answer")
+        if reply.length_remaining is None and not reply.chunked and "content-length" in reply.headers:
+            raise OSError(f"got the Content-Length {reply.headers['content-length']!r}")
+        data = b""
+        while piece := reply.read(self._largest_body + 1 - len(data)):
+            data += piece
+            if len(data) > self._largest_body:
+                raise OSError(f"the answer exceeds {self._largest_body:,} bytes")
+            if reply.length_remaining == 0:
+                break
+        return data
+
+    def _pool(self, url: SplitResult) -> Any:
+        if self._fork_count != fork_count():  # a fork must not speak over its parent's connections
+            self._pools, self._fork_count = {}, fork_count()
+        key = _key(url)
+        found = self._pools.get(key)
+        if found is None:
+            found = self._pools.setdefault(key, _new_pool(url, _proxy_of(url.scheme, url.hostname or "")))
+        return found
+
+
+def _key(url: SplitResult) -> tuple[str, ...]:
+    """Where the connections to a server lie: another environment may lead elsewhere, or trust another."""
+    return (url.scheme, url.netloc, *(f"{name}={os.environ[name]}" for name in _ENVIRONMENT if name in os.environ))
+
+
+def _proxy_of(scheme: str, host: str) -> str | None:
+    """The proxy that requests to a server go through."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    return None if not proxy or urllib.request.proxy_bypass(host) else proxy
+
+
+def _new_pool(url: SplitResult, proxy: str | None) -> urllib3.HTTPConnectionPool | urllib3.ProxyManager:
+    if not url.hostname or url.scheme not in _POOLS:
+        raise NotConnectedError(f"no connection: got {url.scheme}://{url.netloc}, expected http(s)://<host>")
+    secured: dict[str, Any] = {"ssl_context": _tls_context()} if url.scheme == "https" else {}
+    if proxy is None:
+        try:
+            return _POOLS[url.scheme](url.hostname, url.port, maxsize=MOST_IDLE, **secured)
+        except ValueError as error:
+            raise NotConnectedError(f"no connection to {url.netloc}: {error}") from error
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if parts.scheme not in _POOLS:
+        raise NotConnectedError(f"got a proxy of the kind {parts.scheme}://, expected http:// or https://")
+    userinfo, _, host = parts.netloc.rpartition("@")
+    login = urllib3.make_headers(proxy_basic_auth=unquote(userinfo)) if userinfo else None
+    manager = urllib3.ProxyManager(f"{parts.scheme}://{host}", proxy_headers=login, maxsize=MOST_IDLE, **secured)
+    manager.pool_classes_by_scheme = _POOLS
+    return manager
+
+
+def _tls_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()  # which reads SSL_CERT_FILE and SSL_CERT_DIR
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if place := os.environ.get(name):
+            try:
+                context.load_verify_locations(**{"capath" if os.path.isdir(place) else "cafile": place})
+            except OSError as error:
+                raise NotConnectedError(f"cannot read the certificates that {name} names: {error}") from error
+    return context
+
+
+def _named(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_connections = Connections()
+
 
 class PooledTransport:
-    """lm15's transport over the process' pool.
+    """lm15's transport over the process' connections.
 
     Args:
         timeout_s: Longest wait for a whole answer, from the first byte sent to the last one received.
@@ -356,133 +451,23 @@ class PooledTransport:
         return reply
 
     def close(self) -> None:
-        """The pool belongs to the process."""
-
-
-_PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-
-_connections = Connections(connect_timeout_s=CONNECT_TIMEOUT_S, largest_body=LARGEST_BODY)
-
-atexit.register(_connections.close)
+        """The connections belong to the process."""
 
 
 def _sent(request: TransportRequest, limit_s: float) -> Reply:
-    url = urlsplit(request.url)
-    if "@" in url.netloc or _is_proxied(url.hostname or "", tuple(map(os.environ.get, _PROXY_VARIABLES))):
-        return _pool().send(request, limit_s)
+    """A request's answer, or what went wrong in lm15's words."""
     try:
-        return _connections.send(request.method, url, headers=request.headers, body=request.body, limit_s=limit_s)
+        return _connections.send(
+            request.method, request.url, headers=request.headers, body=request.body, limit_s=limit_s
+        )
     except NotConnectedError as error:
         if isinstance(error.__cause__, TimeoutError):
             raise ConnectTimeout(str(error)) from error
         raise ConnectError(str(error)) from error
     except TimeoutError as error:
-        raise _late(limit_s) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ReadError(f"the connection broke before the answer was complete: {_named(error)}") from error
-
-
-@lru_cache(256)
-def _is_proxied(host: str, environment: tuple[str | None, ...]) -> bool:
-    """Whether requests to `host` go through a proxy; looked up once, since the system's answer takes its time."""
-    return bool(urllib.request.getproxies()) and not urllib.request.proxy_bypass(host)
-
-
-def _late(limit_s: float) -> ProviderTimedOut:
-    return ProviderTimedOut(
-        f"no complete answer within {limit_s:.3g} s; the provider may work on it still. Raise the LM's timeout= if its "
-        "answers take longer"
-    )
-
-
-class _Pool:
-    """An event loop on a daemon thread with one aiohttp session."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
-        self._session: aiohttp.ClientSession | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, name="copa-http", daemon=True)
-        self._thread.start()
-
-    def send(self, request: TransportRequest, limit_s: float) -> Reply:
-        """Send from any thread and wait."""
-        future = asyncio.run_coroutine_threadsafe(self._send(request, limit_s), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    async def _send(self, request: TransportRequest, limit_s: float) -> Reply:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # how many at once is the pace's business
-                trust_env=bool(urllib.request.getproxies()),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=min(CONNECT_TIMEOUT_S, limit_s))
-        try:
-            async with self._session.request(
-                request.method,
-                request.url,
-                data=request.body,
-                headers=request.headers,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as reply:
-                body = bytearray()
-                async for chunk in reply.content.iter_chunked(2**16):
-                    body += chunk
-                    if len(body) > LARGEST_BODY:
-                        raise ProtocolError(f"the answer exceeds {LARGEST_BODY:,} bytes")
-                headers = [(name, value) for name, value in reply.headers.items()]
-                return reply.status, reply.reason or "", headers, bytes(body)
-        except aiohttp.ConnectionTimeoutError as error:
-            raise ConnectTimeout(f"no connection within {timeout.sock_connect:g} s") from error
-        except asyncio.TimeoutError as error:
-            raise _late(limit_s) from error
-        except aiohttp.ClientConnectorError as error:
-            raise ConnectError(f"no connection: {error}") from error
-        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
-            raise ReadError(f"the connection broke before the answer was complete: {_named(error)}") from error
-
-    def close(self) -> None:
-        """Close the session and end the thread."""
-        if os.getpid() != self.pid or not self._thread.is_alive():
-            return
-
-        async def end() -> None:
-            if self._session is not None:
-                await self._session.close()
-            self._loop.stop()
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop)
-        self._thread.join(2.0)
-
-
-def _named(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-_lock = threading.Lock()
-
-_pools: dict[str, Any] = {}
-
-
-def _pool() -> _Pool:
-    """The pool of this process; a forked child gets its own."""
-    with _lock:
-        pool: _Pool | None = _pools.get("pool")
-        if pool is None or pool.pid != os.getpid():
-            if pool is None:
-                atexit.register(_close)
-            pool = _pools["pool"] = _Pool()
-        return pool
-
-
-def _close() -> None:
-    pool = _pools.pop("pool", None)
-    if pool is not None:
-        pool.close()
+        raise ProviderTimedOut(
+            f"no complete answer within {limit_s:.3g} s; the provider may work on it still. Raise the LM's timeout= if "
+            "its answers take longer"
+        ) from error
+    except OSError as error:
+        raise ReadError(f"the connection broke before the answer was complete: {error}") from error

@@ -14,7 +14,6 @@ trained; the pickle is not opened again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -92,11 +91,6 @@ def remembered(key: Hashable, paths: Sequence[Path], compute: Callable[[], Value
     with _remembered_lock:
         _remembered[key] = (stamp, value)
     return value
-
-
-def hash_mapping(value: Mapping[str, Any]) -> str:
-    """Sha256, in hex, of a JSON mapping in canonical form."""
-    return hashlib.sha256(documents.canonical_json(value).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -201,7 +195,7 @@ def base_fingerprint(directory: Path, *, dtype: str, chat_template: str | None =
     return remembered(
         ("base", directory, dtype, chat_template),
         files,
-        lambda: hash_mapping(
+        lambda: documents.hash_json(
             {
                 "schema": FINGERPRINT_SCHEMA,
                 "files": {file.relative_to(directory).as_posix(): hash_file(file) for file in files},
@@ -327,7 +321,7 @@ def find_lora(lora_dir: Path, digits: str) -> Path | None:
 
 
 def _lora_fingerprint(base_fingerprint: str, files: Mapping[str, str]) -> str:
-    return hash_mapping({"base": base_fingerprint, "files": dict(files)})
+    return documents.hash_json({"base": base_fingerprint, "files": dict(files)})
 
 
 def convert_pickled(directory: Path, *, keep_in: Path) -> Path:
@@ -346,7 +340,7 @@ def convert_pickled(directory: Path, *, keep_in: Path) -> Path:
         return directory
     kept = [directory / name for name in SHAPING_FILES if (directory / name).is_file()]
     files = {file.name: hash_file(file) for file in [*pickles, *kept]}
-    digest = hash_mapping({"schema": CONVERSION_SCHEMA, "files": files})
+    digest = documents.hash_json({"schema": CONVERSION_SCHEMA, "files": files})
     target = keep_in / f"{directory.name}-{digest[:16]}"
     if target.is_dir():
         return target

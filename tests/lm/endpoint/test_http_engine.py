@@ -247,6 +247,32 @@ def test_a_refusal_is_told_apart_and_paid_once(make, stub, stubs):
     assert stub.n_requests == 1
 
 
+def test_a_server_that_ends_connections_without_saying_so_is_asked_and_paid_once_each(make, stub):
+    stub.answers_per_connection = 1
+    lm = make()
+    with open_scope("t", budget=Budget(calls=16)) as scope:
+        assert all("7" in lm(f"question {index}")[0] for index in range(16))
+    assert (stub.n_requests, scope.usage().paid_calls, scope.usage().failed_calls) == (16, 16, 0)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_an_answer_nobody_asked_for_goes_to_no_request_and_is_not_kept(make, stub, stubs, place):
+    def said(index):
+        return json.dumps(stubs.completion(f"answer {index}")).encode()
+
+    def reply(index):
+        if place == "before":
+            return stubs.Reply(body=said(index), before=b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+        stray = said("nobody asked for")
+        return stubs.Reply(body=said(index), after=b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(stray) + stray)
+
+    stub.replies = [reply(index) for index in range(8)]
+    lm = make()
+    for _ in range(2):  # bought, and replayed
+        assert [lm(f"question {index}")[0] for index in range(8)] == [f"answer {index}" for index in range(8)]
+    assert stub.n_requests == 8
+
+
 def test_many_threads_share_the_pool_and_more_are_under_way_at_once(make, stub, stubs):
     stub.default = stubs.Reply(latency_s=0.03)
     lm = make()
