@@ -216,13 +216,13 @@ def test_undecided_fails_only_when_asked(verdict, lenient, strict):
     ("wrong", "words"),
     [
         ({"min_score": 85}, "write 0.85 for 85 %"),
-        ({"min_score": -0.1}, "between 0 and 1"),
-        ({"min_score": math.nan}, "between 0 and 1"),
+        ({"min_score": -0.1}, "a number from 0 to 1, such as 0.85"),
+        ({"min_score": math.nan}, "a number from 0 to 1, such as 0.85"),
         ({"min_score": "high"}, "such as 0.85"),
         ({"max_regression": True}, "such as 0.05"),
         ({"max_calls": -1}, "such as 400"),
         ({"max_error_rate": None}, "such as 0.02"),
-        ({"alpha": 0.9}, "between 0 and 0.5"),
+        ({"alpha": 0.9}, "a number from 0 to 0.5, such as 0.05"),
     ],
 )
 def test_gates_refuse_values_that_mean_nothing(wrong, words):
