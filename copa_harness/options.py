@@ -55,7 +55,10 @@ def marker_text() -> str:
     ]
     for title, kind in (("What is run", "Settings"), ("Gates", "Gates"), ("How it searches", "SearchOptions")):
         lines.append(f"  {title}:")
-        lines += [f"    {one.name}: {one.line}" for one in options_in(OPTION_KINDS[kind], Place.MARKER).values()]
+        lines += [
+            f"    {one.name}: {one.help} ({one.check.expected}) [default: {one.default_text}]"
+            for one in options_in(OPTION_KINDS[kind], Place.MARKER).values()
+        ]
     return "\n".join(lines)
 
 

@@ -91,7 +91,7 @@ def test_of_a_search_option(with_one_more, got, pytester):
     assert ", n_wishes." in got(marker="zzz=1")
     assert "environment variable COPA_N_WISHES: got 'x', expected a whole number" in got(environment="x")
     assert "ini option copa_n_wishes: got 'x', expected a whole number" in got(ini="x")
-    assert f"n_wishes: {HELP} [default: 3]" in markers_of(pytester)
+    assert f"n_wishes: {HELP} (a whole number, 0 or more) [default: 3]" in markers_of(pytester)
     assert "copa_n_wishes" in pytester.runpytest_inprocess(*STRICT, "--help").stdout.str()
     optimizer = COPA(metric=len_metric, n_wishes=4)
     assert optimizer.settings.n_wishes == 4
@@ -118,7 +118,7 @@ def test_of_a_gate(with_one_more, got, pytester, tmp_path):
     assert "copa marker: n_wishes=-1; expected a whole number, 0 or more." in got(marker="n_wishes=-1")
     assert "ini option copa_n_wishes: got 'x', expected a whole number" in got(ini="x")
     assert "Did you mean 'n_wishes'?" in got(marker="n_wish=1")
-    assert f"n_wishes: {HELP} [default: 3]" in markers_of(pytester)
+    assert f"n_wishes: {HELP} (a whole number, 0 or more) [default: 3]" in markers_of(pytester)
     with pytest.raises(ConfigurationError, match="gate n_wishes=-1: expected a whole number, 0 or more, such as 2"):
         more(n_wishes=-1)
     with pytest.raises(ConfigurationError, match=r"check\(\): n_wishes='x'; expected a whole number"):
@@ -134,7 +134,7 @@ def test_of_a_setting_of_the_session(with_one_more, got, pytester):
     assert got(ini="4", marker="n_wishes=5") == "4"
     assert got(marker="n_wishes=5") == "5"
     assert "--copa-n-wishes: got 'x', expected a whole number, 0 or more." in got("--copa-n-wishes=x")
-    assert f"n_wishes: {HELP} [default: 3]" in markers_of(pytester)
+    assert f"n_wishes: {HELP} (a whole number, 0 or more) [default: 3]" in markers_of(pytester)
     pytester.runpytest_inprocess(*STRICT, "--help").stdout.fnmatch_lines(["*--copa-n-wishes=W*", "*[[]default: 3]*"])
     assert ROW.format(name="--copa-n-wishes W`, `n_wishes") in markdown_table(more)
 
