@@ -301,8 +301,9 @@ class ResponseCache:
         try:
             return action(self._connected())
         except (sqlite3.DatabaseError, diskcache.Timeout) as failure:
-            # diskcache calls whatever keeps a transaction from starting a timeout.
-            error = failure.__context__ if isinstance(failure, diskcache.Timeout) else failure
+            error: BaseException | None = failure
+            while isinstance(error, diskcache.Timeout):  # so diskcache calls whatever keeps a transaction from starting
+                error = error.__context__
             if not isinstance(error, sqlite3.DatabaseError):
                 raise
             if any(sign in str(error) for sign in _NOT_DAMAGE):

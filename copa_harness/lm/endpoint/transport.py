@@ -130,17 +130,17 @@ class _Answer(http.client.HTTPResponse):
         self._bounded = _Bounded(self.fp.detach(), sock)
         self.fp = _Reader(self._bounded, sock)
 
-    def begin(self) -> None:
+    def begin(self, **settings: Any) -> None:
         """Read the head.
 
         Raises:
             http.client.RemoteDisconnected: The connection ended without a byte.
         """
         try:
-            super().begin()
+            super().begin(**settings)
             while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
                 self.headers = None  # type: ignore[assignment]
-                super().begin()
+                super().begin(**settings)
         except ConnectionError as error:
             if self._bounded.n_received == 0:
                 raise http.client.RemoteDisconnected(str(error)) from error

@@ -293,7 +293,11 @@ def test_a_store_that_somebody_else_keeps_locked_is_said_with_the_reason(directo
     with pytest.warns(CacheWarning, match=r"cannot be written \(database is locked\)"):
         cache.set(KEY, {"text": "new"})
     assert cache.get(KEY) == {"text": "new"}
+    for change in (cache.clear, lambda: cache.shrink(0), lambda: cache.drop([KEY])):
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            change()
     other.close()
+    assert cache.clear() == 2
 
 
 FORK = """
