@@ -32,7 +32,7 @@ import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
 from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
-from copa_harness.optimize.budget import Allowance, OutOfCalls
+from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.finalists import (
     N_FINALISTS,
     chosen,
@@ -230,7 +230,7 @@ def _validate_finalists(run: Run, plan: HoldoutPlan) -> _Validated:
     with run.recorded("last look"):
         try:
             for candidate in (reference, *finalists):
-                fresh.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+                fresh.complete(candidate, allowance=CallBudget(run.scope, math.inf), phase=Phase.SEARCH)
         except (OutOfCalls, BudgetExhausted):
             run.note(f"the budget does not pay for scoring {counted(len(finalists), 'finalist')} on {fresh.n} {what}")
             return _Validated(run.incumbent)
@@ -323,7 +323,7 @@ def _tested(
 def _is_scored(run: Run, rows: Validation, candidate: Candidate) -> bool:
     """Whether the candidate has a full score on these rows, or the budget pays for one."""
     try:
-        rows.complete(candidate, allowance=Allowance(run.scope, math.inf), phase=Phase.SEARCH)
+        rows.complete(candidate, allowance=CallBudget(run.scope, math.inf), phase=Phase.SEARCH)
     except (OutOfCalls, BudgetExhausted):
         run.note(f"the budget does not pay for scoring the result on {rows.n} rows the search did not use")
         return False

@@ -30,7 +30,7 @@ from copa_harness.strategy import Step, StepKind, parse_strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class CallBudget:
     """A ceiling on the distinct calls of `scope`, counted from the scope's beginning."""
 
     scope: Scope
@@ -46,7 +46,7 @@ class Allowance:
         return n_calls <= self.remaining
 
 
-class Replays(Allowance):
+class Replays(CallBudget):
     """For work whose requests the scope has counted already, and which is free therefore.
 
     It asks for no estimate: what is new after all is refused by the scope when it is one too many.
@@ -61,16 +61,16 @@ class OutOfCalls(Exception):
     """A step's allowance does not suffice for the work it was about to begin. Caught by the step itself."""
 
 
-def share_of(scope: Scope, weight: float, total_weight: float, *, reserved: float = 0.0) -> Allowance:
+def share_of(scope: Scope, weight: float, total_weight: float, *, reserved: float = 0.0) -> CallBudget:
     """The allowance of the next step: `weight / total_weight` of what is left after `reserved` calls are set aside."""
     if math.isinf(scope.remaining_calls):
-        return Allowance(scope, math.inf)
+        return CallBudget(scope, math.inf)
     free = max(0.0, scope.remaining_calls - reserved)
-    return Allowance(scope, scope.charged_calls + math.floor(free * weight / total_weight) if total_weight else 0.0)
+    return CallBudget(scope, scope.charged_calls + math.floor(free * weight / total_weight) if total_weight else 0.0)
 
 
 @contextmanager
-def step_scope(allowance: Allowance, *, name: str) -> Iterator[Scope]:
+def step_scope(allowance: CallBudget, *, name: str) -> Iterator[Scope]:
     """Run the block with every model call of this context held to the allowance."""
     step = allowance.scope.step(allowance.ceiling, name=name)
     try:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from copa_harness.errors import BudgetExhausted
 from copa_harness.evaluate.runner import usage_since
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.optimize.budget import Allowance, OutOfCalls, share_of, step_scope
+from copa_harness.optimize.budget import CallBudget, OutOfCalls, share_of, step_scope
 from copa_harness.optimize.constraints import Constraints
 from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.options import SearchOptions
@@ -208,7 +208,7 @@ class Run:
         cost = self.validation.cost_to_complete(self.incumbent)
         try:
             with self.recorded("baseline"):
-                whole = Allowance(self.scope, math.inf)
+                whole = CallBudget(self.scope, math.inf)
                 self.validation.complete(self.student, allowance=whole, phase=Phase.BASELINE)
                 completed = self.constraints.completed_candidate(self.student)
                 if completed.key != self.student.key:
@@ -275,17 +275,17 @@ class Run:
             yield
             return
         try:
-            with step_scope(Allowance(whole, whole.budget.calls - calls), name="search") as self.scope:
+            with step_scope(CallBudget(whole, whole.budget.calls - calls), name="search") as self.scope:
                 yield
         finally:
             self.scope = whole
 
-    def share(self, step: Step, later: Sequence[Step]) -> Allowance:
+    def share(self, step: Step, later: Sequence[Step]) -> CallBudget:
         """Equal shares for this and every later step that searches, after weights steps have what they need."""
         weights_cost = 3 * self.full_score_cost
         if step.kind is StepKind.WEIGHTS:
             searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
-            return Allowance(self.scope, math.inf) if not searching else self.capped(weights_cost)
+            return CallBudget(self.scope, math.inf) if not searching else self.capped(weights_cost)
         wanted = weights_cost * sum(s.kind is StepKind.WEIGHTS for s in later)
         reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
         if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for the holdout rows
@@ -293,11 +293,11 @@ class Run:
         searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)
         return share_of(self.scope, 1, 1 + searching, reserved=reserved)
 
-    def capped(self, calls: float) -> Allowance:
+    def capped(self, calls: float) -> CallBudget:
         """So many calls from here on, as far as the run has them."""
-        return Allowance(self.scope, self.scope.charged_calls + min(calls, self.scope.remaining_calls))
+        return CallBudget(self.scope, self.scope.charged_calls + min(calls, self.scope.remaining_calls))
 
-    def fraction(self, allowance: Allowance, share: float) -> Allowance:
+    def fraction(self, allowance: CallBudget, share: float) -> CallBudget:
         """A share of what an allowance has left."""
         if math.isinf(allowance.remaining):
             return allowance
@@ -305,12 +305,12 @@ class Run:
 
     # -- what there is to choose from
 
-    def demo_options(self, allowance: Allowance) -> dict[str, tuple[DemoSet, ...]]:
+    def demo_options(self, allowance: CallBudget) -> dict[str, tuple[DemoSet, ...]]:
         """Fresh demonstration sets for every predictor."""
         seed = (self.settings.seed, self.n_steps, self._n_proposals)
         return propose_demos(self.context, self.incumbent, allowance=allowance, memory=self.memory, seed=seed)
 
-    def instruction_options(self, allowance: Allowance) -> dict[str, tuple[InstructionOption, ...]]:
+    def instruction_options(self, allowance: CallBudget) -> dict[str, tuple[InstructionOption, ...]]:
         """Instructions for every predictor; the prompt LM is told what was tried and how it scored."""
         first = 1 + self._n_proposals * self.settings.n_proposed
         self._n_proposals += 1
@@ -356,7 +356,7 @@ class Run:
     # -- searching
 
     def search(
-        self, space: Space, allowance: Allowance, *, phase: Phase, name: str, starts: Sequence[Point] = ()
+        self, space: Space, allowance: CallBudget, *, phase: Phase, name: str, starts: Sequence[Point] = ()
     ) -> str:
         """Run one study and adopt its best; why it stopped."""
         space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space

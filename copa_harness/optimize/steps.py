@@ -25,7 +25,7 @@ from dspy import teleprompt
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, NoTrainingRowsError, TrainingDivergedError
 from copa_harness.optimize.adoption import allowed
-from copa_harness.optimize.budget import Allowance, OutOfCalls, Replays
+from copa_harness.optimize.budget import CallBudget, OutOfCalls, Replays
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.dspy_optimizers.kwargs import ENSEMBLE_KWARGS, check_kwargs
 from copa_harness.optimize.dspy_optimizers.registry import run_optimizer
@@ -113,7 +113,7 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
 # -- prompts
 
 
-def _prompts(run: Run, allowance: Allowance) -> None:
+def _prompts(run: Run, allowance: CallBudget) -> None:
     """Studies over instructions and demonstrations, and over the other weights of a training before it."""
     tuned = run.tuned_choices()
     own = weights_choice(run.incumbent)
@@ -126,7 +126,7 @@ def _prompts(run: Run, allowance: Allowance) -> None:
 
 def search_in_rounds(
     run: Run,
-    allowance: Allowance,
+    allowance: CallBudget,
     *,
     name: str,
     choices: Sequence[WeightsChoice],
@@ -178,7 +178,7 @@ def _fresh_starts(instructions: InstructionSets, demos: DemoSets) -> list[Point]
     return [*shown, *instruction_starts(instructions)]
 
 
-def _alternate(run: Run, allowance: Allowance) -> None:
+def _alternate(run: Run, allowance: CallBudget) -> None:
     """Demonstrations for the current instruction, then instructions for those demonstrations, until converged.
 
     Source: COPA's alternating scheme (compilation phase, prompt phase). A cycle that improves by less than `epsilon`
@@ -224,7 +224,7 @@ def _alternate(run: Run, allowance: Allowance) -> None:
 # -- weights
 
 
-def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool, is_all: bool) -> None:
+def _weights(run: Run, allowance: CallBudget, *, demos_ahead: bool, is_all: bool) -> None:
     """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse.
 
     Where there is nothing to train on the program stays as it is, unless weights are all that was asked for.
@@ -236,7 +236,7 @@ def _weights(run: Run, allowance: Allowance, *, demos_ahead: bool, is_all: bool)
     if trained is None:
         return
     run.note(f"w: {trained.note}")
-    whole = Allowance(run.scope, math.inf)
+    whole = CallBudget(run.scope, math.inf)
     best: Candidate | None = None
     for candidate in _serving_prompts(run, trained):
         # The first prompt is always tried; further ones only within this step's share.
@@ -284,7 +284,7 @@ def _trained(run: Run, *, demos_ahead: bool, otherwise: str, keep: bool = False)
         return None
 
 
-def _joint(run: Run, allowance: Allowance) -> None:
+def _joint(run: Run, allowance: CallBudget) -> None:
     """One study over weights and prompts at once.
 
     Weights to choose from: as they are, tuned behind demonstrations, tuned bare, and checkpoints of both trainings.
@@ -311,7 +311,7 @@ def _joint(run: Run, allowance: Allowance) -> None:
 # -- DSPy's optimizers
 
 
-def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
+def optimizer_step(run: Run, step: Step, allowance: CallBudget) -> None:
     """A DSPy optimizer on the incumbent; its result is adopted if it is not worse on validation.
 
     A result that breaks a limit is repaired where that can be done (required texts are appended, demonstrations with
@@ -335,7 +335,7 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
         trainset=run.constraints.allowed_examples(run.context.trainset),
         valset=run.validation.examples,
         metric=run.context.metric,
-        allowance=Allowance(run.scope, run.scope.charged_calls + allowance.remaining - reserved),
+        allowance=CallBudget(run.scope, run.scope.charged_calls + allowance.remaining - reserved),
         calls_per_example=run.validation.calls_per_example(run.incumbent),
         prompt_lm=run.context.prompt_lm,
         threads=run.settings.threads,
@@ -360,7 +360,7 @@ def optimizer_step(run: Run, step: Step, allowance: Allowance) -> None:
             if i > 0 and not is_free and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
                 unpaid = True
                 continue
-            whole = Replays(run.scope, math.inf) if is_free else Allowance(run.scope, math.inf)
+            whole = Replays(run.scope, math.inf) if is_free else CallBudget(run.scope, math.inf)
             try:
                 run.validation.complete(candidate, allowance=whole, phase=Phase.SEARCH)
             except (OutOfCalls, BudgetExhausted):

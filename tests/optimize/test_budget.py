@@ -8,7 +8,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.context import current_scope, in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import Allowance, share_of, step_scope
+from copa_harness.optimize.budget import CallBudget, share_of, step_scope
 from copa_harness.results import Budget, Phase
 
 
@@ -27,7 +27,7 @@ def test_without_a_ceiling_a_share_has_none():
 
 def test_an_allowance_never_exceeds_the_run():
     with open_scope("run", budget=Budget(calls=10)) as scope:
-        assert Allowance(scope, 50).remaining == 10
+        assert CallBudget(scope, 50).remaining == 10
 
 
 def ask(lm, i):
@@ -37,7 +37,7 @@ def ask(lm, i):
 def test_a_step_is_stopped_at_its_share_and_the_run_goes_on():
     lm = ScriptedLM(lambda messages: "yes")
     with open_scope("run", budget=Budget(calls=10)) as scope:
-        with step_scope(Allowance(scope, 3), name="step"):
+        with step_scope(CallBudget(scope, 3), name="step"):
             for i in range(3):
                 ask(lm, i)
             ask(lm, 0)
@@ -53,7 +53,7 @@ def test_a_step_is_stopped_at_its_share_and_the_run_goes_on():
 def test_many_threads_never_pass_a_steps_share():
     lm = ScriptedLM(lambda messages: "yes")
     with open_scope("run", budget=Budget(calls=1000)) as scope:
-        with step_scope(Allowance(scope, 17), name="step") as step:
+        with step_scope(CallBudget(scope, 17), name="step") as step:
 
             def one(i):
                 with in_context(scope=step):
@@ -73,7 +73,7 @@ def test_many_threads_never_pass_a_steps_share():
 def test_calls_of_a_step_are_stamped_in_the_run():
     lm = ScriptedLM(lambda messages: "yes")
     with open_scope("run", budget=Budget(calls=10)) as scope:
-        with scope.phase(Phase.SEARCH), step_scope(Allowance(scope, 5), name="step") as step:
+        with scope.phase(Phase.SEARCH), step_scope(CallBudget(scope, 5), name="step") as step:
             ask(lm, 0)
             assert step.current_phase is Phase.SEARCH
             assert step.remaining_calls == 4
@@ -83,7 +83,7 @@ def test_calls_of_a_step_are_stamped_in_the_run():
 def test_a_thread_left_over_from_a_step_buys_nothing():
     lm = ScriptedLM(lambda messages: "yes")
     with open_scope("run", budget=Budget(calls=10)) as scope:
-        with step_scope(Allowance(scope, 5), name="step") as step:
+        with step_scope(CallBudget(scope, 5), name="step") as step:
             pass
         with in_context(scope=step), pytest.raises(BudgetExhausted, match="has ended"):
             ask(lm, 0)

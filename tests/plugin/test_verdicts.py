@@ -203,7 +203,10 @@ def test_gates_can_be_defaults_of_the_ini_file_which_a_marker_overrules(pytester
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("copa_min_score = 85", "ini option copa_min_score: got '85', expected a number from 0 to 1; write 0.85 for 85 %."),
+        (
+            "copa_min_score = 85",
+            "ini option copa_min_score: got '85', expected a number from 0 to 1; write 0.85 for 85 %.",
+        ),
         ("copa_undecided_fails = maybe", "ini option copa_undecided_fails: got 'maybe', expected True or False."),
         ("copa_max_calls = few", "ini option copa_max_calls: got 'few', expected a whole number, 0 or more."),
     ],

@@ -17,7 +17,7 @@ import dspy
 
 from copa_harness.errors import ConfigurationError, CopaError
 from copa_harness.evaluate.metrics import Metric, call_metric
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.dspy_optimizers.student import ProposalCount, teacher_of
 from copa_harness.optimize.search.candidate import Candidate
 
@@ -55,7 +55,7 @@ class OptimizerJob:
     trainset: Sequence[dspy.Example]
     valset: Sequence[dspy.Example]
     metric: Metric
-    allowance: Allowance
+    allowance: CallBudget
     calls_per_example: int
     prompt_lm: Any = None
     threads: int = 8

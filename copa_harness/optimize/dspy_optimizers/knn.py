@@ -177,6 +177,6 @@ class NeighboursOptimizer(Teleprompter):
         )
         found: dict[int, dict[str, dspy.Example]] = {}
         for example, run in zip(job.trainset, runs, strict=True):
-            pools = traced_demos(program, [example], [run], min_score=job.min_score)
-            found[id(example)] = {name: pool[0][0] for name, pool in pools.items() if pool}
+            traced = traced_demos(program, [example], [run], min_score=job.min_score)
+            found[id(example)] = {name: demos[0][0] for name, demos in traced.items() if demos}
         return found

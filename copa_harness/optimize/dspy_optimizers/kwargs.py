@@ -85,7 +85,7 @@ _OURS: dict[str, tuple[str, ...]] = {"knn_fewshot": KNN_KWARGS, "ensemble": ENSE
 def check_optimizer_kwargs(given: Mapping[str, Any]) -> None:
     """Raise unless every name is a known optimizer's and its arguments are a dictionary with names.
 
-    Names of arguments are checked as far as they are known without DSPy: all of ours, and what `keywords` can read.
+    Names of arguments are checked as far as they are known without DSPy: all of ours, and what `keywords_of` can read.
 
     Raises:
         ConfigurationError: The first that is not, with the nearest known one.

@@ -36,7 +36,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.search.candidate import Candidate, model_name
 
@@ -266,7 +266,7 @@ class Evaluations(BaseCallback):
         self,
         valset: Sequence[dspy.Example],
         *,
-        allowance: Allowance,
+        allowance: CallBudget,
         calls_per_example: int,
         known: frozenset[str],
         settings_of: Callable[[dspy.Module], Candidate],

@@ -20,7 +20,7 @@ import dspy
 import numpy as np
 
 from copa_harness.evaluate.runner import ExampleRun
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose import similarity
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.propose.similarity import Vectors, row_vectors
@@ -160,7 +160,7 @@ def wants_bootstrap(context: SearchContext, program: dspy.Module) -> bool:
 
 
 def bootstrapped_demos(
-    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, seed: Sequence[int]
+    context: SearchContext, incumbent: Candidate, *, allowance: CallBudget, seed: Sequence[int]
 ) -> dict[str, list[StratifiedDemo]]:
     """Passing traces from as many training examples as the bootstrap share of the allowance pays for, by predictor."""
     n = context.n_affordable(incumbent, allowance.remaining * BOOTSTRAP_SHARE)
@@ -263,7 +263,7 @@ def probe_instructions(
     context: SearchContext,
     incumbent: Candidate,
     *,
-    allowance: Allowance,
+    allowance: CallBudget,
     memory: SearchMemory,
     generator: np.random.Generator,
 ) -> None:

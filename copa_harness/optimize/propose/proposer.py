@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.demos import (
     DemoSource,
@@ -42,7 +42,7 @@ MIN_DEMO_SETS, MAX_DEMO_SETS = 6, 32
 
 
 def propose_demos(
-    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, memory: SearchMemory, seed: Sequence[int]
+    context: SearchContext, incumbent: Candidate, *, allowance: CallBudget, memory: SearchMemory, seed: Sequence[int]
 ) -> dict[str, tuple[DemoSet, ...]]:
     """Demonstration sets by predictor, the empty set last.
 
@@ -97,7 +97,7 @@ def propose_instructions(
     context: SearchContext,
     incumbent: Candidate,
     *,
-    allowance: Allowance,
+    allowance: CallBudget,
     memory: SearchMemory,
     past: Mapping[str, Sequence[tuple[str, float]]] | None = None,
     first_rollout: int = 1,

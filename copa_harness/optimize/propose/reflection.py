@@ -18,7 +18,7 @@ from copa_harness.evaluate.examples import input_values, label_values
 from copa_harness.evaluate.metrics import Metric, metric_arity, takes_arguments
 from copa_harness.evaluate.runner import ExampleRun
 from copa_harness.lm.context import booked_as
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose.render import Failure, short
 from copa_harness.optimize.propose.schema import strata_of, stratified_order, text_of
 from copa_harness.optimize.search.candidate import Candidate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def find_failures(
-    context: SearchContext, incumbent: Candidate, *, allowance: Allowance, generator: np.random.Generator
+    context: SearchContext, incumbent: Candidate, *, allowance: CallBudget, generator: np.random.Generator
 ) -> dict[str, list[Failure]]:
     """What the incumbent gets wrong on a few training examples, by the predictors that may be to blame.
 

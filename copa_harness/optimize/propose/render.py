@@ -95,10 +95,10 @@ def demos_text(demos: Iterable[Any], signature: Any) -> str:
     )
 
 
-def spread_out(pool: Sequence[tuple[dspy.Example, str]], n: int) -> list[dspy.Example]:
-    """The first few demonstrations of a pool that show its labels in turn."""
-    order = stratified_order([stratum for _, stratum in pool], np.random.default_rng(0))
-    return [pool[i][0] for i in order[:n]]
+def spread_out(demos: Sequence[tuple[dspy.Example, str]], n: int) -> list[dspy.Example]:
+    """The first few demonstrations that show the labels in turn."""
+    order = stratified_order([stratum for _, stratum in demos], np.random.default_rng(0))
+    return [demos[i][0] for i in order[:n]]
 
 
 def data_summary(trainset: Sequence[dspy.Example], *, n_rows: int = 5) -> str:

@@ -30,6 +30,70 @@ MAX_KEYWORDS = 60
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
+def learn_rules(
+    columns: Mapping[str, Sequence[str]],
+    labels: Sequence[str],
+    *,
+    max_depth: int = 3,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+) -> tuple[Rule, ...]:
+    """Rules from rows, at most two: a chain of one-condition clauses, and the full tree when it is more exact.
+
+    Args:
+        columns: Printed values by column name, each as long as `labels`.
+        labels: The right answer of each row.
+        max_depth: Depth of the tree and length of the chain, 1 to 3 being readable.
+        seed: For ties between splits.
+        weights: How much each row counts when splits are chosen, above 0; equally by default. Accuracy counts rows.
+
+    Returns:
+        Rules with at least one clause that beat always answering the commonest label; best first, possibly none.
+    """
+    features = [feature for name, values in columns.items() for feature in _features(name, values)]
+    counts = Counter(labels)
+    if not features or len(counts) < 2:
+        return ()
+    chance = max(counts.values()) / len(labels)
+    rows = np.array(labels, dtype=object)
+    row_weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    chain = _chain(features, rows, row_weights, max_clauses=min(len(counts) - 1, max_depth + 1), seed=seed)
+    tree = _tree(features, rows, row_weights, max_depth=max_depth, seed=seed)
+    found = [rule for rule in (chain, tree) if rule is not None and rule.clauses and rule.accuracy > chance]
+    if len(found) == 2 and found[1].accuracy <= found[0].accuracy:
+        found = found[:1]
+    return tuple(sorted(found, key=lambda rule: -rule.accuracy))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A decision list: clauses (conditions, label) tried in order, then `otherwise`; accuracy on the rows it saw."""
+
+    clauses: tuple[tuple[tuple[Condition, ...], str], ...]
+    otherwise: str
+    accuracy: float
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        said = [f"if {' and '.join(map(str, conditions))} answer {label}" for conditions, label in self.clauses]
+        sentence = ", otherwise ".join([*said, f"answer {self.otherwise}"])
+        return sentence[0].upper() + sentence[1:] + "."
+
+    def answers(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
+        """What the rule answers for every row of printed columns; it needs no model to be followed."""
+        n_rows = len(next(iter(columns.values()), ()))
+        found = []
+        for row in range(n_rows):
+            label = self.otherwise
+            for conditions, said in self.clauses:
+                if all(one.column in columns and one.holds(columns[one.column][row]) for one in conditions):
+                    label = said
+                    break
+            found.append(label)
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """One condition on one column.
@@ -71,35 +135,6 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A decision list: clauses (conditions, label) tried in order, then `otherwise`; accuracy on the rows it saw."""
-
-    clauses: tuple[tuple[tuple[Condition, ...], str], ...]
-    otherwise: str
-    accuracy: float
-
-    @property
-    def text(self) -> str:
-        """The rule in words."""
-        said = [f"if {' and '.join(map(str, conditions))} answer {label}" for conditions, label in self.clauses]
-        sentence = ", otherwise ".join([*said, f"answer {self.otherwise}"])
-        return sentence[0].upper() + sentence[1:] + "."
-
-    def answers(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
-        """What the rule answers for every row of printed columns; it needs no model to be followed."""
-        n_rows = len(next(iter(columns.values()), ()))
-        found = []
-        for row in range(n_rows):
-            label = self.otherwise
-            for conditions, said in self.clauses:
-                if all(one.column in columns and one.holds(columns[one.column][row]) for one in conditions):
-                    label = said
-                    break
-            found.append(label)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
 class _Feature:
     """One column of the tree's matrix: numbers (nan where missing), "is this word" or "mentions this word"."""
 
@@ -108,41 +143,6 @@ class _Feature:
     word: str | None = None
     precision: int = 0
     is_keyword: bool = False
-
-
-def learn_rules(
-    columns: Mapping[str, Sequence[str]],
-    labels: Sequence[str],
-    *,
-    max_depth: int = 3,
-    seed: int = 0,
-    weights: Sequence[float] | None = None,
-) -> tuple[Rule, ...]:
-    """Rules from rows, at most two: a chain of one-condition clauses, and the full tree when it is more exact.
-
-    Args:
-        columns: Printed values by column name, each as long as `labels`.
-        labels: The right answer of each row.
-        max_depth: Depth of the tree and length of the chain, 1 to 3 being readable.
-        seed: For ties between splits.
-        weights: How much each row counts when splits are chosen, above 0; equally by default. Accuracy counts rows.
-
-    Returns:
-        Rules with at least one clause that beat always answering the commonest label; best first, possibly none.
-    """
-    features = [feature for name, values in columns.items() for feature in _features(name, values)]
-    counts = Counter(labels)
-    if not features or len(counts) < 2:
-        return ()
-    chance = max(counts.values()) / len(labels)
-    rows = np.array(labels, dtype=object)
-    row_weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
-    chain = _chain(features, rows, row_weights, max_clauses=min(len(counts) - 1, max_depth + 1), seed=seed)
-    tree = _tree(features, rows, row_weights, max_depth=max_depth, seed=seed)
-    found = [rule for rule in (chain, tree) if rule is not None and rule.clauses and rule.accuracy > chance]
-    if len(found) == 2 and found[1].accuracy <= found[0].accuracy:
-        found = found[:1]
-    return tuple(sorted(found, key=lambda rule: -rule.accuracy))
 
 
 def _features(name: str, values: Sequence[str]) -> list[_Feature]:

@@ -17,7 +17,7 @@ from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMErr
 
 from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.context import current_scope
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.render import (
     MAX_SHOWN,
@@ -140,7 +140,7 @@ class InstructionWriter:
         self._predictors = dict(incumbent.template.named_predictors())
         self._description: str | None = None
 
-    def write(self, allowance: Allowance, *, first_rollout: int) -> dict[str, tuple[InstructionOption, ...]]:
+    def write(self, allowance: CallBudget, *, first_rollout: int) -> dict[str, tuple[InstructionOption, ...]]:
         """`n_proposed` instructions per predictor, one call each, as far as the allowance goes.
 
         Proposals that do not parse, repeat what is known, or are empty are left out. Describing the program for the
@@ -163,7 +163,7 @@ class InstructionWriter:
         return options
 
     def _for(
-        self, predictor: str, current: str, allowance: Allowance, first_rollout: int
+        self, predictor: str, current: str, allowance: CallBudget, first_rollout: int
     ) -> tuple[InstructionOption, ...]:
         n, bandit, generator = self.settings.n_proposed, self.memory.bandit, self.memory.generator()
         ways = ["written", "reflected"] if self.failures.get(predictor) else ["written"]
@@ -194,7 +194,7 @@ class InstructionWriter:
                 self.memory.note_instruction(predictor, text, *arms)
         return tuple(options)
 
-    def _asked(self, allowance: Allowance, signature: Any, config: dict[str, Any], **fields: str) -> str:
+    def _asked(self, allowance: CallBudget, signature: Any, config: dict[str, Any], **fields: str) -> str:
         """The last output field of one call that shows the fields given; "" when unusable or not affordable."""
         if not allowance.can_afford(1):
             return ""
@@ -225,7 +225,7 @@ class InstructionWriter:
         ]
 
     def _examples(self, predictor: str, n: int) -> str:
-        """The incumbent's own demonstrations, else some of the pool, one line each; "" without any."""
+        """The incumbent's own demonstrations, else some of the others, one line each; "" without any."""
         own = next(part.demos for part in self.incumbent.parts if part.predictor == predictor)
         return demos_text(own[:n] or spread_out(self._demos(predictor), n), self._predictors[predictor].signature)
 
@@ -239,7 +239,7 @@ class InstructionWriter:
             fields["right_answers"] = right
         return {**fields, "mistakes": "\n\n".join(failure.text for failure in shown)}
 
-    def _grounds(self, predictor: str, current: str, grounding: str, tip: str, allowance: Allowance) -> dict[str, str]:
+    def _grounds(self, predictor: str, current: str, grounding: str, tip: str, allowance: CallBudget) -> dict[str, str]:
         """The fields of `ProposeInstruction` that a grounding shows and that have something to say."""
         shown = [name for key, names in _SHOWN_BY.items() if grounding in ("all", key) for name in names]
         fields = {"program_step": self._step(predictor), "current_instruction": current, "tip": TIPS[tip]}
@@ -253,15 +253,15 @@ class InstructionWriter:
         if "step_examples" in shown and (examples := self._examples(predictor, 4)):
             fields["step_examples"] = examples
         if "weighty_demonstrations" in shown:
-            pool = [*(demo for demo, _ in self._demos(predictor)), *self.memory.demos_of(predictor)]
-            if helpful := self.memory.helpful_demos(predictor, pool):
+            known = [*(demo for demo, _ in self._demos(predictor)), *self.memory.demos_of(predictor)]
+            if helpful := self.memory.helpful_demos(predictor, known):
                 fields["weighty_demonstrations"] = demos_text(helpful, self._predictors[predictor].signature)
         if "past_instructions" in shown and (past := self.past.get(predictor)):
             best_last = sorted(past, key=lambda one: one[1])[-8:]
             fields["past_instructions"] = "\n".join(f"{score:.2f}: {text}" for text, score in best_last)
         return fields
 
-    def _described(self, allowance: Allowance) -> str:
+    def _described(self, allowance: CallBudget) -> str:
         """The program in the prompt LM's words, asked for once; "" for a bare predictor, whose step says it all."""
         if is_bare(self.incumbent.template):
             return ""

@@ -10,7 +10,7 @@ keeps the incumbent's setting has no feature, so
 which is a Bayesian linear bandit: the arms of one trial share its gain instead of each taking all of it. The effect of
 an arm is that of its family (any demonstrations at all, ...) plus its own, so an arm never tried is expected to be as
 good as its family. What is proposed next is drawn by Thompson sampling (Thompson 1933; Agrawal and Goyal 2013, arXiv
-1209.3352): one draw of b from its posterior per proposal, and the best arm of the draw wins. Observation from earlier
+1209.3352): one draw of b from its posterior per proposal, and the best arm of the draw wins. Evidence from earlier
 phases fades, because the incumbent it was measured against is gone.
 """
 
@@ -42,83 +42,6 @@ FADING = 0.5
 
 _PSEUDO_N, _PSEUDO_VARIANCE = 2, 0.25
 """Shrinks the variance of a difference towards that of a coin flip's: three equal differences are no certainty."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """One trial, as far as learning goes.
-
-    Attributes:
-        phase: Number of the study it belongs to; later is larger.
-        features: Predictors carrying an option of each arm, by ``family: arm``.
-        gain: Mean paired difference to the incumbent the study began with, -1..1.
-        variance: Of that mean.
-        n: Examples behind it.
-    """
-
-    phase: int
-    features: Mapping[str, int]
-    gain: float
-    variance: float
-    n: int
-
-
-def paired_gain(scores: Sequence[float | None], reference: Sequence[float | None]) -> tuple[float, float, int] | None:
-    """(mean difference, variance of that mean, examples) over the examples both have a score for; None without any."""
-    differences = np.array(
-        [new - old for new, old in zip(scores, reference, strict=False) if new is not None and old is not None]
-    )
-    n = len(differences)
-    if n == 0:
-        return None
-    variance = (float(((differences - differences.mean()) ** 2).sum()) + _PSEUDO_N * _PSEUDO_VARIANCE) / (n + _PSEUDO_N)
-    return float(differences.mean()), variance / n, n
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Normal posterior of the effects of named features."""
-
-    names: tuple[str, ...]
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64] = field(repr=False)
-
-    def sd(self) -> NDArray[np.float64]:
-        """Standard deviation of each effect."""
-        return np.asarray(np.sqrt(np.diag(self.covariance)))
-
-    def draw(self, generator: np.random.Generator) -> dict[str, float]:
-        """One draw of all effects."""
-        if not self.names:
-            return {}
-        root = np.linalg.cholesky(self.covariance + 1e-12 * np.eye(len(self.names)))
-        values = self.mean + root @ generator.standard_normal(len(self.names))
-        return dict(zip(self.names, values.tolist(), strict=True))
-
-
-def normal_posterior(
-    rows: Sequence[Mapping[str, float]],
-    gains: Sequence[float],
-    *,
-    variances: Sequence[float],
-    prior_sd: Mapping[str, float],
-) -> Posterior:
-    """The posterior of a linear model with known noise (Bayesian ridge regression in closed form).
-
-    Args:
-        rows: Features of every observation; those missing are 0.
-        gains: What was observed.
-        variances: Noise variance of every observation, above 0.
-        prior_sd: Prior standard deviation of every feature's effect around 0; names all features there are.
-    """
-    names = tuple(sorted(prior_sd))
-    design = np.array([[row.get(name, 0.0) for name in names] for row in rows], dtype=float)
-    design = design.reshape(len(rows), len(names))
-    weights = 1.0 / np.asarray(variances, dtype=float)
-    precision = np.diag([1.0 / prior_sd[name] ** 2 for name in names]) + (design * weights[:, None]).T @ design
-    covariance = np.linalg.inv(precision) if names else np.zeros((0, 0))
-    covariance = (covariance + covariance.T) / 2
-    return Posterior(names, covariance @ (design.T @ (weights * np.asarray(gains, dtype=float))), covariance)
 
 
 class ProposalBandit:
@@ -234,3 +157,80 @@ class ProposalBandit:
 
 def _family(feature: str) -> str:
     return feature.split(": ", 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One trial, as far as learning goes.
+
+    Attributes:
+        phase: Number of the study it belongs to; later is larger.
+        features: Predictors carrying an option of each arm, by ``family: arm``.
+        gain: Mean paired difference to the incumbent the study began with, -1..1.
+        variance: Of that mean.
+        n: Examples behind it.
+    """
+
+    phase: int
+    features: Mapping[str, int]
+    gain: float
+    variance: float
+    n: int
+
+
+def paired_gain(scores: Sequence[float | None], reference: Sequence[float | None]) -> tuple[float, float, int] | None:
+    """(mean difference, variance of that mean, examples) over the examples both have a score for; None without any."""
+    differences = np.array(
+        [new - old for new, old in zip(scores, reference, strict=False) if new is not None and old is not None]
+    )
+    n = len(differences)
+    if n == 0:
+        return None
+    variance = (float(((differences - differences.mean()) ** 2).sum()) + _PSEUDO_N * _PSEUDO_VARIANCE) / (n + _PSEUDO_N)
+    return float(differences.mean()), variance / n, n
+
+
+def normal_posterior(
+    rows: Sequence[Mapping[str, float]],
+    gains: Sequence[float],
+    *,
+    variances: Sequence[float],
+    prior_sd: Mapping[str, float],
+) -> Posterior:
+    """The posterior of a linear model with known noise (Bayesian ridge regression in closed form).
+
+    Args:
+        rows: Features of every observation; those missing are 0.
+        gains: What was observed.
+        variances: Noise variance of every observation, above 0.
+        prior_sd: Prior standard deviation of every feature's effect around 0; names all features there are.
+    """
+    names = tuple(sorted(prior_sd))
+    design = np.array([[row.get(name, 0.0) for name in names] for row in rows], dtype=float)
+    design = design.reshape(len(rows), len(names))
+    weights = 1.0 / np.asarray(variances, dtype=float)
+    precision = np.diag([1.0 / prior_sd[name] ** 2 for name in names]) + (design * weights[:, None]).T @ design
+    covariance = np.linalg.inv(precision) if names else np.zeros((0, 0))
+    covariance = (covariance + covariance.T) / 2
+    return Posterior(names, covariance @ (design.T @ (weights * np.asarray(gains, dtype=float))), covariance)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Normal posterior of the effects of named features."""
+
+    names: tuple[str, ...]
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64] = field(repr=False)
+
+    def sd(self) -> NDArray[np.float64]:
+        """Standard deviation of each effect."""
+        return np.asarray(np.sqrt(np.diag(self.covariance)))
+
+    def draw(self, generator: np.random.Generator) -> dict[str, float]:
+        """One draw of all effects."""
+        if not self.names:
+            return {}
+        root = np.linalg.cholesky(self.covariance + 1e-12 * np.eye(len(self.names)))
+        values = self.mean + root @ generator.standard_normal(len(self.names))
+        return dict(zip(self.names, values.tolist(), strict=True))

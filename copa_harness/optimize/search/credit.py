@@ -26,7 +26,7 @@ import numpy as np
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.judge.paired_tests import difference_interval
-from copa_harness.optimize.budget import Allowance, OutOfCalls
+from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.search.candidate import Candidate, model_name
 from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.scoring import Validation
@@ -47,47 +47,20 @@ KINDS = ("weights", "instruction", "demonstrations")
 Cell = frozenset["CreditedPart"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class CreditedPart:
-    """One setting of one predictor; the predictor is "" for weights that all predictors share."""
-
-    predictor: str
-    kind: str
-
-
-def changed_parts(student: Candidate, winner: Candidate) -> tuple[CreditedPart, ...]:
-    """The parts in which two candidates of one program differ, in the program's order.
-
-    Weights that were one model and became one model are one part.
-    """
-    found: list[CreditedPart] = []
-    pairs = list(zip(student.parts, winner.parts, strict=True))
-    shared = len({model_name(old.lm) for old, _ in pairs}) == len({model_name(new.lm) for _, new in pairs}) == 1
-    if shared and model_name(pairs[0][0].lm) != model_name(pairs[0][1].lm):
-        found.append(CreditedPart("", "weights"))
-    for old, new in pairs:
-        differs = (
-            not shared and model_name(old.lm) != model_name(new.lm),
-            old.instruction != new.instruction,
-            old.demos != new.demos,
+def credit_of(run: Run) -> dict[str, Any]:
+    """Who earned a finished run's gain, measured with calls its search left over; a phase of its own if it cost any."""
+    if run.incumbent.key == run.student.key:
+        return {}
+    whole = run.scope.budget.calls
+    with run.recorded("credit", only_if_charged=True):
+        return assign_credit(
+            run.student,
+            run.incumbent,
+            validation=run.validation,
+            allowance=run.capped(math.inf if math.isinf(whole) else math.floor(CREDIT_SHARE * whole)),
+            memory=run.memory,
+            seed=run.settings.seed,
         )
-        found.extend(CreditedPart(old.predictor, kind) for kind, changed in zip(KINDS, differs, strict=True) if changed)
-    return tuple(found)
-
-
-def mixed(student: Candidate, winner: Candidate, parts: Iterable[CreditedPart]) -> Candidate:
-    """The student with the winner's settings in some parts."""
-    chosen = set(parts)
-
-    def has(predictor: str, kind: str) -> bool:
-        return CreditedPart(predictor, kind) in chosen or (kind == "weights" and CreditedPart("", kind) in chosen)
-
-    pairs = list(zip(student.parts, winner.parts, strict=True))
-    candidate = student.with_lms(tuple(new.lm if has(old.predictor, "weights") else old.lm for old, new in pairs))
-    candidate = candidate.with_instructions(
-        {new.predictor: new.instruction for _, new in pairs if has(new.predictor, "instruction")}
-    )
-    return candidate.with_demos({new.predictor: new.demos for _, new in pairs if has(new.predictor, "demonstrations")})
 
 
 def assign_credit(
@@ -95,7 +68,7 @@ def assign_credit(
     winner: Candidate,
     *,
     validation: Validation,
-    allowance: Allowance,
+    allowance: CallBudget,
     memory: SearchMemory,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -155,23 +128,50 @@ def assign_credit(
     }
 
 
-def credit_of(run: Run) -> dict[str, Any]:
-    """Who earned a finished run's gain, measured with calls its search left over; a phase of its own if it cost any."""
-    if run.incumbent.key == run.student.key:
-        return {}
-    whole = run.scope.budget.calls
-    with run.recorded("credit", only_if_charged=True):
-        return assign_credit(
-            run.student,
-            run.incumbent,
-            validation=run.validation,
-            allowance=run.capped(math.inf if math.isinf(whole) else math.floor(CREDIT_SHARE * whole)),
-            memory=run.memory,
-            seed=run.settings.seed,
+@dataclass(frozen=True, slots=True, order=True)
+class CreditedPart:
+    """One setting of one predictor; the predictor is "" for weights that all predictors share."""
+
+    predictor: str
+    kind: str
+
+
+def changed_parts(student: Candidate, winner: Candidate) -> tuple[CreditedPart, ...]:
+    """The parts in which two candidates of one program differ, in the program's order.
+
+    Weights that were one model and became one model are one part.
+    """
+    found: list[CreditedPart] = []
+    pairs = list(zip(student.parts, winner.parts, strict=True))
+    shared = len({model_name(old.lm) for old, _ in pairs}) == len({model_name(new.lm) for _, new in pairs}) == 1
+    if shared and model_name(pairs[0][0].lm) != model_name(pairs[0][1].lm):
+        found.append(CreditedPart("", "weights"))
+    for old, new in pairs:
+        differs = (
+            not shared and model_name(old.lm) != model_name(new.lm),
+            old.instruction != new.instruction,
+            old.demos != new.demos,
         )
+        found.extend(CreditedPart(old.predictor, kind) for kind, changed in zip(KINDS, differs, strict=True) if changed)
+    return tuple(found)
 
 
-def _scored(candidate: Candidate, validation: Validation, allowance: Allowance) -> bool:
+def mixed(student: Candidate, winner: Candidate, parts: Iterable[CreditedPart]) -> Candidate:
+    """The student with the winner's settings in some parts."""
+    chosen = set(parts)
+
+    def has(predictor: str, kind: str) -> bool:
+        return CreditedPart(predictor, kind) in chosen or (kind == "weights" and CreditedPart("", kind) in chosen)
+
+    pairs = list(zip(student.parts, winner.parts, strict=True))
+    candidate = student.with_lms(tuple(new.lm if has(old.predictor, "weights") else old.lm for old, new in pairs))
+    candidate = candidate.with_instructions(
+        {new.predictor: new.instruction for _, new in pairs if has(new.predictor, "instruction")}
+    )
+    return candidate.with_demos({new.predictor: new.demos for _, new in pairs if has(new.predictor, "demonstrations")})
+
+
+def _scored(candidate: Candidate, validation: Validation, allowance: CallBudget) -> bool:
     try:
         validation.complete(candidate, allowance=allowance, phase=Phase.SEARCH)
     except (OutOfCalls, BudgetExhausted):

@@ -53,108 +53,6 @@ _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, Asse
 """What Optuna raises on a journal that it cannot replay."""
 
 
-class _ProcessLock(BaseJournalFileLock):
-    """A lock that lapses with the process that holds it; Optuna's own keep a killed one's for half a minute."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path)
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-def open_journal(path: Path) -> JournalStorage:
-    """Optuna storage in one file of JSON lines; made when it is not there, mended when its last line is half a line.
-
-    A journal with a damaged line is moved aside, with a `CacheWarning`, and a new one takes its place.
-
-    Raises:
-        CacheError: The file is no journal and never was, or cannot be written.
-    """
-    lock = _ProcessLock(path.with_name(path.name + ".lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _held(lock):
-            _mend(path)
-            _check(path)
-        backend = JournalFileBackend(str(path), lock_obj=lock)
-        if isinstance(backend, BaseJournalSnapshot):
-            raise CacheError("this version of Optuna pickles snapshots of journal files; expected one that does not")
-        try:
-            return JournalStorage(backend)
-        except _UNREADABLE as error:  # lines that are whole and tell of studies or trials that are not there
-            with _held(lock):
-                _move_aside(path, f"{type(error).__name__}: {error}")
-            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except (OSError, *_UNREADABLE) as error:
-        raise CacheError(
-            f"got {path} as the journal, which cannot be used ({type(error).__name__}: {error}); delete it, or name "
-            "another file"
-        ) from error
-
-
-@contextmanager
-def _held(lock: _ProcessLock) -> Iterator[None]:
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _mend(path: Path) -> None:
-    """Cut off what follows the last line end."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            logger.warning("%s: the last line was only half written; it is cut off", path)
-            file.truncate(whole)
-
-
-def _check(path: Path) -> None:
-    """Move the file aside if one of its lines is damaged: Optuna itself stumbles over it only some writes later.
-
-    Raises:
-        ValueError: Not one line is, or was, a journal's: it is somebody's file, and stays where it is.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    damaged = [i for i, line in enumerate(lines, start=1) if not _is_entry(line)]
-    if not damaged:
-        return
-    if not any(line.startswith(_BEGINNING) or not line.strip(b"\0") for line in lines):
-        raise ValueError("no line of it is one of Optuna's journal")
-    _move_aside(path, f"line {damaged[0]} of {len(lines)} is not JSON as Optuna writes it")
-
-
-def _is_entry(line: bytes) -> bool:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int) and "worker_id" in entry
-
-
-def _move_aside(path: Path, why: str) -> None:
-    numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    target = next(one for n in numbers if not (one := path.with_name(f"{path.name}.damaged{n}")).exists())
-    path.replace(target)
-    message = (
-        f"the journal {path} is damaged ({why}); it was moved to {target.name} and a new one is begun: nothing is lost "
-        "but the record of earlier trials, answers come from the cache"
-    )
-    try:
-        warnings.warn(message, CacheWarning, stacklevel=2)
-    except CacheWarning:  # warnings are errors here; a by-product still ends no run
-        logger.warning("%s", message)
-
-
 @contextmanager
 def exclusive_journal(path: Path | None, *, attributes: Mapping[str, Any]) -> Iterator[Journal | None]:
     """The journal at `path`, which no other process writes while the block runs; None for no path.
@@ -281,18 +179,6 @@ class StudyJournal:
             self._study.add_trial(trial)
 
 
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Damage done to the file while it is in use, in our words instead of Optuna's."""
-    try:
-        yield
-    except json.JSONDecodeError as error:
-        raise CacheError(
-            f"the journal {path} was damaged while it was being written ({error}); run again: it is then moved aside, "
-            "a new one is begun, and every answer comes from the cache"
-        ) from error
-
-
 def _means(scores: Sequence[float | None]) -> dict[int, float]:
     """Mean so far by example, from 0; examples without a score are left out."""
     known: dict[int, float] = {}
@@ -310,3 +196,117 @@ def _same(known: FrozenTrial, trial: FrozenTrial) -> bool:
     if known.value is None or trial.value is None:
         return known.value is trial.value
     return math.isclose(known.value, trial.value, abs_tol=1e-9)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Damage done to the file while it is in use, in our words instead of Optuna's."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise CacheError(
+            f"the journal {path} was damaged while it was being written ({error}); run again: it is then moved aside, "
+            "a new one is begun, and every answer comes from the cache"
+        ) from error
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Optuna storage in one file of JSON lines; made when it is not there, mended when its last line is half a line.
+
+    A journal with a damaged line is moved aside, with a `CacheWarning`, and a new one takes its place.
+
+    Raises:
+        CacheError: The file is no journal and never was, or cannot be written.
+    """
+    lock = _ProcessLock(path.with_name(path.name + ".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _held(lock):
+            _mend(path)
+            _check(path)
+        backend = JournalFileBackend(str(path), lock_obj=lock)
+        if isinstance(backend, BaseJournalSnapshot):
+            raise CacheError("this version of Optuna pickles snapshots of journal files; expected one that does not")
+        try:
+            return JournalStorage(backend)
+        except _UNREADABLE as error:  # lines that are whole and tell of studies or trials that are not there
+            with _held(lock):
+                _move_aside(path, f"{type(error).__name__}: {error}")
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except (OSError, *_UNREADABLE) as error:
+        raise CacheError(
+            f"got {path} as the journal, which cannot be used ({type(error).__name__}: {error}); delete it, or name "
+            "another file"
+        ) from error
+
+
+def _mend(path: Path) -> None:
+    """Cut off what follows the last line end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("%s: the last line was only half written; it is cut off", path)
+            file.truncate(whole)
+
+
+def _check(path: Path) -> None:
+    """Move the file aside if one of its lines is damaged: Optuna itself stumbles over it only some writes later.
+
+    Raises:
+        ValueError: Not one line is, or was, a journal's: it is somebody's file, and stays where it is.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    damaged = [i for i, line in enumerate(lines, start=1) if not _is_entry(line)]
+    if not damaged:
+        return
+    if not any(line.startswith(_BEGINNING) or not line.strip(b"\0") for line in lines):
+        raise ValueError("no line of it is one of Optuna's journal")
+    _move_aside(path, f"line {damaged[0]} of {len(lines)} is not JSON as Optuna writes it")
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int) and "worker_id" in entry
+
+
+def _move_aside(path: Path, why: str) -> None:
+    numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    target = next(one for n in numbers if not (one := path.with_name(f"{path.name}.damaged{n}")).exists())
+    path.replace(target)
+    message = (
+        f"the journal {path} is damaged ({why}); it was moved to {target.name} and a new one is begun: nothing is lost "
+        "but the record of earlier trials, answers come from the cache"
+    )
+    try:
+        warnings.warn(message, CacheWarning, stacklevel=2)
+    except CacheWarning:  # warnings are errors here; a by-product still ends no run
+        logger.warning("%s", message)
+
+
+@contextmanager
+def _held(lock: _ProcessLock) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _ProcessLock(BaseJournalFileLock):
+    """A lock that lapses with the process that holds it; Optuna's own keep a killed one's for half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path)
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()

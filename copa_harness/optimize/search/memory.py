@@ -36,17 +36,6 @@ MAX_RECORDS = 400
 """Trials kept for the result; what is learned uses all of them."""
 
 
-def demo_key(demo: Any) -> str:
-    """A demonstration's content, shortened: equal exactly when all fields are."""
-    content = {str(key): plain(value) for key, value in dict(demo).items()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def input_key(example: Any, input_fields: Sequence[str]) -> str:
-    """An example's inputs, shortened: what tells whether two demonstrations ask the same."""
-    return demo_key({name: example[name] for name in input_fields})
-
-
 class SearchMemory:
     """The memory of one run.
 
@@ -169,13 +158,13 @@ class SearchMemory:
         return normal_posterior(rows, self._gains, variances=self._variances, prior_sd=prior)
 
     def drawn_effects(
-        self, predictor: str, pool: Sequence[dspy.Example], *, n_draws: int, generator: np.random.Generator
+        self, predictor: str, demos: Sequence[dspy.Example], *, n_draws: int, generator: np.random.Generator
     ) -> list[list[float]]:
-        """Draws of what each demonstration of a pool adds to the score; none before one of them was tried.
+        """Draws of what each of the demonstrations adds to the score; none before one of them was tried.
 
         A demonstration never tried is drawn from the prior, so that new ones keep getting their chance.
         """
-        names = [f"{predictor}\n{demo_key(demo)}" for demo in pool]
+        names = [f"{predictor}\n{demo_key(demo)}" for demo in demos]
         posterior = self.demo_posterior() if self._rows else None
         if posterior is None or not set(names) & set(posterior.names):
             return []
@@ -185,24 +174,24 @@ class SearchMemory:
             draws.append([drawn.get(name, new) for name, new in zip(names, fresh, strict=True)])
         return draws
 
-    def demo_effects(self, predictor: str, pool: Sequence[dspy.Example]) -> list[tuple[float, float]]:
-        """(posterior mean, standard deviation) of what each demonstration of a pool adds; prior for those not tried."""
+    def demo_effects(self, predictor: str, demos: Sequence[dspy.Example]) -> list[tuple[float, float]]:
+        """(posterior mean, standard deviation) of what each of the demonstrations adds; prior for those not tried."""
         if not self._rows:
-            return [(0.0, DEMO_SD)] * len(pool)
+            return [(0.0, DEMO_SD)] * len(demos)
         posterior = self.demo_posterior()
         pairs = zip(posterior.mean.tolist(), posterior.sd().tolist(), strict=True)
         known = dict(zip(posterior.names, pairs, strict=True))
-        return [known.get(f"{predictor}\n{demo_key(demo)}", (0.0, DEMO_SD)) for demo in pool]
+        return [known.get(f"{predictor}\n{demo_key(demo)}", (0.0, DEMO_SD)) for demo in demos]
 
-    def helpful_demos(self, predictor: str, pool: Sequence[dspy.Example], *, n: int = 3) -> list[dspy.Example]:
+    def helpful_demos(self, predictor: str, demos: Sequence[dspy.Example], *, n: int = 3) -> list[dspy.Example]:
         """The demonstrations most probably helpful, best first: those whose weight is a standard deviation above 0."""
-        weights = self.demo_effects(predictor, pool)
-        order = sorted(range(len(pool)), key=lambda i: -weights[i][0])
-        return [pool[i] for i in order[:n] if weights[i][0] > weights[i][1]]
+        weights = self.demo_effects(predictor, demos)
+        order = sorted(range(len(demos)), key=lambda i: -weights[i][0])
+        return [demos[i] for i in order[:n] if weights[i][0] > weights[i][1]]
 
-    def row_weights(self, predictor: str, pool: Sequence[dspy.Example]) -> list[float] | None:
+    def row_weights(self, predictor: str, demos: Sequence[dspy.Example]) -> list[float] | None:
         """What each of the rows should count, 1 to 3, by what it adds to the score when shown; None when none does."""
-        weights = [max(0.0, mean / sd) for mean, sd in self.demo_effects(predictor, pool)]
+        weights = [max(0.0, mean / sd) for mean, sd in self.demo_effects(predictor, demos)]
         most = max(weights, default=0.0)
         return [1.0 + 2.0 * weight / most for weight in weights] if most > 1.0 else None
 
@@ -219,6 +208,17 @@ class SearchMemory:
     def report(self) -> list[dict[str, Any]]:
         """What was learned about the proposers, as `ProposalBandit.report`."""
         return self.bandit.report()
+
+
+def demo_key(demo: Any) -> str:
+    """A demonstration's content, shortened: equal exactly when all fields are."""
+    content = {str(key): plain(value) for key, value in dict(demo).items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def input_key(example: Any, input_fields: Sequence[str]) -> str:
+    """An example's inputs, shortened: what tells whether two demonstrations ask the same."""
+    return demo_key({name: example[name] for name in input_fields})
 
 
 def _set_key(demos: Sequence[Any]) -> str:

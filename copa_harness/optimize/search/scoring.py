@@ -25,7 +25,7 @@ from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import default_adapter, run_examples
 from copa_harness.lm.context import Observed, observing
-from copa_harness.optimize.budget import Allowance, OutOfCalls
+from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import FULL, estimated_difference, mean_score, next_rows, paired_differences
@@ -145,7 +145,7 @@ class Validation:
         self,
         candidate: Candidate,
         *,
-        allowance: Allowance,
+        allowance: CallBudget,
         phase: Phase,
         against: Candidate | None = None,
     ) -> tuple[float | None, ...]:
@@ -206,7 +206,7 @@ class Validation:
         seen = self._table.get(candidate.key, {})
         return next_rows(incumbent, seen=seen, size=self.block_size)
 
-    def complete(self, candidate: Candidate, *, allowance: Allowance, phase: Phase) -> float:
+    def complete(self, candidate: Candidate, *, allowance: CallBudget, phase: Phase) -> float:
         """Score what is missing; the mean score.
 
         Raises:

@@ -33,7 +33,7 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.optimize.budget import Allowance, OutOfCalls
+from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import StudyJournal
@@ -68,7 +68,7 @@ def search(
     space: Space,
     *,
     validation: Validation,
-    allowance: Allowance,
+    allowance: CallBudget,
     settings: SearchOptions,
     phase: Phase,
     starts: Sequence[Point] = (),
@@ -196,7 +196,7 @@ class Race:
         self,
         space: Space,
         validation: Validation,
-        allowance: Allowance,
+        allowance: CallBudget,
         settings: SearchOptions,
         *,
         phase: Phase,

@@ -6,7 +6,7 @@ from dspy.teleprompt import mipro_optimizer_v2
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.dspy_optimizers.builders import build
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.search.candidate import Candidate
@@ -127,7 +127,7 @@ def test_seed_0_is_a_seed_to_mipro(stages):
                 trainset=[],
                 valset=[],
                 metric=stages.metric,
-                allowance=Allowance(scope, 100),
+                allowance=CallBudget(scope, 100),
                 calls_per_example=2,
                 seed=seed,
             )

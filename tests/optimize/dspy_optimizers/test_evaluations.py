@@ -12,7 +12,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import steps as optimizer_step
-from copa_harness.optimize.budget import Allowance, step_scope
+from copa_harness.optimize.budget import CallBudget, step_scope
 from copa_harness.optimize.dspy_optimizers import registry
 from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
 from copa_harness.optimize.dspy_optimizers.student import Evaluations
@@ -150,7 +150,7 @@ def evaluated(calls, *, second=None, valset=ROWS):
     program.set_lm(lm)
     rows = []
     with open_scope("test", budget=Budget(calls, "few")) as scope:
-        allowance = Allowance(scope, calls)
+        allowance = CallBudget(scope, calls)
         seen = Evaluations(
             valset,
             allowance=allowance,

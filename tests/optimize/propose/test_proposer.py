@@ -6,7 +6,7 @@ import numpy as np
 from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose.demos import labelled_demos, random_demos, set_sizes, traced_demos
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.proposer import propose_demos, starting_points
@@ -55,7 +55,7 @@ def propose(toy, program, **settings):
     candidate = Candidate.of(program, lm=toy.lm())
     with open_scope("test") as scope:
         context = context_of(toy, candidate, n_demo_sets=12, **settings)
-        allowance = Allowance(scope, 100)
+        allowance = CallBudget(scope, 100)
         options = propose_demos(context, candidate, allowance=allowance, memory=SearchMemory(), seed=(0, 1))
         return options, scope.charged_calls
 

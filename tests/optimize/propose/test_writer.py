@@ -7,7 +7,7 @@ import pytest
 from copa_harness.evaluate import run_examples
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.options import GROUNDINGS
 from copa_harness.optimize.propose.proposer import propose_instructions
 from copa_harness.optimize.propose.reflection import find_failures, suspects
@@ -42,7 +42,7 @@ def write(student, toy, lm, *, memory=None, past=None, calls=200, **settings):
     """Options by predictor, and the scope they were proposed in."""
     with open_scope("test") as scope:
         context = context_of(toy, student, prompt_lm=lm, **settings)
-        allowance, memory = Allowance(scope, calls), memory or SearchMemory()
+        allowance, memory = CallBudget(scope, calls), memory or SearchMemory()
         options = propose_instructions(context, student, allowance=allowance, memory=memory, past=past)
         return options, scope
 
@@ -119,7 +119,7 @@ def test_without_feedback_the_right_answer_is_told(toy):
     student = Candidate.of(toy.program(), lm=toy.lm())
     with open_scope("test") as scope:
         context, generator = context_of(toy, student), np.random.default_rng(0)
-        failures = find_failures(context, student, allowance=Allowance(scope, 50), generator=generator)
+        failures = find_failures(context, student, allowance=CallBudget(scope, 50), generator=generator)
     assert failures["self"]
     assert all("The right answer: kind = big" in failure.text for failure in failures["self"])
 

@@ -6,7 +6,7 @@ import pytest
 
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import CreditedPart, assign_credit, changed_parts, mixed
 from copa_harness.optimize.search.memory import SearchMemory
@@ -51,12 +51,12 @@ def credit(student, winner, *, calls, memory=None):
     validation = Validation(rows(), metric=metric, threads=4, seed=0)
     with open_scope("test") as scope:
         for candidate in (student, winner):
-            validation.complete(candidate, allowance=Allowance(scope, 40), phase=Phase.SEARCH)
+            validation.complete(candidate, allowance=CallBudget(scope, 40), phase=Phase.SEARCH)
         found = assign_credit(
             student,
             winner,
             validation=validation,
-            allowance=Allowance(scope, 40 + calls),
+            allowance=CallBudget(scope, 40 + calls),
             memory=memory or SearchMemory(),
         )
         return found, scope.charged_calls - 40

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from copa_harness.lm.context import open_scope
-from copa_harness.optimize.budget import Allowance
+from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
 from copa_harness.optimize.search.candidate import Candidate
@@ -91,7 +91,7 @@ def test_settings_kept_from_the_incumbent_earn_nothing(toy, student):
 def propose(toy, candidate, memory, *, seed=0, **more):
     with open_scope("test") as scope:
         context = context_of(toy, candidate, n_demo_sets=12, **more)
-        return propose_demos(context, candidate, allowance=Allowance(scope, 100), memory=memory, seed=(seed, 1))
+        return propose_demos(context, candidate, allowance=CallBudget(scope, 100), memory=memory, seed=(seed, 1))
 
 
 def test_rows_a_rule_answers_give_their_places_to_rows_it_does_not(toy):
@@ -100,7 +100,7 @@ def test_rows_a_rule_answers_give_their_places_to_rows_it_does_not(toy):
     lm, memory = toy.lm(), SearchMemory()
     student = Candidate.of(toy.program(), lm=lm)
     with open_scope("test") as scope:
-        context, allowance = context_of(toy, student), Allowance(scope, 100)
+        context, allowance = context_of(toy, student), CallBudget(scope, 100)
         (options,) = propose_instructions(context, student, allowance=allowance, memory=memory).values()
     rule = next(option for option in options if option.name == "rule")
     answered = memory.answered_by(rule.text)

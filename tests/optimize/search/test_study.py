@@ -7,7 +7,7 @@ import pytest
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import Allowance, OutOfCalls
+from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos
 from copa_harness.optimize.search.candidate import Candidate
@@ -26,7 +26,7 @@ def validation(toy):
 
 
 def unlimited(scope):
-    return Allowance(scope, math.inf)
+    return CallBudget(scope, math.inf)
 
 
 def test_blocks_are_scored_in_one_fixed_order_and_remembered(toy, validation):
