@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from copa_harness.evaluate.examples import plain
+from copa_harness.judge.paired_tests import sign_flip_sums
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import MAX_ENUMERATED, Scores, worse_p_value
 from copa_harness.optimize.search.scoring import Validation
@@ -122,8 +123,7 @@ def chosen_p_value(reference: Scores, chosen: Scores, others: Sequence[Scores] =
     differences = differences[:, np.any(np.abs(differences) > 1e-12, axis=0)]
     k = differences.shape[1]
     if k <= MAX_ENUMERATED:
-        signs = 1 - 2 * ((np.arange(2**k)[:, None] >> np.arange(k)) & 1)
-        return float(np.mean((signs @ differences.T).max(axis=1) >= gain - 1e-9))
+        return float(np.mean(sign_flip_sums(differences.T).max(axis=1) >= gain - 1e-9))
     signs = np.random.default_rng(0).choice((-1, 1), size=(N_DRAWS, k))
     return float((1 + np.sum((signs @ differences.T).max(axis=1) >= gain - 1e-9)) / (1 + N_DRAWS))
 

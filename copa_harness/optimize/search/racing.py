@@ -50,6 +50,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from scipy.stats import binom, norm
 
+from copa_harness.judge.paired_tests import sign_flip_sums
+
 Scores = Sequence[float | None]
 """One per validation example, in their fixed order; None where there is none."""
 
@@ -141,8 +143,7 @@ def worse_p_value(before: Sequence[float], after: Sequence[float]) -> float:
         return float(binom.cdf(int((differences > 0).sum()), k, 0.5))
     if k > MAX_ENUMERATED:
         return float(norm.cdf(differences.sum() / np.sqrt((differences**2).sum())))
-    signs = 1 - 2 * ((np.arange(2**k)[:, None] >> np.arange(k)) & 1)
-    return float(np.mean(signs @ sizes <= differences.sum() + 1e-12))
+    return float(np.mean(sign_flip_sums(sizes) <= differences.sum() + 1e-12))
 
 
 def next_rows(incumbent: Scores, *, seen: Container[int], size: int) -> list[int]:
