@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from copa_harness.results import Budget
 WORKER = """
 import json, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from pathlib import Path
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
@@ -150,11 +152,13 @@ def test_a_run_started_again_begins_with_an_empty_ledger(tmp_path):
     assert current_ledger() is None
 
 
-def test_the_seconds_of_a_run_are_shared_and_end_it(tmp_path):
+def test_the_seconds_of_a_run_are_shared_and_end_it(tmp_path, monkeypatch):
+    now = [1e9]
+    monkeypatch.setattr("copa_harness.lm.budget.ledger.time", SimpleNamespace(time=lambda: now[0], sleep=time.sleep))
     lm = ScriptedLM("x", gateway=Gateway(cache=None))
     with whole_run(Budget(seconds=0.05), directory=tmp_path, run_id="r"):
         lm("a")
-        time.sleep(0.06)
+        now[0] += 0.06
         with pytest.raises(BudgetExhausted, match=r"its 0\.05 seconds are over"):
             lm("b")
         lm("a")

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from dspy.lm15 import BillingError as LM15BillingError
@@ -218,19 +219,28 @@ def test_a_scope_inside_another_is_held_to_both():
     assert outer.exhausted
 
 
-def test_an_engine_is_told_how_many_seconds_the_budget_leaves():
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only where a test says so."""
+    now = [100.0]
+    monkeypatch.setattr("copa_harness.lm.budget.scope.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_an_engine_is_told_how_many_seconds_the_budget_leaves(clock):
     told = []
     lm = ScriptedLM(lambda messages: told.append(time_left_s()) or "x")
     with open_scope("t", budget=Budget(seconds=30)):
+        clock[0] += 1
         lm("a")
-    assert 29 < told[0] <= 30
+    assert told == [29]
 
 
-def test_seconds_over_buy_nothing_more_but_replay():
+def test_seconds_over_buy_nothing_more_but_replay(clock):
     lm = ScriptedLM("x")
     with open_scope("t", budget=Budget(seconds=0.05)) as scope:
         lm("a")
-        time.sleep(0.06)
+        clock[0] += 0.06
         with pytest.raises(BudgetExhausted, match=r"its 0\.05 seconds are over"):
             lm("b")
         lm("a")

@@ -78,7 +78,7 @@ def test_jobs_that_were_not_chosen_stay_in_order():
         for job in batch:
             job.future.set_result(None)
 
-    batcher = Batcher(lambda waiting: waiting[:2], run, window_s=0.3)
+    batcher = Batcher(lambda waiting: waiting[:2], run, window_s=2.0)
     with batcher.arriving():
         jobs = [batcher.submit(i) for i in range(5)]
     for job in jobs:
