@@ -87,6 +87,11 @@ class CallContext:
     completions: Completions | None = None
     time_left_s: float = math.inf
 
+    def for_call(self, rollout_id: object, fields: tuple[OutputField, ...] | None) -> CallContext:
+        """The same for one call; written out, since `replace` takes longer than the rest of what a call needs here."""
+        around = (self.scope, self.phase, self.repeat, self.dry_run, self.observer, self.label_scores)
+        return CallContext(*around, rollout_id, fields, Completions())
+
 
 SETTING = "copa_context"
 """Name of the context in DSPy's settings."""
@@ -118,14 +123,19 @@ def current_call() -> CallContext | None:
     return _call.get()
 
 
-@contextmanager
-def calling(context: CallContext) -> Iterator[None]:
-    """Have `context` be that of the call under way, for the block and this thread."""
-    token = _call.set(context)
-    try:
-        yield
-    finally:
-        _call.reset(token)
+class calling:
+    """Have a context be that of the call under way, for the block and this thread."""
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: CallContext) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._token = _call.set(self._context)
+
+    def __exit__(self, *error: object) -> None:
+        _call.reset(self._token)
 
 
 def time_left_s() -> float:

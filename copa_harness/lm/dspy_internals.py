@@ -101,10 +101,12 @@ KEPT_FORMS = 64
 SWITCH = "COPA_FAST_PATH"
 """Environment variable that turns the fast path off."""
 
+_OFF = frozenset({"0", "off", "no", "false"})
+
 
 def fast_path_enabled() -> bool:
     """Whether the shortcuts may be taken; read each time, so that a test may change it."""
-    return os.environ.get(SWITCH, "1").lower() not in ("0", "off", "no", "false")
+    return os.environ.get(SWITCH, "1") not in _OFF
 
 
 # -- an LM's private attributes

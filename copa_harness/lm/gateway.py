@@ -139,8 +139,9 @@ class _Call:
         return response, usd
 
     def _ask(self) -> tuple[Response, float | None]:
-        seed = seed_of(self.context.rollout_id, self.candidate)
-        with calling(replace(self.context, time_left_s=self.scope.remaining_s)):
+        seed, left_s = seed_of(self.context.rollout_id, self.candidate), self.scope.remaining_s
+        context = self.context if left_s == self.context.time_left_s else replace(self.context, time_left_s=left_s)
+        with calling(context):
             return self.engine.complete_priced(self.request, seed=seed)
 
 

@@ -13,7 +13,6 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -204,7 +203,7 @@ class MeteredLM(dspy.LM):
         fields = None
         if self.constrain:
             fields = constraint_of_call(messages, kwargs, label_scores=context.label_scores)
-        with calling(replace(context, rollout_id=rollout_id, fields=fields, completions=Completions())):
+        with calling(context.for_call(rollout_id, fields)):
             try:
                 yield
             except LMUnexpectedError as error:
