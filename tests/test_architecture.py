@@ -63,9 +63,6 @@ MOST_MODULES = 15
 MOST_PARAMETERS = 8
 """Of a function, `self` not counted: more of them are a thing without a name."""
 
-STILL_LONGER = {"evaluate.runner.run_examples"}
-"""Functions that have more; this set only shrinks."""
-
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -189,7 +186,7 @@ def n_parameters(function):
 def test_no_function_takes_more_arguments_than_one_keeps_apart():
     found = [one for path in MODULES for one in functions_of(ast.parse(path.read_text()), dotted(path))]
     longer = {name: n_parameters(function) for name, function in found if n_parameters(function) > MOST_PARAMETERS}
-    assert {name: n for name, n in longer.items() if name not in STILL_LONGER} == {}
+    assert longer == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -131,6 +131,7 @@ def evaluate(
     before, started = scope.usage(), time.perf_counter()
     with in_context(label_scores=True):
         runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
+    raise_if_nothing_worked(runs, split=split)
     usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
     results = tuple(run.result for run in runs)
     scores = [result.score for result in results if result.score is not None]
@@ -156,10 +157,11 @@ def run_examples(
     phase: Phase = Phase.EVALUATE,
     threads: int = DEFAULT_THREADS,
     ids: Sequence[str] | None = None,
-    trace_to_metric: bool = False,
-    raise_if_nothing_works: bool = True,
 ) -> tuple[ExampleRun, ...]:
     """Like `evaluate`, but returns predictions and traces too (what bootstrapping needs).
+
+    That every example failed is not raised: in a search one hopeless candidate (say, a prompt longer than the context
+    window) must not end it. Where it is no candidate, `raise_if_nothing_worked` looks at the runs.
 
     Args:
         program: As in `evaluate`.
@@ -167,15 +169,14 @@ def run_examples(
         metric: As in `evaluate`.
         split: As in `evaluate`.
         lm: As in `evaluate`.
-        phase: As in `evaluate`.
+        phase: As in `evaluate`. In `Phase.BOOTSTRAP` the metric sees the trace, as in DSPy's bootstrapping (many
+            metrics are stricter then).
         threads: As in `evaluate`.
         ids: As in `evaluate`.
-        trace_to_metric: Call the metric with the trace, as DSPy's bootstrapping does (many metrics are stricter then).
-        raise_if_nothing_works: Whether a failure of every example is raised. A search turns it off: one hopeless
-            candidate (say, a prompt longer than the context window) must not end it.
 
     Raises:
-        As `evaluate`.
+        TaskError: The split is empty or malformed.
+        BudgetExhausted: As `evaluate`.
     """
     check_examples(examples, split=split)
     arity = metric_arity(metric)
@@ -192,14 +193,11 @@ def run_examples(
             program_lms(program)
         jobs = [
             lambda example=example, name=name: _run_one(
-                program, example, name, metric=metric, arity=arity, trace_to_metric=trace_to_metric
+                program, example, name, metric=metric, arity=arity, trace_to_metric=phase is Phase.BOOTSTRAP
             )
             for example, name in zip(examples, names, strict=True)
         ]
-        runs = _in_threads(jobs, threads=threads)
-    if raise_if_nothing_works:
-        _raise_if_nothing_worked(runs, split=split)
-    return runs
+        return _in_threads(jobs, threads=threads)
 
 
 def _in_threads(jobs: Sequence[Callable[[], ExampleRun]], *, threads: int) -> tuple[ExampleRun, ...]:
@@ -271,8 +269,14 @@ def _said(error: BaseException) -> str:
     return text if len(text) <= 600 else text[:600] + " ..."
 
 
-def _raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
-    """Raise when every example failed in the same way that no score can express."""
+def raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
+    """Raise when every example failed in the same way that no score can express.
+
+    Raises:
+        TaskError: The program failed on every example.
+        MetricError: The metric failed on every example.
+        ProviderError: No example got an answer.
+    """
     results = [run.result for run in runs]
     first = results[0].error
     if all(result.outcome == "metric_error" for result in results):

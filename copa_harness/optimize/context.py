@@ -65,15 +65,14 @@ class SearchContext:
         return len(self.trainset) if math.isinf(n) else min(len(self.trainset), int(n))
 
     def run_on_training(
-        self, program: dspy.Module, examples: Sequence[dspy.Example], *, phase: Phase, trace_to_metric: bool = False
+        self, program: dspy.Module, examples: Sequence[dspy.Example], *, phase: Phase
     ) -> tuple[ExampleRun, ...]:
         """Run a program on training examples; that all of them fail is no error.
 
         Args:
             program: Any program.
             examples: Some of the training examples.
-            phase: Stamped on the calls.
-            trace_to_metric: Whether the metric sees the trace, as when demonstrations are bootstrapped.
+            phase: Stamped on the calls; in `Phase.BOOTSTRAP` the metric sees the trace.
         """
         return run_examples(
             program,
@@ -82,6 +81,4 @@ class SearchContext:
             split="train",
             phase=phase,
             threads=self.settings.threads,
-            trace_to_metric=trace_to_metric,
-            raise_if_nothing_works=False,
         )

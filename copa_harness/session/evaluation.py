@@ -194,7 +194,7 @@ def _watched(
 ) -> EvaluationResult:
     """Block after block in the judge's order, until it has seen enough."""
     from copa_harness.evaluate.examples import example_ids
-    from copa_harness.evaluate.runner import run_examples
+    from copa_harness.evaluate.runner import raise_if_nothing_worked, run_examples
     from copa_harness.judge.intervals import mean_interval
     from copa_harness.lm.context import current_scope
 
@@ -211,8 +211,9 @@ def _watched(
             phase=phase,
             threads=settings.threads,
             ids=block,
-            raise_if_nothing_works=not found,  # a broken metric or model shows in the first block
         )
+        if not found:  # a broken metric or model shows in the first block
+            raise_if_nothing_worked(runs, split=split)
         found |= {run.result.example_id: run.result for run in runs}
         watch.add({run.result.example_id: run.result.score for run in runs})
     results = tuple(found[name] for name in by_id if name in found)

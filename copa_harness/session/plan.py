@@ -67,7 +67,6 @@ def plan_evaluation(
                     lm=lm,
                     phase=Phase.EVALUATE,
                     threads=settings.threads,
-                    raise_if_nothing_works=False,
                 )
     return _line(task, what, plan, key)
 

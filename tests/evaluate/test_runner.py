@@ -8,6 +8,7 @@ import pytest
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, MetricError, ProviderError, TaskError
 from copa_harness.evaluate import evaluate, run_examples
+from copa_harness.evaluate.runner import raise_if_nothing_worked
 from copa_harness.lm.context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget, Phase
@@ -186,13 +187,14 @@ def test_runs_carry_the_trace_of_predictor_calls():
     assert runs[0].prediction.answer == "0"
 
 
-def test_a_search_may_ask_for_failures_not_to_be_raised():
+def test_that_every_example_failed_is_raised_where_somebody_asks():
     runs = run_examples(
         program(),
         rows(2),
         metric=exact,
         split="validation",
         lm=ScriptedLM(lambda m: ProviderError("down")),
-        raise_if_nothing_works=False,
     )
     assert [run.result.outcome for run in runs] == ["provider_error"] * 2
+    with pytest.raises(ProviderError, match="no answer from the model on any of the 2 examples"):
+        raise_if_nothing_worked(runs, split="validation")

@@ -57,8 +57,6 @@ class FinetuneStep(Teleprompter):
             split="train",
             phase=Phase.BOOTSTRAP,
             threads=job.threads,
-            trace_to_metric=True,
-            raise_if_nothing_works=False,
         )
         passing = [e for e, run in zip(trainset, runs, strict=True) if (run.result.score or 0.0) >= job.min_score]
         if not passing:

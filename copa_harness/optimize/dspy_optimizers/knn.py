@@ -172,8 +172,6 @@ class NeighboursOptimizer(Teleprompter):
             split="train",
             phase=Phase.BOOTSTRAP,
             threads=job.threads,
-            trace_to_metric=True,
-            raise_if_nothing_works=False,
         )
         found: dict[int, dict[str, dspy.Example]] = {}
         for example, run in zip(job.trainset, runs, strict=True):

@@ -169,7 +169,7 @@ def bootstrapped_demos(
     order = stratified_order(strata_of(context.trainset), np.random.default_rng([*seed, 404]))[:n]
     examples = [context.trainset[i] for i in order]
     program = context.teacher or incumbent.program()
-    runs = context.run_on_training(program, examples, phase=Phase.BOOTSTRAP, trace_to_metric=True)
+    runs = context.run_on_training(program, examples, phase=Phase.BOOTSTRAP)
     demos = traced_demos(program, examples, runs, min_score=context.settings.pass_score)
     logger.info("bootstrap: %d of %d traces pass", max((len(found) for found in demos.values()), default=0), n)
     return demos

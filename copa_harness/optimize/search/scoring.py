@@ -23,7 +23,7 @@ import numpy as np
 from copa_harness.errors import ProviderError
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
-from copa_harness.evaluate.runner import default_adapter, run_examples
+from copa_harness.evaluate.runner import default_adapter, raise_if_nothing_worked, run_examples
 from copa_harness.lm.context import Observed, observing
 from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
@@ -182,9 +182,9 @@ class Validation:
                 phase=phase,
                 threads=self.threads,
                 ids=tuple(self.ids[row] for row in rows),
-                # The student failing throughout is a broken task; a candidate doing so is a bad candidate.
-                raise_if_nothing_works=self._calls_per_example == 0,
             )
+        if self._calls_per_example == 0:  # the student failing throughout is a broken task, a candidate a bad candidate
+            raise_if_nothing_worked(runs, split="validation")
         if observer is not None:
             self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(runs))
         mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
