@@ -12,12 +12,15 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dspy.lm15 import Request, Response
 
 from copa_harness.lm.budget.cost import Bounds, Cost, Limits, worst_case
 from copa_harness.lm.retry import AdaptiveConcurrency, RetryPolicy
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 @dataclass(frozen=True, slots=True)
