@@ -248,6 +248,57 @@ class SearchEnding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What speaks for the program found against the one that came in, paired on validation.
+
+    Attributes:
+        n: Rows both have a score for.
+        unseen: Rows of them that were held back from the search; 0 when the rows that chose the result judge it.
+        n_tried: Candidates with a full score on these rows, among which the result was chosen.
+        difference: Mean gain, -1..1.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        gained: Rows that got better.
+        lost: Rows that got worse.
+        p_value: One-sided, of "no better", corrected for the candidates tried.
+        level: What the p-value was held to.
+        tested: Whether it was held to anything; otherwise whatever is no worse was kept.
+        adopted: Whether the result was returned, not the program that came in.
+        why: Why not; empty when it was.
+    """
+
+    n: int
+    unseen: int
+    n_tried: int
+    difference: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    p_value: float
+    level: float
+    tested: bool
+    adopted: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontProgram:
+    """A program on the front of validation score and cost, with what an answer of it costs; None where not known."""
+
+    score: float
+    objective: str
+    prompt_tokens_per_answer: float | None
+    output_tokens_per_answer: float | None
+    usd_per_answer: float | None
+    seconds_per_answer: float | None
+    longest_prompt: int | None
+    n_demos: int
+    model: str
+    returned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationResult:
     """The record of one optimization; the optimized program carries it as `program.copa_result`.
 
@@ -272,7 +323,7 @@ class OptimizationResult:
         front: The front of score and cost, cheapest first, when a preference asked for it: what each answer costs, and
             which entry was returned.
         credit: Which part of which stage earned the gain on validation; empty when nothing changed.
-        evidence: What speaks for the returned program against the one that came in, paired on validation.
+        evidence: What speaks for the program found; None when nothing was found, or there is nothing to compare with.
         learned: What every kind of proposal gained, one entry per arm.
         trials: What every trial used and gained, shortened.
         state: The program's settings as JSON (see `optimize.apply_state`); None when an optimizer changed the program
@@ -295,9 +346,9 @@ class OptimizationResult:
     notes: tuple[str, ...] = ()
     headlines: tuple[str, ...] = ()
     reason: str = ""
-    front: tuple[Mapping[str, Any], ...] = ()
+    front: tuple[FrontProgram, ...] = ()
     credit: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    evidence: Evidence | None = field(default=None, repr=False)
     learned: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     state: Mapping[str, Any] | None = field(default=None, repr=False)

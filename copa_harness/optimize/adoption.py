@@ -24,9 +24,9 @@ The functions return what they decide; the run is told by `Run.choose`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from copa_harness.optimize.options import Preference, SearchOptions
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.results import Phase
+from copa_harness.results import Evidence, FrontProgram, Phase
 from copa_harness.strategy import Step, StepKind
 from copa_harness.wording import counted
 
@@ -93,14 +93,13 @@ class Adoption:
 
     Attributes:
         program: The result, or the program as written.
-        evidence: What speaks for the result, as plain numbers; empty when nothing was found, or when there is nothing
-            to compare it with.
+        evidence: What speaks for the result; None when nothing was found, or there is nothing to compare it with.
         front: The front of score and cost, cheapest first, when a preference asked for it.
     """
 
     program: Candidate
-    evidence: Mapping[str, Any]
-    front: tuple[Mapping[str, Any], ...] = ()
+    evidence: Evidence | None
+    front: tuple[FrontProgram, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +267,7 @@ def _within_limits(run: Run, candidate: Candidate) -> Candidate:
 
 def _tested(
     run: Run, plan: HoldoutPlan, result: Candidate, fresh: Validation | None
-) -> tuple[Candidate, Mapping[str, Any]]:
+) -> tuple[Candidate, Evidence | None]:
     """The result or the program as written, and the evidence (`Adoption.evidence`).
 
     Args:
@@ -279,7 +278,7 @@ def _tested(
     """
     reference = _reference_of(run)
     if reference is None or result.key == reference.key:
-        return result, {}
+        return result, None
     held_back = fresh if plan.rows is not None else None
     if held_back is not None and not _is_scored(run, held_back, result):
         held_back = fresh = None
@@ -303,21 +302,22 @@ def _tested(
         run.note(f"better than the program as written: {what}, p = {p_value:.3g}")
     else:
         run.note(f"kept without a test: {what}")
-    return reference if why else result, {
-        "n": pair.n,
-        "unseen": 0 if held_back is None else held_back.n,
-        "n_tried": len(tried) + run.n_evaluated_elsewhere,
-        "difference": pair.difference,
-        "low": pair.interval.low,
-        "high": pair.interval.high,
-        "gained": pair.n_better,
-        "lost": pair.n_worse,
-        "p_value": p_value,
-        "level": plan.level,
-        "tested": tested,
-        "adopted": not why,
-        "why": why,
-    }
+    evidence = Evidence(
+        n=pair.n,
+        unseen=0 if held_back is None else held_back.n,
+        n_tried=len(tried) + run.n_evaluated_elsewhere,
+        difference=pair.difference,
+        low=pair.interval.low,
+        high=pair.interval.high,
+        gained=pair.n_better,
+        lost=pair.n_worse,
+        p_value=p_value,
+        level=plan.level,
+        tested=tested,
+        adopted=not why,
+        why=why,
+    )
+    return reference if why else result, evidence
 
 
 def _is_scored(run: Run, rows: Validation, candidate: Candidate) -> bool:
@@ -368,7 +368,7 @@ def _preferred(
     return result, is_cheaper
 
 
-def _front(run: Run, preference: Preference, adopted: Candidate) -> tuple[Mapping[str, Any], ...]:
+def _front(run: Run, preference: Preference, adopted: Candidate) -> tuple[FrontProgram, ...]:
     """The front of score and cost, cheapest first; empty where costs are not known."""
     found = allowed(run)
     objective, points = _priced(run, preference, found)
@@ -389,16 +389,17 @@ def _priced(run: Run, preference: Preference, candidates: list[Candidate]) -> tu
     return objective, points if len(points) == len(candidates) else []
 
 
-def _front_entry(run: Run, candidate: Candidate, objective: str, adopted: Candidate) -> dict[str, Any]:
+def _front_entry(run: Run, candidate: Candidate, objective: str, adopted: Candidate) -> FrontProgram:
     cost = run.validation.cost(candidate)
-    return {
-        "score": run.validation.mean(candidate),
-        "objective": objective,
-        **{
-            f"{what}_per_answer": cost.per_answer(what) for what in ("prompt_tokens", "output_tokens", "usd", "seconds")
-        },
-        "longest_prompt": cost.longest_prompt,
-        "n_demos": candidate.n_demos,
-        "model": candidate.model,
-        "returned": candidate.key == adopted.key,
-    }
+    return FrontProgram(
+        score=run.validation.mean(candidate),
+        objective=objective,
+        prompt_tokens_per_answer=cost.per_answer("prompt_tokens"),
+        output_tokens_per_answer=cost.per_answer("output_tokens"),
+        usd_per_answer=cost.per_answer("usd"),
+        seconds_per_answer=cost.per_answer("seconds"),
+        longest_prompt=cost.longest_prompt,
+        n_demos=candidate.n_demos,
+        model=candidate.model,
+        returned=candidate.key == adopted.key,
+    )

@@ -283,33 +283,33 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
     told = deduplicated(runs, from_optimization("evidence"))
     rows: list[list[str]] = []
     for run, found in told:
-        interval = bounds(Interval(found["low"], found["high"]), signed=True).strip()
-        returned = "the result" if found["adopted"] else "the program as written"
+        interval = bounds(Interval(found.low, found.high), signed=True).strip()
+        returned = "the result" if found.adopted else "the program as written"
         rows.append(
             [
                 run.task,
                 run.strategy,
-                f"{found['n']:,} {'unseen' if found['unseen'] else 'validation'}",
-                f"{found['n_tried']:,}",
-                f"{found['gained']:,}",
-                f"{found['lost']:,}",
-                number(found["difference"], signed=True),
+                f"{found.n:,} {'unseen' if found.unseen else 'validation'}",
+                f"{found.n_tried:,}",
+                f"{found.gained:,}",
+                f"{found.lost:,}",
+                number(found.difference, signed=True),
                 interval,
-                f"{found['p_value']:.3g}",
-                returned if found["tested"] else f"{returned}, no test",
+                f"{found.p_value:.3g}",
+                returned if found.tested else f"{returned}, no test",
             ]
         )
     if not rows:
         return ""
     headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p", "returned"]
     notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
-    if any(found["unseen"] for _, found in told):
+    if any(found.unseen for _, found in told):
         notes.append("unseen: validation rows held back from the search")
-    if not all(found["unseen"] for _, found in told):
+    if not all(found.unseen for _, found in told):
         notes.append("validation: the rows that chose the result; difference and interval flatter it")
-    if not all(found["tested"] for _, found in told):
+    if not all(found.tested for _, found in told):
         notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
-    notes.extend(f"{run.task}, {run.strategy}: {found['why']}" for run, found in told if found["why"])
+    notes.extend(f"{run.task}, {run.strategy}: {found.why}" for run, found in told if found.why)
     return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
 
 

@@ -187,7 +187,7 @@ def as_reported(run: RunRecord) -> dict[str, Any]:
         "attribution": {} if run.attribution is None else run.attribution.numbers(),
     }
     for name in ("credit", "evidence"):
-        document[name] = {} if result is None else getattr(result, name)
+        document[name] = {} if result is None else getattr(result, name) or {}
     for name in ("learned", "front", "notes"):
         document[name] = () if result is None else getattr(result, name)
     document["search"] = {} if result is None or result.ending is None else result.ending

@@ -7,8 +7,7 @@ signed, and a missing value is '-'. Each function returns text without a final n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from copa_harness.report.details import (
     attribution_table,
@@ -32,7 +31,7 @@ from copa_harness.report.grouping import (
 )
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
-from copa_harness.results import PhaseRecord, Usage
+from copa_harness.results import FrontProgram, PhaseRecord, Usage
 from copa_harness.wording import number
 
 
@@ -59,11 +58,11 @@ def front_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """The programs between which the preference chose: none is better and cheaper than another."""
     rows: list[list[str]] = []
     for run, front in deduplicated(runs, from_optimization("front")):
-        for index, entry in enumerate(front):
+        for index, program in enumerate(front):
             where = [run.task, run.strategy] if index == 0 else ["", ""]
-            costs = [_answer_cost(entry, key, form) for _, key, form in _COSTS]
-            chosen = "returned" if entry["returned"] else ""
-            rows.append([*where, number(entry["score"]), *costs, str(entry["n_demos"]), chosen])
+            costs = [_answer_cost(program, key, form) for _, key, form in _COSTS]
+            chosen = "returned" if program.returned else ""
+            rows.append([*where, number(program.score), *costs, str(program.n_demos), chosen])
     if not rows:
         return ""
     headers = ["task", "strategy", "score", *(name for name, _, _ in _COSTS), "demos", ""]
@@ -84,8 +83,8 @@ def story_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     return draw(rows, ["task", "strategy", "what it did"], style=style, n_text=3) if rows else ""
 
 
-def _answer_cost(entry: Mapping[str, Any], key: str, form: str) -> str:
-    value = entry.get(key)
+def _answer_cost(program: FrontProgram, key: str, form: str) -> str:
+    value = getattr(program, key)
     return "-" if value is None else form.format(value)
 
 

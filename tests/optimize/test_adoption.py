@@ -75,9 +75,9 @@ def test_a_winner_that_loses_on_rows_it_has_not_used_is_refused(toy):
         return unseen if len(messages) <= 2 else not unseen  # demonstrations: right where the search looks, only there
 
     result = optimized(toy, scripted([*rows, *toy.train], is_right), val=rows).copa_result
-    assert result.evidence["unseen"] == 30
-    assert result.evidence["difference"] == -1.0
-    assert not result.evidence["adopted"]
+    assert result.evidence.unseen == 30
+    assert result.evidence.difference == -1.0
+    assert not result.evidence.adopted
     assert result.score_after == result.score_before
     assert any("program as written is returned" in note and "loses 1.000 on 30" in note for note in result.notes)
 
@@ -94,9 +94,9 @@ def test_of_the_finalists_the_one_best_on_all_rows_is_returned(toy):
         return luck < (80 if n_demos else 30)
 
     program = optimized(toy, scripted([*rows, *toy.train], is_right), val=rows, n_demo_sets=3, patience=None)
-    assert program.copa_result.evidence["adopted"]
+    assert program.copa_result.evidence.adopted
     assert len(program.demos) in (3, 9)
-    assert program.copa_result.evidence["difference"] > 0.2
+    assert program.copa_result.evidence.difference > 0.2
 
 
 def test_the_last_look_is_paid_from_the_budget(toy):
@@ -105,10 +105,10 @@ def test_the_last_look_is_paid_from_the_budget(toy):
     for budget in (600, 900):
         result = optimized(toy, lm, val=rows, budget=budget, max_demos=3).copa_result
         assert result.charged_calls <= budget
-        assert result.evidence["unseen"] >= MIN_HELD_BACK
+        assert result.evidence.unseen >= MIN_HELD_BACK
         look = next(phase for phase in result.phases if phase.phase == "last look")
         spent = look.usage.paid_calls + look.usage.cached_calls
-        assert 0 < spent <= (N_FINALISTS + 1) * result.evidence["unseen"]
+        assert 0 < spent <= (N_FINALISTS + 1) * result.evidence.unseen
 
 
 def test_a_gain_that_chance_explains_is_not_adopted_unless_asked_for(toy):
@@ -121,19 +121,19 @@ def test_a_gain_that_chance_explains_is_not_adopted_unless_asked_for(toy):
     lm = scripted([*rows, *toy.train], is_right)
     kept = optimized(toy, lm).copa_result
     assert kept.score_after == kept.score_before
-    assert (kept.evidence["gained"], kept.evidence["lost"], kept.evidence["p_value"]) == (1, 0, 0.5)
+    assert (kept.evidence.gained, kept.evidence.lost, kept.evidence.p_value) == (1, 0, 0.5)
     assert any("p = 0.5 is above adoption_p = 0.2" in note for note in kept.notes)
     taken = optimized(toy, lm, adoption_p=1.0).copa_result
     assert taken.score_after > taken.score_before
-    assert taken.evidence["adopted"]
+    assert taken.evidence.adopted
 
 
 def test_where_rows_are_few_the_evidence_says_so(toy):
     result = optimized(toy, toy.lm()).copa_result
-    assert result.evidence["unseen"] == 0
-    assert result.evidence["n_tried"] > 1
-    assert result.evidence["p_value"] < 0.2
-    assert result.evidence["adopted"]
+    assert result.evidence.unseen == 0
+    assert result.evidence.n_tried > 1
+    assert result.evidence.p_value < 0.2
+    assert result.evidence.adopted
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.5])
@@ -166,9 +166,9 @@ def test_a_preference_and_the_test_agree_on_what_is_returned(toy):
     result = optimized(
         toy, scripted([*rows, *toy.train], is_right), val=rows, prefer="cheapest within 1 point of best"
     ).copa_result
-    assert not result.evidence["adopted"]
+    assert not result.evidence.adopted
     assert result.score_after == result.score_before
-    assert [entry["n_demos"] for entry in result.front if entry["returned"]] == [0]
+    assert [entry.n_demos for entry in result.front if entry.returned] == [0]
 
 
 def test_a_program_no_worse_and_cheaper_than_the_one_as_written_may_be_preferred_without_a_test(toy):
@@ -188,14 +188,14 @@ def test_a_program_no_worse_and_cheaper_than_the_one_as_written_may_be_preferred
     )
     program = copa.compile(shown, trainset=toy.train, valset=rows)
     assert program.demos == []
-    assert program.copa_result.evidence["adopted"]
-    assert not program.copa_result.evidence["tested"]
+    assert program.copa_result.evidence.adopted
+    assert not program.copa_result.evidence.tested
 
 
 def test_where_required_texts_are_missing_the_program_with_them_is_what_counts(toy):
     rows = toy.make_rows(120, seed=5)
     result = optimized(toy, toy.lm(), val=rows, constraints={"required_text": ["Be terse."]}).copa_result
-    assert result.evidence["adopted"]
+    assert result.evidence.adopted
     assert any(phase.phase == "last look" for phase in result.phases)
 
 

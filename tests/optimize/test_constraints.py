@@ -116,9 +116,9 @@ def test_the_cheapest_within_so_many_points_is_returned_with_the_front(toy):
     result = short.copa_result
     assert result.score_after >= best.copa_result.score_after - 0.3
     assert longest_prompt(toy, short, lm) <= longest_prompt(toy, best, lm)
-    (returned,) = [entry for entry in result.front if entry["returned"]]
+    (returned,) = [entry for entry in result.front if entry.returned]
     assert returned["score"] == result.score_after
-    scores = [entry["score"] for entry in result.front]
+    scores = [entry.score for entry in result.front]
     assert scores == sorted(scores)
     again = from_json(OptimizationResult, json.loads(json.dumps(to_json(result))))
     assert again.front == result.front
@@ -130,4 +130,4 @@ def test_costs_are_the_same_when_the_answers_are_replayed(toy):
     second = compiled(toy, lm=lm, prefer="fastest within 5 points of best").copa_result
     assert second.usage.paid_calls == 0
     assert second.front == first.front
-    assert all(entry["seconds_per_answer"] > 0 for entry in first.front)
+    assert all(entry.seconds_per_answer > 0 for entry in first.front)

@@ -4,7 +4,7 @@ from copa_harness.documents import from_json, to_json
 from copa_harness.report.details import credit_table, evidence_table, learned_table
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
-from copa_harness.results import Usage
+from copa_harness.results import Evidence, Usage
 from tests.report.conftest import optimization
 
 
@@ -85,7 +85,7 @@ def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
 
 
 def evidence(**given):
-    return {
+    usual = {
         "n": 25,
         "unseen": 0,
         "n_tried": 7,
@@ -99,8 +99,8 @@ def evidence(**given):
         "tested": True,
         "adopted": True,
         "why": "",
-        **given,
     }
+    return Evidence(**usual | given)
 
 
 def test_the_evidence_table_says_on_which_rows_and_what_was_returned():

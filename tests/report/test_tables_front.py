@@ -3,7 +3,7 @@
 from copa_harness.documents import from_json, to_json
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables, front_table, story_table
-from copa_harness.results import Usage
+from copa_harness.results import FrontProgram, Usage
 from tests.report.conftest import optimization
 
 
@@ -24,18 +24,18 @@ def run(**told):
 
 
 def entry(score, tokens, *, returned=False):
-    return {
-        "score": score,
-        "objective": "prompt_tokens",
-        "prompt_tokens_per_answer": tokens,
-        "usd_per_answer": None,
-        "output_tokens_per_answer": 4.0,
-        "seconds_per_answer": 0.25,
-        "longest_prompt": 1200,
-        "n_demos": 3,
-        "model": "m",
-        "returned": returned,
-    }
+    return FrontProgram(
+        score=score,
+        objective="prompt_tokens",
+        prompt_tokens_per_answer=tokens,
+        usd_per_answer=None,
+        output_tokens_per_answer=4.0,
+        seconds_per_answer=0.25,
+        longest_prompt=1200,
+        n_demos=3,
+        model="m",
+        returned=returned,
+    )
 
 
 FRONT = (entry(0.8, 100.0), entry(0.85, 400.0, returned=True), entry(0.86, 1000.0))
