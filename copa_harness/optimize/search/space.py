@@ -8,8 +8,8 @@ an earlier one may keep more of what the base model could do with demonstrations
 for, the study finds out. So a few of the others, spread evenly over the epochs, are offered beside the one that was
 kept. Few, because every choice multiplies the space.
 
-Measured with `joint`, a light budget and the embedded model on the development tasks of `pretrain.devtasks` (24 draws
-of data; 50 training, 25 validation, 75 test rows; mean test score, difference to n = 1 paired, with a 95 % interval):
+Measured with `joint`, a light budget and the embedded model on the tasks of `pretrain.development_tasks` (24 draws of
+data; 50 training, 25 validation, 75 test rows; mean test score, difference to n = 1 paired, with a 95 % interval):
 
     n = 0  .911  -.009 [-.021, +.001]       n = 2  .917  -.003 [-.011, +.004]
     n = 1  .920                             n = 4  .919  -.001 [-.008, +.007]

@@ -139,13 +139,13 @@ def test_rope_that_depends_on_length_is_never_padded(tmp_path):
 def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architecture, models, monkeypatch):
     import torch
 
-    from copa_harness.lm.local import llama as local_llama
+    from copa_harness.lm.local import llama
     from copa_harness.lm.local.attention import RowGroup
     from copa_harness.lm.local.decoding import CascadeRun, Suffixes
 
     model = models(architecture)
-    monkeypatch.setattr(local_llama, "PACK_LIMIT_BYTES", 0)
-    decoder = local_llama.LlamaDecoder(model.decoder.shape, model.model.state_dict())
+    monkeypatch.setattr(llama, "PACK_LIMIT_BYTES", 0)
+    decoder = llama.LlamaDecoder(model.decoder.shape, model.model.state_dict())
     own = {tensor.data_ptr() for tensor in model.model.parameters()}
     layer = decoder._layers[0]
     assert {weight.data_ptr() for weight in [*layer.qkv.weights, *layer.gate_up.weights]} <= own
