@@ -294,7 +294,8 @@ class AnswerCost:
 
 def _sum(start: float | None, values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return None if start is None or len(known) < len(values) else start + sum(known)
+    # Rounded once: the calls of a block come in any order.
+    return None if start is None or len(known) < len(values) else start + math.fsum(known)
 
 
 def _whole(value: float | None) -> int | None:
