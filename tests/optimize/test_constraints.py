@@ -117,7 +117,7 @@ def test_the_cheapest_within_so_many_points_is_returned_with_the_front(toy):
     assert result.score_after >= best.copa_result.score_after - 0.3
     assert longest_prompt(toy, short, lm) <= longest_prompt(toy, best, lm)
     (returned,) = [entry for entry in result.front if entry.returned]
-    assert returned["score"] == result.score_after
+    assert returned.score == result.score_after
     scores = [entry.score for entry in result.front]
     assert scores == sorted(scores)
     again = from_json(OptimizationResult, json.loads(json.dumps(to_json(result))))
