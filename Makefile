@@ -49,7 +49,7 @@ format: $(VENV)/.installed  ## ruff: mend what can be mended, lay out the rest
 	@$(BIN)/ruff check .
 
 tables: $(VENV)/.installed  ## write the option tables of the guides anew
-	@$(BIN)/python -m copa_harness.options
+	@$(BIN)/python -m copa_harness.pytest_options
 
 clean:  ## remove the virtual environment, caches and answers
 	rm -rf $(VENV) .copa_cache .pytest_cache .mypy_cache .ruff_cache

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 if TYPE_CHECKING:
-    from copa_harness.lm.context import open_scope as open_scope
+    from copa_harness.lm.call_context import open_scope as open_scope
     from copa_harness.lm.factory import build_lm as build_lm
     from copa_harness.lm.metered import MeteredLM as MeteredLM
     from copa_harness.lm.scripted import ScriptedLM as ScriptedLM

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
+from copa_harness.formatting import counted, size
 from copa_harness.option_fields import default_of
-from copa_harness.session.settings import Settings
-from copa_harness.wording import counted, size
+from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline

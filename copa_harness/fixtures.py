@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 
-from copa_harness.options import settings_of
-from copa_harness.session.settings import COMPARING, Settings, comparisons_in
+from copa_harness.pytest_options import settings_of
+from copa_harness.session.options import COMPARING, Settings, comparisons_in
 
 if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM

@@ -31,8 +31,8 @@ from copa_harness.fixtures import (
     copa_task,
     with_comparisons,
 )
-from copa_harness.options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
-from copa_harness.session.settings import marker_arguments
+from copa_harness.pytest_options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
+from copa_harness.session.options import marker_arguments
 
 __all__ = [
     "copa_base_lm",

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "copa_harness"
 
 FLOORS = {
     "errors": 0,
-    "lazy": 0,
+    "lazy_imports": 0,
     "option_fields": 0,
     "results": 0,
     "documents": 0,
     "strategy": 0,
-    "wording": 0,
+    "formatting": 0,
     "judge": 1,
     "lm": 2,
     "tasks": 2,
@@ -34,7 +34,7 @@ FLOORS = {
     "session": 5,
     "plugin": 6,
     "fixtures": 6,
-    "options": 6,
+    "pytest_options": 6,
     "cli": 6,
 }
 """Room -> floor; the longest name that fits counts. A module imports from lower floors and from its own room."""
@@ -50,7 +50,7 @@ HEAVY = {
     "optuna": ("optimize/search/", "optimize/dspy_optimizers/"),
     "hypothesis": (),
     "tabulate": ("report/rendering",),
-    "pytest": ("plugin", "fixtures", "options", "testing/engine_contract"),
+    "pytest": ("plugin", "fixtures", "pytest_options", "testing/engine_contract"),
     "_pytest": (),
     "sklearn": ("tasks/", "optimize/", "lm/embedded/pretrain"),
     "diskcache": ("lm/cache/",),
@@ -236,7 +236,7 @@ def run_python(code, **environment):
         "copa_harness.plugin",
         "copa_harness.tasks",
         "copa_harness.session",
-        "copa_harness.session.settings",
+        "copa_harness.session.options",
         "copa_harness.session.runs",
         "copa_harness.lm",
         "copa_harness.tune",

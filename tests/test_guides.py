@@ -11,7 +11,7 @@ import pytest
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.option_fields import Place, markdown_table, options_in, options_of, with_tables
-from copa_harness.session.settings import OPTION_KINDS, Settings, marker_options
+from copa_harness.session.options import OPTION_KINDS, Settings, marker_options
 
 ROOT = Path(__file__).parent.parent
 NOT_OURS = {".venv", ".git", ".copa_cache", ".pytest_cache", "build", "dist", "node_modules"}

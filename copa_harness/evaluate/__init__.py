@@ -5,7 +5,7 @@ Names are loaded on first use, so importing the package imports neither DSPy nor
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,

@@ -43,7 +43,7 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.lm.context import current_scope, in_context
+from copa_harness.lm.call_context import current_scope, in_context
 from copa_harness.lm.dspy_internals import prompt_adapter
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 

@@ -1,26 +1,26 @@
 """Judgement: intervals, paired comparisons and gates over per-example scores, as pure functions of numbers.
 
-In the order to read: `intervals` of one mean, `paired_tests` of two runs, `exact` tests behind `noninferiority`, then
-`differences` and `gates`, which say in words what these found. Names are loaded on first use.
+In the order to read: `intervals` of one mean, `paired_tests` of two runs, `exact_tests` behind `noninferiority`, then
+`paired_gates` and `gates`, which say in words what these found. Names are loaded on first use.
 """
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "attribution": ["Attribution", "attribute_gains"],
-        "comparison": ["StrategyComparison", "compare_strategies"],
-        "differences": ["JudgedRun", "Reference", "better_than"],
-        "exact": ["bounded_mean_p_value", "exact_share_p_value"],
+        "ranking": ["StrategyComparison", "compare_strategies"],
+        "paired_gates": ["JudgedRun", "Reference", "better_than"],
+        "exact_tests": ["bounded_mean_p_value", "exact_share_p_value"],
         "flaky": ["flaky_report", "merge_repeats", "repeated_mean", "repeats_of"],
         "gates": ["cost_per_answer", "is_failure", "judge", "judge_spending", "overall"],
         "intervals": ["mean_interval", "wilson_interval"],
         "leakage": ["LeakageReport", "find_leakage", "no_leakage"],
-        "messages": ["format_failure", "format_gates"],
-        "multiple": ["holm_adjusted", "holm_over_suite"],
+        "explanations": ["format_failure", "format_gates"],
+        "multiple_testing": ["holm_adjusted", "holm_over_suite"],
         "options": ["Gates"],
         "noninferiority": ["Noninferiority", "rows_to_decide", "smallest_visible_drop"],
         "paired_tests": ["PairedDifference", "PairedScores", "pair_up", "paired_difference"],

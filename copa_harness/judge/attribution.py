@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from copa_harness.formatting import counted, number
+from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, grouped, mean_interval
-from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import (
     PairedDifference,
     PairedScores,
@@ -35,7 +36,6 @@ from copa_harness.judge.paired_tests import (
     permutation_p_value,
 )
 from copa_harness.results import Interval
-from copa_harness.wording import counted, number
 
 CELLS = ("base_plain", "base_optimized", "tuned_plain", "tuned_optimized")
 """The four systems: weights first, prompts second."""

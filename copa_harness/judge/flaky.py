@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from copa_harness.formatting import counted, number
+from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
-from copa_harness.judge.messages import interval_text
 from copa_harness.judge.paired_tests import scores_by_id
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Usage, Verdict
-from copa_harness.wording import counted, number
 
 Repeats = Mapping[str, Sequence[float | None]]
 """Scores of an example's repeats, by example id; None where a repeat has no score."""

@@ -2,7 +2,7 @@
 
 A gate answers pass, fail, undecided, not comparable or error; `overall` says which of them wins. `min_score` is about
 the number measured (a plain assert would decide alike); `max_regression` and `better_than` are paired tests
-(`differences`). An evaluation that was cut short has no score and fails nothing: it is undecided. Gates on what a run
+(`paired_gates`). An evaluation that was cut short has no score and fails nothing: it is undecided. Gates on what a run
 spent (calls, tokens, dollars, seconds, dollars per answer) pass or fail, since spending is counted and not estimated;
 they are undecided only where a price is unknown.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from copa_harness.judge.differences import BLESS, JudgedRun, better_than, max_regression
+from copa_harness.formatting import counted, dollars, number
+from copa_harness.judge.explanations import interval_text, shortened
 from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
-from copa_harness.judge.messages import interval_text, shortened
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import BLESS, JudgedRun, better_than, max_regression
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
-from copa_harness.wording import counted, dollars, number
 
 _ROUNDING = 1e-9
 

@@ -19,7 +19,7 @@ the group is the independent unit of everything in this package:
   answers that always agree within a group (Kish 1965). Clustered standard errors for evaluations: Miller 2024,
   arXiv 2411.00640.
 * "nothing changed": the sign of t_c is exchanged for whole groups (exact when the runs are exchangeable).
-* against a margin: Gaffke's test (`exact`) of (t_c - n_c delta_0) / max n_c, groups being drawn independently.
+* against a margin: Gaffke's test (`exact_tests`) of (t_c - n_c delta_0) / max n_c, groups being drawn independently.
 
 Measured: at an intra-group correlation of .71, 50 groups of 10, ignoring the groups alarms in 43 % of runs at 5 %.
 """

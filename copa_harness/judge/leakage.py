@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from copa_harness.documents import canonical_json
+from copa_harness.formatting import counted
 from copa_harness.results import GateResult, Verdict
-from copa_harness.wording import counted
 
 SHINGLE = 3
 """Tokens per shingle; shorter texts are one shingle."""

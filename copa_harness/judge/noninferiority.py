@@ -8,7 +8,7 @@ one-sided test, d = variance of one example's difference (for right/wrong about 
     undecided  neither: the rows needed and the smallest drop these rows could have shown are stated
 
 A failure also needs the test of "nothing changed" to refute it, so an unchanged program fails with probability at
-most alpha. Against the margin every test holds its size for any distribution (`exact`):
+most alpha. Against the margin every test holds its size for any distribution (`exact_tests`):
 
     right/wrong   exact McNemar at 0, the exact unconditional test at -m
     graded        paired permutation at 0, Gaffke's test at -m (and at 0, for a pass)
@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from copa_harness.judge.exact import (
+from copa_harness.judge.exact_tests import (
     bounded_mean_p_value,
     clustered_bounded_p_value,
     clustered_row_variance,

@@ -31,7 +31,7 @@ from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import CallContext, NotCachedError, Observed, calling, current_context, scope_of
+from copa_harness.lm.call_context import CallContext, NotCachedError, Observed, calling, current_context, scope_of
 from copa_harness.lm.engine import Engine, seed_of
 from copa_harness.lm.provider_errors import Refused, engine_failure
 

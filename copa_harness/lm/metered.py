@@ -20,8 +20,8 @@ from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.call_context import Completions, calling, current_call, current_context
 from copa_harness.lm.constrained import checked_constrain, constraint_of_call, with_constraint
-from copa_harness.lm.context import Completions, calling, current_call, current_context
 from copa_harness.lm.dspy_internals import (
     RequestBuilder,
     custom_engine_of,

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
+from copa_harness.formatting import counted
 from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
-from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.finalists import (
     N_FINALISTS,
     chosen,
@@ -47,9 +47,9 @@ from copa_harness.optimize.options import Preference, SearchOptions
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Evidence, FrontProgram, Phase
 from copa_harness.strategy import Step, StepKind
-from copa_harness.wording import counted
 
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run

@@ -20,12 +20,10 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import Metric, metric_arity
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.adoption import conclude, out_of_reach, plan_holdout
-from copa_harness.optimize.budget import Choice, resolved
 from copa_harness.optimize.checks import check_metered, splits_of, thawed
 from copa_harness.optimize.constraints import parse_constraints
-from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.dspy_optimizers.student import models_in
 from copa_harness.optimize.options import SearchOptions, parse_budget, parse_preference
 from copa_harness.optimize.result import result_of
@@ -35,6 +33,8 @@ from copa_harness.optimize.search.credit import credit_of
 from copa_harness.optimize.search.journal import exclusive_journal
 from copa_harness.optimize.search.progress import Progress
 from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search_context import SearchContext
+from copa_harness.optimize.step_budget import Choice, resolved
 from copa_harness.optimize.steps import execute
 from copa_harness.option_fields import check_names, options_of, values_of
 from copa_harness.results import Budget

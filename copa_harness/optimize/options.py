@@ -29,8 +29,7 @@ from copa_harness.option_fields import (
     words_check,
 )
 from copa_harness.results import Budget
-from copa_harness.tune.settings import LoraSettings, check_lora
-from copa_harness.wording import amount
+from copa_harness.tune.options import LoraSettings, check_lora
 
 SAMPLERS: tuple[str, ...] = ("tpe", "random", "gp")
 """Optuna's samplers; see `search.samplers`."""
@@ -251,22 +250,6 @@ def parse_budget(value: Budget | int | str) -> Budget:
             return Budget(calls=LEVELS[text], name=text)
         return _from_clauses(text, value)
     raise ConfigurationError(f"got {value!r} as the budget; {_EXPECTED}")
-
-
-def describe_budget(budget: Budget) -> str:
-    """The budget's name with the ceilings it means: ``light (at most 400 optimization calls per task)``."""
-    ceilings = budget.ceilings
-    if not ceilings:
-        return f"{budget.name} (no ceiling)"
-    units = {
-        "calls": "optimization calls",
-        "usd": "dollars",
-        "train_steps": "training steps",
-        "input_tokens": "input tokens",
-        "output_tokens": "output tokens",
-    }
-    parts = [f"{amount(ceiling)} {units.get(name, name)}" for name, ceiling in ceilings.items()]
-    return f"{budget.name} (at most {', '.join(parts)} per task)"
 
 
 _EXPECTED = (

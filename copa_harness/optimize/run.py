@@ -16,15 +16,13 @@ from dataclasses import replace
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.evaluate.runner import usage_since
+from copa_harness.formatting import counted
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.optimize.budget import CallBudget, OutOfCalls, share_of, step_scope
 from copa_harness.optimize.constraints import Constraints
-from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import Journal
-from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import (
@@ -37,11 +35,13 @@ from copa_harness.optimize.search.space import (
     weights_choice,
 )
 from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.search_context import SearchContext
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, share_of, step_scope
 from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
-from copa_harness.wording import counted
 
 logger = logging.getLogger("copa_harness")
 

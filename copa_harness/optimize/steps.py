@@ -25,7 +25,6 @@ from dspy import teleprompt
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, NoTrainingRowsError, TrainingDivergedError
 from copa_harness.optimize.adoption import allowed
-from copa_harness.optimize.budget import CallBudget, OutOfCalls, Replays
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.dspy_optimizers.kwargs import ENSEMBLE_KWARGS, check_kwargs
 from copa_harness.optimize.dspy_optimizers.registry import run_optimizer
@@ -43,6 +42,7 @@ from copa_harness.optimize.search.space import (
     weights_choice,
 )
 from copa_harness.optimize.search.study import PERFECT
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, Replays
 from copa_harness.optimize.weights import Trained
 from copa_harness.results import Phase
 from copa_harness.strategy import Step, StepKind

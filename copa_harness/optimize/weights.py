@@ -20,14 +20,14 @@ import numpy as np
 from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
 from copa_harness.evaluate.metrics import call_metric
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.context import current_scope
+from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.schema import is_fully_labelled
 from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.context import SearchContext
     from copa_harness.optimize.options import SearchOptions
+    from copa_harness.optimize.search_context import SearchContext
     from copa_harness.tune.rows import RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
 
@@ -224,7 +224,7 @@ def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Ro
 
 
 def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> LoraAdapter:
-    from copa_harness.tune.provider import train_lora
+    from copa_harness.tune.dspy_provider import train_lora
 
     lora = job.settings.lora_settings(with_demos=made.n_demos > 0, seed=job.seed)
     kept, held_out = list(rows), []

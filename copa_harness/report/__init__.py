@@ -5,12 +5,12 @@ Names are loaded on first use; tabulate is imported only to draw a table.
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "environment": ["environment"],
+        "provenance": ["environment"],
         "files": ["ReportPaths", "gates_to_read", "verdict_counts", "write_reports"],
         "records": ["RunRecord", "as_reported"],
         "tables": ["all_tables", "compare_table", "copa_table", "failure_table", "phase_table"],

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from copa_harness.formatting import number
 from copa_harness.judge.attribution import CELLS, EFFECTS
-from copa_harness.judge.comparison import compare_strategies
 from copa_harness.judge.flaky import FlakyReport, flaky_report
 from copa_harness.judge.paired_tests import PairedDifference
+from copa_harness.judge.ranking import compare_strategies
 from copa_harness.report.grouping import by_task, chosen, deduplicated, disambiguated, distinct, from_optimization
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.results import Interval
-from copa_harness.wording import number
 
 MAX_FLAKY_SHOWN = 10
 """Unstable examples shown per run; latest.json has all repeats."""

@@ -16,11 +16,11 @@ from typing import Any
 
 from copa_harness.documents import mask_secrets, mask_text, pretty_json, temporary_name, to_jsonable, write_atomic
 from copa_harness.errors import CopaError
-from copa_harness.judge.messages import format_gates
+from copa_harness.formatting import counted
+from copa_harness.judge.explanations import format_gates
 from copa_harness.report.records import RunRecord, as_reported
 from copa_harness.report.tables import all_tables
 from copa_harness.results import SCHEMA, Verdict
-from copa_harness.wording import counted
 
 
 def verdict_counts(runs: Sequence[RunRecord]) -> str:
@@ -86,7 +86,7 @@ def write_reports(
     Args:
         directory: the report folder; created when missing.
         runs: the records, in the order of the report. Absolute artifact paths are written relative to `directory`.
-        environment: what to say about versions, machine, seed and budget (see `environment`).
+        environment: what to say about versions, machine, seed and budget (see `provenance`).
 
     Raises:
         CopaError: the folder cannot be written or the disk is full. Earlier reports are intact.

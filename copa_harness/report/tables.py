@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from copa_harness.formatting import number
 from copa_harness.report.details import (
     attribution_table,
     credit_table,
@@ -32,7 +33,6 @@ from copa_harness.report.grouping import (
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.results import FrontProgram, PhaseRecord, Usage
-from copa_harness.wording import number
 
 
 def ending_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:

@@ -5,13 +5,13 @@ Names are loaded on first use.
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "runs": ["CopaRun", "Score", "ScoredEvaluation"],
         "session": ["CopaSession"],
-        "settings": ["Setting", "Settings"],
+        "options": ["Setting", "Settings"],
     },
 )

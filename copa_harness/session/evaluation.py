@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import ConfigurationError
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, PhaseRecord, Usage
 from copa_harness.session.optimizations import Optimized, program_fingerprint
+from copa_harness.session.options import Settings
 from copa_harness.session.runs import ScoredEvaluation
-from copa_harness.session.settings import Settings
 
 if TYPE_CHECKING:
     import dspy
@@ -123,7 +123,7 @@ def measure(
         BudgetExhausted: The ceilings of the whole session refuse a call.
     """
     from copa_harness.judge.flaky import merge_repeats, repeats_of
-    from copa_harness.lm.context import open_scope, repeated
+    from copa_harness.lm.call_context import open_scope, repeated
 
     examples = split_of(task, split)
     groups = groups_of(task, split)
@@ -196,7 +196,7 @@ def _watched(
     from copa_harness.evaluate.examples import example_ids
     from copa_harness.evaluate.runner import raise_if_nothing_worked, run_examples
     from copa_harness.judge.intervals import mean_interval
-    from copa_harness.lm.context import current_scope
+    from copa_harness.lm.call_context import current_scope
 
     by_id = dict(zip(example_ids(examples), examples, strict=True))
     found: dict[str, ExampleResult] = {}

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CopaError
+from copa_harness.formatting import ceiling, counted, number
 from copa_harness.judge.gates import is_failure, overall
 from copa_harness.results import Verdict
+from copa_harness.session.comparisons import settle
 from copa_harness.session.entries import Entry, from_row
-from copa_harness.session.gates import settle
+from copa_harness.session.options import Settings
 from copa_harness.session.plan import plan_text
 from copa_harness.session.runs import is_deferred
-from copa_harness.session.settings import Settings
-from copa_harness.wording import ceiling, counted, number
 
 if TYPE_CHECKING:
     from copa_harness.report.records import RunRecord
@@ -132,7 +132,7 @@ def _failed_attempts(failures: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _over_suite(records: Sequence[RunRecord]) -> tuple[list[str], bool]:
     """What Holm's correction says of all regression gates together, and whether it fails what no test failed."""
-    from copa_harness.judge.multiple import holm_over_suite, suite_text
+    from copa_harness.judge.multiple_testing import holm_over_suite, suite_text
 
     gates = [(f"{record.test} ({record.task}, {record.strategy})", gate) for record in records for gate in record.gates]
     comparisons = holm_over_suite(gates)
@@ -233,8 +233,8 @@ def _cut_short(n_cut: int) -> list[str]:
 
 def _written(records: Sequence[RunRecord], failures: Mapping[str, Any], *, settings: Settings) -> tuple[str, list[str]]:
     """Where the report for people was written, and why it was not."""
-    from copa_harness.report.environment import environment
     from copa_harness.report.files import write_reports
+    from copa_harness.report.provenance import environment
 
     more: dict[str, Any] = {"failed_calls": failures} if failures else {}
     if settings.constrain:

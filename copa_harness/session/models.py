@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError, ConfigurationError
-from copa_harness.session.settings import Settings
+from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     import dspy
@@ -138,7 +138,7 @@ def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, co
     )
     if weights is None:
         return lm
-    from copa_harness.tune.provider import attach_provider
+    from copa_harness.tune.dspy_provider import attach_provider
 
     return attach_provider(lm)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.documents import from_json, to_json
 from copa_harness.errors import CacheError
 from copa_harness.results import OptimizationResult, PhaseRecord, Usage
-from copa_harness.session.settings import Settings
+from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     import dspy
@@ -237,7 +237,7 @@ class Optimizations:
 
     def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
         """The artifact's folder; written when it is not there yet."""
-        from copa_harness.report.environment import versions
+        from copa_harness.report.provenance import versions
         from copa_harness.store.artifacts import save_artifact
 
         folder = self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
@@ -306,7 +306,7 @@ def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str
 
 def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> str:
     from copa_harness.documents import hash_json
-    from copa_harness.report.environment import versions
+    from copa_harness.report.provenance import versions
     from copa_harness.strategy import parse_strategy
 
     return hash_json(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from copa_harness.results import Phase
 from copa_harness.session.evaluation import searches_both, split_of
-from copa_harness.session.settings import Settings
+from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.lm.context import DryRun
+    from copa_harness.lm.call_context import DryRun
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.session.optimizations import Optimized
     from copa_harness.tasks.task import Task
@@ -54,7 +54,7 @@ def plan_evaluation(
 ) -> PlanLine:
     """What running a program over a split would pay."""
     from copa_harness.evaluate.runner import run_examples
-    from copa_harness.lm.context import dry_run, open_scope, repeated
+    from copa_harness.lm.call_context import dry_run, open_scope, repeated
 
     with open_scope(f"{task.name}: plan"), dry_run() as plan:
         for number in range(settings.repeat):

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
+from copa_harness.formatting import counted
 from copa_harness.results import GateResult, PhaseRecord, Verdict
+from copa_harness.session.comparisons import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.entries import Entry
 from copa_harness.session.evaluation import (
     Measured,
@@ -23,11 +25,9 @@ from copa_harness.session.evaluation import (
     searches_both,
     split_of,
 )
-from copa_harness.session.gates import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.optimizations import Optimized, fingerprints_of
+from copa_harness.session.options import Settings, check_gates
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
-from copa_harness.session.settings import Settings, check_gates
-from copa_harness.wording import counted
 
 if TYPE_CHECKING:
     import dspy
@@ -164,7 +164,7 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
     Raises:
         ArtifactError: Some examples have no score.
     """
-    from copa_harness.report.environment import git_commit, versions
+    from copa_harness.report.provenance import git_commit, versions
     from copa_harness.store.baselines import Baseline
 
     return Baseline.from_evaluation(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copa_harness.formatting import number
+from copa_harness.judge.explanations import format_failure, score_line
 from copa_harness.judge.gates import is_failure, overall
-from copa_harness.judge.messages import format_failure, score_line
 from copa_harness.results import (
     Budget,
     EvaluationResult,
@@ -22,7 +23,6 @@ from copa_harness.results import (
     Usage,
     Verdict,
 )
-from copa_harness.wording import number
 
 if TYPE_CHECKING:
     import dspy

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
 from copa_harness.results import PhaseRecord
+from copa_harness.session.comparisons import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.entries import Entry, to_row
 from copa_harness.session.evaluation import groups_of, leakage_of, measure
-from copa_harness.session.gates import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
+from copa_harness.session.options import Settings
 from copa_harness.session.plan import plan_run
 from copa_harness.session.recording import cut_short_entry, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
-from copa_harness.session.settings import Settings
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:

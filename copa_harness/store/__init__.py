@@ -5,7 +5,7 @@ Plain JSON and safetensors, checksummed, written whole or not at all. Names are 
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,

@@ -20,11 +20,11 @@ from typing import Any
 
 from copa_harness.documents import from_json, mask_secrets, to_json, write_atomic
 from copa_harness.errors import ArtifactError
-from copa_harness.judge.differences import COMPARED
-from copa_harness.judge.messages import interval_text
+from copa_harness.formatting import counted, number
+from copa_harness.judge.explanations import interval_text
+from copa_harness.judge.paired_gates import COMPARED
 from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference, scores_by_id
 from copa_harness.results import SCHEMA, EvaluationResult, Interval, Outcome
-from copa_harness.wording import counted, number
 
 KIND = "copa_harness baseline"
 

@@ -5,7 +5,7 @@ Importing this package loads neither DSPy nor scikit-learn; the first call of a 
 
 from __future__ import annotations
 
-from copa_harness.lazy import attach
+from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,

@@ -25,7 +25,7 @@ from dspy.lm15 import Config, Message, Request, Response, TextPart
 
 from copa_harness.errors import ProviderError
 from copa_harness.lm.budget.cost import Bounds, Cost, Limits, actual_cost
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.engine import Capabilities, Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM

@@ -21,9 +21,9 @@ from copa_harness.errors import BudgetExhausted, TrainingMemoryError
 from copa_harness.lm.budget.cost import Cost, Reservation
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.local.memory import is_out_of_memory, oom_message
+from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow
-from copa_harness.tune.settings import LoraSettings
 
 if TYPE_CHECKING:
     from copa_harness.tune.checkpoints import UnfinishedTraining

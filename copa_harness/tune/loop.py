@@ -20,9 +20,9 @@ from copa_harness.errors import TrainingDivergedError, TrainingError
 from copa_harness.lm.local.model import silence_peft
 from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
 from copa_harness.tune.low_rank import speed_up
+from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow
-from copa_harness.tune.settings import LoraSettings
 
 
 @dataclass(frozen=True, slots=True)

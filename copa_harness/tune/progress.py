@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from copa_harness.wording import duration
+from copa_harness.formatting import duration
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.documents import hash_json
 from copa_harness.errors import NoTrainingRowsError, TrainingError, TrainingMemoryError
-from copa_harness.lm.context import current_scope
+from copa_harness.formatting import duration
+from copa_harness.lm.call_context import current_scope
 from copa_harness.lm.local.files import LoraFiles, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,
@@ -29,10 +30,9 @@ from copa_harness.tune.checkpoints import (
     remove_leftovers,
 )
 from copa_harness.tune.epochs import TrainingCharge, TrainingOutcome, explain_out_of_memory, run_epochs
+from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow, TrainingRow, encode_row
-from copa_harness.tune.settings import LoraSettings
-from copa_harness.wording import duration
 
 if TYPE_CHECKING:
     from copa_harness.lm.local.engine import TransformersEngine

@@ -28,11 +28,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from copa_harness.judge.differences import JudgedRun
-from copa_harness.judge.exact import bounded_mean_p_value, clustered_bounded_p_value, exact_share_p_value
+from copa_harness.judge.exact_tests import bounded_mean_p_value, clustered_bounded_p_value, exact_share_p_value
 from copa_harness.judge.intervals import grouped
 from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.paired_tests import PairedScores, mcnemar_p_value, permutation_p_value
 from copa_harness.judge.power import mcnemar_power
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest

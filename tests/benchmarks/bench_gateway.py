@@ -50,7 +50,7 @@ from copa_harness.evaluate import evaluate  # noqa: E402
 from copa_harness.evaluate.runner import default_adapter  # noqa: E402
 from copa_harness.lm.budget.ledger import whole_run  # noqa: E402
 from copa_harness.lm.cache.store import ResponseCache  # noqa: E402
-from copa_harness.lm.context import CallContext, in_context, open_scope  # noqa: E402
+from copa_harness.lm.call_context import CallContext, in_context, open_scope  # noqa: E402
 from copa_harness.lm.engine import Engine  # noqa: E402
 from copa_harness.lm.factory import build_lm  # noqa: E402
 from copa_harness.lm.gateway import Gateway  # noqa: E402

@@ -102,7 +102,7 @@ def work(contender, directory, size, kind):
     import transformers
 
     from copa_harness.tune.loop import add_lora
-    from copa_harness.tune.settings import LoraSettings
+    from copa_harness.tune.options import LoraSettings
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -29,7 +29,7 @@ from copa_harness.evaluate.runner import evaluate
 from copa_harness.lm import repeated
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
-from copa_harness.report.environment import git_commit, versions
+from copa_harness.report.provenance import git_commit, versions
 from copa_harness.tasks import breast_cancer
 from copa_harness.tasks.tabular import exact_match
 

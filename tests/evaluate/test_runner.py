@@ -9,7 +9,7 @@ import pytest
 from copa_harness.errors import BudgetExhausted, ConfigurationError, MetricError, ProviderError, TaskError
 from copa_harness.evaluate import evaluate, run_examples
 from copa_harness.evaluate.runner import raise_if_nothing_worked
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget, Phase
 

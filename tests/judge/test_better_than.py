@@ -2,11 +2,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.multiple import holm_over_suite
+from copa_harness.judge.multiple_testing import holm_over_suite
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 
 

@@ -1,10 +1,10 @@
 import pytest
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import cost_per_answer, judge, judge_spending
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.results import EvaluationResult, ExampleResult, Usage, Verdict
 
 SPENT = Usage(paid_calls=10, input_tokens=900, output_tokens=100, usd=0.5, wall_s=12.5)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from copa_harness.judge.attribution import attribute_gains
-from copa_harness.judge.comparison import compare_strategies
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.flaky import repeated_mean
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.paired_tests import PairedScores, paired_difference
+from copa_harness.judge.ranking import compare_strategies
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 

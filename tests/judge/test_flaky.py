@@ -1,10 +1,10 @@
 import pytest
 
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.gates import judge
 from copa_harness.judge.intervals import mean_interval, wilson_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 
 REPEATS = {"a": (1, 1, 1), "b": (1, 0, 0), "c": (0, 0, 0), "d": (1, 1, 0), "e": (1, None, 1)}

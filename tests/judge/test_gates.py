@@ -6,10 +6,10 @@ import pytest
 
 from copa_harness.documents import to_jsonable
 from copa_harness.errors import ConfigurationError
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import is_failure, judge, overall
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Verdict
 
 

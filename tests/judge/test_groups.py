@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from copa_harness.judge.differences import JudgedRun
-from copa_harness.judge.exact import clustered_bounded_p_value, clustered_row_variance
+from copa_harness.judge.exact_tests import clustered_bounded_p_value, clustered_row_variance
 from copa_harness.judge.intervals import clustered_mean_interval, group_labels, grouped, mean_interval
 from copa_harness.judge.noninferiority import noninferiority
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.paired_tests import PairedScores, clustered_difference_interval, paired_difference
 from copa_harness.results import Verdict
 

@@ -5,7 +5,7 @@ import pytest
 
 from copa_harness.errors import ProviderError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import DryRun, NotCachedError, dry_run
+from copa_harness.lm.call_context import DryRun, NotCachedError, dry_run
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM

@@ -9,7 +9,7 @@ from dspy.lm15 import Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import BudgetExhausted, ProviderError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import current_context, open_scope
+from copa_harness.lm.call_context import current_context, open_scope
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.results import Budget

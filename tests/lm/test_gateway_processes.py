@@ -16,7 +16,7 @@ from pathlib import Path
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 
 directory, mode = Path(sys.argv[1]), sys.argv[2]

@@ -11,7 +11,7 @@ from dspy.clients.provider import Provider, TrainingJob
 from dspy.lm15 import ContextLengthError, Message, Request, ServerError
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import HISTORY_LENGTH, MeteredLM
 from copa_harness.lm.scripted import ScriptedLM

@@ -10,7 +10,7 @@ from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ArtifactError, ConfigurationError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope, repeated
+from copa_harness.lm.call_context import open_scope, repeated
 from copa_harness.lm.engine import seed_of
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway

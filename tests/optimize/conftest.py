@@ -11,9 +11,9 @@ from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness import COPA
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.context import SearchContext
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search_context import SearchContext
 
 RULE = re.compile(r"If size is (below|at least) ([\d.]+) answer (\w+), otherwise answer (\w+)\.")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from copa_harness import COPA
-from copa_harness.optimize.budget import choose_strategy
+from copa_harness.optimize.step_budget import choose_strategy
 from copa_harness.strategy import parse_strategy
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.options import describe_budget, parse_budget
+from copa_harness.optimize.options import parse_budget
 
 
 def test_every_ceiling_can_be_written():
@@ -45,8 +45,3 @@ def test_a_thousands_separator_is_no_separator_of_ceilings():
 def test_what_is_no_budget_is_told(text, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_budget(text)
-
-
-def test_the_description_names_every_ceiling():
-    text = describe_budget(parse_budget("light,usd=2,seconds=600"))
-    assert text == "light,usd=2,seconds=600 (at most 400 optimization calls, 2 dollars, 600 seconds per task)"

@@ -3,7 +3,7 @@
 import pytest
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.options import describe_budget, parse_budget
+from copa_harness.optimize.options import parse_budget
 from copa_harness.results import Budget
 
 
@@ -24,7 +24,3 @@ def test_a_budget_object_is_taken_as_it_is():
 def test_anything_else_is_refused_with_the_levels_named(value):
     with pytest.raises(ConfigurationError, match="calls"):
         parse_budget(value)
-
-
-def test_the_description_names_the_ceiling():
-    assert describe_budget(parse_budget("light")) == "light (at most 400 optimization calls per task)"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from copa_harness import COPA
 from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.context import observing
+from copa_harness.lm.call_context import observing
 from copa_harness.optimize.constraints import Constraints, parse_constraints
 from copa_harness.optimize.options import LIMITS
 from copa_harness.optimize.search.candidate import Candidate

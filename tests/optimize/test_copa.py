@@ -9,7 +9,7 @@ from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ConfigurationError, MetricError, ProviderError, TaskError, TrainingError
 from copa_harness.evaluate import evaluate
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA, apply_state, to_state

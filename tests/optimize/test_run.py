@@ -3,7 +3,7 @@
 import pytest
 
 from copa_harness import COPA
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.results import Budget

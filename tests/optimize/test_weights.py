@@ -13,7 +13,7 @@ from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
 from copa_harness.optimize.dspy_optimizers.finetune import finetunable
 from copa_harness.testing.tiny_models import write_tiny_model
-from copa_harness.tune.settings import LoraSettings
+from copa_harness.tune.options import LoraSettings
 
 
 @pytest.fixture(scope="module")

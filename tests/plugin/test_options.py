@@ -5,19 +5,19 @@ from dataclasses import make_dataclass
 import pytest
 
 # pytester forgets what an inner run imported; these are imported once, here, for all of them.
-import copa_harness.options
-import copa_harness.session.settings
+import copa_harness.pytest_options
+import copa_harness.session.options
 from copa_harness.errors import ConfigurationError
 from copa_harness.judge.options import Gates
 from copa_harness.optimize import COPA
 from copa_harness.optimize import copa as copa_module
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.option_fields import COUNT, SWITCH, Place, default_of, markdown_table, option, options_of, with_tables
-from copa_harness.options import guides_below, rewrite_tables
+from copa_harness.pytest_options import guides_below, rewrite_tables
 from copa_harness.session import CopaSession
-from copa_harness.session.settings import OPTION_KINDS, Settings
-from copa_harness.tune import settings as lora_module
-from copa_harness.tune.settings import LoraSettings
+from copa_harness.session.options import OPTION_KINDS, Settings
+from copa_harness.tune import options as lora_module
+from copa_harness.tune.options import LoraSettings
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
@@ -50,7 +50,7 @@ def with_one_more(monkeypatch):
         wish = option(3, check=COUNT, help=HELP, places=places, **more)
         copy = make_dataclass(kind.__name__, [("n_wishes", int, wish)], bases=(kind,), frozen=True, slots=True)
         monkeypatch.setitem(OPTION_KINDS, kind.__name__, copy)
-        for module in (copa_harness.options, copa_harness.session.settings, copa_module, lora_module):
+        for module in (copa_harness.pytest_options, copa_harness.session.options, copa_module, lora_module):
             if getattr(module, kind.__name__, None) is kind:
                 monkeypatch.setattr(module, kind.__name__, copy)
         return copy
@@ -122,7 +122,7 @@ def test_of_a_gate(with_one_more, got, pytester, tmp_path):
     with pytest.raises(ConfigurationError, match="gate n_wishes=-1: expected a whole number, 0 or more, such as 2"):
         more(n_wishes=-1)
     with pytest.raises(ConfigurationError, match=r"check\(\): n_wishes='x'; expected a whole number"):
-        copa_harness.session.settings.check_gates({"n_wishes": "x"}, where="copa_run.check()")
+        copa_harness.session.options.check_gates({"n_wishes": "x"}, where="copa_run.check()")
     assert ROW.format(name="n_wishes") in markdown_table(more)
 
 

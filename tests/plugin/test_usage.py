@@ -5,9 +5,9 @@ import re
 import pytest
 
 # pytester forgets what an inner run imported; this is imported once, here, for all of them.
-import copa_harness.session.settings  # noqa: F401
-from copa_harness.options import marker_text
-from copa_harness.session.settings import marker_options
+import copa_harness.session.options  # noqa: F401
+from copa_harness.pytest_options import marker_text
+from copa_harness.session.options import marker_options
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 

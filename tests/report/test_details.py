@@ -5,9 +5,9 @@ import pytest
 
 from copa_harness.documents import from_json, to_json
 from copa_harness.judge.attribution import attribute_gains
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.report.details import attribution_table, flaky_table, ranking_table, sequential_table
 from copa_harness.report.files import markdown_report

@@ -10,8 +10,8 @@ import pytest
 from copa_harness.errors import CopaError
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.report import files
-from copa_harness.report.environment import environment, git_commit, versions
 from copa_harness.report.files import gates_to_read, markdown_report, verdict_counts, write_reports
+from copa_harness.report.provenance import environment, git_commit, versions
 from copa_harness.report.records import RunRecord, as_reported
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Usage, Verdict
 

@@ -7,7 +7,7 @@ from copa_harness.results import GateResult, Interval, Verdict
 from copa_harness.session.entries import Entry, to_row
 from copa_harness.session.evaluation import FailedCalls
 from copa_harness.session.finish import BUDGET_EXHAUSTED, FAILED, finish
-from copa_harness.session.settings import Settings
+from copa_harness.session.options import Settings
 
 
 def row(test, *gates, cut_short=False, **more):

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from copa_harness.errors import ArtifactError
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.gates import judge, overall
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.results import EvaluationResult, ExampleResult, Verdict
 from copa_harness.store.baselines import Baseline, baseline_path, load_baseline, save_baseline
 

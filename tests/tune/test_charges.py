@@ -8,7 +8,7 @@ import pytest
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm import whole_run
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.results import Budget
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow
 from copa_harness.tune.batches import BatchLoss

@@ -13,7 +13,7 @@ import torch
 from dspy.lm15 import Config, Message, Request
 from safetensors import safe_open
 
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE, find_lora, read_lora
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, checkpoints

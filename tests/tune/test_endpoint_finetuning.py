@@ -8,7 +8,7 @@ from dspy.clients.provider import Provider, TrainingJob
 from copa_harness import COPA
 from copa_harness.errors import TrainingError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.factory import build_lm, meter_lm
 from copa_harness.lm.gateway import Gateway
 

@@ -6,7 +6,7 @@ import dspy
 import pytest
 
 from copa_harness.errors import BudgetExhausted, MetricError, ProviderError
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 from copa_harness.tune import RowDemos, rows_from_traces

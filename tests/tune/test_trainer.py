@@ -21,7 +21,7 @@ from copa_harness.errors import (
     TrainingError,
     TrainingMemoryError,
 )
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local import model as local_model
 from copa_harness.lm.local.engine import TransformersEngine

@@ -8,7 +8,7 @@ from dspy.lm15 import Config, Message, Request
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine

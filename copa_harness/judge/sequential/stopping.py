@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.judge.differences import JudgedRun, better_than, changed_parts, max_regression
+from copa_harness.formatting import counted, number
 from copa_harness.judge.gates import cost_per_answer, judge, overall
 from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun, better_than, changed_parts, max_regression
 from copa_harness.judge.paired_tests import pair_up, scores_by_id
 from copa_harness.judge.power import SequentialPower, sequential_power
 from copa_harness.judge.sequential.monitors import RegressionMonitor, ThresholdMonitor, random_order
 from copa_harness.results import EvaluationResult, GateResult, Verdict
-from copa_harness.wording import counted, number
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ from dspy.lm15 import (
 )
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.formatting import amount
 from copa_harness.lm.dspy_internals import request_to_dict
 from copa_harness.results import Budget, Usage
-from copa_harness.wording import amount
 
 PICO = 10**12
 """Parts of a dollar an account counts in; the cheapest token price known is some 10^-9 dollars."""

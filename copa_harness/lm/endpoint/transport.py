@@ -33,7 +33,7 @@ from dspy.lm15 import TimeoutError as ProviderTimedOut
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from copa_harness.lm.cache.locks import fork_count
-from copa_harness.lm.context import time_left_s
+from copa_harness.lm.call_context import time_left_s
 from copa_harness.lm.dspy_internals import (
     ConnectError,
     ConnectTimeout,

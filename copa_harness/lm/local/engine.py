@@ -24,7 +24,7 @@ from copa_harness.errors import (
     ProviderError,
     ProviderTimeoutError,
 )
-from copa_harness.lm.context import time_left_s
+from copa_harness.lm.call_context import time_left_s
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules

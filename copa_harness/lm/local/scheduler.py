@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from copa_harness.errors import OutOfMemoryError, ProviderError
+from copa_harness.formatting import size
 from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, RowState
 from copa_harness.lm.local.executor import Answer, BatchExecutor, Prompt, lora_key
 from copa_harness.lm.local.memory import (
@@ -33,7 +34,6 @@ from copa_harness.lm.local.memory import (
 )
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import PrefixCache, PrefixKey
-from copa_harness.wording import size
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate.metrics import takes_arguments
+from copa_harness.formatting import counted
 from copa_harness.optimize.dspy_optimizers.contract import (
     MAX_ERRORS,
     Built,
@@ -39,7 +40,6 @@ from copa_harness.optimize.dspy_optimizers.kwargs import KNN_KWARGS, check_kwarg
 from copa_harness.optimize.dspy_optimizers.student import tolerant
 from copa_harness.optimize.propose.reflection import expected_feedback, feedback_in
 from copa_harness.optimize.propose.schema import is_fully_labelled
-from copa_harness.wording import counted
 
 
 def build(job: OptimizerJob) -> Built:

@@ -17,9 +17,9 @@ import dspy
 
 from copa_harness.errors import ConfigurationError, CopaError
 from copa_harness.evaluate.metrics import Metric, call_metric
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.dspy_optimizers.student import ProposalCount, teacher_of
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.step_budget import CallBudget
 
 logger = logging.getLogger(__name__)
 

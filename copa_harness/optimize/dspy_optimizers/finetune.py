@@ -113,6 +113,6 @@ def finetunable(lm: Any) -> Any:
             f"got the model {model_name(lm)!r}, which cannot be fine-tuned; expected 'embedded', 'hf:<path or id>', "
             "or a DSPy model whose provider fine-tunes"
         )
-    from copa_harness.tune.provider import attach_provider
+    from copa_harness.tune.dspy_provider import attach_provider
 
     return attach_provider(lm, directory=directory)

@@ -24,12 +24,12 @@ import dspy
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.context import current_scope
-from copa_harness.optimize.budget import step_scope
+from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.dspy_optimizers.contract import MAX_ERRORS, Built, OptimizerJob, OptimizerOutcome
 from copa_harness.optimize.dspy_optimizers.student import Evaluations, models_in, ready, silence_logs, tolerant
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.step_budget import step_scope
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")

@@ -36,9 +36,9 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.checks import check_metered
 from copa_harness.optimize.search.candidate import Candidate, model_name
+from copa_harness.optimize.step_budget import CallBudget
 
 _SAMPLING = ("rollout_id", "temperature")
 """What a resampling copy of a model differs in."""

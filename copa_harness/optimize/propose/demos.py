@@ -20,17 +20,17 @@ import dspy
 import numpy as np
 
 from copa_harness.evaluate.runner import ExampleRun
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose import similarity
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.propose.similarity import Vectors, row_vectors
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory, demo_key, input_key
 from copa_harness.optimize.search.space import DemoSet
+from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key, input_key
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.context import SearchContext
+    from copa_harness.optimize.search_context import SearchContext
 
 logger = logging.getLogger("copa_harness")
 

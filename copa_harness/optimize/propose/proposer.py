@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.demos import (
     DemoSource,
@@ -28,11 +27,12 @@ from copa_harness.optimize.propose.reflection import find_failures
 from copa_harness.optimize.propose.render import Failure
 from copa_harness.optimize.propose.writer import InstructionWriter
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory, input_key
 from copa_harness.optimize.search.space import NO_DEMOS, WEIGHTS, DemoSet, InstructionOption, Point, WeightsChoice
+from copa_harness.optimize.search.trial_memory import SearchMemory, input_key
+from copa_harness.optimize.step_budget import CallBudget
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.context import SearchContext
+    from copa_harness.optimize.search_context import SearchContext
 
 LOOK_SHARE = 0.6
 """Of a full score, what a look at a candidate costs on average, raced."""

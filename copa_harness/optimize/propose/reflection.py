@@ -17,15 +17,15 @@ import numpy as np
 from copa_harness.evaluate.examples import input_values, label_values
 from copa_harness.evaluate.metrics import Metric, metric_arity, takes_arguments
 from copa_harness.evaluate.runner import ExampleRun
-from copa_harness.lm.context import booked_as
-from copa_harness.optimize.budget import CallBudget
+from copa_harness.lm.call_context import booked_as
 from copa_harness.optimize.propose.render import Failure, short
 from copa_harness.optimize.propose.schema import strata_of, stratified_order, text_of
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.context import SearchContext
+    from copa_harness.optimize.search_context import SearchContext
 
 
 def find_failures(

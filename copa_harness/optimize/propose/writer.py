@@ -16,8 +16,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMError
 
 from copa_harness.evaluate.runner import default_adapter
-from copa_harness.lm.context import current_scope
-from copa_harness.optimize.budget import CallBudget
+from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.render import (
     MAX_SHOWN,
@@ -32,12 +31,13 @@ from copa_harness.optimize.propose.render import (
     step_text,
 )
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.space import InstructionOption
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
-    from copa_harness.optimize.context import SearchContext
+    from copa_harness.optimize.search_context import SearchContext
 
 logger = logging.getLogger("copa_harness")
 

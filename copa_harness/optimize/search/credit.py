@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted
+from copa_harness.formatting import counted
 from copa_harness.judge.paired_tests import difference_interval
-from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.search.candidate import Candidate, model_name
-from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Phase
-from copa_harness.wording import counted
 
 if TYPE_CHECKING:
     from copa_harness.optimize.run import Run

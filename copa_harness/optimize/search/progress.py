@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from copa_harness.formatting import counted, duration
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.wording import counted, duration
 
 logger = logging.getLogger("copa_harness")
 

@@ -24,11 +24,11 @@ from copa_harness.errors import ProviderError
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import default_adapter, raise_if_nothing_worked, run_examples
-from copa_harness.lm.context import Observed, observing
-from copa_harness.optimize.budget import CallBudget, OutOfCalls
+from copa_harness.lm.call_context import Observed, observing
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import FULL, estimated_difference, mean_score, next_rows, paired_differences
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Phase
 
 logger = logging.getLogger("copa_harness")

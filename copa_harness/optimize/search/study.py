@@ -33,7 +33,7 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.optimize.budget import CallBudget, OutOfCalls
+from copa_harness.formatting import counted
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.journal import StudyJournal
@@ -42,8 +42,8 @@ from copa_harness.optimize.search.racing import RacingPruner, Scores
 from copa_harness.optimize.search.samplers import build_sampler, quiet_optuna
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import Point, Space
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Phase
-from copa_harness.wording import counted
 
 logger = logging.getLogger("copa_harness")
 

@@ -16,7 +16,7 @@ from typing import Any
 from copa_harness import tasks
 from copa_harness.evaluate import evaluate
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.optimize.copa import COPA

@@ -15,7 +15,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from copa_harness.lm.context import current_scope
+from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.result import to_state
 from copa_harness.optimize.search.scoring import Validation
 

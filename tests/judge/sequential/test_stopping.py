@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from copa_harness.documents import to_jsonable
-from copa_harness.judge.differences import JudgedRun
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
+from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.results import EvaluationResult, ExampleResult, Usage, Verdict
 

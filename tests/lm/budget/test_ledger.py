@@ -16,7 +16,7 @@ from copa_harness.errors import BudgetExhausted, CacheError, ConfigurationError
 from copa_harness.lm.budget.cost import Cost, OverBudget
 from copa_harness.lm.budget.ledger import RunLedger, current_ledger, whole_run
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
@@ -30,7 +30,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.cost import Cost
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.lm.context import current_scope, open_scope
+from copa_harness.lm.call_context import current_scope, open_scope
 from copa_harness.results import Budget, Phase, Usage
 
 PAID = Usage(paid_calls=1, input_tokens=10, output_tokens=2)

@@ -16,7 +16,7 @@ from copa_harness.errors import BillingError, BudgetExhausted, ConfigurationErro
 from copa_harness.lm.budget.cost import Limits, prompt_tokens_from_above
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import booked_as, in_context, open_scope, time_left_s
+from copa_harness.lm.call_context import booked_as, in_context, open_scope, time_left_s
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import MeteredLM

@@ -23,7 +23,7 @@ from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.budget.ledger import whole_run
-from copa_harness.lm.context import in_context, open_scope
+from copa_harness.lm.call_context import in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import Budget
 

@@ -12,7 +12,7 @@ from dspy.clients.openai import OpenAIProvider
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.endpoint.engine import EndpointEngine, public_url
 from copa_harness.lm.factory import build_lm, meter_lm
 from copa_harness.lm.gateway import Gateway

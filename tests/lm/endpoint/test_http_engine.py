@@ -23,7 +23,7 @@ from copa_harness.errors import (
     ServerFailureError,
 )
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.context import in_context, open_scope
+from copa_harness.lm.call_context import in_context, open_scope
 from copa_harness.lm.dspy_internals import SWITCH
 from copa_harness.lm.endpoint.engine import HttpEngine
 from copa_harness.lm.factory import build_lm

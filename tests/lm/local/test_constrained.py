@@ -16,8 +16,8 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.evaluate import evaluate
 from copa_harness.evaluate.runner import run_examples
 from copa_harness.lm.cache.store import ResponseCache
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.constrained import choices_of
-from copa_harness.lm.context import open_scope
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM

@@ -6,10 +6,10 @@ from dspy.teleprompt import mipro_optimizer_v2
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import COPA
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.dspy_optimizers.builders import build
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.step_budget import CallBudget
 
 ZERO_SHOT = {"max_bootstrapped_demos": 0, "max_labeled_demos": 0}
 
@@ -117,7 +117,7 @@ def test_a_program_that_was_compiled_before_is_optimized_like_any_other(stages, 
 
 
 def test_seed_0_is_a_seed_to_mipro(stages):
-    from copa_harness.lm.context import open_scope
+    from copa_harness.lm.call_context import open_scope
 
     def optimizer(seed):
         with open_scope("test") as scope:

@@ -9,15 +9,15 @@ from dspy.teleprompt import mipro_optimizer_v2
 
 from copa_harness import COPA
 from copa_harness.errors import BudgetExhausted
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize import steps as optimizer_step
-from copa_harness.optimize.budget import CallBudget, step_scope
 from copa_harness.optimize.dspy_optimizers import registry
 from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
 from copa_harness.optimize.dspy_optimizers.student import Evaluations
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.step_budget import CallBudget, step_scope
 from copa_harness.results import Budget
 
 RANDOM_SEARCH = "bootstrap_fewshot_random_search"

@@ -44,7 +44,7 @@ def test_what_is_read_is_what_the_signatures_say(name):
 
 def test_nothing_is_imported_for_it():
     code = (
-        "import sys; from copa_harness.session.settings import marker_arguments; "
+        "import sys; from copa_harness.session.options import marker_arguments; "
         "marker_arguments((), {'optimizer_kwargs': {'miprov2': {'num_trials': 5}}, "
         "'constraints': {'max_prompt_tokens': 9}}); print(sorted({'dspy', 'torch', 'optuna'} & set(sys.modules)))"
     )

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.context import observing
+from copa_harness.lm.call_context import observing
 from copa_harness.optimize import COPA
 from copa_harness.optimize.constraints import Constraints
 from copa_harness.optimize.search.candidate import Candidate

@@ -4,14 +4,14 @@ import dspy
 import numpy as np
 
 from copa_harness.evaluate import run_examples
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.propose.demos import labelled_demos, random_demos, set_sizes, traced_demos
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.proposer import propose_demos, starting_points
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget
 from tests.optimize.conftest import context_of
 
 

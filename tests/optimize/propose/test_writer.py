@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from copa_harness.evaluate import run_examples
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.options import GROUNDINGS
 from copa_harness.optimize.propose.proposer import propose_instructions
 from copa_harness.optimize.propose.reflection import find_failures, suspects
@@ -15,7 +14,8 @@ from copa_harness.optimize.propose.render import program_code
 from copa_harness.optimize.propose.writer import TIPS
 from copa_harness.optimize.search.bandit import Observation
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 from tests.optimize.conftest import context_of
 

@@ -4,13 +4,13 @@ import dspy
 import numpy as np
 import pytest
 
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import CallBudget
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import CreditedPart, assign_credit, changed_parts, mixed
-from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.scoring import Validation
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 DEMOS = (dspy.Example(q="7", a="right").with_inputs("q"),)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from copa_harness import COPA
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.search.progress import Progress, incumbent_text
 from copa_harness.results import Budget
 from copa_harness.tune.progress import Progress as Training

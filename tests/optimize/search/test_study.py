@@ -5,17 +5,17 @@ import math
 import pytest
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import CallBudget, OutOfCalls
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.propose.proposer import propose_demos
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory
 from copa_harness.optimize.search.samplers import SAMPLERS, build_sampler
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import Space
 from copa_harness.optimize.search.study import search
+from copa_harness.optimize.search.trial_memory import SearchMemory
+from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Budget, Phase
 from tests.optimize.conftest import context_of
 

@@ -1,7 +1,7 @@
 """Where options are given: command line, environment, ini file and marker, all derived from the dataclasses of options.
 
-`session/settings.py` says which options there are and what their values mean; this module registers them with pytest
-and collects what was given. `python -m copa_harness.options` writes the option tables of the guides anew.
+`session/options.py` says which options there are and what their values mean; this module registers them with pytest
+and collects what was given. `python -m copa_harness.pytest_options` writes the option tables of the guides anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from copa_harness.option_fields import PATH, SWITCH, Option, Place, options_in, options_of, with_tables
-from copa_harness.session.settings import OPTION_KINDS, Setting, Settings
+from copa_harness.session.options import OPTION_KINDS, Setting, Settings
 
 RUN_ID = pytest.StashKey[str]()
 

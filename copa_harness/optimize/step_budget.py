@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.lm.context import in_context
+from copa_harness.lm.call_context import in_context
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate, is_tunable
 from copa_harness.strategy import Step, StepKind, parse_strategy

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from copa_harness.formatting import counted, number
 from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
-from copa_harness.judge.multiple import holm_adjusted
+from copa_harness.judge.multiple_testing import holm_adjusted
 from copa_harness.judge.paired_tests import (
     PairedScores,
     gained_and_lost,
@@ -31,7 +32,6 @@ from copa_harness.judge.paired_tests import (
     tango_bounds,
 )
 from copa_harness.results import Interval
-from copa_harness.wording import counted, number
 
 MIN_MOVED = 10
 """Rows that have to differ from the commonest value, over all tasks, before they are resampled."""

@@ -9,8 +9,8 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.judge.options import Gates
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.option_fields import Place, options_of
-from copa_harness.options import worker_number
-from copa_harness.session.settings import Setting, Settings, marker_arguments, marker_options
+from copa_harness.pytest_options import worker_number
+from copa_harness.session.options import Setting, Settings, marker_arguments, marker_options
 
 ROOT = Path("/somewhere")
 

@@ -8,7 +8,7 @@ import dspy
 import pytest
 
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.lm.context import (
+from copa_harness.lm.call_context import (
     CallContext,
     NotCachedError,
     booked_as,

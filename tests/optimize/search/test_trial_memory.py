@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from copa_harness.lm.context import open_scope
-from copa_harness.optimize.budget import CallBudget
+from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.propose.demos import labelled_demos
 from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.memory import SearchMemory, demo_key, input_key
 from copa_harness.optimize.search.space import DemoSet
+from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key, input_key
+from copa_harness.optimize.step_budget import CallBudget
 from tests.optimize.conftest import context_of
 
 

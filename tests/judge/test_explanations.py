@@ -1,9 +1,9 @@
 import math
 
+from copa_harness.formatting import number
+from copa_harness.judge.explanations import format_examples, format_failure, format_gates
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.messages import format_examples, format_failure, format_gates
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Verdict
-from copa_harness.wording import number
 
 
 def evaluation():

@@ -8,7 +8,7 @@ import dspy
 import pytest
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TrainingError
-from copa_harness.lm.context import open_scope
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.tune import LoraSettings, RowDemos, attach_provider, finetune, render_rows
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from copa_harness.judge.exact import GAMMA, bounded_mean_p_value, exact_share_p_value
+from copa_harness.judge.exact_tests import GAMMA, bounded_mean_p_value, exact_share_p_value
 from copa_harness.judge.paired_tests import tango_statistic
 
 
@@ -115,7 +115,7 @@ def test_skewed_sparse_differences_pass_at_the_margin_in_at_most_five_percent(n)
 
 
 def test_the_exact_test_meets_the_asymptotic_one_where_it_hands_over():
-    from copa_harness.judge.exact import MANY_PAIRS
+    from copa_harness.judge.exact_tests import MANY_PAIRS
 
     n = MANY_PAIRS
     exact = exact_share_p_value(400, 520, n, difference=-0.015, alternative="less")

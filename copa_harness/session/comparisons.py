@@ -20,13 +20,13 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Usage, Verdict
 from copa_harness.session.entries import ComparisonBasis, Entry
 from copa_harness.session.optimizations import task_fingerprint
+from copa_harness.session.options import COMPARING, DEFAULT_LM, Settings
 from copa_harness.session.runs import DEFERRED, is_deferred
-from copa_harness.session.settings import COMPARING, DEFAULT_LM, Settings
 
 if TYPE_CHECKING:
-    from copa_harness.judge.differences import JudgedRun, Reference
     from copa_harness.judge.leakage import LeakageReport
     from copa_harness.judge.options import Gates
+    from copa_harness.judge.paired_gates import JudgedRun, Reference
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.report.records import RunRecord
@@ -88,9 +88,9 @@ def too_many_errors(evaluation: EvaluationResult, gates: Mapping[str, Any]) -> t
         evaluation: Any.
         gates: Values by name.
     """
-    from copa_harness.judge.differences import JudgedRun
     from copa_harness.judge.gates import judge
     from copa_harness.judge.options import Gates
+    from copa_harness.judge.paired_gates import JudgedRun
 
     answers = judge(JudgedRun(evaluation), Gates(max_error_rate=gates.get("max_error_rate") or 0.0))
     return tuple(answer for answer in answers if answer.verdict is not Verdict.PASS)
@@ -275,8 +275,8 @@ class GateContext:
 
     def spending(self, evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
         """The answers of the gates on what was spent."""
-        from copa_harness.judge.differences import JudgedRun
         from copa_harness.judge.gates import judge_spending
+        from copa_harness.judge.paired_gates import JudgedRun
 
         run = JudgedRun(evaluation, calls=self.calls, usage=self.usage)
         return judge_spending(run, rules_of(gates, self.settings))
@@ -284,7 +284,7 @@ class GateContext:
     def _judged_run(
         self, rules: Gates, evaluation: EvaluationResult | None, *, accepted: Baseline | None = None
     ) -> JudgedRun:
-        from copa_harness.judge.differences import JudgedRun
+        from copa_harness.judge.paired_gates import JudgedRun
 
         return JudgedRun(
             evaluation,
@@ -362,7 +362,7 @@ Evaluated = Sequence[tuple[Entry, "RunRecord"]]
 
 
 def _settled(index: int, waiting: GateResult, evaluated: Evaluated, *, settings: Settings) -> GateResult:
-    from copa_harness.judge.differences import JudgedRun, better_than
+    from copa_harness.judge.paired_gates import JudgedRun, better_than
 
     entry, record = evaluated[index]
     assert entry.comparison is not None  # only a whole test split leaves a gate open

@@ -17,8 +17,8 @@ from dspy.clients.provider import Provider, TrainingJob
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.lm.endpoint.vllm import VllmEngine
 from copa_harness.tune.checkpoints import is_finished
+from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.rows import TrainingRow
-from copa_harness.tune.settings import LoraSettings
 from copa_harness.tune.trainer import LoraAdapter, LoraTrainer
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import pytest
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.scope import Scope
-from copa_harness.lm.context import current_scope, in_context, open_scope
+from copa_harness.lm.call_context import current_scope, in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.optimize.budget import CallBudget, share_of, step_scope
+from copa_harness.optimize.step_budget import CallBudget, share_of, step_scope
 from copa_harness.results import Budget, Phase
 
 

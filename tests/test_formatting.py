@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from copa_harness.wording import amount, ceiling, counted, dollars, duration, number, size
+from copa_harness.formatting import amount, ceiling, counted, dollars, duration, number, size
 
 
 @pytest.mark.parametrize(

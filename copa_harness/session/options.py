@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.formatting import ceiling
 from copa_harness.judge.options import Gates
 from copa_harness.optimize.options import SearchOptions, parse_budget
 from copa_harness.option_fields import (
@@ -37,8 +38,7 @@ from copa_harness.option_fields import (
 )
 from copa_harness.results import Budget
 from copa_harness.strategy import parse_strategy
-from copa_harness.tune.settings import LoraSettings
-from copa_harness.wording import ceiling
+from copa_harness.tune.options import LoraSettings
 
 COMPARING = ("max_regression", "better_than")
 """Gates that compare example by example; those of a suite share one error rate."""

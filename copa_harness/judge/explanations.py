@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from copa_harness.documents import mask_text
+from copa_harness.formatting import counted, number
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
-from copa_harness.wording import counted, number
 
 MAX_VALUE_CHARACTERS = 160
 """A field's value is cut beyond this; the report has it whole."""

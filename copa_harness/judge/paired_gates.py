@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from copa_harness.judge.messages import interval_text
+from copa_harness.formatting import counted, number
+from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
 from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, scores_by_id
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
-from copa_harness.wording import counted, number
 
 COMPARED = ("data", "split", "metric")
 """Fingerprints that must agree with the baseline's before scores may be compared."""

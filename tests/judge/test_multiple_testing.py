@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from copa_harness.judge.multiple import holm_adjusted, holm_over_suite, suite_text
+from copa_harness.judge.multiple_testing import holm_adjusted, holm_over_suite, suite_text
 from copa_harness.results import GateResult, Verdict
 
 p_values = st.lists(st.floats(0, 1), max_size=12)
