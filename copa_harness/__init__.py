@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _load, __dir__, __all__ = attach(
     __name__,
     {
-        "lm.context": ["open_scope"],
+        "lm.call_context": ["open_scope"],
         "lm.factory": ["build_lm"],
         "lm.metered": ["MeteredLM"],
         "lm.scripted": ["ScriptedLM"],

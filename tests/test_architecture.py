@@ -4,6 +4,7 @@ Imports count wherever they stand, inside functions and under TYPE_CHECKING too.
 """
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -227,6 +228,17 @@ def run_python(code, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+PACKAGES = [path for path in MODULES if path.name == "__init__.py" and "attach(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=name_of)
+def test_every_name_a_package_offers_can_be_loaded(path):
+    package = importlib.import_module(f"copa_harness.{dotted(path)}".rstrip("."))
+    assert [name for name in package.__all__ if getattr(package, name) is None] == []
+    with pytest.raises(AttributeError, match="it has"):
+        package.no_such_name
 
 
 @pytest.mark.parametrize(

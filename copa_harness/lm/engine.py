@@ -36,7 +36,7 @@ class Capabilities:
 class Engine(ABC):
     """Answers requests, one completion at a time, from any number of threads at once.
 
-    How long an answer may take, if the budget has a ceiling on seconds, is `lm.context.time_left_s()` during the call;
+    How long an answer may take, if the budget has a ceiling on seconds, is `lm.call_context.time_left_s()` during the call;
     an engine that can should not wait longer.
 
     Attributes:
@@ -45,7 +45,7 @@ class Engine(ABC):
             program names the model without its weights, and even at temperature 0 an answer may come out differently.
         can_constrain: Whether it chooses answers by the log-probabilities of the allowed ones (see `lm.constrained`).
         takes_lora: Whether its weights can be tuned by LoRA here: it has `lora_dir`, `add_lora` and the rest of what
-            `tune.provider` needs.
+            `tune.dspy_provider` needs.
         retry_policy: When a failed attempt is tried again. One attempt by default: what runs in this process fails
             again if it fails once.
         concurrency: Bounds the attempts under way at once; None for no bound.

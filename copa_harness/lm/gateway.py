@@ -179,7 +179,7 @@ class Gateway:
         Raises:
             BudgetExhausted: A budget is spent: the current scope's, that of a scope around it, or the whole run's.
             ConfigurationError: A ceiling on tokens or dollars is set and the call's worst case cannot be known.
-            NotCachedError: Only a plan is being made (see `context.dry_run`).
+            NotCachedError: Only a plan is being made (see `call_context.dry_run`).
             ProviderError: The engine gave no answer (also a DSPy `LMError`, so DSPy handles it as one).
         """
         if context is None:

@@ -134,6 +134,23 @@ def test_blessing_says_what_it_does_to_the_accepted_results(suite, monkeypatch):
     result.stdout.fnmatch_lines(["*(score 0.*, was 1.000: 0 better, * worse; changed: *lm)"])
 
 
+@pytest.mark.parametrize("damaged", ["", '{"schema": 1', "{}"], ids=["empty", "cut off", "of another kind"])
+def test_a_damaged_baseline_stops_a_run_and_is_replaced_by_blessing(pytester, suite, damaged):
+    suite(GATED, "--copa-bless").assert_outcomes(passed=1)
+    (path,) = baselines(pytester)
+    accepted = path.read_text()
+    path.write_text(damaged)
+    result = suite(GATED)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([f"*{path.name}*Next: restore it (git checkout), or accept *--copa-bless*"])
+    assert path.read_text() == damaged
+    result = suite(GATED, "--copa-bless")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["accepted as baseline: *(score 1.000 *; in place of a file that could not be read)"])
+    assert path.read_text() == accepted
+    suite(GATED).assert_outcomes(passed=1)
+
+
 def test_a_baseline_folder_can_be_chosen(pytester, suite):
     suite(GATED, "--copa-bless", "--copa-baseline-dir=kept/here").assert_outcomes(passed=1)
     assert len(list((pytester.path / "kept" / "here" / "shout").iterdir())) == 1

@@ -166,17 +166,6 @@ def test_importing_a_room_loads_nothing_heavy(room):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("room", ["judge", "store", "report"])
-def test_every_public_name_of_a_room_can_be_loaded(room):
-    from importlib import import_module
-
-    package = import_module(f"copa_harness.{room}")
-    for name in package.__all__:
-        assert getattr(package, name) is not None
-    with pytest.raises(AttributeError, match="it has"):
-        package.no_such_name
-
-
 def test_the_page_for_people_counts_failed_calls_and_leaves_tracebacks_to_the_json():
     failed = {"provider": {"count": 3, "first": "Traceback (most recent call last)"}}
     page = markdown_report([], environment={"failed_calls": failed})
