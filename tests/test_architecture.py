@@ -6,6 +6,7 @@ Imports count wherever they stand, inside functions and under TYPE_CHECKING too.
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_imports_point_to_lower_floors_or_the_own_room(path):
         assert FLOORS[target] < FLOORS[room] or same_floor, (
             f"{name_of(path)}:{line} (floor {FLOORS[room]}) imports {module} (floor {FLOORS[target]})"
         )
+
+
+def test_the_guide_draws_every_room_on_its_floor():
+    picture = (PACKAGE / "README.md").read_text(encoding="utf-8").split("```")[1]
+    drawn, floor = {}, None
+    for line in picture.splitlines():
+        floor = int(line[0]) if line[:1].isdigit() else floor
+        drawn |= dict.fromkeys(re.findall(r"([\w/]+)(?:/|\.py)(?=\s)", line), floor)
+    assert drawn == {room.replace(".", "/"): floor for room, floor in FLOORS.items()}
 
 
 def import_graph():

@@ -36,8 +36,8 @@ class Capabilities:
 class Engine(ABC):
     """Answers requests, one completion at a time, from any number of threads at once.
 
-    How long an answer may take, if the budget has a ceiling on seconds, is `lm.call_context.time_left_s()` during the call;
-    an engine that can should not wait longer.
+    How long an answer may take, if the budget has a ceiling on seconds, is `lm.call_context.time_left_s()` during the
+    call; an engine that can should not wait longer.
 
     Attributes:
         name: Short human name: `embedded`, `hf:...`, `openai`, `scripted`.
