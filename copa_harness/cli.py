@@ -14,6 +14,7 @@ Loads the standard library only until a command asks for more, and never torch o
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -55,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         message, status = options.run(options)
     except ConfigurationError as error:
-        print(f"copa: {error}", file=sys.stderr)  # noqa: T201 - this is the terminal's door
+        print(f"copa: {error}", file=sys.stderr)  # noqa: T201 - this module talks to the terminal
         return 2
     except CopaError as error:
         print(f"copa: {error}", file=sys.stderr)  # noqa: T201
         return 1
     if message:
-        print(message, file=sys.stdout if status == 0 else sys.stderr)
+        try:
+            print(message, file=sys.stdout if status == 0 else sys.stderr, flush=True)
+        except BrokenPipeError:  # `copa ... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(status)
 
 

@@ -80,7 +80,8 @@ def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -
 
 PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")
 
-_ROOMS = ("lm", "evaluate", "tune", "optimize")
+_SHAPING = ("strategy.py", "lm", "evaluate", "tune", "optimize")
+"""Modules and rooms of this package that decide how an optimization runs."""
 
 
 @dataclass(slots=True)
@@ -345,7 +346,8 @@ def _own_source() -> str:
     from copa_harness.documents import hash_file, hash_json
 
     package = Path(__file__).parents[1]
-    files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
+    places = [package / name for name in _SHAPING]
+    files = sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py")))
     return hash_json({path.relative_to(package).as_posix(): hash_file(path) for path in files})
 
 

@@ -1,6 +1,7 @@
 """`copa baseline`: lists, shows and compares accepted results, and says what is wrong in one line."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -89,3 +90,13 @@ def test_bless_runs_pytest_with_the_arguments_given(folder, monkeypatch, capsys)
 
 def test_baselines_can_be_read_by_other_programs(folder):
     assert len(json.loads((folder / "baselines" / "iris" / "p.json").read_text())["examples"]) == 6
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    code = (
+        "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1);"
+        "from copa_harness.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["baseline", "list", "--baseline-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

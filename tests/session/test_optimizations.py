@@ -24,6 +24,7 @@ def test_the_optimizers_own_source_is_part_of_the_key(tmp_path: Path, monkeypatc
     package = Path(copa_harness.__file__).parent
     assert str(package / "optimize" / "copa.py") in seen
     assert str(package / "tune" / "trainer.py") in seen
+    assert str(package / "strategy.py") in seen
 
 
 def settings(folder: Path) -> Settings:
