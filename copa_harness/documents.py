@@ -1,4 +1,4 @@
-"""JSON documents on disk: strict (no NaN), free of secrets, and written whole or not at all.
+"""JSON documents: strict (no NaN), the same text for the same content, and hashes of it.
 
 `to_json` and `from_json` are the one way of a frozen record to JSON and back: fields by name, nested records, tuples,
 mappings and enums by the types they are declared with. `to_jsonable` does the same for values of no declared type.
@@ -9,15 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
-import os
 import re
-import secrets
-import shutil
-import socket
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -29,41 +23,8 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-MASK = "***"
-"""What stands in place of a secret."""
-
-_KEY_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRET_WORDS = frozenset(
-    {
-        "token",
-        "authorization",
-        "password",
-        "passwd",
-        "secret",
-        "secrets",
-        "credential",
-        "credentials",
-        "bearer",
-        "apikey",
-        "passphrase",
-    }
-)
-_KEY_KINDS = frozenset({"api", "access", "private", "secret", "auth", "signing"})
-_MODEL_TOKENS = frozenset({"bos", "eos", "pad", "unk", "mask", "sep", "cls", "special", "added"})
-_SECRET_TEXT = re.compile(
-    r"""(?xi)
-    \b(?: sk | pk | hf | ghp | gho | github_pat | xox[abp] ) [-_] [A-Za-z0-9_\-]{16,}
-    | (?<= bearer\s ) [A-Za-z0-9._\-]{12,}
-    | (?<= api_key= ) [^\s&,;'"]{8,} | (?<= api-key: ) \s* [^\s&,;'"]{8,}
-    """
-)
-
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_TEMPORARY = re.compile(
-    r"\.(?P<name>.*)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,10})\.[0-9a-f]{12}\.tmp(?P<aside>\.old)?"
-)
-_LEFTOVER_AFTER_S = 3600.0
 
 
 def to_jsonable(value: Any, *, fallback: Callable[[Any], Any] | None = repr) -> Any:
@@ -258,111 +219,6 @@ def pretty_json(value: Any) -> str:
     return json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def is_secret_key(key: str) -> bool:
-    """Whether a mapping key looks like it names a credential (`api_key`, `HF_TOKEN`, `Authorization`).
-
-    `input_tokens`, `max_tokens`, `eos_token` and the like are not credentials.
-    """
-    words = [word.lower() for word in _KEY_WORDS.findall(key)]
-    if _MODEL_TOKENS.intersection(words):
-        return False
-    if _SECRET_WORDS.intersection(words):
-        return not (words[-1] in {"count", "counts", "id", "ids", "limit", "usage"} and "token" in words)
-    return any(second == "key" and first in _KEY_KINDS for first, second in itertools.pairwise(words))
-
-
-def mask_text(text: str) -> str:
-    """The text with everything that looks like a credential (`sk-...`, `Bearer ...`) replaced."""
-    return _SECRET_TEXT.sub(MASK, text)
-
-
-def mask_secrets(value: Any) -> Any:
-    """A JSON value with the values of credential-like keys, and credential-like text, replaced by `***`."""
-    if isinstance(value, Mapping):
-        return {
-            key: MASK if item not in (None, "", [], {}) and is_secret_key(str(key)) else mask_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [mask_secrets(item) for item in value]
-    return mask_text(value) if isinstance(value, str) else value
-
-
-def find_credential(value: Any, *, trail: str = "") -> str | None:
-    """Where in a JSON value something stands that by key *and* content looks like a credential; None when nowhere.
-
-    For documents that must come back as they were: there a data field that is merely called `token` is no secret.
-    """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            here = f"{trail} > {key}" if trail else str(key)
-            if isinstance(item, str) and is_secret_key(str(key)) and _looks_random(item):
-                return here
-            if found := find_credential(item, trail=here):
-                return found
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            if found := find_credential(item, trail=f"{trail} > {index}" if trail else str(index)):
-                return found
-    elif isinstance(value, str) and _SECRET_TEXT.search(value):
-        return trail or "the value"
-    return None
-
-
-def _looks_random(text: str) -> bool:
-    return len(text) >= 12 and not any(c.isspace() for c in text) and any(c.isdigit() for c in text)
-
-
-def temporary_name(path: Path) -> Path:
-    """A new name beside `path` for what is not finished: hidden, and it says which process of which machine writes.
-
-    What a killed process leaves under such a name is removed by `remove_leftovers`.
-    """
-    return path.parent / f".{path.name[:80]}.{_machine()}-{os.getpid()}.{secrets.token_hex(6)}.tmp"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left under temporary names in `folder`: files and folders.
-
-    A name of this machine is deleted when its process no longer lives; of another machine (a shared disk), when it is
-    more than an hour old. A predecessor that stepped aside (`.old` behind the name) goes only when its successor is
-    there. What is not named by `temporary_name` is left alone.
-    """
-    try:
-        found = [(entry, match) for entry in os.scandir(folder) if (match := _TEMPORARY.fullmatch(entry.name))]
-    except OSError:
-        return  # no folder, or it cannot be listed: whoever writes to it next will say so
-    for entry, match in found:
-        try:
-            if match["aside"] and not (Path(folder) / match["name"]).exists():
-                continue  # it stepped aside for a successor that never came: the only copy
-            if _is_abandoned(match["machine"], int(match["pid"]), entry.stat(follow_symlinks=False).st_mtime):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    os.unlink(entry.path)
-        except OSError:
-            continue  # removed by another process at this moment, or not ours to remove: harmless where it is
-
-
-def _is_abandoned(machine: str, pid: int, written_s: float) -> bool:
-    if pid == os.getpid() and machine == _machine():
-        return False
-    # Signal 0 asks whether a process lives; on Windows it would end it.
-    if machine == _machine() and os.name == "posix":
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:
-            pass  # another user's, alive
-    return time.time() - written_s > _LEFTOVER_AFTER_S  # even a living one's: numbers are given out again
-
-
-def _machine() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
 def hash_json(value: Any) -> str:
     """SHA-256 (64 hex digits) of a value's canonical JSON; the order of mapping keys does not matter.
 
@@ -389,28 +245,3 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_atomic(path: Path, data: str | bytes) -> Path:
-    """Write a file under a temporary name beside `path`, then rename: who sees the name sees the whole content.
-
-    What killed processes left half-written in the folder is removed on the way.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    temporary = temporary_name(path)
-    try:
-        # os.open rather than tempfile: a report is meant to be read by others, so the umask decides its mode.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path

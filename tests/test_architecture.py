@@ -20,6 +20,8 @@ FLOORS = {
     "lazy_imports": 0,
     "option_fields": 0,
     "results": 0,
+    "atomic_files": 0,
+    "credentials": 0,
     "documents": 0,
     "strategy": 0,
     "formatting": 0,

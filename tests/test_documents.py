@@ -1,12 +1,6 @@
 import hashlib
 import json
 import math
-import os
-import socket
-import stat
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,22 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copa_harness.documents import (
-    canonical_json,
-    find_credential,
-    from_json,
-    hash_file,
-    hash_json,
-    is_secret_key,
-    mask_secrets,
-    mask_text,
-    pretty_json,
-    remove_leftovers,
-    temporary_name,
-    to_json,
-    to_jsonable,
-    write_atomic,
-)
+from copa_harness.documents import canonical_json, from_json, hash_file, hash_json, pretty_json, to_json, to_jsonable
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -74,151 +53,8 @@ def test_sets_are_the_same_text_in_every_process():
     assert canonical_json({"b", "a", "c"}) == '["a","b","c"]'
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "api_key",
-        "API-KEY",
-        "apiKey",
-        "OPENAI_API_KEY",
-        "hf_token",
-        "Authorization",
-        "aws_secret_access_key",
-        "password",
-        "x-api-key",
-        "authToken",
-        "bearer",
-    ],
-)
-def test_names_of_credentials_are_known(key):
-    assert is_secret_key(key)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "input_tokens",
-        "max_tokens",
-        "tokens",
-        "eos_token",
-        "pad_token_id",
-        "token_count",
-        "tokenizer",
-        "key",
-        "keyboard",
-        "author",
-        "monkey",
-        "primary_key",
-        "example_id",
-        "passed",
-    ],
-)
-def test_names_of_other_things_are_left_alone(key):
-    assert not is_secret_key(key)
-
-
-def test_credentials_are_masked_by_key_and_by_look():
-    masked = mask_secrets({"lm": {"api_key": "x", "model": "m"}, "list": ["sk-abcdefghijklmnop1234"], "token": ""})
-    assert masked == {"lm": {"api_key": "***", "model": "m"}, "list": ["***"], "token": ""}
-    assert mask_text("Authorization: Bearer abcdef123456789") == "Authorization: Bearer ***"
-    assert mask_text("a risk-averse-and-long-hyphenated-word") == "a risk-averse-and-long-hyphenated-word"
-
-
-def test_a_credential_is_found_with_its_place():
-    assert find_credential({"a": [{"api_key": "abcd1234efgh5678"}]}) == "a > 0 > api_key"
-    assert find_credential({"demos": [{"token": "Paris"}]}) is None
-
-
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "file.json"
-    write_atomic(path, "one")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        write_atomic(path, "two")
-    assert path.read_text() == "one"
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-
-
-def test_a_written_file_obeys_the_umask(tmp_path):
-    previous = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "f", "x")
-    finally:
-        os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
-
-
 def test_pretty_json_keeps_the_order_given():
     assert pretty_json({"b": 1, "a": math.inf}) == '{\n  "b": 1,\n  "a": null\n}\n'
-
-
-def dead_pid():
-    """The number of a process that has ended."""
-    ended = subprocess.Popen([sys.executable, "-c", "pass"])
-    ended.wait()
-    return ended.pid
-
-
-def leftover(path, monkeypatch, *, pid=None, machine=None, age_s=0.0):
-    """A file (a folder for a name without dot) under the temporary name another process would give it."""
-    with monkeypatch.context() as patch:
-        if pid is not None:
-            patch.setattr(os, "getpid", lambda: pid)
-        if machine is not None:
-            patch.setattr(socket, "gethostname", lambda: machine)
-        temporary = temporary_name(path)
-    if "." in path.name:
-        temporary.write_text("hal")
-    else:
-        temporary.mkdir()
-        (temporary / "half").write_text("hal")
-    then = time.time() - age_s
-    os.utime(temporary, (then, then))
-    return temporary
-
-
-def test_what_a_killed_process_left_half_written_is_removed_by_the_next_write(tmp_path):
-    killed = (
-        "import os, signal, sys; from pathlib import Path; from copa_harness import documents;"
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
-        "documents.write_atomic(Path(sys.argv[1]) / 'latest.json', 'x' * 100)"
-    )
-    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
-    assert [path.name.endswith(".tmp") for path in tmp_path.iterdir()] == [True]
-    write_atomic(tmp_path / "other.json", "whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
-
-
-def test_leftovers_of_the_dead_and_the_very_old_go_and_nothing_else_does(tmp_path, monkeypatch):
-    dead = dead_pid()
-    gone = [
-        leftover(tmp_path / "a.json", monkeypatch, pid=dead),
-        leftover(tmp_path / "artifact", monkeypatch, pid=dead),
-        leftover(tmp_path / "b.json", monkeypatch, pid=dead, machine="elsewhere", age_s=4000),
-        leftover(tmp_path / "c.json", monkeypatch, pid=os.getppid(), age_s=4000),
-    ]
-    kept = [
-        leftover(tmp_path / "d.json", monkeypatch, pid=os.getppid()),
-        leftover(tmp_path / "e.json", monkeypatch),
-        leftover(tmp_path / "f.json", monkeypatch, pid=dead, machine="elsewhere"),
-    ]
-    for name in (f".notes.{dead}.tmp", ".hidden", "latest.json", f"{dead}.tmp"):
-        (tmp_path / name).write_text("somebody's")
-        kept.append(tmp_path / name)
-    remove_leftovers(tmp_path)
-    assert not [path.name for path in gone if path.exists()]
-    assert all(path.exists() for path in kept)
-    remove_leftovers(tmp_path / "no such folder")
-
-
-def test_a_predecessor_that_stepped_aside_goes_only_when_its_successor_is_there(tmp_path, monkeypatch):
-    temporary = leftover(tmp_path / "artifact", monkeypatch, pid=dead_pid())
-    aside = temporary.rename(temporary.with_name(f"{temporary.name}.old"))
-    remove_leftovers(tmp_path)
-    assert (aside / "half").exists()
-    (tmp_path / "artifact").mkdir()
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import dspy
 
-from copa_harness.documents import mask_text
+from copa_harness.credentials import mask_text
 from copa_harness.errors import ConfigurationError, MetricError
 from copa_harness.lm.call_context import booked_as, current_scope
 from copa_harness.results import Phase

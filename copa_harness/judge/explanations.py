@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from copa_harness.documents import mask_text
+from copa_harness.credentials import mask_text
 from copa_harness.formatting import counted, number
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from dspy.lm15 import RefusalPart, Request, Response
 
-from copa_harness.documents import mask_text
+from copa_harness.credentials import mask_text
 from copa_harness.errors import ConfigurationError, ProviderError, RateLimitError
 from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost
 from copa_harness.lm.budget.scope import Scope

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import mask_secrets, mask_text, pretty_json, temporary_name, to_jsonable, write_atomic
+from copa_harness.atomic_files import temporary_name, write_atomic
+from copa_harness.credentials import mask_secrets, mask_text
+from copa_harness.documents import pretty_json, to_jsonable
 from copa_harness.errors import CopaError
 from copa_harness.formatting import counted
 from copa_harness.judge.explanations import format_gates

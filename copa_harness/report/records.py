@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from copa_harness.documents import mask_secrets, to_json, to_jsonable
+from copa_harness.credentials import mask_secrets
+from copa_harness.documents import to_json, to_jsonable
 from copa_harness.judge.attribution import Attribution
 from copa_harness.judge.gates import overall
 from copa_harness.judge.paired_tests import scores_by_id

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from copa_harness.documents import from_json, mask_secrets, to_json
+from copa_harness.credentials import mask_secrets
+from copa_harness.documents import from_json, to_json
 from copa_harness.report.records import RunRecord
 from copa_harness.session.evaluation import FailedCalls
 from copa_harness.session.plan import PlanLine

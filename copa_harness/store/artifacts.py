@@ -17,18 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from copa_harness.documents import (
-    from_json,
-    hash_file,
-    hash_json,
-    is_secret_key,
-    mask_secrets,
-    pretty_json,
-    remove_leftovers,
-    temporary_name,
-    to_json,
-    to_jsonable,
-)
+from copa_harness.atomic_files import remove_leftovers, temporary_name
+from copa_harness.credentials import is_secret_key, mask_secrets
+from copa_harness.documents import from_json, hash_file, hash_json, pretty_json, to_json, to_jsonable
 from copa_harness.errors import ArtifactError
 from copa_harness.results import SCHEMA
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import from_json, mask_secrets, to_json, write_atomic
+from copa_harness.atomic_files import write_atomic
+from copa_harness.credentials import mask_secrets
+from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ArtifactError
 from copa_harness.formatting import counted, number
 from copa_harness.judge.explanations import interval_text

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import find_credential, from_json, hash_json, to_json, to_jsonable, write_atomic
+from copa_harness.atomic_files import write_atomic
+from copa_harness.credentials import find_credential
+from copa_harness.documents import from_json, hash_json, to_json, to_jsonable
 from copa_harness.results import SCHEMA
 
 

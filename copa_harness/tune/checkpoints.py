@@ -20,7 +20,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from copa_harness.documents import canonical_json, write_atomic
+from copa_harness.atomic_files import write_atomic
+from copa_harness.documents import canonical_json
 from copa_harness.lm.local.files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraFiles, read_lora, write_manifest
 from copa_harness.tune.loop import TrainingState
 

@@ -26,7 +26,7 @@ import dspy
 from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, UnsupportedFeatureError, Usage
 from dspy.utils.exceptions import LMError
 
-from copa_harness.documents import MASK, is_secret_key, mask_text
+from copa_harness.credentials import MASK, is_secret_key, mask_text
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.budget.cost import Limits
 from copa_harness.lm.budget.prices import PriceList, listed_limits, use_shipped_prices

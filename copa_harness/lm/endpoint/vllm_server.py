@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from copa_harness.documents import MASK, mask_text
+from copa_harness.credentials import MASK, mask_text
 from copa_harness.errors import (
     AuthenticationError,
     ConfigurationError,

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from copa_harness import documents
+from copa_harness.atomic_files import write_atomic
 from copa_harness.errors import ArtifactError, ConfigurationError, OutOfMemoryError
 from copa_harness.lm.local.memory import is_out_of_memory, oom_message
 
@@ -268,7 +269,7 @@ def write_manifest(directory: Path, *, base_fingerprint: str, details: Mapping[s
         **details,
     }
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    documents.write_atomic(directory / MANIFEST_FILE, text)
+    write_atomic(directory / MANIFEST_FILE, text)
     return LoraFiles(directory, str(manifest["fingerprint"]), base_fingerprint, manifest)
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import canonical_json, write_atomic
+from copa_harness.atomic_files import write_atomic
+from copa_harness.documents import canonical_json
 
 PACKAGE = Path(__file__).parents[3] / "copa_harness"
 

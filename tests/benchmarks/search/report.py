@@ -12,7 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from copa_harness.documents import pretty_json, to_jsonable, write_atomic
+from copa_harness.atomic_files import write_atomic
+from copa_harness.documents import pretty_json, to_jsonable
 from search.cells import COPA, RIVALS
 from search.figures import Mean, Record, Results, mean_of, reach, saved_by_racing, test_score, validation_score
 

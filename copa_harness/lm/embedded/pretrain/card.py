@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.documents import write_atomic
+from copa_harness.atomic_files import write_atomic
 from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
 from copa_harness.lm.embedded.pretrain.evaluate import IRIS_RULE, read_cells, table, targets
 from copa_harness.lm.embedded.pretrain.measure import (

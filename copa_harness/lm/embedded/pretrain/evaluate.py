@@ -18,7 +18,7 @@ import dspy
 import numpy as np
 from tqdm import tqdm
 
-from copa_harness.documents import write_atomic
+from copa_harness.atomic_files import write_atomic
 from copa_harness.lm.embedded.pretrain.measure import LoraSettings, MeasuredModel, Record, best_demos, with_lora
 
 TASKS = ("iris", "wine", "breast_cancer")

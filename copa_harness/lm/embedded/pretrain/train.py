@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from copa_harness.documents import write_atomic
+from copa_harness.atomic_files import write_atomic
 from copa_harness.lm.embedded.pretrain.batches import Batch, EpisodeMaker
 from copa_harness.lm.embedded.pretrain.episodes import KINDS
 from copa_harness.lm.embedded.pretrain.network import NetworkShape, TrainingNetwork
