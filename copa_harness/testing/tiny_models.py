@@ -41,6 +41,7 @@ _SAMPLE_TEXT = (
 _SIZES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
     "qwen2": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16},
     "gpt2": {"n_inner": 64},
     "gpt_neox": {"intermediate_size": 64},
     "mistral": {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 24},
