@@ -50,6 +50,7 @@ HEAVY = {
     "torch": ("lm/local", "lm/embedded/pretrain", "testing/", "tune/"),
     "transformers": ("lm/local", "lm/embedded/pretrain", "testing/", "tune/"),
     "peft": ("lm/local", "lm/embedded/pretrain", "tune/"),
+    "gguf": ("lm/local/sources", "testing/"),
     "dspy": ("lm/", "evaluate/", "testing/", "tune/", "optimize/", "tasks/"),
     "optuna": ("optimize/search/", "optimize/dspy_optimizers/"),
     "hypothesis": (),

@@ -1,4 +1,4 @@
-"""From a name to a language model: `embedded`, `hf:<path or id>`, or anything DSPy can name.
+"""From a name to a language model: one that runs here (`lm.local.sources.names`), or anything DSPy can name.
 
 Nothing heavy is loaded here: weights on the first answer that is not cached, LiteLLM when a call needs it. A name that
 means nothing is refused with what may have been meant.
@@ -23,11 +23,15 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.dspy_internals import CLIENT_KEYS, LITELLM_PROVIDER_PREFIXES, prompt_adapter, resolve
 from copa_harness.lm.gateway import Gateway
+from copa_harness.lm.local.sources.gguf import is_gguf
+from copa_harness.lm.local.sources.names import EMBEDDED, SHORT_NAMES, is_local_name, named_place
+from copa_harness.lm.local.sources.source import ModelSource
 from copa_harness.lm.metered import MeteredLM
 
 _CHOICES = (
-    "'embedded', 'hf:<path or id>' (a transformers model), or '<provider>/<model>' as DSPy names it, "
-    "such as 'openai/gpt-4o-mini', 'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
+    "'embedded', 'hf:<path or id>' (a transformers model), 'gguf:<path>', a short name "
+    f"({', '.join(SHORT_NAMES)}), or '<provider>/<model>' as DSPy names it, such as 'openai/gpt-4o-mini', "
+    "'ollama_chat/llama3.2' or 'hosted_vllm/<model>' with --copa-api-base"
 )
 
 
@@ -35,24 +39,28 @@ def check_endpoint_name(spec: str) -> None:
     """Refuse a name that DSPy and LiteLLM do not know.
 
     Args:
-        spec: As the user wrote it; not `embedded`, nor beginning with `hf:`.
+        spec: As the user wrote it; not the name of a model that runs here.
 
     Raises:
         ConfigurationError: It means nothing; the message names the choices and what may have been meant.
     """
     provider, separator, model = spec.partition("/")
     if not (separator and provider and model) or any(character.isspace() for character in spec):
-        if difflib.get_close_matches(spec.lower(), ["embedded"], cutoff=0.7):
-            hint = "; did you mean 'embedded'?"
+        if close := difflib.get_close_matches(spec.lower(), [EMBEDDED, *SHORT_NAMES], n=1, cutoff=0.7):
+            hint = f"; did you mean '{close[0]}'?"
         elif not separator and re.match(r"(gpt|o\d|chatgpt|ft:)", spec):
             hint = f"; did you mean 'openai/{spec}'?"
         elif spec and Path(spec).is_dir():
             hint = f"; did you mean 'hf:{spec}'?"
+        elif is_gguf(spec):
+            hint = f"; did you mean 'gguf:{spec}'?"
         else:
             hint = ""
         raise ConfigurationError(f"got the language model {spec!r}, expected {_CHOICES}{hint}")
     if Path(spec).expanduser().is_dir():
         raise ConfigurationError(f"got the language model {spec!r}, which is a folder; did you mean 'hf:{spec}'?")
+    if is_gguf(spec):
+        raise ConfigurationError(f"got the language model {spec!r}, which is a GGUF file; did you mean 'gguf:{spec}'?")
     if not _is_known_provider(provider, spec):
         raise ConfigurationError(
             f"got the language model {spec!r}: neither DSPy nor LiteLLM knows a provider {provider!r}; expected "
@@ -93,14 +101,14 @@ def _did_you_mean(provider: str, model: str) -> str:
 EMBEDDED_MAX_TOKENS = 64
 """Default ceiling of output tokens of the embedded model: a label and its field markers."""
 
-HF_MAX_TOKENS = 512
-"""Default ceiling of output tokens of `hf:` models."""
+LOCAL_MAX_TOKENS = 512
+"""Default ceiling of output tokens of other models that run here."""
 
 LORA_FOLDER = "lora"
 """Folder of the LoRA adapters inside the cache directory."""
 
 REWRITTEN_FOLDER = "safetensors"
-"""Folder, inside the cache directory, of models whose weights came as a pickle."""
+"""Folder, inside the cache directory, of models whose weights came in GGUF or as a pickle."""
 
 _KEYS = {
     "hosted_vllm": "HOSTED_VLLM_API_KEY",
@@ -108,8 +116,6 @@ _KEYS = {
     "ollama_chat": "OLLAMA_API_KEY",
 }
 """Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +157,10 @@ def build_lm(spec: str, *, gateway: Gateway, cache_dir: Path, **settings: Any) -
     """The language model a name stands for.
 
     Args:
-        spec: `embedded`, `hf:<path or id>`, or a name DSPy knows (`openai/...`, `ollama_chat/...`).
+        spec: `embedded`, `hf:<path or id>`, `gguf:<path>`, a short name, or a name DSPy knows (`openai/...`).
         gateway: Cache and meter of its calls.
-        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`.
+        cache_dir: LoRA adapters of local models are kept and found in its folder `lora`, weights that came in another
+            format in `safetensors`.
         **settings: The fields of `ModelSettings`; the rest are call defaults (`temperature`, `max_tokens`, ...) and,
             for endpoints, client settings (`api_key`, `timeout`, ...), as in `dspy.LM`.
 
@@ -162,7 +169,7 @@ def build_lm(spec: str, *, gateway: Gateway, cache_dir: Path, **settings: Any) -
     """
     model = ModelSettings(**{name: value for name, value in settings.items() if name in _MODEL_SETTINGS})
     lm_kwargs = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
-    build = _local_lm if spec == "embedded" or spec.startswith("hf:") else _endpoint_lm
+    build = _local_lm if is_local_name(spec) else _endpoint_lm
     return build(spec, model, gateway=gateway, cache_dir=Path(cache_dir), lm_kwargs=lm_kwargs)
 
 
@@ -175,8 +182,8 @@ def _endpoint_lm(
     given = [f"{name}={value!r}" for name, value in local_only.items() if value is not None]
     if given:
         raise ConfigurationError(
-            f"got {', '.join(given)} for {spec!r}, expected it only with 'embedded' or 'hf:...': an endpoint "
-            "decides that itself"
+            f"got {', '.join(given)} for {spec!r}, expected it only with a model that runs here, such as 'embedded' "
+            "or 'hf:...': an endpoint decides that itself"
         )
     checked_constrain(settings.constrain, None, model=spec)
     check_endpoint_name(spec)
@@ -201,12 +208,11 @@ def _endpoint_lm(
     engine = vllm_engine(
         served,
         model=spec,
-        base_weights=_hf_path(settings.base_weights, option="base weights"),
+        base_weights=_source(settings.base_weights, settings, cache_dir=cache_dir, option="base weights"),
         clients=lm_kwargs,
         lora_dir=cache_dir / LORA_FOLDER,
         served_lora_path=settings.served_lora_path,
         worker=settings.worker,
-        rewrite_pickled_in=_rewritten_in(settings, cache_dir),
     )
     return lm.copy(engine=engine)
 
@@ -280,42 +286,37 @@ def _local_lm(
     if refused:
         raise ConfigurationError(f"got {refused} for {spec!r}, which runs in this process and has no connection")
     chat_template = _template_text(settings.chat_template)
-    path: Path | str
-    if spec == "embedded":
-        from copa_harness.lm.embedded import embedded_model_path
-
-        path, max_tokens = embedded_model_path(), EMBEDDED_MAX_TOKENS
-    else:
-        path, max_tokens = _hf_path(spec, option="language model"), HF_MAX_TOKENS
+    name = spec.rstrip("/")
+    source = _source(name, settings, cache_dir=cache_dir, option="language model")
     from copa_harness.lm.local.engine import TransformersEngine
 
-    name = spec.rstrip("/")
     engine = TransformersEngine(
-        path,
+        source,
         name=name,
         lora_dir=cache_dir / LORA_FOLDER,
         device=settings.device,
         worker=settings.worker,
         dtype=settings.dtype,
         chat_template=chat_template,
-        rewrite_pickled_in=_rewritten_in(settings, cache_dir),
     )
+    max_tokens = EMBEDDED_MAX_TOKENS if spec == EMBEDDED else LOCAL_MAX_TOKENS
     defaults = {"temperature": 0.0, "max_tokens": max_tokens, "constrain": settings.constrain, **lm_kwargs}
     return MeteredLM(name, engine=engine, gateway=gateway, **defaults)
 
 
-def _rewritten_in(settings: ModelSettings, cache_dir: Path) -> Path | None:
-    return cache_dir / REWRITTEN_FOLDER if settings.allow_pickled_weights else None
-
-
-def _hf_path(spec: str, *, option: str) -> Path | str:
-    place = spec.removeprefix("hf:").rstrip("/")
-    folder = Path(place).expanduser()
-    if spec.startswith("hf:") and place and folder.is_dir():
-        return folder
-    if spec.startswith("hf:") and _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
-        return place
-    raise ConfigurationError(
-        f"got the {option} {spec!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and "
-        "a folder with config.json and *.safetensors, or an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'"
+def _source(name: str, settings: ModelSettings, *, cache_dir: Path, option: str) -> ModelSource:
+    """Where the weights of a name are, checked as far as the files at hand tell."""
+    if option == "base weights" and (not name.startswith("hf:") or is_gguf(name)):
+        raise ConfigurationError(f"got the {option} {name!r}, expected 'hf:' and the folder or id that the server runs")
+    place, remedy = named_place(name, option=option)
+    source = ModelSource(
+        place,
+        name=name,
+        keep_in=cache_dir / REWRITTEN_FOLDER,
+        allows_pickled=settings.allow_pickled_weights,
+        brings_template=settings.chat_template is not None,
+        remedy=remedy,
     )
+    if name != EMBEDDED:
+        source.check()
+    return source

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError, ConfigurationError
+from copa_harness.lm.local.sources.names import is_local_name
 from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
@@ -120,10 +121,10 @@ def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, co
     weights = settings.base_weights if is_base else None
     of_local_models: dict[str, Any] = (
         {"device": settings.device, "dtype": settings.dtype, "chat_template": settings.chat_template}
-        if _is_local(name)
+        if is_local_name(name)
         else {}
     )
-    if settings.allow_pickled_weights and (weights is not None or _is_local(name)):
+    if settings.allow_pickled_weights and (weights is not None or is_local_name(name)):
         of_local_models["allow_pickled_weights"] = True
     lm = build_lm(
         name,
@@ -144,10 +145,6 @@ def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, co
 
 
 def _is_at_the_endpoint(name: str, settings: Settings) -> bool:
-    if _is_local(name):
+    if is_local_name(name):
         return False
-    return _is_local(settings.lm) or name.split("/")[0] == settings.lm.split("/")[0]
-
-
-def _is_local(name: str) -> bool:
-    return name == "embedded" or name.startswith("hf:")
+    return is_local_name(settings.lm) or name.split("/")[0] == settings.lm.split("/")[0]

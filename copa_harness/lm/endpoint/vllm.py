@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from copa_harness.errors import ConfigurationError, ProviderError
 from copa_harness.lm.endpoint.vllm_server import ServedModel, VllmServer
 from copa_harness.lm.engine import Engine
-from copa_harness.lm.local.files import base_fingerprint, find_lora, resolve_model_directory, split_model_name
+from copa_harness.lm.local.files import base_fingerprint, find_lora, split_model_name
+from copa_harness.lm.local.sources.source import ModelSource
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
@@ -224,7 +225,7 @@ class VllmEngine(Engine):
             if not (folder / "config.json").is_file():
                 return  # on another machine
             same = folder.resolve() == self.weights.directory.resolve() or base_fingerprint(
-                resolve_model_directory(folder), dtype=self.weights.dtype
+                ModelSource(folder, brings_template=True).directory(), dtype=self.weights.dtype
             ) == base_fingerprint(self.weights.directory, dtype=self.weights.dtype)
         elif Path(given).is_dir():
             return  # an id there, a folder here: nobody can compare them
@@ -242,7 +243,7 @@ def vllm_engine(
     endpoint: EndpointEngine,
     *,
     model: str,
-    base_weights: Path | str,
+    base_weights: ModelSource,
     clients: dict[str, Any],
     lora_dir: Path,
     served_lora_path: str | None = None,
@@ -253,7 +254,7 @@ def vllm_engine(
     Args:
         endpoint: Sends its requests.
         model: Its name, `hosted_vllm/<served name>`.
-        base_weights: Folder or Hugging Face id of the same weights.
+        base_weights: Where the same weights are.
         clients: Client settings of the LM (`api_base`, `api_key`).
         lora_dir: Where adapters are kept.
         served_lora_path: Where the server sees that folder.
@@ -277,7 +278,7 @@ def vllm_engine(
         endpoint,
         server=VllmServer(str(url), api_key=None if key is None else str(key)),
         weights=TransformersEngine(base_weights, name=model, lora_dir=lora_dir, **settings),
-        source=str(base_weights),
+        source=str(base_weights.place),
         served_lora_path=served_lora_path,
     )
 

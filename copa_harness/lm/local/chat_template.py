@@ -27,6 +27,15 @@ class PromptTokens:
     n_prefix: int
 
 
+def no_chat_template(name: str) -> ConfigurationError:
+    """What is said of a model without a chat template."""
+    return ConfigurationError(
+        f"got the model {name} without a chat template (a base model?); expected one, since prompts are lists of "
+        "messages; remedy: an instruction-tuned model, or a file with a template by --copa-chat-template=FILE or "
+        "build_lm(..., chat_template=FILE), or as chat_template.jinja in the model's folder"
+    )
+
+
 class ChatTemplate:
     """A tokenizer together with its chat template.
 
@@ -44,11 +53,7 @@ class ChatTemplate:
         self.name = name
         self._template = chat_template or tokenizer.chat_template
         if not self._template:
-            raise ConfigurationError(
-                f"got the model {name} without a chat template; expected one, since prompts are lists of messages; "
-                "remedy: put a chat_template.jinja into the model's folder, or give a file with "
-                "--copa-chat-template=FILE or build_lm(..., chat_template=FILE)"
-            )
+            raise no_chat_template(name)
         self._cached_ids = functools.lru_cache(maxsize=256)(self._ids)
 
     def text(self, messages: Sequence[ChatMessage], *, answer_next: bool) -> str:

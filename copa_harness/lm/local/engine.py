@@ -35,9 +35,9 @@ from copa_harness.lm.local.files import (
     find_lora,
     model_name,
     read_lora,
-    resolve_model_directory,
     split_model_name,
 )
+from copa_harness.lm.local.sources.source import ModelSource
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, TokenLogprob
@@ -56,14 +56,13 @@ class TransformersEngine(Engine):
     Constructing it costs nothing; the weights are loaded at the first request, once per process and folder.
 
     Args:
-        path: the model folder, or a Hugging Face id.
-        name: the base model's name in requests, `embedded` or `hf:<path or id>`.
+        source: where the model is; a folder or a Hugging Face id is one, too.
+        name: the base model's name in requests, `embedded`, `hf:<path or id>`, ...
         lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
         device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
         worker: this process's number among several that share the GPUs (see `devices`).
         dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
         chat_template: Jinja text that replaces the folder's chat template.
-        rewrite_pickled_in: see `resolve_model_directory`.
     """
 
     can_constrain = True
@@ -71,7 +70,7 @@ class TransformersEngine(Engine):
 
     def __init__(
         self,
-        path: Path | str,
+        source: ModelSource | Path | str,
         *,
         name: str,
         lora_dir: Path,
@@ -79,14 +78,13 @@ class TransformersEngine(Engine):
         worker: int | None = None,
         dtype: str | None = None,
         chat_template: str | None = None,
-        rewrite_pickled_in: Path | None = None,
     ) -> None:
         self.name = name
         self.lora_dir = Path(lora_dir)
         self.dtype = checked_dtype(dtype)
-        self._path = path
+        self._source = source if isinstance(source, ModelSource) else ModelSource(source)
         self._device, self._worker = checked_device(device), worker
-        self._chat_template, self._rewrite_in = chat_template, rewrite_pickled_in
+        self._chat_template = chat_template
         self._lock = threading.RLock()
         self._directory: Path | None = None
         self._lora_directories: dict[str, Path] = {}
@@ -98,8 +96,8 @@ class TransformersEngine(Engine):
     def directory(self) -> Path:
         """The model folder."""
         with self._lock:
-            if self._directory is None:
-                self._directory = resolve_model_directory(self._path, rewrite_pickled_in=self._rewrite_in)
+            if self._directory is None or self._source.is_file:  # another file may lie there by now
+                self._directory = self._source.directory()
             return self._directory
 
     @property
@@ -141,6 +139,7 @@ class TransformersEngine(Engine):
                 from copa_harness.lm.local.scheduler import load_generator
 
                 device = choose_device(self._device, worker=self._worker)
+                _ = self.chat  # a tokenizer that cannot be used is known before the weights are read
                 self._generator = load_generator(
                     self.directory, device=device, dtype=self.dtype, fingerprint=self._base_fingerprint()
                 )

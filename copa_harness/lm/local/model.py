@@ -26,7 +26,15 @@ from copa_harness.lm.embedded import embedded_model_path
 from copa_harness.lm.local.attention import RowGroup, UnsupportedModel
 from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Reader, Suffixes
 from copa_harness.lm.local.files import LoraFiles
-from copa_harness.lm.local.llama import FusedLora, LlamaDecoder, read_lora_tensors, read_shape, read_tensors
+from copa_harness.lm.local.llama import (
+    FusedLora,
+    LlamaDecoder,
+    library_shape,
+    read_lora_tensors,
+    read_shape,
+    read_special_ids,
+    read_tensors,
+)
 from copa_harness.lm.local.memory import Footprint, is_out_of_memory, oom_message
 
 logger = logging.getLogger(__name__)
@@ -151,6 +159,7 @@ class LocalModel:
     Attributes:
         decoder: our own forward, for models that `llama` computes; None for others. The embedded model has only
             this until something asks for `model`, since importing transformers takes longer than all else.
+        why_library: why transformers' forward is used; empty where `decoder` is.
         pads: whether prompts of different lengths may share a batch, padded on the left, without changing an answer.
         shares_prefix: whether a batch may start from the states of a prefix computed once.
         context_length: tokens of prompt and answer together that the model can hold.
@@ -178,10 +187,12 @@ class LocalModel:
         self._loras: OrderedDict[str, None] = OrderedDict()
         self._fused: OrderedDict[str, FusedLora | None] = OrderedDict()
         self.decoder: LlamaDecoder | None = None
-        shape = read_shape(directory) if dtype == "float32" and self.device.type == "cpu" else None
-        if shape is not None and directory == embedded_model_path().resolve():
+        self.why_library = ""
+        if self._may_compute and directory == embedded_model_path().resolve():
+            shape = read_shape(directory)
             self.decoder = LlamaDecoder(shape, read_tensors(directory))
-            self.context_length, self.eos_ids, self.pad_id = shape.max_position_embeddings, shape.eos_ids, shape.pad_id
+            self.context_length = shape.max_position_embeddings
+            self.eos_ids, self.pad_id = read_special_ids(directory)
             self.footprint = Footprint.of(shape, item_bytes=4)
             self.pads = self.shares_prefix = self.cascades = True
         else:
@@ -192,14 +203,29 @@ class LocalModel:
             self.footprint = Footprint.of(config, item_bytes=model.dtype.itemsize)
             checks = self._checks()
             self.pads, self.shares_prefix = checks.batch_rules()
-            self.cascades = False
-            if self.pads and self.shares_prefix and self.device.type == "cpu":
-                if shape is not None:
-                    self.decoder = LlamaDecoder(shape, model.state_dict())
-                    if not checks.cascade_is_exact(self.decoder):
-                        self.decoder = None
-                self.cascades = self.decoder is not None or checks.cascade_is_exact(LibraryReader(model))
+            self.decoder, self.why_library = self._own_forward(checks)
+            self.cascades = self.decoder is not None
+            if self.pads and self.shares_prefix and self.device.type == "cpu" and not self.cascades:
+                self.cascades = checks.cascade_is_exact(LibraryReader(model))
         logger.info("loaded %s: %s", directory.name, self.describe())
+
+    @property
+    def _may_compute(self) -> bool:
+        return self.dtype == "float32" and self.device.type == "cpu"
+
+    def _own_forward(self, checks: ExactnessChecks) -> tuple[LlamaDecoder | None, str]:
+        """Our own forward over the library's weights, or why there is none."""
+        if not self._may_compute:
+            return None, "the own one is for float32 on CPUs"
+        if not (self.pads and self.shares_prefix):
+            return None, "its rows cannot share a batch"
+        try:
+            decoder = LlamaDecoder(library_shape(self.model), self.model.state_dict())
+        except UnsupportedModel as reason:
+            return None, str(reason)
+        if not checks.cascade_is_exact(decoder):
+            return None, "the own one gives other logits on this machine"
+        return decoder, ""
 
     @property
     def model(self) -> Any:
@@ -214,6 +240,7 @@ class LocalModel:
                         self.directory.name,
                     )
                     self.decoder, self.cascades = None, False
+                    self.why_library = "the own one gives other logits on this machine"
             return self._library
 
     def _load(self) -> Any:
@@ -254,7 +281,7 @@ class LocalModel:
         )
 
     def describe(self) -> str:
-        """Class, size, dtype and device."""
+        """Class, size, dtype, device, and whose forward computes."""
         import torch
 
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -263,7 +290,8 @@ class LocalModel:
         else:
             name, n_parameters = type(self.model).__name__, sum(p.numel() for p in self.model.parameters())
         size = f"{n_parameters / 1e6:,.1f}M" if n_parameters >= 1e6 else f"{n_parameters / 1e3:.0f}k"
-        return f"{name}, {size}, {self.dtype} on {self.device}{threads}"
+        forward = "own forward" if self.decoder is not None else f"transformers' forward ({self.why_library})"
+        return f"{name}, {size}, {self.dtype} on {self.device}{threads}, {forward}"
 
     def fused(self, lora: LoraFiles) -> FusedLora | None:
         """A LoRA adapter for the decoder, whose batches may hold several; None where it must be left to peft."""

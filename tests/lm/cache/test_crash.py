@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dspy
-from copa_harness.documents import write_atomic
+from copa_harness.atomic_files import write_atomic
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.gateway import Gateway

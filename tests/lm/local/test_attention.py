@@ -11,7 +11,8 @@ from dspy.lm15 import Config, Message, Request
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.testing.tiny_models import write_tiny_model
 
-FITTING = ("llama", "qwen2", "gpt2", "gpt_neox")
+OWN = ("llama", "qwen2", "qwen3")
+FITTING = (*OWN, "gpt2", "gpt_neox")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
         alone = [
             model.model(torch.tensor([prefixes[i] + tail])).logits[0, -1] for i, tail in zip(owners, tails, strict=True)
         ]
-    assert len(readers) == (2 if architecture in ("llama", "qwen2") else 1)
+    assert len(readers) == (2 if architecture in OWN else 1)
     assert all((logits - torch.stack(alone)).abs().max() < 1e-4 for logits in together)
 
 
@@ -135,7 +136,7 @@ def test_rope_that_depends_on_length_is_never_padded(tmp_path):
     assert (model.pads, model.shares_prefix, model.cascades) == (False, False, False)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", OWN)
 def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architecture, models, monkeypatch):
     import torch
 

@@ -18,7 +18,7 @@ from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local import files as local_files
 from copa_harness.lm.local.engine import TransformersEngine
-from copa_harness.lm.local.files import resolve_model_directory
+from copa_harness.lm.local.sources.source import ModelSource
 from copa_harness.testing.tiny_models import write_tiny_model
 
 
@@ -71,12 +71,12 @@ def test_the_pickle_is_read_once_and_another_one_at_its_place_anew(pickled, tmp_
     reads = []
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **given: reads.append(given) or real(*args, **given))
-    first = resolve_model_directory(pickled, rewrite_pickled_in=tmp_path / "kept")
-    assert resolve_model_directory(pickled, rewrite_pickled_in=tmp_path / "kept") == first
+    first = ModelSource(pickled, keep_in=tmp_path / "kept", allows_pickled=True).directory()
+    assert ModelSource(pickled, keep_in=tmp_path / "kept", allows_pickled=True).directory() == first
     assert [given["weights_only"] for given in reads] == [True]
     changed = {name: tensor + 1 for name, tensor in load_file(first / "model.safetensors").items()}
     torch.save(changed, pickled / "pytorch_model.bin")
-    assert resolve_model_directory(pickled, rewrite_pickled_in=tmp_path / "kept") != first
+    assert ModelSource(pickled, keep_in=tmp_path / "kept", allows_pickled=True).directory() != first
 
 
 def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(pickled, tmp_path):
@@ -94,7 +94,7 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(pickl
 
 
 def test_safetensors_are_preferred_and_no_copy_is_made(folder, tmp_path):
-    assert resolve_model_directory(folder, rewrite_pickled_in=tmp_path / "kept") == folder.resolve()
+    assert ModelSource(folder, keep_in=tmp_path / "kept", allows_pickled=True).directory() == folder.resolve()
     assert not (tmp_path / "kept").exists()
 
 
@@ -116,12 +116,12 @@ def test_pickles_of_the_hub_are_fetched_only_when_there_is_nothing_else_and_some
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     hub = pickled
-    assert resolve_model_directory("org/old") == pickled
+    assert ModelSource("org/old").directory() == pickled
     assert not any(with_pickles for _, with_pickles in asked)
-    copy = resolve_model_directory("org/old", rewrite_pickled_in=tmp_path / "kept")
+    copy = ModelSource("org/old", keep_in=tmp_path / "kept", allows_pickled=True).directory()
     assert copy.parent == tmp_path / "kept"
     hub, asked = folder, []
-    assert resolve_model_directory("org/new", rewrite_pickled_in=tmp_path / "kept") == folder
+    assert ModelSource("org/new", keep_in=tmp_path / "kept", allows_pickled=True).directory() == folder
     assert asked == [(True, False)]
 
 
@@ -138,11 +138,13 @@ def test_a_download_that_broke_off_goes_on_instead_of_being_taken_for_the_model(
         "snapshot_download",
         lambda spec, *, allow_patterns, local_files_only=False: str(broken if local_files_only else folder),
     )
-    assert resolve_model_directory("org/model") == folder
+    assert ModelSource("org/model").directory() == folder
 
 
 def test_a_copy_answers_under_its_own_fingerprint(pickled, tmp_path):
-    engine = TransformersEngine(pickled, name="hf:tiny", lora_dir=tmp_path, rewrite_pickled_in=tmp_path / "kept")
+    engine = TransformersEngine(
+        ModelSource(pickled, keep_in=tmp_path / "kept", allows_pickled=True), name="hf:tiny", lora_dir=tmp_path
+    )
     assert engine.fingerprint("hf:tiny") == local_files.base_fingerprint(engine.directory, dtype="float32")
     request = Request(model="hf:tiny", messages=(Message.user("zebra"),), config=Config(max_tokens=2))
     assert engine.complete(request, seed=0).usage.output_tokens > 0
