@@ -48,7 +48,8 @@ class Usage:
     Tokens and dollars count paid calls only. `train_steps` are optimizer steps of LoRA training. `estimated_calls`
     are those of the paid calls whose tokens the provider did not report, or whose end it never told (a timeout after
     the request was sent): they are booked at the worst case that was reserved for them. `unpriced_calls` are paid
-    calls whose price nobody knows; their dollars are missing from `usd`.
+    calls whose price nobody knows; their dollars are missing from `usd`. `truncated_calls` are answers, paid and cached
+    ones, that were cut off because they reached the most tokens an answer may have.
     """
 
     paid_calls: int = 0
@@ -61,6 +62,7 @@ class Usage:
     wall_s: float = 0.0
     estimated_calls: int = 0
     unpriced_calls: int = 0
+    truncated_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -74,6 +76,7 @@ class Usage:
             self.wall_s + other.wall_s,
             self.estimated_calls + other.estimated_calls,
             self.unpriced_calls + other.unpriced_calls,
+            self.truncated_calls + other.truncated_calls,
         )
 
     def __sub__(self, other: Usage) -> Usage:
@@ -89,6 +92,7 @@ class Usage:
             self.wall_s - other.wall_s,
             self.estimated_calls - other.estimated_calls,
             self.unpriced_calls - other.unpriced_calls,
+            self.truncated_calls - other.truncated_calls,
         )
 
     @property
@@ -156,6 +160,7 @@ class ExampleResult:
     """One example's score. `score` is None exactly when no score exists (provider or metric failure).
 
     `label_scores`: of constrained answers, by output field (of all predictors), every allowed value's log-probability.
+    `answer`: what the model wrote where that could not be parsed, its first characters.
     """
 
     example_id: str
@@ -166,6 +171,7 @@ class ExampleResult:
     predicted: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     label_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,12 @@ class EvaluationResult:
     def n_unparsed(self) -> int:
         """Examples whose answer did not parse (scored 0)."""
         return sum(r.outcome == "unparsed" for r in self.results)
+
+    @property
+    def nothing_parses(self) -> bool:
+        """Whether the model answered and not one answer could be parsed: then the score says nothing of the task."""
+        n_unanswered = sum(r.outcome == "provider_error" for r in self.results)
+        return 0 < self.n_unparsed == self.n - n_unanswered
 
     def worst(self, k: int = 3) -> tuple[ExampleResult, ...]:
         """The `k` worst examples: failures first, then the lowest scores, in a stable order."""

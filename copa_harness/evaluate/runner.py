@@ -32,6 +32,7 @@ from dspy.utils.exceptions import (
     LMUnsupportedFeatureError,
 )
 
+from copa_harness.documents import mask_text
 from copa_harness.errors import (
     ConfigurationError,
     ContextOverflowError,
@@ -51,6 +52,10 @@ logger = logging.getLogger("copa_harness")
 
 DEFAULT_THREADS = 32
 """Enough concurrent examples for a local engine to batch; remote endpoints cope with as many."""
+
+
+MAX_ANSWER_CHARACTERS = 200
+"""Of an answer that does not parse, what is kept: enough to see what the model takes the task for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +236,9 @@ def _run_one(
         with dspy.context(trace=trace):
             prediction = program(**inputs)
     except AdapterParseError as error:
-        return ExampleRun(replace(base, score=0.0, outcome="unparsed", error=_said(error)), trace=tuple(trace))
+        answer = mask_text(str(error.lm_response))[:MAX_ANSWER_CHARACTERS]
+        failed = replace(base, score=0.0, outcome="unparsed", error=_said(error), answer=answer)
+        return ExampleRun(failed, trace=tuple(trace))
     except (LMConfigurationError, LMUnsupportedFeatureError) as error:
         raise ConfigurationError(f"the model cannot be asked like this: {_said(error)}") from error
     except (LMError, ProviderError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from copa_harness.credentials import mask_text
 from copa_harness.formatting import counted, number
-from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Verdict
+from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Usage, Verdict
 
 MAX_VALUE_CHARACTERS = 160
 """A field's value is cut beyond this; the report has it whole."""
@@ -152,6 +152,41 @@ def _to_show(
     worst = evaluation.worst(count)
     n_below = sum(row.score is None or row.score < 1.0 for row in evaluation.results)
     return f"worst {len(worst)} of {counted(n_below, 'example')} below a full score:", worst
+
+
+def unparsed_text(results: Iterable[ExampleResult]) -> str:
+    """What the first answer that did not parse looks like, escaped; the error where none was kept."""
+    unparsed = [row for row in results if row.outcome == "unparsed"]
+    written = next((row.answer for row in unparsed if row.answer), None)
+    if written is not None:
+        return repr(written)
+    return shortened(next((row.error for row in unparsed if row.error), "an empty answer"))
+
+
+def truncated_text(usage: Usage) -> str:
+    """How many answers reached the most tokens an answer may have and were cut off."""
+    return (
+        f"{usage.truncated_calls:,} of {counted(usage.paid_calls + usage.cached_calls, 'answer')} reached the ceiling "
+        "on answers and were cut off (--copa-answer-tokens)"
+    )
+
+
+def what_makes_answers_parse(n_truncated: int) -> str:
+    """What to do about answers that do not parse.
+
+    Args:
+        n_truncated: answers that were cut off at their ceiling of tokens.
+    """
+    cut_off = (
+        f"; {counted(n_truncated, 'answer')} reached the ceiling on answers and were cut off: raise "
+        "--copa-answer-tokens if they were getting somewhere"
+        if n_truncated
+        else ""
+    )
+    return (
+        "--copa-constrain, if the output fields are Literal, enum or bool (local models); demonstrations (strategy "
+        f"'p') or LoRA training ('w', 'joint'), which teach the format; a larger model{cut_off}"
+    )
 
 
 def _fields(values: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ A gate answers pass, fail, undecided, not comparable or error; `overall` says wh
 the number measured (a plain assert would decide alike); `max_regression` and `better_than` are paired tests
 (`paired_gates`). An evaluation that was cut short has no score and fails nothing: it is undecided. Gates on what a run
 spent (calls, tokens, dollars, seconds, dollars per answer) pass or fail, since spending is counted and not estimated;
-they are undecided only where a price is unknown.
+they are undecided only where a price is unknown. An evaluation without examples, with more failures than allowed, or
+without a single answer that parses is an error whatever its gates.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from copa_harness.formatting import counted, dollars, number
-from copa_harness.judge.explanations import interval_text, shortened
+from copa_harness.judge.explanations import interval_text, shortened, unparsed_text, what_makes_answers_parse
 from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
 from copa_harness.judge.options import Gates
@@ -36,7 +37,7 @@ def judge(
 
     Returns:
         One answer per active gate, in the order errors, score, regression, opponent, repeats, spending. Empty
-        evaluations are errors.
+        evaluations are errors, and so are those in which no answer parses.
 
     Raises:
         ValueError: `max_calls` is set without `calls`, or another spending gate without `usage`.
@@ -48,6 +49,7 @@ def judge(
         answers.append(_truncated(evaluation, run.n_expected))
     if evaluation is not None:
         answers.append(_error_rate(evaluation, gates.max_error_rate))
+        answers.extend(answers_parse(evaluation))
     if evaluation is not None and complete:
         alpha, note = gates.alpha_each, gates.correction
         if gates.min_score is not None:
@@ -117,6 +119,19 @@ def _error_rate(evaluation: EvaluationResult, most: float) -> GateResult:
         f"Next: mend the cause and run again (what was answered is cached and free), or allow a share: max_error_rate."
     )
     return GateResult(gate, Verdict.ERROR, message, details)
+
+
+def answers_parse(evaluation: EvaluationResult) -> tuple[GateResult, ...]:
+    """An error if the model answered and not one answer parses: a score of 0 then measures nothing; else nothing."""
+    if not evaluation.nothing_parses:
+        return ()
+    n_truncated = min(evaluation.usage.truncated_calls, evaluation.n_unparsed)
+    message = (
+        f"none of {counted(evaluation.n_unparsed, 'answer')} could be parsed, so this is no score of the task. They "
+        f"look like {unparsed_text(evaluation.results)}. Next: {what_makes_answers_parse(n_truncated)}."
+    )
+    details = {"n": evaluation.n, "n_unparsed": evaluation.n_unparsed, "n_truncated": n_truncated}
+    return (GateResult("answers parse", Verdict.ERROR, message, details),)
 
 
 def _min_score(

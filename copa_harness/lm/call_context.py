@@ -161,6 +161,11 @@ def scope_of(context: CallContext) -> Scope:
         return _stack[-1] if _stack else _default
 
 
+def is_counted(context: CallContext) -> bool:
+    """Whether somebody opened a scope that a call is charged to, and can read there what became of it."""
+    return scope_of(context) is not _default
+
+
 def current_scope() -> Scope:
     """The scope calls are charged to here and now."""
     return scope_of(current_context())

@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ __all__ = [
     "RequestBuilder",
     "TransportRequest",
     "TransportResponse",
+    "count_truncations_instead",
     "custom_engine_of",
     "declared_url",
     "error_boundary",
@@ -151,6 +153,8 @@ _OTHERS = frozenset({"logprobs", "prompt_cache", "request", *CLIENT_KEYS})
 _PLAIN = (str, int, float, bool, type(None))
 
 _logger = logging.getLogger("dspy.clients.lm")
+
+_TRUNCATED = "LM response was truncated"
 
 
 class RequestBuilder:
@@ -247,10 +251,29 @@ def is_plain_call(lm: dspy.LM) -> bool:
     )
 
 
+class _Untruncated(logging.Filter):
+    """Drops DSPy's line on an answer that was cut off, where somebody counts them."""
+
+    def __init__(self, is_counted: Callable[[], bool]) -> None:
+        super().__init__()
+        self._is_counted = is_counted
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (str(record.msg).startswith(_TRUNCATED) and self._is_counted())
+
+
+def count_truncations_instead(is_counted: Callable[[], bool]) -> None:
+    """Keep DSPy from logging a line for every answer that was cut off.
+
+    Args:
+        is_counted: Whether the call under way is one whose cut-off answers are counted and told of elsewhere.
+    """
+    if not any(isinstance(one, _Untruncated) for one in _logger.filters):
+        _logger.addFilter(_Untruncated(is_counted))
+
+
 def outputs_of(lm: dspy.LM, response: Any) -> list[Any]:
     """What DSPy's LM returns for an answer to a chat request."""
-    if response.finish_reason == "length":
-        _logger.warning("LM response was truncated; increase max_tokens or inspect history.")
     output = legacy_output(response)
     return [output] if len(output) > 1 else [output["text"]]
 

@@ -26,7 +26,7 @@ from dspy.lm15 import RefusalPart, Request, Response
 
 from copa_harness.credentials import mask_text
 from copa_harness.errors import ConfigurationError, ProviderError, RateLimitError
-from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost
+from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost, is_truncated
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
@@ -218,7 +218,12 @@ class Gateway:
                 return None
             response = replayed_response(record)
             self._recent.put(key, response)
-        call.scope.replay(key, cost=lambda: call.known_cost(self._store.get(key)), phase=call.context.phase)
+        call.scope.replay(
+            key,
+            cost=lambda: call.known_cost(self._store.get(key)),
+            phase=call.context.phase,
+            truncated=is_truncated(response),
+        )
         return response
 
     def _call_provider(self, call: _Call) -> Response:

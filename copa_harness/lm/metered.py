@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +21,12 @@ from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
-from copa_harness.lm.call_context import Completions, calling, current_call, current_context
+from copa_harness.lm.budget.cost import is_truncated
+from copa_harness.lm.call_context import Completions, calling, current_call, current_context, is_counted
 from copa_harness.lm.constrained import checked_constrain, constraint_of_call, with_constraint
 from copa_harness.lm.dspy_internals import (
     RequestBuilder,
+    count_truncations_instead,
     custom_engine_of,
     error_boundary,
     is_plain_call,
@@ -34,6 +37,8 @@ from copa_harness.lm.dspy_internals import (
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.provider_errors import passed_through_dspy
+
+logger = logging.getLogger("copa_harness")
 
 HISTORY_LENGTH = 20
 """Calls an LM remembers for `inspect_history`; DSPy's 10,000 make every copy of a program slow."""
@@ -51,6 +56,7 @@ class _DspyAdapter:
         self.engine = engine
         self.gateway = gateway
         self.requests = RequestBuilder()
+        self._has_warned = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> _DspyAdapter:
         return self
@@ -61,6 +67,13 @@ class _DspyAdapter:
         completions = context.completions or Completions()
         response = self.gateway.call(self.engine, request, context=context, candidate=completions.n_arrived)
         completions.n_arrived += 1
+        if is_truncated(response) and not self._has_warned and not is_counted(context):
+            self._has_warned = True  # in a scope they are counted, and whoever opened it says how many
+            logger.warning(
+                "an answer of %s was cut off at its ceiling (%s tokens); further ones are not told of",
+                request.model,
+                request.config.max_tokens or "the model's",
+            )
         return response
 
     def stream(self, request: Request) -> Iterator[Any]:
@@ -122,6 +135,7 @@ class MeteredLM(dspy.LM):
         **kwargs: Any,
     ) -> None:
         adapter = _DspyAdapter(engine, gateway)
+        count_truncations_instead(lambda: current_call() is not None)
         self.constrain = checked_constrain(constrain, engine, model=model)
         super().__init__(
             model,

@@ -214,7 +214,7 @@ def _reference_of(run: Run) -> Candidate | None:
 def _validate_finalists(run: Run, plan: HoldoutPlan) -> _Validated:
     """Score the finalists, and the program as written, on rows that did not choose them; the best of them wins."""
     reference = _reference_of(run)
-    if reference is None or run.incumbent.key == reference.key:
+    if reference is None or run.incumbent.key == reference.key or run.validation.nothing_parses:
         return _Validated(run.incumbent)
     found = [one for one in allowed(run) if one.key != reference.key]
     finalists = finalists_of(run.validation, found, run.incumbent, reference=reference)

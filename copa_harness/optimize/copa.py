@@ -185,6 +185,7 @@ class COPA(Teleprompter):
                 adoption = conclude(run, plan, self.preference)
                 run.choose(adoption.program)
                 credit = credit_of(run)
+            run.note_truncated()
             run.progress.say(f"{name} ended: {run.reason}")
         program = run.incumbent.program()
         program.copa_result = result_of(run, adoption, strategy=name, program=program, credit=credit)

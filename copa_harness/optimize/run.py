@@ -17,6 +17,7 @@ from dataclasses import replace
 from copa_harness.errors import BudgetExhausted
 from copa_harness.evaluate.runner import usage_since
 from copa_harness.formatting import counted
+from copa_harness.judge.explanations import truncated_text, what_makes_answers_parse
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.optimize.constraints import Constraints
 from copa_harness.optimize.options import SearchOptions
@@ -44,6 +45,9 @@ from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
 
 logger = logging.getLogger("copa_harness")
+
+NO_ANSWER_PARSES = "no answer parses"
+"""Why a run ended that could not get one usable answer out of its model."""
 
 
 class Run:
@@ -150,6 +154,12 @@ class Run:
             self.headlines.append(text)
         logger.info("%s", text)
 
+    def note_truncated(self) -> None:
+        """Say once how many answers were cut off, if any were."""
+        usage = self.scope.usage()
+        if usage.truncated_calls:
+            self.note(truncated_text(usage), headline=True)
+
     def stop(self, why: str, note: str = "", *, headline: bool = False) -> None:
         """Say why the run ended, if no later step goes on: "budget", "perfect score", "converged", ..."""
         self.stopped = why
@@ -179,11 +189,14 @@ class Run:
             return f"max_cycles = {self.settings.max_cycles}, the last of which still improved"
         if self.stopped == "out of reach":
             return "too few mistakes on validation for any result to be adopted"
+        if self.stopped == NO_ANSWER_PARSES:
+            return "no answer parses, whatever was tried"
         if self.stopped == "perfect score":
             return f"perfect score on {counted(self.validation.n, 'validation example')}"
         said = {
             "no improvement": f"no improvement in {counted(self.settings.patience or 0, 'trial')}",
             "no head-room": "no head-room",
+            "no answer parses": "no answer of any candidate parses",
             "search space exhausted": "every combination was tried",
             "trials": counted(self.settings.max_trials, "trial"),
             "budget": "its share of the calls was used",
@@ -226,8 +239,21 @@ class Run:
         if (broken := self.forbids(self.incumbent)) is not None:
             text = f"the program as written breaks a limit ({broken}); only a program that keeps it is returned"
             self.note(text, headline=True)
+        if self.validation.nothing_parses:
+            self._warn_unparsed()
         self.progress.say(f"baseline: {incumbent_text(self.validation.scores(self.incumbent))}")
         return True
+
+    def _warn_unparsed(self) -> None:
+        text = f"no answer of the program as written parses on {counted(self.validation.n, 'validation row')}"
+        self.note(text)
+        self.progress.say(f"{text}; {self.how_to_parse}")
+
+    @property
+    def how_to_parse(self) -> str:
+        """What answers that do not parse look like, and what helps."""
+        what_helps = what_makes_answers_parse(self.scope.usage().truncated_calls)
+        return f"they look like {self.validation.unparsed_text}; what helps: {what_helps}"
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

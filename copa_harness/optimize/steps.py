@@ -9,6 +9,11 @@
 
 A step ends by itself, with its share of the calls, or with the budget; whatever ends it, the incumbent is the best
 program so far.
+
+**When no answer parses** there is nothing to choose by, but prompts and weights can cure it: a model that answers in
+prose learns the format from demonstrations or from training. So a run goes on as long as a lever is left that was not
+tried: a step that moves prompts alone is left out once prompts were searched and nothing parsed, one that trains
+weights alone once weights were trained, one that does both once both were; and the run ends there.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ import numpy as np
 from dspy import teleprompt
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, NoTrainingRowsError, TrainingDivergedError
+from copa_harness.formatting import counted
 from copa_harness.optimize.adoption import allowed
 from copa_harness.optimize.dspy_optimizers.contract import OptimizerJob
 from copa_harness.optimize.dspy_optimizers.kwargs import ENSEMBLE_KWARGS, check_kwargs
 from copa_harness.optimize.dspy_optimizers.registry import run_optimizer
 from copa_harness.optimize.propose.demos import labelled_demos, random_demos
 from copa_harness.optimize.propose.proposer import starting_points
+from copa_harness.optimize.run import NO_ANSWER_PARSES
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import (
     NO_DEMOS,
@@ -80,14 +87,45 @@ def execute(run: Run, steps: Sequence[Step], *, why_not: Callable[[], str | None
     if why_not is not None and run.score < PERFECT and (reason := why_not()) is not None:
         run.stop("out of reach", reason, headline=True)
         return
+    pulled: set[str] = set()
     for i, step in enumerate(steps):
         if run.score >= PERFECT:
             run.stop("perfect score", f"perfect score on validation before step {i + 1} ({step})")
             return
+        if run.validation.nothing_parses and pulled >= _levers_of(step):
+            _give_up(run, before=f"step {i + 1} ({step})")
+            return
         with run.step(f"{i + 1}: {step}" if len(steps) > 1 else str(step)):
             _take(run, step, steps[i + 1 :])
+        pulled |= _levers_of(step)
+    if run.validation.nothing_parses and run.stopped in ("completed", "converged", "max_cycles"):
+        _give_up(run)
     if run.score >= PERFECT and run.stopped == "completed":
         run.stop("perfect score")
+
+
+_LEVERS: Mapping[str, frozenset[str]] = {
+    "w": frozenset({"weights"}),
+    "bootstrap_finetune": frozenset({"weights"}),
+    "joint": frozenset({"prompts", "weights"}),
+    "better_together": frozenset({"prompts", "weights"}),
+    "ensemble": frozenset(),
+}
+"""What steps change, by name; all others prompts."""
+
+
+def _levers_of(step: Step) -> frozenset[str]:
+    return _LEVERS.get(step.name, frozenset({"prompts"}))
+
+
+def _give_up(run: Run, *, before: str = "") -> None:
+    """End a run in which nothing parses, and say what would help."""
+    text = f"no answer parses, of {counted(run.validation.n_programs_unparsed, 'program')} tried"
+    if before:
+        text += f"; {before} and what follows is left out, since it would try the same again"
+    run.stop(NO_ANSWER_PARSES, text, headline=True)
+    run.note(run.how_to_parse)
+    run.progress.say(f"{text}; {run.how_to_parse}")
 
 
 def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
@@ -156,7 +194,10 @@ def search_in_rounds(
         starts = first_starts(instructions, demos) if number == 1 else _fresh_starts(instructions, demos)
         space = Space.around(run.incumbent, weights=choices, instructions=instructions, demos=demos)
         title = name if number == 1 else f"{name}, round {number}"
-        if run.search(space, share, phase=Phase.SEARCH, name=title, starts=starts) == "no head-room":
+        if run.search(space, share, phase=Phase.SEARCH, name=title, starts=starts) in (
+            "no head-room",
+            NO_ANSWER_PARSES,
+        ):
             return
 
 
@@ -196,6 +237,8 @@ def _alternate(run: Run, allowance: CallBudget) -> None:
         demos_share = two_thirds if two_thirds.can_afford(cost) else cycle_share
         space = Space.around(run.incumbent, demos=run.demo_options(demos_share))
         run.search(space, demos_share, phase=Phase.DEMOS, name=f"demos {cycle + 1}")
+        if run.validation.nothing_parses:
+            return
         if run.score < PERFECT:
             instructions = run.instruction_options(cycle_share)
             space = Space.around(run.incumbent, instructions=instructions)

@@ -43,6 +43,7 @@ class Entry:
         record: The evaluation; None for a step of a plan.
         plan: What a step would pay; None for an evaluation.
         baseline: What the run becomes if the session is blessed.
+        not_accepted: Why it must not become one though the session is blessed; empty if it may.
         failures: Attempts at a call that failed, by kind.
         notes: Sentences for the summary.
         comparison: For other runs to compare with; None unless it is a whole test split of a named strategy.
@@ -60,6 +61,7 @@ class Entry:
     comparison: ComparisonBasis | None = None
     checked: bool | None = None
     undecided_fails: bool = False
+    not_accepted: str = ""
 
 
 def to_row(entry: Entry) -> dict[str, Any]:

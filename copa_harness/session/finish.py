@@ -80,7 +80,7 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: 
     if settings.bless:
         accepted, problems = accept_baselines(entries, directory=settings.baseline_dir)
         notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
-        remarks += problems
+        remarks += [*(entry.not_accepted for entry in entries if entry.not_accepted), *problems]
     notes += _spent(settings)
     n_cut = max(sum(record.cut_short for record in records), n_refused)
     remarks += _cut_short(n_cut)

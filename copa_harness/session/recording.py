@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.formatting import counted
+from copa_harness.judge.explanations import truncated_text
 from copa_harness.results import GateResult, PhaseRecord, Verdict
 from copa_harness.session.comparisons import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.entries import Entry
@@ -115,6 +116,7 @@ def finish_run(
         failures=measured.failures,
         notes=notes,
         comparison=comparison,
+        not_accepted=_why_not_accepted(evaluation) if settings.bless else "",
     )
     return entry, run
 
@@ -153,9 +155,19 @@ def _judge(
     if watch is not None:
         sequential, answers = context.finished(watch, evaluation, gates)
         return _Judged(answers, sequential=sequential)
-    accepted = _baseline_of(context, measured) if context.settings.bless else None
+    accepted = _baseline_of(context, measured) if context.settings.bless and not evaluation.nothing_parses else None
     answers = context.judged(evaluation, gates, repeats=measured.repeats, accepted=accepted)
     return _Judged(answers, accepted=accepted)
+
+
+def _why_not_accepted(evaluation: ScoredEvaluation) -> str:
+    """Why an evaluation must not become a baseline; "" if it may."""
+    if not evaluation.nothing_parses:
+        return ""
+    return (
+        f"{evaluation.title}: not accepted as baseline, since none of {counted(evaluation.n_unparsed, 'answer')} could "
+        "be parsed: whatever comes later would pass beside it"
+    )
 
 
 def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
@@ -341,6 +353,8 @@ def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[s
             f"{evaluation.task}: constrain: no output field of {type(program).__name__} has a list of allowed "
             "values (Literal, enum, bool); answers are generated."
         )
+    if evaluation.usage.truncated_calls:
+        notes.append(f"{evaluation.title}: {truncated_text(evaluation.usage)}")
     if measured.n_metric_calls:
         notes.append(
             f"{evaluation.title}: the metric made {counted(measured.n_metric_calls, 'call')} of a model of its "

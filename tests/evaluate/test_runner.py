@@ -67,6 +67,13 @@ def test_an_unparsable_answer_scores_zero_and_is_named():
     assert result.n_failed == 0
 
 
+def test_what_an_unparsable_answer_looks_like_is_kept_from_its_beginning():
+    result = evaluate(program(), rows(1), metric=exact, split="test", lm=ScriptedLM("Sure!\n" + "so " * 200))
+    assert result.results[0].answer.startswith("Sure!\nso so")
+    assert len(result.results[0].answer) == 200
+    assert result.nothing_parses
+
+
 def test_an_unparsable_answer_costs_one_call_and_not_a_second_in_json():
     lm = ScriptedLM("nonsense")
     evaluate(program(), rows(3), metric=exact, split="test", lm=lm)

@@ -10,7 +10,7 @@ from copa_harness.judge.gates import is_failure, judge, overall
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import JudgedRun
-from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Verdict
+from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Usage, Verdict
 
 
 @dataclass(frozen=True)
@@ -248,3 +248,31 @@ def test_changed_data_are_told_with_how_many_examples_are_left_to_compare():
     gate = only(answers, "max_regression")
     assert gate.verdict is Verdict.NOT_COMPARABLE
     assert "10 examples then, 8 now, 6 in common." in gate.message
+
+
+def unparsed(n, *, parsed=0, failed=0, truncated=0):
+    rows = [ExampleResult(f"u{i}", 0.0, "unparsed", error="no fields", answer="Sure!\n42") for i in range(n)]
+    rows += [ExampleResult(f"p{i}", 0.0) for i in range(parsed)]
+    rows += [ExampleResult(f"f{i}", None, "provider_error", error="down") for i in range(failed)]
+    interval = mean_interval([0.0] * (n + parsed))
+    return EvaluationResult("test", "embedded", tuple(rows), interval, Usage(paid_calls=n, truncated_calls=truncated))
+
+
+def test_an_evaluation_in_which_no_answer_parses_is_an_error_that_shows_one_and_says_what_helps():
+    answers = judge(JudgedRun(unparsed(20, truncated=3)), Gates(min_score=0.0))
+    assert overall(answers) is Verdict.ERROR
+    found = only(answers, "answers parse")
+    assert "none of 20 answers could be parsed" in found.message
+    assert "'Sure!\\n42'" in found.message
+    assert "--copa-constrain" in found.message
+    assert "3 answers reached the ceiling" in found.message
+
+
+def test_answers_that_never_came_do_not_make_unparsed_ones_a_score():
+    assert overall(judge(JudgedRun(unparsed(4, failed=4)), Gates(max_error_rate=0.5))) is Verdict.ERROR
+
+
+def test_one_answer_that_parses_makes_it_a_score():
+    assert overall(judge(JudgedRun(unparsed(19, parsed=1)), Gates())) is Verdict.PASS
+    assert not unparsed(0, parsed=1).nothing_parses
+    assert not unparsed(0, failed=3).nothing_parses

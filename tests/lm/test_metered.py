@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import json
+import logging
 import threading
+from dataclasses import replace
 
 import dspy
 import pytest
@@ -14,7 +16,7 @@ from copa_harness.errors import BudgetExhausted, ConfigurationError, ContextOver
 from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.metered import HISTORY_LENGTH, MeteredLM
-from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.lm.scripted import ScriptedEngine, ScriptedLM
 from copa_harness.results import Budget, Phase
 
 ADAPTER = dspy.ChatAdapter(use_json_adapter_fallback=False)
@@ -268,3 +270,43 @@ def test_a_fine_tuning_thread_of_dspy_is_charged_to_the_open_scope():
 
 def test_a_local_folder_called_like_an_openai_reasoning_model_is_no_such_model():
     assert ScriptedLM("x", model="hf:models/o1", temperature=0.0, max_tokens=8).kwargs["max_tokens"] == 8
+
+
+def cut_off(**kwargs):
+    """A model all of whose answers reach their ceiling."""
+
+    class CutOff(ScriptedEngine):
+        def complete(self, request, *, seed):
+            return replace(super().complete(request, seed=seed), finish_reason="length")
+
+    engine = CutOff("[[ ## answer ## ]]\nso so")
+    return MeteredLM("scripted/long", engine=engine, gateway=Gateway(cache=None), **kwargs)
+
+
+@pytest.mark.parametrize("fast", ["0", "1"])
+def test_answers_that_were_cut_off_are_counted_bought_or_replayed_and_logged_by_nobody(caplog, monkeypatch, fast, ask):
+    monkeypatch.setenv("COPA_FAST_PATH", fast)
+    ask.set_lm(cut_off())
+    with open_scope("test") as scope, dspy.context(disable_history=True):
+        for question in "aab":
+            ask(question=question)
+    assert scope.usage().truncated_calls == 3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("fast", ["0", "1"])
+def test_outside_every_scope_one_line_says_that_answers_are_cut_off(caplog, monkeypatch, fast, ask):
+    monkeypatch.setenv("COPA_FAST_PATH", fast)
+    ask.set_lm(cut_off(max_tokens=7))
+    with dspy.context(disable_history=True):
+        for question in "abc":
+            ask(question=question)
+    assert [record.getMessage() for record in caplog.records] == [
+        "an answer of scripted/long was cut off at its ceiling (7 tokens); further ones are not told of"
+    ]
+
+
+def test_dspys_own_models_still_say_so_themselves(caplog):
+    cut_off()
+    logging.getLogger("dspy.clients.lm").warning("LM response was truncated; increase max_tokens")
+    assert len(caplog.records) == 1

@@ -37,6 +37,8 @@ def shouted(example, prediction, trace=None):
 def answer(messages, seed):
     """Shouts when shown how, else repeats; draws a word wrong one time in two when it is asked again."""
     word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
+    if os.environ.get("SCRIPT_MUMBLES"):
+        return "well..."
     if os.environ.get("SCRIPT_FORGETS") and word[0] in "jih":
         return {"answer": word}
     if os.environ.get("SCRIPT_WAVERS") and seed and word[1] in "tuv":
@@ -100,6 +102,30 @@ def test_blessing_writes_every_example_and_what_must_agree(pytester, suite):
     assert len(document["examples"]) == 30
     assert set(document["fingerprints"]) == {"data", "split", "metric", "program", "lm"}
     assert document["versions"]["dspy"]
+
+
+MUTE = """
+import pytest
+
+@pytest.mark.copa(strategy="none", min_score=0.0)
+def test_it(copa_run):
+    copa_run.check()
+
+@pytest.mark.copa(strategy="p", min_score=0.0)
+def test_searched(copa_run):
+    copa_run.check()
+"""
+
+
+def test_a_run_in_which_no_answer_parses_is_an_error_and_never_a_baseline(pytester, suite, monkeypatch):
+    monkeypatch.setenv("SCRIPT_MUMBLES", "1")
+    result = suite(MUTE, "--copa-bless")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*ERROR*answers parse: none of 30 answers could be parsed*"])
+    result.stdout.fnmatch_lines(["shout, none: not accepted as baseline, since none of 30 answers could be parsed*"])
+    result.stdout.fnmatch_lines(["shout, p: not accepted as baseline*"])
+    result.stdout.fnmatch_lines(["*runs: 2 error*"])
+    assert not list(pytester.path.glob("baselines/**/*.json"))
 
 
 def test_a_changed_split_is_not_comparable_and_says_so(suite, monkeypatch):

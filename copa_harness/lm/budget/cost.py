@@ -363,6 +363,11 @@ def worst_case(request: Request, limits: Limits, bounds: Bounds) -> Cost:
     return Cost(1, input_tokens, output_tokens, Cost.picodollars_of(price))
 
 
+def is_truncated(response: Response) -> bool:
+    """Whether an answer was cut off because it reached the most tokens it may have."""
+    return bool(response.finish_reason == "length")
+
+
 def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[Cost, Usage]:
     """What an answer cost, as an amount to settle and as usage to report.
 
@@ -389,6 +394,7 @@ def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[
         usd=booked.usd if usd is None else usd,
         estimated_calls=int(not (known_input and known_output)),
         unpriced_calls=int(usd is None and worst.picodollars == 0),
+        truncated_calls=int(is_truncated(response)),
     )
     return booked, usage
 

@@ -315,7 +315,9 @@ class Scope:
                 raise
         return charge
 
-    def replay(self, key: str, *, cost: Callable[[], Cost], phase: Phase | None = None) -> None:
+    def replay(
+        self, key: str, *, cost: Callable[[], Cost], phase: Phase | None = None, truncated: bool = False
+    ) -> None:
         """Count a request whose answer is stored already.
 
         Args:
@@ -324,21 +326,23 @@ class Scope:
                 so that a resumed run stops where an uninterrupted one does; asked for only if the request is new here
                 and a ceiling needs to know.
             phase: As in `charge`.
+            truncated: Whether the answer was cut off at the most tokens it may have.
 
         Raises:
             BudgetExhausted: A ceiling would be passed, or the scope has ended.
             ConfigurationError: A ceiling needs to know what nobody does.
         """
         charge = self.charge(key, paying=False, phase=phase)
+        usage = Usage(cached_calls=1, truncated_calls=int(truncated))
         try:
             if charge.first and self.bounds.asked:
                 charge.reserved(self.reserve(spent := cost(), replayed=True))
-                charge.settle(spent, Usage(cached_calls=1))
+                charge.settle(spent, usage)
                 return
         except BaseException:
             charge.refund(failed=False)
             raise
-        charge.settle(Cost(), Usage(cached_calls=1))
+        charge.settle(Cost(), usage)
 
     def close(self) -> None:
         """End the scope: threads left over from it may still replay what it charged, and buy nothing more."""

@@ -24,12 +24,13 @@ from copa_harness.errors import ProviderError
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import default_adapter, raise_if_nothing_worked, run_examples
+from copa_harness.judge.explanations import unparsed_text
 from copa_harness.lm.call_context import Observed, observing
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import FULL, estimated_difference, mean_score, next_rows, paired_differences
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
-from copa_harness.results import Phase
+from copa_harness.results import ExampleResult, Phase
 
 logger = logging.getLogger("copa_harness")
 
@@ -76,6 +77,9 @@ class Validation:
         self._observe = observe
         self._calls_per_example = 0
         self._n_dead = self._n_dead_rows = 0
+        self._unparsed: dict[str, int] = {}  # answers of candidates of whom none could be parsed so far
+        self._parses: set[str] = set()
+        self._first_unparsed: ExampleResult | None = None
 
     def part(self, rows: Sequence[int]) -> Validation:
         """Some of the examples by themselves, with no scores yet; what answers cost is known to all parts."""
@@ -120,6 +124,25 @@ class Validation:
         """The examples scored so far that the candidate did not get fully right."""
         scored = zip(self.examples, self.scores(candidate), strict=True)
         return [example for example, score in scored if score is not None and score < FULL]
+
+    def n_unparsed(self, candidate: Candidate) -> int:
+        """Answers of a candidate of whom not one could be parsed; 0 as soon as one could, and before it answered."""
+        return 0 if candidate.key in self._parses else self._unparsed.get(candidate.key, 0)
+
+    @property
+    def nothing_parses(self) -> bool:
+        """Whether there were answers, and none of any candidate could be parsed."""
+        return bool(self._unparsed) and not self._parses
+
+    @property
+    def n_programs_unparsed(self) -> int:
+        """Candidates with an answer that could not be parsed."""
+        return len(self._unparsed)
+
+    @property
+    def unparsed_text(self) -> str:
+        """What the first answer that could not be parsed looks like."""
+        return unparsed_text([] if self._first_unparsed is None else [self._first_unparsed])
 
     def is_complete(self, candidate: Candidate) -> bool:
         """Whether the candidate has been run on every validation example."""
@@ -198,8 +221,17 @@ class Validation:
                 f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
                 f"{runs[0].result.error}"
             )
+        self._note_unparsed(candidate, [run.result for run in runs])
         row_scores.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
         return self.scores(candidate)
+
+    def _note_unparsed(self, candidate: Candidate, results: Sequence[ExampleResult]) -> None:
+        unparsed = [result for result in results if result.outcome == "unparsed"]
+        if any(result.outcome in ("ok", "metric_error") for result in results):
+            self._parses.add(candidate.key)
+        if unparsed:
+            self._unparsed[candidate.key] = self._unparsed.get(candidate.key, 0) + len(unparsed)
+            self._first_unparsed = self._first_unparsed or unparsed[0]
 
     def _next_block(self, candidate: Candidate, against: Candidate | None) -> list[int]:
         incumbent = (None,) * self.n if against is None else self.scores(against)

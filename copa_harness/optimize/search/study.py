@@ -18,6 +18,10 @@ candidates gets a single example right that the incumbent gets wrong, more calls
 head-room; the study then goes on, since who wins one may win others. Only looks at examples the incumbent does not get
 fully right already can show a gain. By the rule of three, no gain in 60 such looks says with 95 % confidence that fewer
 than one look in twenty would have shown one.
+
+Nor is there anything to gain where **no answer parses**: neither the incumbent's nor, of the candidates that could cure
+it (they show demonstrations or have other weights, where the space has any), a single one. By the same rule 30 such
+answers say that fewer than one in ten would parse; they are of three candidates at least, 10 of each.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from copa_harness.optimize.search.progress import Progress
 from copa_harness.optimize.search.racing import RacingPruner, Scores
 from copa_harness.optimize.search.samplers import build_sampler, quiet_optuna
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.optimize.search.space import Point, Space
+from copa_harness.optimize.search.space import WEIGHTS, Point, Space
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Phase
 
@@ -59,7 +63,18 @@ MIN_CANDIDATES = 8
 MIN_LOOKS = 60
 """Scores of other candidates on examples that could be gained, before a study may stop early."""
 
-Stopped = Literal["budget", "perfect score", "no improvement", "no head-room", "search space exhausted", "trials"]
+MIN_UNPARSED_CANDIDATES, MIN_UNPARSED_ANSWERS = 3, 10
+"""Candidates, and answers of each that do not parse, before a study in which nothing parses stops."""
+
+Stopped = Literal[
+    "budget",
+    "perfect score",
+    "no improvement",
+    "no head-room",
+    "no answer parses",
+    "search space exhausted",
+    "trials",
+]
 
 Outcome = Literal["complete", "dropped", "failed", "forbidden"]
 
@@ -160,6 +175,10 @@ class SearchOutcome:
             told.append(
                 f"{name}: no head-room: none of {counted(n_trials, 'candidate')} got an example right that the "
                 f"incumbent gets wrong; stopped with {calls:,} calls used"
+            )
+        if self.stopped == "no answer parses":
+            told.append(
+                f"{name}: no answer of {counted(n_trials, 'candidate')} parses; stopped with {calls:,} calls used"
             )
         return told
 
@@ -263,6 +282,8 @@ class Race:
                     self._study.enqueue_trial(point)  # the sampler repeats itself: show it something new
             self._trial()
             since_better = 0 if self.incumbent is not before else since_better + 1
+            if self._nothing_parses():
+                return "no answer parses"
             if self._has_no_headroom():
                 return "no head-room"
             if self._settings.patience is not None and since_better >= self._settings.patience:
@@ -319,6 +340,8 @@ class Race:
             return "forbidden"
         if self._validation.is_complete(candidate):
             return "complete"
+        if self._validation.nothing_parses and self._validation.n_unparsed(candidate) >= MIN_UNPARSED_ANSWERS:
+            return "dropped"
         known = () if self._is_forbidden else enumerate(self._validation.scores(self.incumbent))
         self._pruner.race_against(
             {step: score for step, score in known if score is not None},
@@ -398,6 +421,19 @@ class Race:
     @property
     def _queue_waits(self) -> bool:
         return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def _nothing_parses(self) -> bool:
+        """Whether no answer parses, neither the incumbent's nor those of candidates that could have cured it."""
+        if not self._validation.nothing_parses:
+            return False
+        own, tried = self._space.incumbent, self._tried
+        if any(name == WEIGHTS or name.endswith(".demos") for name in self._space.dimensions):
+            tried = [one for one in tried if one.n_demos or one.lms != own.lms]
+        counts = {one.key: self._validation.n_unparsed(one) for one in tried if one.key != own.key}
+        enough = MIN_UNPARSED_CANDIDATES * MIN_UNPARSED_ANSWERS
+        return len(counts) >= MIN_UNPARSED_CANDIDATES and sum(counts.values()) >= min(
+            enough, MIN_UNPARSED_CANDIDATES * self._validation.n
+        )
 
     def _has_no_headroom(self) -> bool:
         """Whether nothing looked at so far gets an example right that the incumbent gets wrong, after enough looks."""
