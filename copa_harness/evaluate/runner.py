@@ -32,7 +32,7 @@ from dspy.utils.exceptions import (
     LMUnsupportedFeatureError,
 )
 
-from copa_harness.documents import mask_text
+from copa_harness.credentials import mask_text
 from copa_harness.errors import (
     ConfigurationError,
     ContextOverflowError,
