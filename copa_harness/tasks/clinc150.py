@@ -190,7 +190,7 @@ def _draw(
         if intent in by_label and text.casefold() not in seen:
             by_label[intent].append((text, intent))
     for found in by_label.values():
-        rng.shuffle(found)  # type: ignore[arg-type]
+        rng.shuffle(found)
     drawn: list[tuple[str, str]] = []
     while len(drawn) < n_rows and any(by_label.values()):
         for label in labels:

@@ -1,4 +1,4 @@
-"""CLINC150: ten intents of a voice assistant from 40 labelled sentences. Meant for a pretrained language model:
+"""CLINC150: ten intents of a voice assistant from 40 labelled sentences, for a pretrained language model.
 
     pytest suites/ -k clinc150 --copa-lm=smollm2
 

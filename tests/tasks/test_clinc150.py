@@ -1,4 +1,4 @@
-"""The intents task: rows from the authors' file, as evenly over the intents as they can be, in three separate splits."""
+"""The intents task: rows from the authors' file, as evenly over the intents as can be, in three separate splits."""
 
 import json
 import typing
