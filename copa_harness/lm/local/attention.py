@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,40 +31,43 @@ class UnsupportedModel(Exception):
     """This architecture asks its attention for something that the cascade does not do."""
 
 
-@dataclass(slots=True)
-class RowGroup:
-    """Rows `start` to `stop` (exclusive) of a batch and the states of the prefix they share, None for none.
-
-    `states` is a `DynamicCache` of one row.
-    """
-
-    start: int
-    stop: int
-    states: Any
-
-
 class SharedStates(NamedTuple):
-    """Rows `start` to `stop` (exclusive) and their prefix's keys and values in one layer, [1, K, P, D]."""
+    """Keys and values of a layer, [1, K, P, D], and the places (a slice or a tensor) of the rows that read them."""
 
-    start: int
-    stop: int
+    rows: Any
+    n_rows: int
     keys: Any
     values: Any
 
 
 class CascadeCache:
-    """The states of a batch: its prefixes once, and every row's own tokens.
+    """The states of a batch: what its rows share once, and every row's own tokens from the beginning of its line.
+
+    What lies in a line behind the row's own tokens is masked, and written over by the tokens that come.
 
     Args:
         n_layers: layers of the model.
-        groups: the rows in order, group by group, without gaps.
+        shared: for each row the states before its own tokens, none or several in order; each has `layers` with `keys`
+            and `values` of one row. Rows that share states hold the same object.
         room: own tokens per row to make room for; grows by half when it is not enough.
+        device: where states are kept.
+
+    Attributes:
+        lengths: own tokens of each row, [B].
+        longest: most own tokens of any row.
     """
 
-    def __init__(self, n_layers: int, groups: Sequence[RowGroup], *, room: int) -> None:
-        self.groups = [group for group in groups if group.stop > group.start]
+    def __init__(self, n_layers: int, shared: Sequence[Sequence[Any]], *, room: int, device: Any = "cpu") -> None:
+        import torch
+
+        self.shared = [tuple(states) for states in shared]
         self.layers = [OwnTokens(self, index, room) for index in range(n_layers)]
         self.latest = self.layers[0]
+        self.lengths = torch.zeros(len(shared), dtype=torch.long, device=device)
+        self.longest = 0
+        self.is_even = True
+        self._groups: list[tuple[Any, int, Any]] | None = None
+        self._places: dict[int, tuple[Any, Any]] = {}
 
     @cached_property
     def cache(self) -> Any:
@@ -75,9 +77,27 @@ class CascadeCache:
         return Cache(layers=[_as_layer(layer) for layer in self.layers])
 
     def prefixes(self, index: int) -> list[SharedStates]:
-        """The shared prefixes' states in one layer."""
-        shared = [(group, group.states.layers[index]) for group in self.groups if group.states is not None]
-        return [SharedStates(group.start, group.stop, layer.keys, layer.values) for group, layer in shared]
+        """The shared states in one layer."""
+        if self._groups is None:
+            self._groups = [
+                (_as_slice(rows, self.lengths.device), len(rows), states) for rows, states in self._rows_by_states()
+            ]
+        layers = ((rows, n, states.layers[index]) for rows, n, states in self._groups)
+        return [SharedStates(rows, n, layer.keys, layer.values) for rows, n, layer in layers]
+
+    def places(self, n_new: int) -> tuple[Any, Any]:
+        """Row and line index of `n_new` tokens to come in every row, broadcast to [B, n_new]."""
+        import torch
+
+        if n_new not in self._places:
+            steps = torch.arange(n_new, device=self.lengths.device)
+            rows = torch.arange(len(self.lengths), device=self.lengths.device)
+            self._places[n_new] = (rows[:, None], self.lengths[:, None] + steps)
+        return self._places[n_new]
+
+    def advance(self, n_read: Sequence[int]) -> None:
+        """So many of the tokens appended last are each row's own; the others are forgotten."""
+        self._set_lengths(self.lengths + self.lengths.new_tensor(n_read))
 
     @contextmanager
     def in_use(self, module: Any) -> Iterator[None]:
@@ -94,52 +114,100 @@ class CascadeCache:
             _in_use.reset(token)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep (or repeat) these rows of the batch, in ascending order."""
+        """Keep these rows, in this order."""
         import torch
 
-        groups, done = [], 0
-        for group in self.groups:
-            n = sum(group.start <= row < group.stop for row in rows)
-            if n:
-                groups.append(RowGroup(done, done + n, group.states))
-            done += n
-        self.groups = groups
+        places = torch.as_tensor(list(rows), device=self.lengths.device)
         for layer in self.layers:
-            layer.select(torch.as_tensor(rows))
+            layer.select(places)
+        self.shared = [self.shared[row] for row in rows]
+        self._set_lengths(self.lengths[places])
+
+    def put(self, other: CascadeCache, rows: Sequence[int]) -> None:
+        """The rows of another batch take these places, of rows that are no longer wanted or behind the last one."""
+        import torch
+
+        n_rows = max(len(self.shared), max(rows) + 1)
+        places = torch.as_tensor(list(rows), device=self.lengths.device)
+        for layer, others in zip(self.layers, other.layers, strict=True):
+            layer.put(others, places, n_rows)
+        self.shared += [()] * (n_rows - len(self.shared))
+        for row, states in zip(rows, other.shared, strict=True):
+            self.shared[row] = states
+        lengths = self.lengths.new_zeros(n_rows)
+        lengths[: len(self.lengths)] = self.lengths
+        lengths[places] = other.lengths
+        self._set_lengths(lengths)
+
+    def _set_lengths(self, lengths: Any) -> None:
+        self.lengths = lengths
+        own = lengths.tolist()
+        self.longest, self.is_even = max(own, default=0), len(set(own)) <= 1
+        self._places, self._groups = {}, None
+
+    def _rows_by_states(self) -> list[tuple[list[int], Any]]:
+        found: dict[int, tuple[list[int], Any]] = {}
+        for row, several in enumerate(self.shared):
+            for states in several:
+                found.setdefault(id(states), ([], states))[0].append(row)
+        return list(found.values())
 
 
 class OwnTokens:
-    """Keys and values of the rows' own tokens in one layer, in one buffer that grows."""
+    """Keys and values of the rows' own tokens in one layer, [B, K, room, D], in buffers that grow."""
 
     def __init__(self, owner: CascadeCache, index: int, room: int) -> None:
         self.owner, self.index, self.room = owner, index, room
-        self.length = 0
         self.buffers: list[Any] = []
 
     def update(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Append the states of new tokens; returns all of them, [B, K, own tokens, D]."""
-        end = self.length + keys.shape[-2]
+        """Write the states of new tokens behind each row's own; returns all lines up to the longest's end."""
+        owner, n_new = self.owner, keys.shape[-2]
+        end = owner.longest + n_new
         if not self.buffers or end > self.buffers[0].shape[-2]:
-            room = max(self.room, end if not self.buffers else end + end // 2)
-            grown = [new.new_empty(*new.shape[:2], room, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, self.buffers, strict=False):
-                buffer[:, :, : self.length] = old[:, :, : self.length]
-            self.buffers = grown
+            self._grow((keys, values), len(keys), end + end // 2 if self.buffers else end)
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        self.owner.latest = self
+            if owner.is_even:
+                buffer[:, :, owner.longest : end] = new
+            else:
+                rows, places = owner.places(n_new)
+                buffer[rows, :, places] = new.transpose(1, 2)
+        owner.latest = self
         return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
 
+    def states(self, row: int, length: int) -> tuple[Any, Any]:
+        """Keys and values of one row's first tokens, [1, K, length, D]; not copied."""
+        keys, values = self.buffers
+        return keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
+
     def select(self, rows: Any) -> None:
-        """Keep (or repeat) these rows."""
+        """Keep these rows, in this order."""
         kept = []
         for buffer in self.buffers:
-            own = buffer[:, :, : self.length][rows.to(buffer.device)]
-            roomy = own.new_empty(*own.shape[:2], buffer.shape[2], own.shape[3])
-            roomy[:, :, : self.length] = own
+            own = buffer[:, :, : self.owner.longest][rows]
+            roomy = own.new_zeros(*own.shape[:2], buffer.shape[2], own.shape[3])
+            roomy[:, :, : self.owner.longest] = own
             kept.append(roomy)
         self.buffers = kept
+
+    def put(self, other: OwnTokens, rows: Any, n_rows: int) -> None:
+        """Another batch's rows take these places; `n_rows` is how many there are afterwards."""
+        if not other.buffers and not self.buffers:
+            return
+        longest = max(self.owner.longest, other.owner.longest)
+        if not self.buffers or n_rows > len(self.buffers[0]) or longest > self.buffers[0].shape[2]:
+            self._grow(self.buffers or other.buffers, n_rows, longest + 1)
+        if other.buffers:
+            for buffer, new in zip(self.buffers, other.buffers, strict=True):
+                buffer[rows, :, : other.owner.longest] = new[:, :, : other.owner.longest]
+
+    def _grow(self, like: Sequence[Any], n_rows: int, n_tokens: int) -> None:
+        # Zeros: a masked place must hold a number, since nothing times "not a number" is not nothing.
+        room = max(self.room, n_tokens, self.buffers[0].shape[2] if self.buffers else 0)
+        grown = [one.new_zeros(n_rows, one.shape[1], room, one.shape[3]) for one in like]
+        for buffer, old in zip(grown, self.buffers, strict=False):
+            buffer[: len(old), :, : self.owner.longest] = old[:, :, : self.owner.longest]
+        self.buffers = grown
 
 
 def attend(
@@ -165,7 +233,7 @@ def attend(
         output, total = fused(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=scale)
         return output, total
     if is_causal:
-        bias = _causal_bias(query)
+        bias = causal_bias(query.shape[-2], 0, dtype=query.dtype, device=query.device)
     scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
     if bias is not None:
         scores = scores + bias
@@ -185,46 +253,44 @@ def cascade_attention(
         bias: added to the scores over own tokens, broadcast to [B, 1, n, own]; None where every one of n = own tokens
             sees those up to itself.
         scale: factor on the scores.
-        prefixes: which rows share which prefix.
+        prefixes: which rows share which states; a row may have several.
 
     Returns:
         [B, n, H, D], contiguous.
     """
-    import torch
-
     n_rows, n_heads, n_new, width = query.shape
     n_kv = keys.shape[1]
     n_shared = n_heads // n_kv
     is_causal = bias is None and n_new > 1 and n_shared == 1
     if bias is None and n_new > 1 and not is_causal:
-        bias = _causal_bias(query)
+        bias = causal_bias(query.shape[-2], 0, dtype=query.dtype, device=query.device)
     # Heads that share keys are further queries of one head: nothing is expanded.
     if bias is not None and n_shared > 1 and n_new > 1:
         bias = bias.repeat(1, 1, n_shared, 1)
     folded = query.reshape(n_rows, n_kv, n_shared * n_new, width)
     output, total = attend(folded, keys, values, scale=scale, bias=bias, is_causal=is_causal)
-    merged = output
-    if prefixes:
-        queries = folded.transpose(0, 1)
-        parts = []
-        for prefix in prefixes:
-            n = prefix.stop - prefix.start
-            asked = queries[:, prefix.start : prefix.stop].reshape(1, n_kv, n * n_shared * n_new, width)
-            shared, shared_total = attend(asked, prefix.keys, prefix.values, scale=scale)
-            parts.append((shared.view(n_kv, n, n_shared * n_new, -1), shared_total.view(n_kv, n, n_shared * n_new)))
-        if sum(part.shape[1] for part, _ in parts) == n_rows:
-            shared, shared_total = (
-                torch.cat(both, 1) if len(both) > 1 else both[0] for both in zip(*parts, strict=True)
+    queries = folded.transpose(0, 1)
+    for prefix in prefixes:
+        n, everywhere = prefix.n_rows, prefix.n_rows == n_rows
+        asked = (queries if everywhere else queries[:, prefix.rows]).reshape(1, n_kv, n * n_shared * n_new, width)
+        shared, shared_total = attend(asked, prefix.keys, prefix.values, scale=scale)
+        shared = shared.view(n_kv, n, n_shared * n_new, -1).transpose(0, 1)
+        shared_total = shared_total.view(n_kv, n, n_shared * n_new).transpose(0, 1)
+        if everywhere:
+            output, total = _merged(output, total, shared, shared_total)
+        else:
+            output[prefix.rows], total[prefix.rows] = _merged(
+                output[prefix.rows], total[prefix.rows], shared, shared_total
             )
-        else:  # rows without a prefix: nothing, of no weight
-            shared = output.new_zeros(n_kv, n_rows, n_shared * n_new, output.shape[-1])
-            shared_total = total.new_full(shared.shape[:3], -torch.inf)
-            for prefix, (part, part_total) in zip(prefixes, parts, strict=True):
-                shared[:, prefix.start : prefix.stop] = part
-                shared_total[:, prefix.start : prefix.stop] = part_total
-        weight = torch.sigmoid(total - shared_total.transpose(0, 1))[..., None].to(output.dtype)
-        merged = torch.lerp(shared.transpose(0, 1), output, weight)
-    return merged.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous()
+    return output.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous()
+
+
+def _merged(output: Any, total: Any, other: Any, other_total: Any) -> tuple[Any, Any]:
+    """Attention over two sets of keys from that over each, with its log-sum-exp."""
+    import torch
+
+    weight = torch.sigmoid(total - other_total)[..., None].to(output.dtype)
+    return torch.lerp(other, output, weight), torch.logaddexp(total, other_total)
 
 
 def _attention(
@@ -240,12 +306,21 @@ def _attention(
     return cascade_attention(query, key, value, bias=attention_mask, scale=scale, prefixes=prefixes), None
 
 
-def _causal_bias(query: Any) -> Any:
-    """Added to the scores of n tokens over themselves, [1, 1, n, n]."""
+def causal_bias(n_new: int, n_before: int, *, dtype: Any, device: Any) -> Any:
+    """Added to the scores of new tokens over those before them and themselves, [1, 1, new, before + new]."""
     import torch
 
-    n = query.shape[-2]
-    return torch.full((n, n), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)[None, None]
+    empty = torch.full((n_new, n_before + n_new), -torch.inf, dtype=dtype, device=device)
+    return empty.triu_(n_before + 1)[None, None]
+
+
+def _as_slice(rows: Sequence[int], device: Any) -> Any:
+    """Ascending places of rows as a slice where there is no gap, else as a tensor."""
+    import torch
+
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.as_tensor(list(rows), device=device)
 
 
 def _register() -> None:
@@ -264,6 +339,6 @@ def _as_layer(own: OwnTokens) -> Any:
             return own.update(key_states, value_states)
 
         def get_seq_length(self) -> int:
-            return own.length
+            return own.owner.longest
 
     return OwnLayer()

@@ -3,37 +3,45 @@
 Every row has rules and random numbers of its own (`DecodingRules`, `RowState`), so requests with different
 temperatures, limits and stop strings share a batch and none can tell who else was in it. Sampling is by inversion: one
 uniform number per token against the cumulative probabilities in token order. A step whose choice hangs on less than
-rounding (a near-tie) is flagged, since there the batch could decide; the engine then answers that row alone.
+rounding (a near-tie) is flagged, since there the batch could decide; that token is then looked at again, alone.
 
-`RowChooser` and `RowStopper` serve both loops, the library's `generate` and `CascadeRun`. That one works on a cascade
-cache, [shared prefix, kept once | padding | own suffix | new tokens]; rows that are done leave the batch at once, where
-`generate` would carry them to the end and prepare its settings anew at each call. It also scores given continuations,
-by which a constrained answer is chosen.
+`CascadeRun` is the engine's own loop, over a cascade cache, [shared states, kept once | own tokens]. Rows join it and
+leave it between any two steps. A step reads the token that each row chose last and chooses the next.
+`RowChooser` and `RowStopper` do the same choosing and stopping within the library's `generate`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from copa_harness.lm.local.attention import CascadeCache, RowGroup
-from copa_harness.lm.local.llama import LoraRows
+from copa_harness.lm.local.attention import CascadeCache, causal_bias
+from copa_harness.lm.local.llama import FusedLora, LayerStates, LoraRows, PrefixStates
 
 NEAR_TIE = {"float32": 3e-5}
 """Largest gap between the two best logits, relative to the largest logit, that the rounding of a batch may turn."""
+
+TIE = 5e-6
+"""The same for a plain forward of the row alone. The rounding of either was 1.6e-6 at most, half of the time 4e-7."""
 
 NEAR_EDGE = 2e-5
 """The same for a sampled token: distance in probability to a neighbour's edge, or to the top_p cut."""
 
 SHRINK_SHARE = 0.125
-"""Share of done rows from which they are dropped from the batch; copying the others' states costs about one step."""
+"""Share of places left empty from which a batch is closed up; copying the others' states costs about one step."""
 
 FIRST_ROOM_TOKENS = 64
-"""Room for new tokens a batch starts with; grows when answers are longer."""
+"""Room for new tokens a row starts with; grows when answers are longer."""
+
+READ_TOKENS = 8192
+"""Most prompt tokens (padding included) that go through the model at once, unless one row has more."""
+
+SCORED_BYTES = 256 << 20
+"""Memory for the logits of continuations that are scored at once, what is made of them included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +71,118 @@ TokenScores = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class RowState:
-    """What one row has generated so far; `near_tie` once one of its tokens hung on rounding."""
+    """What one row has generated so far, and how it goes on.
 
-    __slots__ = ("ids", "logprobs", "near_tie", "reason", "rules", "text")
+    Attributes:
+        rules: the request's.
+        ids, logprobs: what was generated.
+        near_tie: whether one of its tokens hung on rounding.
+        reason: why it has ended; None while it goes on.
+        text: the answer, where a stop string has cut it.
 
-    def __init__(self, rules: DecodingRules) -> None:
+    Args:
+        rules: the request's.
+        eos_ids: tokens that end the answer.
+        decode: tokens to text.
+        is_cancelled: whether nobody waits for it any more.
+    """
+
+    __slots__ = (
+        "_decode",
+        "_eos_ids",
+        "_is_cancelled",
+        "_uniforms",
+        "ids",
+        "logprobs",
+        "near_tie",
+        "reason",
+        "rules",
+        "text",
+    )
+
+    def __init__(
+        self,
+        rules: DecodingRules,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        decode: Callable[[Sequence[int]], str] = lambda ids: "",
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.rules = rules
+        self._eos_ids, self._decode, self._is_cancelled = eos_ids, decode, is_cancelled
         self.ids: list[int] = []
         self.logprobs: list[TokenScores] = []
         self.near_tie = False
         self.reason: Literal["stop", "length", "cancelled"] | None = None
         self.text: str | None = None
+        self._uniforms: Any = None
+
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        if self._uniforms is None:
+            self._uniforms = np.random.default_rng(self.rules.seed).random(self.rules.max_tokens + 2)
+        return float(self._uniforms[min(len(self.ids), len(self._uniforms) - 1)])
+
+    def note_scores(self, scores: Any, token: int) -> None:
+        """Keep the log-probability of the next token, if the request asks for it; `scores` are its logits [V]."""
+        if self.rules.n_logprobs is not None and self.reason is None:
+            self.logprobs.append(_token_scores(scores, token, self.rules))
+
+    def take(self, token: int) -> None:
+        """The next token is this one, unless the answer has ended."""
+        if self.reason is not None:
+            return
+        self.ids.append(token)
+        rules = self.rules
+        if token in self._eos_ids:
+            self.reason = "stop"
+        elif rules.stop and (text := self._cut()) is not None:
+            self.reason, self.text = "stop", text
+        elif len(self.ids) >= rules.max_tokens:
+            self.reason = "length"
+        elif self._is_cancelled():
+            self.reason = "cancelled"
+
+    def _cut(self) -> str | None:
+        """The text before the first stop string, if one has come."""
+        # A stop string lies in the last tokens: one per character at most, and a few for broken characters.
+        tail = self._decode(self.ids[-(max(map(len, self.rules.stop)) + 8) :])
+        if not any(stop in tail for stop in self.rules.stop):
+            return None
+        text = self._decode(self.ids)
+        found = [text.find(stop) for stop in self.rules.stop if stop in text]
+        return text[: min(found)] if found else None
+
+
+def choose(scores: Any, rows: Sequence[RowState], *, tie: float) -> tuple[Any, Any]:
+    """The next token of some rows, and whether it hangs on a near-tie.
+
+    Args:
+        scores: logits, shape [len(rows), vocabulary].
+        rows: whose they are.
+        tie: gap of the two best logits, relative to the largest, that counts as a near-tie; 0 where none is looked for.
+
+    Returns:
+        Token ids and flags, both of shape [len(rows)].
+    """
+    import torch
+
+    tokens = scores.argmax(dim=-1)
+    near = torch.zeros(len(rows), dtype=torch.bool, device=scores.device)
+    if tie:
+        low, high = scores.aminmax(dim=-1)
+        second = scores.scatter(1, tokens[:, None], -torch.inf).amax(dim=-1)
+        near = (high - second) < tie * torch.maximum(high.abs(), low.abs())
+    sampled = [place for place, row in enumerate(rows) if row.rules.temperature > 0]
+    if sampled:
+        chosen, edge = _sample(scores[sampled], [rows[place] for place in sampled])
+        tokens[sampled] = chosen
+        near[sampled] = edge < NEAR_EDGE if tie else torch.zeros_like(edge, dtype=torch.bool)
+    return tokens, near
 
 
 class RowChooser:
-    """Chooses every row's next token. Also a logits processor that puts the choice on top for the library's `generate`.
+    """A logits processor of the library's `generate` that puts each row's choice on top.
 
     Args:
         rows: the batch's rows in order.
@@ -86,54 +191,21 @@ class RowChooser:
 
     def __init__(self, rows: Sequence[RowState], *, dtype: str) -> None:
         self._rows = rows
-        self._tolerance = NEAR_TIE.get(dtype, 0.0)
+        self._tie = NEAR_TIE.get(dtype, 0.0)
         self._near_steps: list[Any] = []
-        self._uniforms = {
-            i: np.random.default_rng(row.rules.seed).random(row.rules.max_tokens + 2)
-            for i, row in enumerate(rows)
-            if row.rules.temperature > 0
-        }
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """The scores (shape [rows, vocabulary], changed in place) with every sampled row's choice on top."""
         import torch
 
-        live = range(len(self._rows))
-        tokens, near = self.choose(scores, live)
+        tokens, near = choose(scores, self._rows, tie=self._tie)
         self._near_steps.append(near)
-        for i in live:
-            if i in self._uniforms:
+        for i, row in enumerate(self._rows):
+            row.note_scores(scores[i], tokens[i])
+            if row.rules.temperature > 0:
                 scores[i] = -torch.inf
                 scores[i, tokens[i]] = 0.0
         return scores
-
-    def choose(self, scores: Any, live: Sequence[int]) -> tuple[Any, Any]:
-        """The next token of some rows, and whether it hangs on a near-tie.
-
-        Args:
-            scores: logits, shape [len(live), vocabulary].
-            live: which rows they belong to.
-
-        Returns:
-            Token ids and flags, both of shape [len(live)].
-        """
-        import torch
-
-        tokens = scores.argmax(dim=-1)
-        near = torch.zeros(len(live), dtype=torch.bool, device=scores.device)
-        if self._tolerance:
-            low, high = scores.aminmax(dim=-1)
-            second = scores.scatter(1, tokens[:, None], -torch.inf).amax(dim=-1)
-            near = (high - second) < self._tolerance * torch.maximum(high.abs(), low.abs())
-        sampled = [place for place, i in enumerate(live) if i in self._uniforms]
-        if sampled:
-            chosen, edge = self._sample(scores[sampled], [live[place] for place in sampled])
-            tokens[sampled] = chosen
-            near[sampled] = edge < NEAR_EDGE if self._tolerance else torch.zeros_like(edge, dtype=torch.bool)
-        for place, i in enumerate(live):
-            if self._rows[i].rules.n_logprobs is not None and self._rows[i].reason is None:
-                self._rows[i].logprobs.append(_token_scores(scores[place], tokens[place], self._rows[i].rules))
-        return tokens, near
 
     def note_near_ties(self) -> None:
         """After the library's `generate`: mark the rows that kept a token chosen on a near-tie."""
@@ -143,37 +215,37 @@ class RowChooser:
         for i, row in enumerate(self._rows):
             row.near_tie = any(steps[step][i] for step in range(min(len(row.ids), len(steps))))
 
-    def _sample(self, scores: Any, rows: Sequence[int]) -> tuple[Any, Any]:
-        """Chosen token ids and each row's distance to the nearest edge; shapes [rows]."""
-        import torch
 
-        def column(values: Any) -> Any:
-            return torch.as_tensor(values, dtype=torch.float64, device=scores.device)[:, None]
+def _sample(scores: Any, rows: Sequence[RowState]) -> tuple[Any, Any]:
+    """Chosen token ids and each row's distance to the nearest edge; shapes [rows]."""
+    import torch
 
-        rules = [self._rows[i].rules for i in rows]
-        temperatures, top_ps = (column([getattr(one, name) for one in rules]) for name in ("temperature", "top_p"))
-        probabilities = torch.softmax(scores.double() / temperatures, dim=-1)
-        for place, one in enumerate(rules):
-            if one.top_k:
-                kept = probabilities[place].topk(min(one.top_k, probabilities.shape[-1])).indices
-                mask = torch.zeros_like(probabilities[place]).scatter_(0, kept, 1.0)
-                probabilities[place] = probabilities[place] * mask / (probabilities[place] * mask).sum()
-        edge = torch.ones(len(scores), dtype=torch.float64, device=scores.device)
-        if bool((top_ps < 1).any()):
-            ordered, order = probabilities.sort(dim=-1, descending=True)
-            before = ordered.cumsum(-1) - ordered
-            outside = (before >= top_ps) & (top_ps < 1)
-            outside[:, 0] = False
-            distance = (before - top_ps).abs().amin(-1)
-            edge = torch.where(top_ps[:, 0] < 1, distance, edge)
-            probabilities = probabilities.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
-        cumulative = probabilities.cumsum(-1)
-        total = cumulative[:, -1:]
-        draws = [self._uniforms[i][min(len(self._rows[i].ids), len(self._uniforms[i]) - 1)] for i in rows]
-        target = column(draws) * total
-        chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[-1] - 1)
-        edge = torch.minimum(edge, ((cumulative - target).abs() / total).amin(-1))
-        return chosen[:, 0], edge
+    def column(values: Any) -> Any:
+        return torch.as_tensor(values, dtype=torch.float64, device=scores.device)[:, None]
+
+    rules = [row.rules for row in rows]
+    temperatures, top_ps = (column([getattr(one, name) for one in rules]) for name in ("temperature", "top_p"))
+    probabilities = torch.softmax(scores.double() / temperatures, dim=-1)
+    for place, one in enumerate(rules):
+        if one.top_k:
+            kept = probabilities[place].topk(min(one.top_k, probabilities.shape[-1])).indices
+            mask = torch.zeros_like(probabilities[place]).scatter_(0, kept, 1.0)
+            probabilities[place] = probabilities[place] * mask / (probabilities[place] * mask).sum()
+    edge = torch.ones(len(scores), dtype=torch.float64, device=scores.device)
+    if bool((top_ps < 1).any()):
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        outside = (before >= top_ps) & (top_ps < 1)
+        outside[:, 0] = False
+        distance = (before - top_ps).abs().amin(-1)
+        edge = torch.where(top_ps[:, 0] < 1, distance, edge)
+        probabilities = probabilities.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = column([row.uniform() for row in rows]) * total
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[-1] - 1)
+    edge = torch.minimum(edge, ((cumulative - target).abs() / total).amin(-1))
+    return chosen[:, 0], edge
 
 
 def _token_scores(scores: Any, token: Any, rules: DecodingRules) -> TokenScores:
@@ -186,79 +258,18 @@ def _token_scores(scores: Any, token: Any, rules: DecodingRules) -> TokenScores:
 
 
 class RowStopper:
-    """A stopping criterion that ends each row by its own rules and keeps what it generated.
+    """A stopping criterion of the library's `generate` that ends each row by its own rules and keeps what came."""
 
-    Args:
-        rows: the batch's rows in order; filled here.
-        eos_ids: for each row, the token ids that end its answer.
-        decoders: for each row, tokens to text.
-        is_cancelled: whether nobody waits for row i any more.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[RowState],
-        *,
-        eos_ids: Sequence[frozenset[int]],
-        decoders: Sequence[Callable[[Sequence[int]], str]],
-        is_cancelled: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, rows: Sequence[RowState]) -> None:
         self._rows = rows
-        self._eos_ids = eos_ids
-        self._decoders = decoders
-        self._is_cancelled = is_cancelled
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Take every row's newest token; returns which rows are done (bool, shape [rows])."""
         import torch
 
-        for i, token in enumerate(input_ids[:, -1].tolist()):
-            self.take(i, token)
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            row.take(token)
         return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
-
-    def take(self, i: int, token: int, *, near_tie: bool = False) -> None:
-        """Row i has got this token, unless it is done already."""
-        row = self._rows[i]
-        if row.reason is None:
-            row.ids.append(token)
-            row.near_tie |= near_tie
-            self._judge(i, row, token)
-
-    def _judge(self, i: int, row: RowState, token: int) -> None:
-        if token in self._eos_ids[i]:
-            row.reason = "stop"
-            return
-        if row.rules.stop:
-            # A stop string lies in the last tokens: one per character at most, and a few for broken characters.
-            decode = self._decoders[i]
-            tail = decode(row.ids[-(max(map(len, row.rules.stop)) + 8) :])
-            if any(stop in tail for stop in row.rules.stop):
-                text = decode(row.ids)
-                found = [text.find(stop) for stop in row.rules.stop if stop in text]
-                if found:
-                    row.reason, row.text = "stop", text[: min(found)]
-                    return
-        if len(row.ids) >= row.rules.max_tokens:
-            row.reason = "length"
-        elif self._is_cancelled(i):
-            row.reason = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Suffixes:
-    """The rows of a batch behind their prefixes.
-
-    Attributes:
-        ids: own prompt tokens of each row, at least one.
-        prefix_lengths: tokens of each row's shared prefix.
-        groups: which rows share which prefix, in order.
-        loras: which rows are answered by which adapter, in order, where the reader mixes them.
-    """
-
-    ids: Sequence[Sequence[int]]
-    prefix_lengths: Sequence[int]
-    groups: Sequence[RowGroup]
-    loras: Sequence[LoraRows] = ()
 
 
 class Reader(Protocol):
@@ -269,14 +280,19 @@ class Reader(Protocol):
     def read(
         self, ids: Any, *, positions: Any, bias: Any, cascade: CascadeCache, n_kept: int, loras: Sequence[LoraRows] = ()
     ) -> Any:
-        """Logits of the last `n_kept` of the new tokens `ids` [rows, new]."""
+        """Logits of the last `n_kept` (at least 1) of the new tokens `ids` [rows, new]."""
 
 
 class LibraryReader:
-    """Any fitting model of transformers, with one adapter, or none, active for all rows."""
+    """Any fitting model of transformers, with one adapter, or none, active for all rows.
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    Args:
+        module: the model.
+        activate: called before every forward: makes the adapter the active one.
+    """
+
+    def __init__(self, module: Any, activate: Callable[[], Any] = lambda: None) -> None:
+        self._module, self._activate = module, activate
         self.n_layers = int(module.config.get_text_config(decoder=True).num_hidden_layers)
 
     def read(
@@ -285,6 +301,9 @@ class LibraryReader:
         """Logits of the last `n_kept` of the new tokens `ids` [rows, new]."""
         if loras:
             raise ValueError("got rows of several adapters; expected the one that is active in the module")
+        self._activate()
+        if bias is None:  # transformers takes a mask of four dimensions as it is; without one it would make its own
+            bias = causal_bias(ids.shape[1], cascade.longest, dtype=self._module.dtype, device=ids.device)
         with cascade.in_use(self._module):
             output = self._module(
                 input_ids=ids,
@@ -297,95 +316,246 @@ class LibraryReader:
         return output.logits
 
 
+class Row:
+    """A row on its way through a `CascadeRun`.
+
+    Attributes:
+        ids: prompt tokens behind the shared states, at least one.
+        n_shared: tokens of the shared states.
+        shared: those states in order; see `CascadeCache`.
+        lora: the adapter that answers it, where the reader mixes adapters.
+        state: how it decodes.
+        next: the token that is read next: its prompt's last one at first, then the one chosen last.
+        n_ties: near-ties met.
+        failure: what went wrong with this row alone.
+    """
+
+    __slots__ = ("failure", "ids", "lora", "n_shared", "n_ties", "next", "shared", "state")
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        *,
+        n_shared: int = 0,
+        shared: Sequence[Any] = (),
+        lora: FusedLora | None = None,
+        state: RowState | None = None,
+    ) -> None:
+        self.ids, self.n_shared, self.shared, self.lora = list(ids), n_shared, tuple(shared), lora
+        self.state = state or RowState(DecodingRules(1))
+        self.next = self.ids[-1]
+        self.n_ties = 0
+        self.failure: Exception | None = None
+
+    @property
+    def is_going(self) -> bool:
+        """Whether it goes on."""
+        return self.state.reason is None and not self.state.near_tie and self.failure is None
+
+
 class CascadeRun:
-    """One batch on its way: the suffixes are read at construction, then rows decode or continuations are scored.
+    """Rows that decode together.
 
     Args:
         reader: the model.
-        suffixes: the rows.
         device: where it computes.
         pad_id: any token id.
-        room: new tokens per row to make room for.
+        tie: see `choose`.
     """
 
-    def __init__(self, reader: Reader, suffixes: Suffixes, *, device: Any, pad_id: int, room: int) -> None:
-        import torch
+    def __init__(self, reader: Reader, *, device: Any, pad_id: int, tie: float = 0.0) -> None:
+        self._reader, self._device, self._pad_id, self._tie = reader, device, pad_id, tie
+        self._places: list[Row | None] = []
+        self._cascade = CascadeCache(reader.n_layers, [], room=0, device=device)
 
-        self._reader, self._pad_id, self._loras = reader, pad_id, list(suffixes.loras)
-        width = max(map(len, suffixes.ids))
-        pads = [width - len(ids) for ids in suffixes.ids]
-        self._cascade = CascadeCache(reader.n_layers, suffixes.groups, room=width + room)
-        self._first = torch.tensor([n - pad for n, pad in zip(suffixes.prefix_lengths, pads, strict=True)]).to(device)
-        self._pads = torch.tensor(pads).to(device)
-        self._is_padded = any(pads)
-        self._length = 0
-        rows = [[pad_id] * pad + list(ids) for pad, ids in zip(pads, suffixes.ids, strict=True)]
-        self.logits = self._forward(torch.tensor(rows).to(device), n_kept=1)[:, -1]
+    @property
+    def rows(self) -> list[Row]:
+        """The rows in it."""
+        return [row for row in self._places if row is not None]
 
-    def decode(self, rows: Sequence[RowState], chooser: RowChooser, stopper: RowStopper) -> None:
-        """Generate until every row is done."""
-        live, logits = list(range(len(rows))), self.logits
-        while True:
-            tokens, near = chooser.choose(logits, live)
-            for i, token, near_tie in zip(live, tokens.tolist(), near.tolist(), strict=True):
-                stopper.take(i, token, near_tie=near_tie)
-            kept = [place for place, i in enumerate(live) if rows[i].reason is None]
-            if not kept:
-                return
-            if len(live) - len(kept) >= max(1, SHRINK_SHARE * len(live)):
-                self._select(kept)
-                tokens, live = tokens[kept], [live[place] for place in kept]
-            logits = self._forward(tokens[:, None], n_kept=1)[:, -1]
-
-    def score(self, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Log-probability of each row's continuations, summed over their tokens; the batch is used up.
+    def add(self, rows: Sequence[Row], *, room: int) -> None:
+        """Read the rows' prompts but for their last tokens; the next step reads those, and chooses.
 
         Args:
-            choices: for each row its continuations, each at least one token.
+            rows: in any order.
+            room: new tokens per row to make room for.
+        """
+        for part in _parts(rows):
+            cascade = CascadeCache(
+                self._reader.n_layers,
+                [row.shared for row in part],
+                room=max(len(row.ids) for row in part) + room,
+                device=self._device,
+            )
+            own = [row.ids[:-1] for row in part]
+            if any(own):
+                self._read(cascade, part, own, n_kept=1)
+                cascade.advance([len(ids) for ids in own])
+            self._put(part, cascade)
+
+    def join(self, other: CascadeRun) -> None:
+        """Take over the rows of another run of the same model."""
+        other._close_up()
+        self._put(other.rows, other._cascade)
+
+    def step(self, look_again: Callable[[Row], Any]) -> list[Row]:
+        """One token for every row; returns the rows that leave.
+
+        A row leaves when its answer has ended, when something went wrong with it alone, or with `state.near_tie` when a
+        token hangs on rounding even alone.
+
+        Args:
+            look_again: logits [V] of a row's next token by a plain forward of the row alone, for near-ties.
+        """
+        self._close_up()
+        rows = self.rows
+        logits = self.logits()
+        tokens, near = choose(logits, [row.state for row in rows], tie=self._tie)
+        for row, scores, token, is_near in zip(rows, logits, tokens.tolist(), near.tolist(), strict=True):
+            try:
+                _take(row, scores, token, is_near=is_near, look_again=look_again)
+            except Exception as error:  # noqa: BLE001 - the others go on; the scheduler tells this row's caller
+                row.failure = error
+        self._places = [row if row is not None and row.is_going else None for row in self._places]
+        return [row for row in rows if not row.is_going]
+
+    def logits(self) -> Any:
+        """Read every row's `next` token: the logits of the one behind it, [rows, vocabulary]."""
+        ids = [[row.next if row else self._pad_id] for row in self._places]
+        logits = self._read(self._cascade, self._places, ids, n_kept=1)[:, -1]
+        self._cascade.advance([int(row is not None) for row in self._places])
+        return logits if all(self._places) else logits[[place for place, row in enumerate(self._places) if row]]
+
+    def score(self, choices_of: Mapping[Row, Sequence[Sequence[int]]]) -> dict[Row, list[float]]:
+        """Log-probability of each row's continuations, summed over their tokens.
+
+        Args:
+            choices_of: for each row its continuations, each at least one token.
         """
         import torch
 
-        first = torch.log_softmax(self.logits.double(), dim=-1)
-        parents = [i for i, row in enumerate(choices) for _ in row]
-        flat = [list(ids) for row in choices for ids in row]
-        sums = first[parents, [ids[0] for ids in flat]]
-        width = max(map(len, flat)) - 1
-        if width:
-            self._select(parents)
-            inputs = [ids[:-1] + [self._pad_id] * (width - len(ids) + 1) for ids in flat]
-            logits = self._forward(torch.tensor(inputs).to(self._pads.device), n_kept=width)
-            following = torch.log_softmax(logits.double(), dim=-1)
-            for place, ids in enumerate(flat):
-                if len(ids) > 1:
-                    steps = list(range(len(ids) - 1))
-                    sums[place] += following[place, steps, ids[1:]].sum()
-        values = iter(sums.tolist())
-        return [[next(values) for _ in row] for row in choices]
+        self._close_up()
+        rows = self.rows
+        choices = [choices_of[row] for row in rows]
+        first = torch.log_softmax(self.logits().double(), dim=-1)
+        scores = [[float(first[i, ids[0]]) for ids in own] for i, own in enumerate(choices)]
+        prompts = [self._prompt_states(i, row) for i, row in enumerate(rows)]
+        longer = [(i, k) for i, own in enumerate(choices) for k, ids in enumerate(own) if len(ids) > 1]
+        n_at_once = max(1, SCORED_BYTES // (12 * first.shape[-1]))
+        longer.sort(key=lambda one: len(choices[one[0]][one[1]]))
+        while longer:
+            width = len(choices[longer[-1][0]][longer[-1][1]]) - 1
+            part = sorted(longer[-max(1, n_at_once // width) :])
+            del longer[-len(part) :]
+            heads = [choices[i][k][:-1] for i, k in part]
+            tails = [choices[i][k][1:] for i, k in part]
+            behind = [
+                Row(ids, n_shared=prompts[i][0], shared=prompts[i][1], lora=rows[i].lora)
+                for (i, _), ids in zip(part, heads, strict=True)
+            ]
+            cascade = CascadeCache(
+                self._reader.n_layers, [row.shared for row in behind], room=width, device=self._device
+            )
+            logits = self._read(cascade, behind, heads, n_kept=width)
+            wanted = torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], device=logits.device)
+            logprobs = logits.gather(-1, wanted[..., None])[..., 0].double() - logits.logsumexp(-1).double()
+            for (i, k), tail, row in zip(part, tails, logprobs, strict=True):
+                scores[i][k] += float(row[: len(tail)].sum())
+        return dict(zip(rows, scores, strict=True))
 
-    def _forward(self, ids: Any, *, n_kept: int) -> Any:
-        """Logits of the last `n_kept` of the new tokens `ids` [rows, new]."""
+    def _prompt_states(self, place: int, row: Row) -> tuple[int, tuple[Any, ...]]:
+        """Tokens and states of the whole prompt of the row in this place, to be shared by its continuations."""
+        length = int(self._cascade.lengths[place])
+        own = PrefixStates([LayerStates(*layer.states(place, length)) for layer in self._cascade.layers])
+        return row.n_shared + length, (*row.shared, own)
+
+    def _put(self, rows: Sequence[Row], cascade: CascadeCache) -> None:
+        """Rows that were read take empty places, then new ones."""
+        if not self.rows:
+            self._places, self._cascade = list(rows), cascade
+            return
+        empty = [place for place, row in enumerate(self._places) if row is None]
+        n = len(self._places)
+        places = [*empty, *range(n, n + len(rows))][: len(rows)]
+        self._cascade.put(cascade, places)
+        self._places += [None] * (max(places) + 1 - n)
+        for place, row in zip(places, rows, strict=True):
+            self._places[place] = row
+
+    def _close_up(self) -> None:
+        """Drop empty places where there are many, and bring rows of one adapter together where they are scattered."""
+        kept = [(place, row) for place, row in enumerate(self._places) if row is not None]
+        loras = [id(row.lora) for _, row in kept]
+        is_scattered = sum(1 for _ in groupby(loras)) > 2 * len(set(loras))
+        if is_scattered or len(self._places) - len(kept) >= max(1, SHRINK_SHARE * len(self._places)):
+            kept.sort(key=lambda one: id(one[1].lora))
+            self._cascade.select([place for place, _ in kept])
+            self._places = [row for _, row in kept]
+
+    def _read(
+        self, cascade: CascadeCache, rows: Sequence[Row | None], ids: Sequence[Sequence[int]], *, n_kept: int
+    ) -> Any:
+        """Append new tokens of each row to a batch; logits of the last `n_kept` places, [rows, n_kept, vocabulary].
+
+        Shorter rows are filled up at the end, where nothing of theirs looks; the caller says by `cascade.advance` what
+        is theirs.
+        """
         import torch
 
-        n_rows, n_new = ids.shape
-        end = self._length + n_new
-        new = torch.arange(self._length, end, device=ids.device)
-        if self._is_padded or n_new > 1:
-            keys = torch.arange(end, device=ids.device)
-            # A padding token sees itself, so that no row of the softmax is empty.
-            seen = ((keys >= self._pads[:, None])[:, None, :] & (keys <= new[:, None])) | (keys == new[:, None])
-            bias = torch.zeros(seen.shape, device=ids.device).masked_fill_(~seen, -torch.inf)[:, None]
-        else:
-            # transformers takes a mask of four dimensions as it is; without one it would make its own
-            bias = torch.zeros(n_rows, 1, 1, end, device=ids.device)
-        positions = (self._first[:, None] + new).clamp(min=0)
-        logits = self._reader.read(
-            ids, positions=positions, bias=bias, cascade=self._cascade, n_kept=n_kept, loras=self._loras
+        n_new = max(map(len, ids))
+        tokens = torch.tensor([[*own, *[self._pad_id] * (n_new - len(own))] for own in ids], device=self._device)
+        new = cascade.places(n_new)[1]
+        bias = None
+        if cascade.longest and (n_new > 1 or not cascade.is_even):
+            seen = torch.arange(cascade.longest + n_new, device=self._device) <= new[..., None]
+            bias = torch.zeros(seen.shape, device=self._device).masked_fill_(~seen, -torch.inf)[:, None]
+        first = torch.tensor([row.n_shared if row else 0 for row in rows], device=self._device)
+        return self._reader.read(
+            tokens, positions=first[:, None] + new, bias=bias, cascade=cascade, n_kept=n_kept, loras=_spans(rows)
         )
-        self._length = end
-        return logits
 
-    def _select(self, rows: Sequence[int]) -> None:
-        self._cascade.select(rows)
-        self._first, self._pads = self._first[list(rows)], self._pads[list(rows)]
-        spans = [(span.lora, bisect_left(rows, span.start), bisect_left(rows, span.stop)) for span in self._loras]
-        self._loras = [LoraRows(start, stop, lora) for lora, start, stop in spans if stop > start]
+
+def next_logits(reader: Reader, rows: Sequence[Row], *, device: Any, pad_id: int) -> Any:
+    """Logits of each row's next token, [rows, vocabulary], read together."""
+    run = CascadeRun(reader, device=device, pad_id=pad_id)
+    run.add(rows, room=1)
+    places = {row: place for place, row in enumerate(run.rows)}
+    return run.logits()[[places[row] for row in rows]]
+
+
+def _take(row: Row, scores: Any, token: int, *, is_near: bool, look_again: Callable[[Row], Any]) -> None:
+    """The row's next token is this one; where that is near to a tie, the one it has alone."""
+    if is_near:
+        row.n_ties += 1
+        row.state.near_tie = row.state.rules.temperature > 0
+        if not row.state.near_tie:
+            tokens, still = choose(look_again(row)[None], [row.state], tie=TIE)
+            token, row.state.near_tie = int(tokens[0]), bool(still[0])
+        if row.state.near_tie:
+            return
+    row.state.note_scores(scores, token)
+    row.state.take(token)
+    row.next = token
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows in parts to be read at once: of like lengths, and not too many tokens."""
+    part: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):  # ascending: the row that comes is the longest
+        n = len(row.ids)
+        if part and ((len(part) + 1) * n > READ_TOKENS or n > 2 * len(part[0].ids) + 16):
+            yield sorted(part, key=lambda row: id(row.lora))
+            part = []
+        part.append(row)
+    yield sorted(part, key=lambda row: id(row.lora))
+
+
+def _spans(rows: Sequence[Row | None]) -> list[LoraRows]:
+    """Which of the rows are answered by which adapter."""
+    spans, start = [], 0
+    for _, same in groupby(rows, key=lambda row: id(row.lora) if row else None):
+        several = list(same)
+        if several[0] is not None and several[0].lora is not None:
+            spans.append(LoraRows(start, start + len(several), several[0].lora))
+        start += len(several)
+    return spans

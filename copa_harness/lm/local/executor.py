@@ -1,7 +1,7 @@
-"""A batch of prompts becomes answers: by the cascade loop, by the library's `generate`, or by scoring continuations.
+"""Prompts become answers: as rows of a cascade run, by the library's `generate`, or by scoring continuations.
 
-`scheduler` decides which prompts share a batch and which way it takes. Only the thread that holds the model may call
-in here.
+`scheduler` decides which prompts go together and which way they take. Only the thread that holds the model may call in
+here.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from copa_harness.lm.local.attention import RowGroup
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens
 from copa_harness.lm.local.decoding import (
     FIRST_ROOM_TOKENS,
+    NEAR_TIE,
     CascadeRun,
     DecodingRules,
     LibraryReader,
     Reader,
+    Row,
     RowChooser,
     RowState,
     RowStopper,
-    Suffixes,
     TokenScores,
 )
 from copa_harness.lm.local.files import LoraFiles
-from copa_harness.lm.local.llama import LoraRows, PrefixStates
+from copa_harness.lm.local.llama import PrefixStates
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, prefill, spread
 
@@ -62,7 +63,6 @@ class Answer:
     ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
-    near_tie: bool
     logprobs: tuple[TokenScores, ...] = ()
     choice_scores: tuple[float, ...] = ()
 
@@ -102,69 +102,75 @@ class BatchExecutor:
             return f"one {lora_key(prompt)}"
         return "mixed"
 
-    def by_cascade(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[RowState]:
-        """Rows of a batch through the cascade loop.
+    def new_run(self, prompt: Prompt) -> CascadeRun:
+        """An empty run for prompts of this one's family."""
+        model, reader = self.model, self._reader(prompt)
+        return CascadeRun(reader, device=model.device, pad_id=model.pad_id, tie=NEAR_TIE.get(model.dtype, 0.0))
+
+    def rows(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[Row]:
+        """Prompts of one family as rows of a run, each behind the states of the prefix it shares.
+
+        A prefix is shared if two rows have it, if it is kept already, or if its row is alone: the next may have it too.
 
         Args:
-            prompts: of one family, those of one adapter side by side.
-            is_cancelled: whether nobody waits for row i any more.
+            prompts: of one family.
+            is_cancelled: whether nobody waits for prompt i any more.
         """
-        run = self._run(prompts, room=min(max(prompt.rules.max_tokens for prompt in prompts), FIRST_ROOM_TOKENS))
-        rows = [RowState(prompt.rules) for prompt in prompts]
-        run.decode(rows, RowChooser(rows, dtype=self.model.dtype), _stopper(prompts, rows, is_cancelled))
+        read = self._prefix_reader(prompts)
+        keys = [self.prefix_key(prompt) for prompt in prompts]
+        counts = Counter(keys)
+        is_mixed = self._is_mixed(prompts[0])
+        rows = []
+        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+            is_shared = bool(key[1]) and (counts[key] > 1 or len(keys) == 1 or key in self.prefixes)
+            n_shared = len(key[1]) if is_shared else 0
+            rows.append(
+                Row(
+                    prompt.tokens.ids[n_shared:],
+                    n_shared=n_shared,
+                    shared=(self.prefixes.states(key, read),) if is_shared else (),
+                    lora=self.model.fused(prompt.lora) if is_mixed and prompt.lora else None,
+                    state=new_state(prompt, is_cancelled=partial(is_cancelled, i)),
+                )
+            )
         return rows
 
-    def read_prefix(self, prompt: Prompt) -> None:
-        """Compute and keep the states of a prompt's prefix, for the cascade."""
-        self.prefixes.states(self.prefix_key(prompt), self._prefix_reader([prompt]))
+    def look_again(self, prompt: Prompt, row: Row) -> Any:
+        """Logits [V] of a row's next token, by a plain forward of the library: the row alone, behind its prefix."""
+        import torch
+
+        model = self.model
+        module = model.serving(prompt.lora)
+        cache = self._as_library_cache(row.shared[0]) if row.shared else None
+        ids = torch.tensor([[*row.ids, *row.state.ids]], device=model.device)
+        mask = torch.ones(1, row.n_shared + ids.shape[1], dtype=torch.long, device=model.device)
+        shared = {"past_key_values": cache} if cache is not None else {}
+        return module(ids, attention_mask=mask, use_cache=cache is not None, logits_to_keep=1, **shared).logits[0, -1]
+
+    def _as_library_cache(self, states: Any) -> Any:
+        """States of a prefix in a cache of the library's own kind, which may be filled further."""
+        cache = self.model.new_cache()
+        for i, layer in enumerate(states.layers):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
+    def _is_mixed(self, prompt: Prompt) -> bool:
+        return self.family(prompt) == "mixed"
+
+    def _reader(self, prompt: Prompt) -> Reader:
+        model = self.model
+        if model.decoder is not None and self._is_mixed(prompt):
+            return model.decoder
+        return LibraryReader(model.serving(prompt.lora), lambda: model.serving(prompt.lora))
 
     def _prefix_reader(self, prompts: Sequence[Prompt]) -> Callable[[PrefixKey], Any]:
         """What reads the prefixes of a batch."""
         model, decoder = self.model, self.model.decoder
-        if decoder is not None and self.family(prompts[0]) == "mixed":
+        if decoder is not None and self._is_mixed(prompts[0]):
             loras = {lora_key(prompt): model.fused(prompt.lora) for prompt in prompts if prompt.lora}
             return lambda key: decoder.prefill(key[1], loras.get(key[0]))
         module = model.serving(prompts[0].lora)
         return lambda key: prefill(module, key[1], model.new_cache())
-
-    def _run(self, prompts: Sequence[Prompt], *, room: int) -> CascadeRun:
-        model = self.model
-        reader: Reader
-        spans: list[LoraRows] = []
-        if model.decoder is not None and self.family(prompts[0]) == "mixed":
-            reader = model.decoder
-            for i, prompt in enumerate(prompts):
-                lora = model.fused(prompt.lora) if prompt.lora else None
-                if lora is not None and spans and spans[-1].stop == i and spans[-1].lora is lora:
-                    spans[-1] = LoraRows(spans[-1].start, i + 1, lora)
-                elif lora is not None:
-                    spans.append(LoraRows(i, i + 1, lora))
-        else:
-            reader = LibraryReader(model.serving(prompts[0].lora))
-        suffixes = self._suffixes(prompts, self._prefix_reader(prompts), spans)
-        return CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=room)
-
-    def _suffixes(
-        self, prompts: Sequence[Prompt], read: Callable[[PrefixKey], Any], loras: Sequence[LoraRows]
-    ) -> Suffixes:
-        """The rows behind their prefixes.
-
-        A prefix is shared if two rows have it, if it is kept already, or if its row is alone: the next may have it too.
-        """
-        keys = [self.prefix_key(prompt) for prompt in prompts]
-        counts = Counter(keys)
-        groups: list[RowGroup] = []
-        lengths = []
-        for i, key in enumerate(keys):
-            if i and key == keys[i - 1] and groups[-1].states is not None:
-                groups[-1].stop = i + 1
-            else:
-                is_shared = key[1] and (counts[key] > 1 or len(keys) == 1 or key in self.prefixes)
-                states = self.prefixes.states(key, read) if is_shared else None
-                groups.append(RowGroup(i, i + 1, states))
-            lengths.append(len(key[1]) if groups[-1].states is not None else 0)
-        ids = [prompt.tokens.ids[n:] for prompt, n in zip(prompts, lengths, strict=True)]
-        return Suffixes(ids, lengths, groups, loras)
 
     def by_generate(
         self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool], plain: bool = False
@@ -190,11 +196,9 @@ class BatchExecutor:
             empty = model.new_cache()
             states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], empty)) if n_prefix else empty
             if isinstance(states, PrefixStates):
-                for i, layer in enumerate(states.layers):
-                    empty.update(layer.keys, layer.values, i)
-                states = empty
+                states = self._as_library_cache(states)
             shared["past_key_values"] = spread(states, len(prompts), width + min(longest, FIRST_ROOM_TOKENS))
-        rows = [RowState(prompt.rules) for prompt in prompts]
+        rows = [new_state(prompt, is_cancelled=partial(is_cancelled, i)) for i, prompt in enumerate(prompts)]
         chooser = RowChooser(rows, dtype=model.dtype)
         module.generate(
             input_ids=torch.tensor(ids, device=model.device),
@@ -203,7 +207,7 @@ class BatchExecutor:
                 max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
             ),
             logits_processor=transformers.LogitsProcessorList([chooser]),
-            stopping_criteria=transformers.StoppingCriteriaList([_stopper(prompts, rows, is_cancelled)]),
+            stopping_criteria=transformers.StoppingCriteriaList([RowStopper(rows)]),
             **shared,
         )
         if not plain and (len(prompts) > 1 or shared):
@@ -211,9 +215,11 @@ class BatchExecutor:
         return rows
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """Log-probability of every choice of every prompt, through the cascade loop."""
-        run = self._run(prompts, room=max(len(choice) for prompt in prompts for choice in prompt.choices))
-        return run.score([prompt.choices for prompt in prompts])
+        """Log-probability of every choice of every prompt, through the cascade."""
+        run, rows = self.new_run(prompts[0]), self.rows(prompts, is_cancelled=lambda i: False)
+        run.add(rows, room=1)
+        scores = run.score({row: prompt.choices for row, prompt in zip(rows, prompts, strict=True)})
+        return [scores[row] for row in rows]
 
     def score_alone(self, prompt: Prompt) -> list[float]:
         """Log-probability of each choice, by a plain forward of prompt and choice."""
@@ -229,10 +235,6 @@ class BatchExecutor:
         return scores
 
 
-def _stopper(prompts: Sequence[Prompt], rows: Sequence[RowState], is_cancelled: Callable[[int], bool]) -> RowStopper:
-    return RowStopper(
-        rows,
-        eos_ids=[prompt.eos_ids for prompt in prompts],
-        decoders=[prompt.chat.decode for prompt in prompts],
-        is_cancelled=is_cancelled,
-    )
+def new_state(prompt: Prompt, *, is_cancelled: Callable[[], bool]) -> RowState:
+    """How a prompt's answer decodes, from its first token on."""
+    return RowState(prompt.rules, eos_ids=prompt.eos_ids, decode=prompt.chat.decode, is_cancelled=is_cancelled)

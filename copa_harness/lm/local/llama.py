@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copa_harness.lm.local.attention import CascadeCache, RowGroup, UnsupportedModel, cascade_attention
+from copa_harness.lm.local.attention import CascadeCache, UnsupportedModel, cascade_attention
 from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, LoraFiles
 
 PACK_LIMIT_BYTES = 1 << 30
@@ -567,7 +567,7 @@ class LlamaDecoder:
         """Keys and values of a prefix."""
         import torch
 
-        cascade = CascadeCache(self.n_layers, [RowGroup(0, 1, None)], room=len(ids))
+        cascade = CascadeCache(self.n_layers, [()], room=len(ids))
         rows = [] if lora is None else [LoraRows(0, 1, lora)]
         self.read(
             torch.tensor([ids]),

@@ -23,8 +23,8 @@ from typing import Any
 
 from copa_harness.errors import ConfigurationError, OutOfMemoryError
 from copa_harness.lm.embedded import embedded_model_path
-from copa_harness.lm.local.attention import RowGroup, UnsupportedModel
-from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Reader, Suffixes
+from copa_harness.lm.local.attention import UnsupportedModel
+from copa_harness.lm.local.decoding import LibraryReader, Reader, Row, next_logits
 from copa_harness.lm.local.files import LoraFiles
 from copa_harness.lm.local.llama import (
     FusedLora,
@@ -90,14 +90,14 @@ class ExactnessChecks:
             with torch.inference_mode():
                 cache = self._new_cache()
                 self.model(head, attention_mask=torch.ones_like(head), past_key_values=cache, use_cache=True)
-                groups = [RowGroup(0, 2, cache), RowGroup(2, 3, None)]
-                suffixes = Suffixes(tails, [6, 6, 0], groups)
-                run = CascadeRun(reader, suffixes, device=self.model.device, pad_id=self.pad_id, room=1)
+                shared = [((cache,), 6), ((cache,), 6), ((), 0)]
+                rows = [Row(ids, shared=states, n_shared=n) for ids, (states, n) in zip(tails, shared, strict=True)]
+                together = next_logits(reader, rows, device=self.model.device, pad_id=self.pad_id)
         except (UnsupportedModel, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as reason:
             logger.info("%s goes without cascade attention: %s: %s", self.name, type(reason).__name__, reason)
             return False
         alone = [torch.cat([head, short], 1), torch.cat([head, long], 1), long]
-        return self._same_logits(run.logits, alone)
+        return self._same_logits(together, alone)
 
     def _padding_is_exact(self, *, n_shared: int) -> bool:
         """Whether two short prompts behind `n_shared` shared tokens, padded, give the logits they give alone."""
@@ -326,8 +326,9 @@ class LocalModel:
                     self._with_loras.load_adapter(str(lora.directory), adapter_name=name)
             self._with_loras.to(self.device)
             self._with_loras.eval().requires_grad_(False)
-        self._with_loras.set_adapter(name)
-        self._with_loras.requires_grad_(False)
+        if self._with_loras.active_adapter != name:
+            self._with_loras.set_adapter(name)
+            self._with_loras.requires_grad_(False)
         self._loras[name] = None
         self._loras.move_to_end(name)
         while len(self._loras) > MAX_LORAS_IN_MEMORY:

@@ -1,12 +1,17 @@
 """Requests from many threads become batches on one worker thread, and batches become answers.
 
-`Batcher` collects: a batch is closed a few milliseconds after its oldest job came. A lone caller never waits, since
-that deadline counts only while others are on their way or the last batch had company.
+`Batcher` collects: those who come within a few milliseconds start together. A lone caller never waits, since company is
+expected only while others are on their way or came along the last time. Between any two steps of what is under way it
+hands over those who have come meanwhile.
 
 `BatchGenerator`, one per model in memory whatever the number of engines, decides: which prompts go together, whether
-they fit into memory, which way they take. That is the cascade loop where the model fits it, else the library's
-`generate` behind [shared prefix | padding | own suffix]. A row whose answer hangs on a near-tie is answered again,
-alone.
+they fit into memory, which way they take. That is the cascade loop where the model fits it: rows join and leave a
+running batch at every step, so nobody waits for somebody else's long answer. Else it is the library's `generate` behind
+[shared prefix | padding | own suffix], one batch after the other.
+
+A token that hangs on a near-tie is looked at again alone; a row whose token is a tie even then is answered again by the
+library alone, after the others. Where a batch fails, for want of memory or otherwise, its rows are answered again in
+halves, down to single ones: an error is told to the callers whose rows cause it.
 """
 
 from __future__ import annotations
@@ -16,14 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from copa_harness.errors import OutOfMemoryError, ProviderError
 from copa_harness.formatting import size
-from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, RowState
+from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, CascadeRun, Row, RowState
 from copa_harness.lm.local.executor import Answer, BatchExecutor, Prompt, lora_key
 from copa_harness.lm.local.memory import (
     BATCH_LIMIT_BYTES,
@@ -60,12 +65,16 @@ REMEDY = (
 
 @dataclass(eq=False, slots=True)
 class BatchJob(Generic[Payload, AnswerT]):
-    """One request on its way; `cancelled` is set when its caller has gone."""
+    """One request on its way.
+
+    `cancelled` is set when its caller has gone; `company` is the most rows it may be answered with at once.
+    """
 
     payload: Payload
     arrived_s: float = field(default_factory=time.monotonic)
     future: Future[AnswerT] = field(default_factory=Future)
     cancelled: bool = False
+    company: int = MAX_BATCH
 
     def is_cancelled(self, row: int = 0) -> bool:
         """Whether its caller has gone."""
@@ -73,14 +82,13 @@ class BatchJob(Generic[Payload, AnswerT]):
 
 
 class Batcher(Generic[Payload, AnswerT]):
-    """Collects jobs and hands them, a batch at a time, to `run` on one worker thread.
+    """Collects jobs and hands them, some at a time, to `run` on one worker thread.
 
     Args:
-        choose: picks the jobs of the next batch out of all that wait, oldest first; at least one.
-        run: answers a batch: must set every job's future. What it raises goes to all jobs left open.
-        prepare: does what those that wait need before they can be answered, where it takes long: who comes meanwhile
-            may still join their batch. Raises nothing.
-        window_s: longest time the oldest job waits for company, in seconds.
+        choose: picks the jobs to start now out of all that wait, oldest first; none only while others are under way.
+        run: starts them, and may answer them at once. What it raises goes to all of them left open.
+        step: takes what is under way one step further; returns whether anything is left under way. Raises nothing.
+        window_s: longest time a job waits for company, in seconds.
     """
 
     def __init__(
@@ -88,17 +96,18 @@ class Batcher(Generic[Payload, AnswerT]):
         choose: Callable[[Sequence[BatchJob[Payload, AnswerT]]], Sequence[BatchJob[Payload, AnswerT]]],
         run: Callable[[Sequence[BatchJob[Payload, AnswerT]]], None],
         *,
-        prepare: Callable[[Sequence[BatchJob[Payload, AnswerT]]], None] = lambda waiting: None,
+        step: Callable[[], bool] = lambda: False,
         window_s: float = DEFAULT_WINDOW_S,
     ) -> None:
         self._choose = choose
         self._run = run
-        self._prepare = prepare
+        self._step = step
         self._window_s = window_s
         self._condition = threading.Condition()
         self._waiting: list[BatchJob[Payload, AnswerT]] = []
         self._n_arriving = 0
-        self._had_company = False
+        self._had_company = self._is_under_way = False
+        self._stepped_s = 0.0
         self._worker: threading.Thread | None = None
 
     @contextmanager
@@ -124,6 +133,11 @@ class Batcher(Generic[Payload, AnswerT]):
             self._condition.notify_all()
         return job
 
+    def put_back(self, jobs: Sequence[BatchJob[Payload, AnswerT]]) -> None:
+        """Queue jobs that were started before all that wait."""
+        with self._condition:
+            self._waiting[:0] = jobs
+
     def wait(self, job: BatchJob[Payload, AnswerT], *, timeout_s: float | None = None) -> AnswerT:
         """The answer of a queued job; a caller that is interrupted, or waits too long, abandons the job.
 
@@ -139,42 +153,47 @@ class Batcher(Generic[Payload, AnswerT]):
     def _work(self) -> None:
         while True:
             with self._condition:
-                if not self._condition.wait_for(lambda: self._waiting, timeout=IDLE_S):
+                if not self._is_under_way and not self._condition.wait_for(lambda: self._waiting, timeout=IDLE_S):
                     self._worker = None
                     return
-                first = [job for job in self._waiting if not job.cancelled]
-            if first:
-                self._prepare(first)
-            del first
-            with self._condition:
-                self._collect()
-                waiting = [job for job in self._waiting if not job.cancelled]
-                self._waiting = []
-                self._had_company = len(waiting) > 1
+                self._wait_for_company()
+                waiting: list[BatchJob[Payload, AnswerT]] = []
+                if self._waiting and (not self._is_under_way or self._window_left_s() <= 0):
+                    waiting = [job for job in self._waiting if not job.cancelled]
+                    self._waiting = []
             if waiting:
-                self._run_one_batch(waiting)
+                self._start_some(waiting)
             del waiting  # an idle worker must not keep answers alive
+            self._is_under_way = self._step()
+            self._stepped_s = time.monotonic()
 
-    def _run_one_batch(self, waiting: list[BatchJob[Payload, AnswerT]]) -> None:
-        """Run one batch out of `waiting` and put the rest back in front of what has come since."""
-        batch = waiting
+    def _start_some(self, waiting: list[BatchJob[Payload, AnswerT]]) -> None:
+        """Start some of those that wait and put the rest back in front of what has come since."""
+        chosen = waiting
         try:
-            batch = list(self._choose(waiting))
-            taken = set(map(id, batch))
-            with self._condition:
-                self._waiting[:0] = [job for job in waiting if id(job) not in taken]
-            self._run(batch)
+            chosen = list(self._choose(waiting))
+            taken = set(map(id, chosen))
+            self.put_back([job for job in waiting if id(job) not in taken])
+            self._had_company = len(waiting) > 1 or self._is_under_way
+            if chosen:
+                self._run(chosen)
         except BaseException as error:  # noqa: BLE001 - handed to every caller, who raises it
-            for job in batch:
+            for job in chosen:
                 if not job.future.done():
                     job.future.set_exception(error)
 
-    def _collect(self) -> None:
-        """Wait for company until the oldest job's deadline, if any is to be expected."""
-        # A job that waited while others were answered, or prepared, has waited for company long enough.
-        deadline = self._waiting[0].arrived_s + self._window_s
-        while (left := deadline - time.monotonic()) > 0 and (self._n_arriving or self._had_company):
-            self._condition.wait(left)
+    def _wait_for_company(self) -> None:
+        """With nothing under way: wait until the oldest job's window has passed, if company is to be expected."""
+        while self._waiting and not self._is_under_way and (left_s := self._window_left_s()) > 0:
+            self._condition.wait(left_s)
+
+    def _window_left_s(self) -> float:
+        """How much longer the oldest job should wait for company."""
+        if not self._n_arriving and (self._is_under_way or not self._had_company):
+            return 0.0
+        # Those answered a moment ago come again: who waited while they were answered waits for them.
+        since_s = self._waiting[0].arrived_s if self._is_under_way else max(self._waiting[0].arrived_s, self._stepped_s)
+        return since_s + self._window_s - time.monotonic()
 
 
 Job = BatchJob[Prompt, Answer]
@@ -217,7 +236,10 @@ class BatchGenerator:
         model: the model in memory.
         cascades: whether the cascade loop is used where the model fits it.
         prefixes: states of shared prefixes.
-        n_batches, n_rows, n_near_ties: counters since loading.
+        n_batches: how many times prompts were read together, since loading.
+        n_rows: answers.
+        n_near_ties: tokens looked at again alone, and batches' rows answered again.
+        n_steps, n_row_steps: steps, and rows in each, summed.
     """
 
     def __init__(self, model: LocalModel) -> None:
@@ -225,15 +247,22 @@ class BatchGenerator:
         self.cascades = model.cascades
         self.prefixes = PrefixCache()
         self._executor = BatchExecutor(model, self.prefixes)
-        self.n_batches = self.n_rows = self.n_near_ties = 0
-        self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run, prepare=self._read_prefix)
+        self._runs: dict[str, CascadeRun] = {}
+        self._jobs: dict[Row, Job] = {}
+        self._ties: list[Job] = []
+        self.n_batches = self.n_rows = self.n_near_ties = self.n_steps = self.n_row_steps = 0
+        self._batcher: Batcher[Prompt, Answer] = Batcher(self._choose, self._run, step=self._step)
 
     def describe(self) -> str:
         """One line on the model, the path its batches take, and what was answered since loading."""
         path = "cascade" if self.cascades else "transformers generate"
-        batches = f"{self.n_rows} answers in {self.n_batches} batches" if self.n_batches else "no answer yet"
-        ties = f", {self.n_near_ties} near-ties answered alone" if self.n_near_ties else ""
-        return f"{self.model.describe()}, {path}; {batches}{ties}"
+        rows = (
+            f"{self.n_rows} answers, {self.n_row_steps / self.n_steps:.1f} at a time"
+            if self.n_rows
+            else "no answer yet"
+        )
+        ties = f", {self.n_near_ties} near-ties looked at again alone" if self.n_near_ties else ""
+        return f"{self.model.describe()}, {path}; {rows}{ties}"
 
     def arriving(self) -> AbstractContextManager[None]:
         """Announces a prompt in preparation; see `Batcher.arriving`."""
@@ -249,52 +278,48 @@ class BatchGenerator:
 
     # -- which prompts go together
 
+    def _choose(self, waiting: Sequence[Job]) -> Sequence[Job]:
+        """The oldest job and all that can start together with it, as far as there is room beside what is under way."""
+        oldest = waiting[0].payload
+        if self.cascades:
+            family, scores = self._executor.family(oldest), bool(oldest.choices)
+            jobs = [
+                job
+                for job in waiting
+                if bool(job.payload.choices) == scores and self._executor.family(job.payload) == family
+            ]
+            return self._within_limits(jobs)
+        groups: dict[tuple[PrefixKey, int, bool], list[Job]] = {}
+        for job in waiting:
+            if lora_key(job.payload) == lora_key(oldest) and bool(job.payload.choices) == bool(oldest.choices):
+                groups.setdefault(self._group_key(job.payload), []).append(job)
+        first = next(iter(groups.values()))
+        if self._is_lone(first):  # new prefixes of one row each are padded together without sharing
+            first = [group[0] for group in groups.values() if self._is_lone(group)]
+        return self._within_limits(first)
+
     def _group_key(self, prompt: Prompt) -> tuple[PrefixKey, int, bool]:
         prefix = self._executor.prefix_key(prompt)
         width = 0 if self.model.pads else len(prompt.tokens.ids) - len(prefix[1])
         return prefix, width, bool(prompt.choices)
 
-    def _choose(self, waiting: Sequence[Job]) -> Sequence[Job]:
-        """The oldest job's group, and others that fit beside it, those of one adapter side by side.
-
-        Jobs of one adapter and prefix are a group. Lone new prefixes are padded together without sharing. In the
-        cascade, groups of several prefixes share a batch, and of several adapters where the decoder mixes them.
-        """
-        oldest = waiting[0].payload
-        family = self._family(oldest)
-        groups: dict[tuple[PrefixKey, int, bool], list[Job]] = {}
-        for job in waiting:
-            if self._family(job.payload) == family and bool(job.payload.choices) == bool(oldest.choices):
-                groups.setdefault(self._group_key(job.payload), []).append(job)
-        first = next(iter(groups.values()))
-        if self._is_lone(first):
-            picked = [group for group in groups.values() if self._is_lone(group)]
-        elif self.cascades:
-            width = self._own_width(first)
-            picked = [g for g in groups.values() if not self._is_lone(g) and self._own_width(g) <= 2 * width]
-        else:
-            picked = [first]
-        places = {lora: place for place, lora in enumerate(dict.fromkeys(lora_key(g[0].payload) for g in picked))}
-        picked.sort(key=lambda group: places[lora_key(group[0].payload)])
-        return self._within_limits([job for group in picked for job in group])
-
-    def _family(self, prompt: Prompt) -> str:
-        return self._executor.family(prompt) if self.cascades else f"one {lora_key(prompt)}"
-
     def _is_lone(self, group: Sequence[Job]) -> bool:
         return len(group) == 1 and self.model.pads and self._executor.prefix_key(group[0].payload) not in self.prefixes
 
-    def _own_width(self, group: Sequence[Job]) -> int:
-        n_prefix = len(self._executor.prefix_key(group[0].payload)[1])
-        return max(len(job.payload.tokens.ids) for job in group) - n_prefix
-
     def _within_limits(self, jobs: Sequence[Job]) -> Sequence[Job]:
-        """As many of the first jobs as a batch may hold, at least one."""
+        """As many of the first jobs as may join what is under way; at least one where nothing is."""
+        running = list(self._jobs.values())
         free = free_bytes(self.model.device)
-        limit = BATCH_LIMIT_BYTES if free is None else min(BATCH_LIMIT_BYTES, FREE_SHARE * free)
-        n = min(len(jobs), MAX_BATCH)
-        while n > 1 and (needed := self._bytes(jobs[:n])) > limit:
-            n = max(1, min(n - 1, int(n * limit / needed)))
+        limit: float = BATCH_LIMIT_BYTES
+        if free is not None:
+            limit = min(limit, FREE_SHARE * (free + (self._bytes(running) if running else 0)))
+        least = 0 if running else 1
+        n = min(len(jobs), max(least, MAX_BATCH - len(running)))
+        while n > least and (
+            len(running) + n > min(job.company for job in [*running, *jobs[:n]])
+            or self._bytes([*running, *jobs[:n]]) > limit
+        ):
+            n -= 1 if n < 8 else n // 8
         return jobs[:n]
 
     def _bytes(self, jobs: Sequence[Job]) -> int:
@@ -311,58 +336,124 @@ class BatchGenerator:
             n_new=min(FIRST_ROOM_TOKENS, max(prompt.rules.max_tokens for prompt in prompts)),
         )
 
-    # -- running a batch
+    # -- running them
 
-    def _read_prefix(self, waiting: Sequence[Job]) -> None:
-        """Read the oldest job's prefix if it is to be shared, before its batch is closed.
-
-        It takes as long as many rows do: the rows of a batch that begins with one caller come while it is read.
-        """
+    def _run(self, jobs: Sequence[Job]) -> None:
+        """Start jobs of one kind: those of the cascade join their run, all others are answered at once."""
         import torch
 
-        oldest = waiting[0].payload
-        key = self._executor.prefix_key(oldest)
-        if not self.cascades or not key[1] or key in self.prefixes:
-            return
-        if len(waiting) > 1 and sum(self._executor.prefix_key(job.payload) == key for job in waiting) < 2:
-            return  # a lone prefix among others: they are padded together
-        with self.model.lock, torch.inference_mode(), suppress(RuntimeError, MemoryError):
-            # What fails here, for want of memory, fails again with the batch, and is reported there.
-            self._executor.read_prefix(oldest)
+        try:
+            with self.model.lock, torch.inference_mode():
+                if len(jobs) == 1 and not self._jobs:
+                    self._check_memory(jobs[0])
+                if self.cascades and not jobs[0].payload.choices:
+                    self._join(jobs)
+                else:
+                    answers = self._score(jobs) if jobs[0].payload.choices else self._generate(jobs)
+                    self._count(len(jobs))
+                    for job, answer in zip(jobs, answers, strict=True):
+                        self._resolve(job, answer)
+            self.n_batches += 1
+        except Exception as error:  # noqa: BLE001 - told to the callers whose rows cause it
+            self._try_again(jobs, error)
 
-    def _run(self, batch: Sequence[Job]) -> None:
+    def _join(self, jobs: Sequence[Job]) -> None:
+        prompts = [job.payload for job in jobs]
+        family = self._executor.family(prompts[0])
+        rows = self._executor.rows(prompts, is_cancelled=lambda i: jobs[i].cancelled)
+        fresh = self._executor.new_run(prompts[0])
+        fresh.add(rows, room=min(max(prompt.rules.max_tokens for prompt in prompts), FIRST_ROOM_TOKENS))
+        if family not in self._runs:
+            self._runs[family] = fresh
+        else:
+            try:
+                self._runs[family].join(fresh)
+            except Exception as error:
+                self._break_up(family, error)
+                raise
+        self._jobs.update(zip(rows, jobs, strict=True))
+
+    def _step(self) -> bool:
+        """One step of every run; with none left, one row that hung on a tie. Returns whether there is more to do."""
         import torch
 
         with self.model.lock, torch.inference_mode():
-            self._answer(batch)
+            for family, run in list(self._runs.items()):
+                self._count(len(run.rows))
+                try:
+                    gone = run.step(lambda row: self._executor.look_again(self._jobs[row].payload, row))
+                except Exception as error:  # noqa: BLE001 - told to the callers whose rows cause it
+                    self._break_up(family, error)
+                    continue
+                for row in gone:
+                    self._release(self._jobs.pop(row), row)
+                if not run.rows:
+                    del self._runs[family]
+            if not self._runs and self._ties:
+                self._answer_alone(self._ties.pop(0))
+        return bool(self._runs or self._ties)
 
-    def _answer(self, batch: Sequence[Job]) -> None:
-        try:
-            if len(batch) == 1:
-                self._check_memory(batch[0])
-            answers = self._score(batch) if batch[0].payload.choices else self._generate(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise ProviderError(
-                    f"generation failed on {self.model.device}: {type(error).__name__}: {error}"
-                ) from error
-            if len(batch) == 1:
-                raise OutOfMemoryError(
-                    f"memory on {self.model.device} does not suffice for one prompt of "
-                    f"{len(batch[0].payload.tokens.ids)} tokens alone, with max_tokens="
-                    f"{batch[0].payload.rules.max_tokens} ({oom_message(error)}); {REMEDY}"
-                ) from error
-            logger.warning("out of memory on %s with %d requests; trying halves", self.model.device, len(batch))
-            middle = len(batch) // 2
-        else:
-            self.n_batches += 1
-            self.n_rows += len(batch)
-            for job, answer in zip(batch, answers, strict=True):
-                self.n_near_ties += answer.near_tie
-                job.future.set_result(answer)
+    def _release(self, job: Job, row: Row) -> None:
+        """A row has left its run."""
+        self.n_near_ties += row.n_ties
+        if row.state.near_tie:
+            self._ties.append(job)
             return
-        self._answer(batch[:middle])
-        self._answer(batch[middle:])
+        try:
+            if row.failure is not None:
+                raise row.failure
+            self._resolve(job, _to_answer(job.payload, row.state))
+        except Exception as error:  # noqa: BLE001 - told to its caller
+            self._fail(job, error)
+
+    def _answer_alone(self, job: Job) -> None:
+        """Answer a prompt by the library's own `generate`, from its first token on."""
+        if job.cancelled:
+            return
+        try:
+            (row,) = self._executor.by_generate([job.payload], is_cancelled=job.is_cancelled, plain=True)
+            self._resolve(job, _to_answer(job.payload, row))
+        except Exception as error:  # noqa: BLE001 - told to its caller
+            self._fail(job, error)
+
+    def _count(self, n_rows: int) -> None:
+        self.n_steps += 1
+        self.n_row_steps += n_rows
+
+    def _resolve(self, job: Job, answer: Answer) -> None:
+        self.n_rows += 1
+        job.future.set_result(answer)
+
+    # -- what goes wrong
+
+    def _break_up(self, family: str, error: Exception) -> None:
+        """A run has failed in the middle: its rows are answered again from their first tokens on."""
+        rows = self._runs.pop(family).rows
+        self._try_again([self._jobs.pop(row) for row in rows], error)
+
+    def _try_again(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Queue jobs whose batch has failed again, in batches half as large; a single one has failed for good."""
+        if len(jobs) == 1:
+            self._fail(jobs[0], error)
+            return
+        logger.warning("%s on %s with %d requests; trying halves", _said(error), self.model.device, len(jobs))
+        for job in jobs:
+            job.company = min(job.company, len(jobs) // 2)
+        self._batcher.put_back(jobs)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, (RuntimeError, MemoryError)):
+            job.future.set_exception(error)
+            return
+        prompt, device = job.payload, self.model.device
+        failure: Exception = ProviderError(f"generation failed on {device}: {type(error).__name__}: {error}")
+        if is_out_of_memory(error):
+            failure = OutOfMemoryError(
+                f"memory on {device} does not suffice for one prompt of {len(prompt.tokens.ids)} tokens alone, with "
+                f"max_tokens={prompt.rules.max_tokens} ({oom_message(error)}); {REMEDY}"
+            )
+        failure.__cause__ = error
+        job.future.set_exception(failure)
 
     def _check_memory(self, job: Job) -> None:
         needed, free = self._bytes([job]), free_bytes(self.model.device)
@@ -373,36 +464,41 @@ class BatchGenerator:
                 f"{size(needed, rough=True)} on {self.model.device}, where {size(free, rough=True)} are free; {REMEDY}"
             )
 
-    def _generate(self, batch: Sequence[Job]) -> list[Answer]:
-        """Answers of a batch; a row that hangs on a near-tie is answered again, alone and by the library."""
-        prompts = [job.payload for job in batch]
-        path = self._executor.by_cascade if self.cascades else self._executor.by_generate
-        rows = path(prompts, is_cancelled=lambda i: batch[i].cancelled)
+    # -- at once
+
+    def _generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Answers of a batch by the library; a row that hangs on a near-tie is answered again, alone."""
+        rows = self._executor.by_generate([job.payload for job in jobs], is_cancelled=lambda i: jobs[i].cancelled)
         answers = []
-        for job, row in zip(batch, rows, strict=True):
-            near_tie = row.near_tie
-            if near_tie:
+        for job, row in zip(jobs, rows, strict=True):
+            if row.near_tie:
+                self.n_near_ties += 1
                 row = self._executor.by_generate([job.payload], is_cancelled=job.is_cancelled, plain=True)[0]
-            answers.append(_to_answer(job.payload, row, near_tie=near_tie))
+            answers.append(_to_answer(job.payload, row))
         return answers
 
-    def _score(self, batch: Sequence[Job]) -> list[Answer]:
+    def _score(self, jobs: Sequence[Job]) -> list[Answer]:
         """Log-probabilities of each prompt's choices; where the best two nearly tie, each is scored alone."""
-        prompts = [job.payload for job in batch]
+        prompts = [job.payload for job in jobs]
         if not self.cascades:
             alone = [self._executor.score_alone(prompt) for prompt in prompts]
-            return [Answer((), "", "stop", False, choice_scores=tuple(row)) for row in alone]
+            return [Answer((), "", "stop", choice_scores=tuple(row)) for row in alone]
         answers = []
         for prompt, row in zip(prompts, self._executor.score(prompts), strict=True):
             best = sorted(row, reverse=True)[:2]
             near_tie = len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
+            self.n_near_ties += near_tie
             scores = self._executor.score_alone(prompt) if near_tie else row
-            answers.append(Answer((), "", "stop", near_tie, choice_scores=tuple(scores)))
+            answers.append(Answer((), "", "stop", choice_scores=tuple(scores)))
         return answers
 
 
-def _to_answer(prompt: Prompt, row: RowState, *, near_tie: bool) -> Answer:
+def _said(error: Exception) -> str:
+    return "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {oom_message(error)}"
+
+
+def _to_answer(prompt: Prompt, row: RowState) -> Answer:
     ids = row.ids[:-1] if row.ids and row.ids[-1] in prompt.eos_ids else row.ids
     text = row.text if row.text is not None else prompt.chat.decode(ids)
     reason: Literal["stop", "length"] = "stop" if row.reason == "stop" else "length"
-    return Answer(tuple(row.ids), text, reason, near_tie, logprobs=tuple(row.logprobs))
+    return Answer(tuple(row.ids), text, reason, logprobs=tuple(row.logprobs))

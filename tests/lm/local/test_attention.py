@@ -43,8 +43,7 @@ def test_full_attention_models_cascade_and_windows_and_convolutions_do_not(archi
 def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture, models):
     import torch
 
-    from copa_harness.lm.local.attention import RowGroup
-    from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Suffixes
+    from copa_harness.lm.local.decoding import LibraryReader, Row, next_logits
 
     model, draw = models(architecture), random.Random(5)
     prefixes = [[draw.randrange(10, 380) for _ in range(n)] for n in (20, 0, 11)]
@@ -56,13 +55,10 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
             cache = model.new_cache()
             if prefix:
                 model.model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
-            states.append(cache if prefix else None)
-        groups = [RowGroup(0, 3, states[0]), RowGroup(3, 5, None), RowGroup(5, 7, states[2])]
-        suffixes = Suffixes(tails, [len(prefixes[i]) for i in owners], groups)
+            states.append((cache,) if prefix else ())
+        rows = [Row(tail, n_shared=len(prefixes[i]), shared=states[i]) for i, tail in zip(owners, tails, strict=True)]
         readers = [LibraryReader(model.model), *([model.decoder] if model.decoder else [])]
-        together = [
-            CascadeRun(reader, suffixes, device=model.device, pad_id=model.pad_id, room=1).logits for reader in readers
-        ]
+        together = [next_logits(reader, rows, device=model.device, pad_id=model.pad_id) for reader in readers]
         alone = [
             model.model(torch.tensor([prefixes[i] + tail])).logits[0, -1] for i, tail in zip(owners, tails, strict=True)
         ]
@@ -70,23 +66,25 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
     assert all((logits - torch.stack(alone)).abs().max() < 1e-4 for logits in together)
 
 
+@pytest.mark.parametrize("n_bytes", [1, 20_000, 1 << 28])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_continuations_have_the_log_probabilities_they_have_alone(architecture, models):
+def test_continuations_have_the_log_probabilities_they_have_alone(architecture, n_bytes, models, monkeypatch):
     import torch
 
-    from copa_harness.lm.local.attention import RowGroup
-    from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Suffixes
+    from copa_harness.lm.local import decoding
+    from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Row
 
+    monkeypatch.setattr(decoding, "SCORED_BYTES", n_bytes)
     model, draw = models(architecture), random.Random(6)
-    tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (4, 7)]
-    choices = [[[20], [21, 22, 23]], [[30, 31], [32], [33, 34]]]
+    tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (7, 4, 1)]
+    choices = [[[20], [21, 22, 23]], [[30, 31], [32], [33, 34]], [[40, 41, 42, 43], [40, 41], [42, 43]]]
     with torch.inference_mode():
-        reader = model.decoder or LibraryReader(model.model)
-        suffixes = Suffixes(tails, [0, 0], [RowGroup(0, 2, None)])
-        run = CascadeRun(reader, suffixes, device=model.device, pad_id=0, room=3)
-        scores = run.score(choices)
-        for tail, row, given in zip(tails, choices, scores, strict=True):
-            for choice, score in zip(row, given, strict=True):
+        run = CascadeRun(model.decoder or LibraryReader(model.model), device=model.device, pad_id=0)
+        rows = [Row(tail) for tail in tails]
+        run.add(rows, room=3)
+        scores = run.score(dict(zip(rows, choices, strict=True)))
+        for tail, row, own in zip(tails, rows, choices, strict=True):
+            for choice, score in zip(own, scores[row], strict=True):
                 logprobs = model.model(torch.tensor([tail + choice])).logits[0].log_softmax(-1)
                 steps = range(len(tail) - 1, len(tail) - 1 + len(choice))
                 assert score == pytest.approx(
@@ -141,8 +139,7 @@ def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architect
     import torch
 
     from copa_harness.lm.local import llama
-    from copa_harness.lm.local.attention import RowGroup
-    from copa_harness.lm.local.decoding import CascadeRun, Suffixes
+    from copa_harness.lm.local.decoding import Row, next_logits
 
     model = models(architecture)
     monkeypatch.setattr(llama, "PACK_LIMIT_BYTES", 0)
@@ -152,7 +149,7 @@ def test_a_model_too_large_to_be_laid_out_twice_is_computed_as_it_lies(architect
     assert {weight.data_ptr() for weight in [*layer.qkv.weights, *layer.gate_up.weights]} <= own
     ids = [20, 31, 42, 53]
     with torch.inference_mode():
-        run = CascadeRun(decoder, Suffixes([ids], [0], [RowGroup(0, 1, None)]), device="cpu", pad_id=0, room=1)
+        logits = next_logits(decoder, [Row(ids)], device="cpu", pad_id=0)
         alone = model.model(torch.tensor([ids])).logits[0, -1]
-    assert (run.logits[0] - alone).abs().max() < 1e-4
+    assert (logits[0] - alone).abs().max() < 1e-4
     assert decoder.n_parameters == sum(parameter.numel() for parameter in model.model.parameters())

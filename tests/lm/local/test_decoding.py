@@ -46,11 +46,11 @@ def test_a_near_tie_is_flagged_only_in_the_row_and_step_that_has_it():
     assert [row.near_tie for row in rows] == [True, False]
 
 
-def stop(tokens, rules, *, eos=frozenset({9}), is_cancelled=lambda i: False):
+def stop(tokens, rules, *, eos=frozenset({9}), is_cancelled=lambda: False):
     import torch
 
-    rows = [RowState(rules)]
-    stopper = RowStopper(rows, eos_ids=[eos], decoders=[lambda ids: "".join(map(str, ids))], is_cancelled=is_cancelled)
+    rows = [RowState(rules, eos_ids=eos, decode=lambda ids: "".join(map(str, ids)), is_cancelled=is_cancelled)]
+    stopper = RowStopper(rows)
     for i in range(len(tokens)):
         if stopper(torch.tensor([tokens[: i + 1]]), None).all():
             break
@@ -65,4 +65,4 @@ def test_a_row_ends_at_its_end_token_limit_or_stop_string():
 
 
 def test_a_row_nobody_waits_for_ends():
-    assert stop([1, 2, 3], DecodingRules(5), is_cancelled=lambda i: True).ids == [1]
+    assert stop([1, 2, 3], DecodingRules(5), is_cancelled=lambda: True).ids == [1]

@@ -106,22 +106,71 @@ def test_jobs_of_callers_that_gave_up_are_not_run():
     assert log == [["kept"]]
 
 
-def test_who_comes_while_the_first_is_prepared_joins_its_batch():
-    log, prepared, go_on = [], threading.Event(), threading.Event()
+def test_who_comes_while_others_are_under_way_is_started_between_two_steps():
+    log, stepped, go_on = [], threading.Event(), threading.Event()
+    under_way = []
 
-    def run(batch):
-        log.append([job.payload for job in batch])
-        for job in batch:
+    def run(jobs):
+        log.append([job.payload for job in jobs])
+        under_way.extend(jobs)
+
+    def step():
+        if len(under_way) == 1:
+            stepped.set()
+            go_on.wait(HANGS_S)
+            return True
+        for job in under_way:
             job.future.set_result(job.payload)
+        return False
 
-    def prepare(waiting):
-        prepared.set()
-        go_on.wait(5)
-
-    batcher = Batcher(lambda waiting: waiting, run, prepare=prepare)
+    batcher = Batcher(lambda waiting: waiting, run, step=step)
     first = batcher.submit("a")
-    assert prepared.wait(5)
+    assert stepped.wait(HANGS_S)
     second = batcher.submit("b")
     go_on.set()
-    assert (batcher.wait(first), batcher.wait(second)) == ("a", "b")
-    assert log == [["a", "b"]]
+    assert (batcher.wait(first, timeout_s=HANGS_S), batcher.wait(second, timeout_s=HANGS_S)) == ("a", "b")
+    assert log == [["a"], ["b"]]
+
+
+def test_who_waited_while_others_were_answered_waits_for_those_to_come_again():
+    log, entered, go_on = [], threading.Event(), threading.Event()
+
+    def run(jobs):
+        log.append([job.payload for job in jobs])
+        entered.set()
+        go_on.wait(HANGS_S)
+        for job in jobs:
+            job.future.set_result(job.payload)
+
+    batcher = Batcher(lambda waiting: waiting, run, window_s=1.0)
+    with batcher.arriving():
+        jobs = [batcher.submit(name) for name in "ab"]
+    assert entered.wait(HANGS_S)
+    late = batcher.submit("c")
+    time.sleep(1.1)  # longer than the window
+    go_on.set()
+    for job in jobs:
+        batcher.wait(job, timeout_s=HANGS_S)
+    again = [batcher.submit(name) for name in "de"]
+    for job in (late, *again):
+        batcher.wait(job, timeout_s=HANGS_S)
+    assert log == [["a", "b"], ["c", "d", "e"]]
+
+
+def test_jobs_put_back_come_before_all_others():
+    log = []
+
+    def run(jobs):
+        log.append([job.payload for job in jobs])
+        if len(jobs) > 1:
+            batcher.put_back(jobs)
+            return
+        for job in jobs:
+            job.future.set_result(job.payload)
+
+    batcher = Batcher(lambda waiting: waiting[: 1 if log else 2], run, window_s=0.5)
+    with batcher.arriving():
+        jobs = [batcher.submit(i) for i in range(3)]
+    for job in jobs:
+        batcher.wait(job, timeout_s=HANGS_S)
+    assert log == [[0, 1], [0], [1], [2]]
