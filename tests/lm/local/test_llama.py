@@ -30,19 +30,17 @@ def largest_difference(model, *, n_prefix=20, lengths=(3, 9, 6), seed=5):
     """Of the logits of rows that share a prefix, by our own forward, to those of each row alone by the library's."""
     import torch
 
-    from copa_harness.lm.local.attention import RowGroup
-    from copa_harness.lm.local.decoding import CascadeRun, Suffixes
+    from copa_harness.lm.local.decoding import Row, next_logits
 
     draw = random.Random(seed)
     prefix, *tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (n_prefix, *lengths)]
     with torch.inference_mode():
-        n_behind = len(tails) - 1
-        groups = [RowGroup(0, n_behind, model.decoder.prefill(prefix)), RowGroup(n_behind, len(tails), None)]
-        suffixes = Suffixes(tails, [n_prefix] * n_behind + [0], groups)
-        run = CascadeRun(model.decoder, suffixes, device=model.device, pad_id=model.pad_id, room=1)
+        states = (model.decoder.prefill(prefix),)
+        rows = [Row(tail, shared=states, n_shared=n_prefix) for tail in tails[:-1]] + [Row(tails[-1])]
+        together = next_logits(model.decoder, rows, device=model.device, pad_id=model.pad_id)
         prompts = [prefix + tail for tail in tails[:-1]] + [tails[-1]]
         alone = torch.stack([model.model(torch.tensor([ids])).logits[0, -1] for ids in prompts])
-    return float((run.logits - alone).abs().max() / alone.abs().max())
+    return float((together - alone).abs().max() / alone.abs().max())
 
 
 @pytest.mark.parametrize(
