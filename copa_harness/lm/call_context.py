@@ -74,6 +74,7 @@ class CallContext:
         fields: The output fields of a constrained answer.
         completions: How many of the call's completions have arrived.
         time_left_s: Seconds the budget leaves it.
+        gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
     """
 
     scope: Scope | None = None
@@ -86,11 +87,14 @@ class CallContext:
     fields: tuple[OutputField, ...] | None = None
     completions: Completions | None = None
     time_left_s: float = math.inf
+    gives_way: bool = False
 
-    def for_call(self, rollout_id: object, fields: tuple[OutputField, ...] | None) -> CallContext:
+    def for_call(
+        self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False
+    ) -> CallContext:
         """The same for one call; written out, since `replace` takes longer than the rest of what a call needs here."""
         around = (self.scope, self.phase, self.repeat, self.dry_run, self.observer, self.label_scores)
-        return CallContext(*around, rollout_id, fields, Completions())
+        return CallContext(*around, rollout_id, fields, Completions(), gives_way=gives_way)
 
 
 SETTING = "copa_context"
@@ -142,6 +146,12 @@ def time_left_s() -> float:
     """Seconds the budget leaves the call under way."""
     context = _call.get()
     return math.inf if context is None else context.time_left_s
+
+
+def ceiling_gives_way() -> bool:
+    """Whether `max_tokens` of the call under way gives way to what room the context leaves."""
+    context = _call.get()
+    return context is not None and context.gives_way
 
 
 # -- scopes

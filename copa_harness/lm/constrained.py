@@ -8,7 +8,7 @@ there. The fields are those of the `dspy.Predict` that is running, in `dspy.Chat
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -79,8 +79,7 @@ def constraint_of_call(
     fields = output_fields(predictor.signature)
     if all(field.choices is None for field in fields):
         return None
-    asked = str(messages[-1].get("content", ""))
-    if not all(f"`[[ ## {field.name} ## ]]`" in asked for field in fields):
+    if not in_chat_layout(messages, [field.name for field in fields]):
         adapter = type(dspy.settings.adapter).__name__ if dspy.settings.adapter else "an unknown prompt adapter"
         raise ConfigurationError(
             f"got a prompt by {adapter} for the fields {', '.join(field.name for field in fields)}; constrained "
@@ -89,6 +88,12 @@ def constraint_of_call(
     if label_scores:
         settings["logprobs"] = True
     return fields
+
+
+def in_chat_layout(messages: Sequence[Mapping[str, Any]], fields: Iterable[str]) -> bool:
+    """Whether a call asks for these fields in `dspy.ChatAdapter`'s layout."""
+    asked = str(messages[-1].get("content", "")) if messages else ""
+    return all(f"`[[ ## {name} ## ]]`" in asked for name in fields)
 
 
 def with_constraint(request: Request, fields: Sequence[OutputField] | None) -> Request:

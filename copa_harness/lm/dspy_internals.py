@@ -48,6 +48,7 @@ from dspy.clients.costs import estimate_cost
 from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.clients.errors import error_boundary, wrap_error
 from dspy.clients.execution import execute, prepare
+from dspy.clients.lm import _is_openai_reasoning_model as is_reasoning_model
 from dspy.lm15 import (
     Config,
     LM15Error,
@@ -80,6 +81,7 @@ __all__ = [
     "fast_path_enabled",
     "is_dspys_choice",
     "is_plain_call",
+    "is_reasoning_model",
     "model_metadata",
     "outputs_of",
     "prepare",

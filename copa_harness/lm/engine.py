@@ -94,6 +94,10 @@ class Engine(ABC):
         """What is known of a model's prices and of its longest answer, without asking the network."""
         return Limits()
 
+    def takes_stop(self, model: str) -> bool:
+        """Whether requests to `model` may carry a stop string of ours. True by default: what runs here takes them."""
+        return True
+
     def worst_case(self, request: Request, bounds: Bounds) -> Cost:
         """The most one answer to `request` can cost, as far as `bounds` ask.
 

@@ -20,6 +20,7 @@ from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.answer_ceiling import DERIVED
 from copa_harness.lm.constrained import checked_constrain
 from copa_harness.lm.dspy_internals import CLIENT_KEYS, LITELLM_PROVIDER_PREFIXES, prompt_adapter, resolve
 from copa_harness.lm.gateway import Gateway
@@ -99,10 +100,7 @@ def _did_you_mean(provider: str, model: str) -> str:
 
 
 EMBEDDED_MAX_TOKENS = 64
-"""Default ceiling of output tokens of the embedded model: a label and its field markers."""
-
-LOCAL_MAX_TOKENS = 512
-"""Default ceiling of output tokens of other models that run here."""
+"""Default ceiling of output tokens of the embedded model: a label and its field markers, each a token of it."""
 
 LORA_FOLDER = "lora"
 """Folder of the LoRA adapters inside the cache directory."""
@@ -133,6 +131,8 @@ class ModelSettings:
             they are refused. Models with weights here only.
         constrain: Output fields typed `Literal`, enum or bool get the likeliest allowed value; see `constrained`. Local
             models only.
+        answer_tokens: Ceiling of output tokens of calls without `max_tokens`; None derives it from the output fields of
+            the predictor that calls (see `lm.answer_ceiling`), 0 sets none.
         api_base: URL of the endpoint. Endpoint models only.
         base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
             be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.endpoint.vllm`).
@@ -145,6 +145,7 @@ class ModelSettings:
     chat_template: Path | None = None
     allow_pickled_weights: bool = False
     constrain: bool = False
+    answer_tokens: int | None = None
     api_base: str | None = None
     base_weights: str | None = None
     served_lora_path: str | None = None
@@ -195,7 +196,8 @@ def _endpoint_lm(
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
     try:
-        lm = meter_lm(dspy.LM(spec, cache=False, **lm_kwargs), gateway=gateway)
+        plain = dspy.LM(spec, cache=False, **lm_kwargs)
+        lm = meter_lm(plain, gateway=gateway, answer_tokens=settings.answer_tokens)
     except (LMConfigurationError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
     if settings.base_weights is None:
@@ -217,10 +219,20 @@ def _endpoint_lm(
     return lm.copy(engine=engine)
 
 
-def meter_lm(lm: dspy.LM, *, gateway: Gateway) -> MeteredLM:
+def answer_ceiling_of(answer_tokens: int | None) -> int | str | None:
+    """`ModelSettings.answer_tokens` as `MeteredLM` wants it."""
+    return DERIVED if answer_tokens is None else answer_tokens or None
+
+
+def meter_lm(lm: dspy.LM, *, gateway: Gateway, answer_tokens: int | None = None) -> MeteredLM:
     """A plain `dspy.LM` with its calls led through the gateway; its provider (fine-tuning) and defaults are kept.
 
     A `MeteredLM` comes back as it is.
+
+    Args:
+        lm: The model.
+        gateway: The cache and meter its calls go through.
+        answer_tokens: As in `ModelSettings`.
 
     Raises:
         ConfigurationError: The LM is a text-completion model or has a custom engine.
@@ -243,6 +255,7 @@ def meter_lm(lm: dspy.LM, *, gateway: Gateway) -> MeteredLM:
         launch_kwargs=lm.launch_kwargs,
         train_kwargs=lm.train_kwargs,
         use_developer_role=lm.use_developer_role,
+        answer_tokens=answer_ceiling_of(answer_tokens),
         **{"temperature": None, "max_tokens": None, **defaults},
     )
 
@@ -299,8 +312,14 @@ def _local_lm(
         dtype=settings.dtype,
         chat_template=chat_template,
     )
-    max_tokens = EMBEDDED_MAX_TOKENS if spec == EMBEDDED else LOCAL_MAX_TOKENS
-    defaults = {"temperature": 0.0, "max_tokens": max_tokens, "constrain": settings.constrain, **lm_kwargs}
+    max_tokens = (settings.answer_tokens or EMBEDDED_MAX_TOKENS) if spec == EMBEDDED else None
+    defaults = {
+        "temperature": 0.0,
+        "max_tokens": max_tokens,
+        "constrain": settings.constrain,
+        "answer_tokens": answer_ceiling_of(settings.answer_tokens),
+        **lm_kwargs,
+    }
     return MeteredLM(name, engine=engine, gateway=gateway, **defaults)
 
 

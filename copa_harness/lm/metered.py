@@ -21,6 +21,7 @@ from dspy.lm15 import Request, Response, response_to_events
 from dspy.utils.exceptions import LMUnexpectedError
 
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.answer_ceiling import answer_bounds
 from copa_harness.lm.budget.cost import is_truncated
 from copa_harness.lm.call_context import Completions, calling, current_call, current_context, is_counted
 from copa_harness.lm.constrained import checked_constrain, constraint_of_call, with_constraint
@@ -112,13 +113,15 @@ class MeteredLM(dspy.LM):
         model: Name of the model, as the engine knows it.
         engine: What answers. Client settings (keys, URLs, timeouts) belong to it.
         gateway: The cache and meter calls go through.
-        provider: DSPy's fine-tuning provider; inferred from the name by default.
         temperature: 0 by default; None leaves it to the provider.
         max_tokens: Ceiling of output tokens per completion; None leaves it to the engine.
         num_retries: How often DSPy repeats a transient failure. 0: the gateway repeats, as the engine's
             `retry_policy` says.
         constrain: Fields typed `Literal`, enum or bool get the likeliest allowed value (see `constrained`).
-        **kwargs: Further defaults of every call (`top_p`, `stop`, ...), as in `dspy.LM`.
+        answer_tokens: Ceiling of output tokens of calls without `max_tokens`: a number, "derived" from the output
+            fields of the predictor that calls (see `answer_ceiling`), or None to add none.
+        **kwargs: DSPy's fine-tuning `provider` (inferred from the name by default), and further defaults of every call
+            (`top_p`, `stop`, ...), as in `dspy.LM`.
     """
 
     def __init__(
@@ -127,13 +130,14 @@ class MeteredLM(dspy.LM):
         *,
         engine: Engine,
         gateway: Gateway,
-        provider: Any = None,
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
         num_retries: int = 0,
         constrain: bool = False,
+        answer_tokens: int | str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.answer_tokens = answer_tokens
         adapter = _DspyAdapter(engine, gateway)
         count_truncations_instead(lambda: current_call() is not None)
         self.constrain = checked_constrain(constrain, engine, model=model)
@@ -143,7 +147,6 @@ class MeteredLM(dspy.LM):
             max_tokens=max_tokens,
             cache=False,
             num_retries=num_retries,
-            provider=provider,
             engine=adapter,
             async_engine=_AsyncDspyAdapter(adapter),
             **kwargs,
@@ -217,7 +220,18 @@ class MeteredLM(dspy.LM):
         fields = None
         if self.constrain:
             fields = constraint_of_call(messages, kwargs, label_scores=context.label_scores)
-        with calling(context.for_call(rollout_id, fields)):
+        bounds: dict[str, Any] = {}
+        if self.answer_tokens is not None:
+            bounds = answer_bounds(
+                self.engine,
+                self.model,
+                answer_tokens=self.answer_tokens,
+                settings={**self.kwargs, **kwargs},
+                messages=messages,
+                constrained=fields is not None,
+            )
+            kwargs.update(bounds)
+        with calling(context.for_call(rollout_id, fields, gives_way="max_tokens" in bounds)):
             try:
                 yield
             except LMUnexpectedError as error:

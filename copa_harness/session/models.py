@@ -5,6 +5,7 @@ A model is made when it is first asked for; making one loads no weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError, ConfigurationError
@@ -45,9 +46,11 @@ class Models:
                 f"with --copa-cache-dir."
             ) from error
         self.gateway = Gateway(cache=self._cache)
-        self._models: dict[tuple[str, bool, bool], MeteredLM] = {}
+        self._models: dict[tuple[str, bool, bool, int | None], MeteredLM] = {}
 
-    def named(self, name: str, *, is_base: bool = False, constrain: bool = False) -> MeteredLM:
+    def named(
+        self, name: str, *, is_base: bool = False, constrain: bool = False, answer_tokens: int | None = None
+    ) -> MeteredLM:
         """The model of this name; DSPy can fine-tune it if its weights are at hand.
 
         The endpoint's URL goes to models of the base model's provider (to all, if the base model is local): a proposer
@@ -57,13 +60,20 @@ class Models:
             name: As in `--copa-lm`.
             is_base: Whether it is the model to be improved, whose weights the settings may name.
             constrain: Output fields with a list of allowed values get the likeliest of them.
+            answer_tokens: Ceiling of its answers, see `Settings.answer_tokens`; of the base model only. What a model
+                writes for the search, an instruction for instance, has none of ours.
 
         Raises:
             ConfigurationError: There is no such model; the message names the choices. Or it cannot be constrained.
         """
-        key = (name, is_base and self._settings.base_weights is not None, constrain)
+        answer_tokens = answer_tokens if is_base else 0
+        key = (name, is_base and self._settings.base_weights is not None, constrain, answer_tokens)
         if key not in self._models:
-            self._models[key] = _build(name, self._settings, gateway=self.gateway, is_base=is_base, constrain=constrain)
+            settings = replace(self._settings, answer_tokens=answer_tokens)
+            built = _build(name, settings, gateway=self.gateway, is_base=is_base, constrain=constrain)
+            # One engine for all of them: weights, connections and what a provider bears are its own.
+            twin = next((lm for known, lm in self._models.items() if known[:2] == key[:2]), None)
+            self._models[key] = built if twin is None else built.copy(engine=twin.engine)
         return self._models[key]
 
     def served(self) -> list[str]:
@@ -71,24 +81,29 @@ class Models:
         descriptions = (lm.engine.description for lm in self._models.values())
         return list(dict.fromkeys(line for line in descriptions if line))
 
-    def metered(self, lm: dspy.LM, *, constrain: bool = False) -> MeteredLM:
+    def metered(self, lm: dspy.LM, *, constrain: bool = False, answer_tokens: int | None = None) -> MeteredLM:
         """A model somebody made (a fixture of the user's), led through the gateway unless it has one of its own.
 
         Args:
             lm: The model.
             constrain: As in `named`; a model that does not constrain its answers is copied.
+            answer_tokens: As in `named`; None leaves a model that is metered already as it is.
 
         Raises:
             ConfigurationError: It is no language model, or one whose calls cannot be metered.
         """
         from copa_harness.lm.constrained import checked_constrain
-        from copa_harness.lm.factory import meter_lm
+        from copa_harness.lm.factory import answer_ceiling_of, meter_lm
 
         if not (hasattr(lm, "model") and hasattr(lm, "kwargs")):
             raise ConfigurationError(
                 f"got {lm!r} as a language model; expected a dspy.LM or one made by copa_harness.build_lm(...)."
             )
-        metered = meter_lm(lm, gateway=self.gateway)
+        metered = meter_lm(lm, gateway=self.gateway, answer_tokens=answer_tokens)
+        ceiling = answer_ceiling_of(answer_tokens)
+        if answer_tokens is not None and metered.answer_tokens != ceiling:
+            metered = metered.copy()
+            metered.answer_tokens = ceiling
         if constrain and not metered.constrain:
             metered = metered.copy()
             metered.constrain = checked_constrain(True, metered.engine, model=metered.model)
@@ -135,6 +150,7 @@ def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, co
         worker=settings.worker,
         served_lora_path=None if weights is None else settings.served_lora_path,
         constrain=constrain,
+        answer_tokens=settings.answer_tokens,
         **of_local_models,
     )
     if weights is None:

@@ -313,7 +313,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
     return hash_json(
         {
             "task": task_fingerprint(task),
-            "lm": [lm.model, lm.fingerprint, lm.kwargs],
+            "lm": [lm.model, lm.fingerprint, lm.kwargs, lm.answer_tokens],
             "own_lms": [[p.lm.model, getattr(p.lm, "fingerprint", None)] for p in task.program.predictors() if p.lm],
             "trained": getattr(lm.engine, "weights_fingerprint", None),  # a copy of what a server runs
             "prompt_lm": prompt_lm and [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],

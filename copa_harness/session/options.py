@@ -23,6 +23,7 @@ from copa_harness.formatting import ceiling
 from copa_harness.judge.options import Gates
 from copa_harness.optimize.options import SearchOptions, parse_budget
 from copa_harness.option_fields import (
+    COUNT,
     PATH,
     POSITIVE,
     SWITCH,
@@ -215,6 +216,14 @@ class Settings:
         check=SWITCH,
         help="output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated text; "
         "local models only",
+    )
+    answer_tokens: int | None = _given_or_marked(
+        None,
+        check=COUNT,
+        default_words="what the output fields need",
+        metavar="N",
+        help="most tokens of one answer of a model without max_tokens of its own; by default labels and numbers by "
+        "their length, free text 512 per field; 0 for no ceiling (not to be mistaken for the gate max_tokens)",
     )
     allow_pickled_weights: bool = _given(
         False,

@@ -88,7 +88,9 @@ class CopaSession:
             ConfigurationError: There is no such model; the message names the choices.
         """
         settings = settings or self.settings
-        return self.models.named(settings.lm, is_base=True, constrain=settings.constrain)
+        return self.models.named(
+            settings.lm, is_base=True, constrain=settings.constrain, answer_tokens=settings.answer_tokens
+        )
 
     def prompt_lm(self, settings: Settings | None = None) -> MeteredLM | None:
         """The model that proposes instructions, if the settings name one."""
@@ -107,7 +109,9 @@ class CopaSession:
         return tuned
 
     def _metered(self, lm: MeteredLM | None, settings: Settings) -> MeteredLM:
-        return self.base_lm(settings) if lm is None else self.models.metered(lm, constrain=settings.constrain)
+        if lm is None:
+            return self.base_lm(settings)
+        return self.models.metered(lm, constrain=settings.constrain, answer_tokens=settings.answer_tokens)
 
     # -- runs
 

@@ -88,7 +88,8 @@ def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_defau
     lm = build(f"hf:{tmp_path / 'model'}/", device="cpu")
     assert lm.model == lm.engine.name == f"hf:{tmp_path / 'model'}"
     assert lm.engine.lora_dir == tmp_path / "lora"
-    assert lm.kwargs == {"temperature": 0.0, "max_tokens": 512}
+    assert lm.kwargs == {"temperature": 0.0, "max_tokens": None}
+    assert lm.answer_tokens == "derived"
     assert build(f"hf:{tmp_path / 'model'}", max_tokens=9).kwargs["max_tokens"] == 9
     assert not adapter_for(lm).use_json_adapter_fallback
 

@@ -40,6 +40,12 @@ def test_a_given_setting_overrules_the_marker():
     assert (merged.budget.calls, merged.seed, merged.threads) == (1600, 1, 2)
 
 
+def test_the_ceiling_on_answers_is_no_gate_and_a_marker_may_set_it():
+    assert settings().answer_tokens is None
+    assert settings().merged(**marker(answer_tokens=40, max_tokens=9000)).answer_tokens == 40
+    assert settings(answer_tokens="60").merged(**marker(answer_tokens=40)).answer_tokens == 60
+
+
 def test_absolute_directories_are_kept():
     assert settings(cache_dir="/elsewhere/cache").cache_dir == Path("/elsewhere/cache")
 

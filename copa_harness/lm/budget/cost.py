@@ -300,11 +300,13 @@ class Limits:
         max_output_tokens: The most the model can answer, None if unknown.
         input_usd: The highest price of a prompt token in dollars, None if unknown.
         output_usd: The highest price of a completion token in dollars, None if unknown.
+        thinks: Whether it may think before it answers, in tokens that count as its answer's.
     """
 
     max_output_tokens: int | None = None
     input_usd: float | None = 0.0
     output_usd: float | None = 0.0
+    thinks: bool = False
 
 
 def prompt_tokens_from_above(request: Request) -> int:

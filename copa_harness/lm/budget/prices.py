@@ -11,7 +11,7 @@ import dspy
 from dspy.lm15 import LM15Error, Request, Response
 
 from copa_harness.lm.budget.cost import Limits
-from copa_harness.lm.dspy_internals import estimate_cost, model_metadata, resolve
+from copa_harness.lm.dspy_internals import estimate_cost, is_reasoning_model, model_metadata, resolve
 
 _INPUT = re.compile(r"(input_cost_per_token|cache_(creation|read)_input_token_cost)(_above_.*|_priority)?")
 _OUTPUT = re.compile(r"output_cost_per_(reasoning_)?token(_above_.*|_priority)?")
@@ -38,6 +38,7 @@ def listed_limits(lm: dspy.LM) -> Limits:
         max_output_tokens=longest if isinstance(longest, int) and longest > 0 else None,
         input_usd=_highest(info, _INPUT, "input_cost_per_token"),
         output_usd=_highest(info, _OUTPUT, "output_cost_per_token"),
+        thinks=bool(info.get("supports_reasoning")) or is_reasoning_model(lm.model),
     )
 
 

@@ -14,6 +14,7 @@ another URL set in the environment, headers of one's own), and with the fast pat
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -61,6 +62,10 @@ _ENVIRONMENT = {
     "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION"),
 }
 """Environment variables, beside `<PROVIDER>_API_BASE` and `<PROVIDER>_BASE_URL`, that choose what answers."""
+
+
+_OWN_SERVERS = frozenset({"hosted_vllm", "llamafile", "lm_studio", "ollama", "ollama_chat", "xinference"})
+"""Providers that are programs one runs oneself; they take any stop string."""
 
 
 class EndpointEngine(Engine):
@@ -146,6 +151,17 @@ class EndpointEngine(Engine):
         """Prices and the longest answer, from the list DSPy ships."""
         return listed_limits(self._lm(model))
 
+    def takes_stop(self, model: str) -> bool:
+        """Whether its server is one of somebody's own, by its provider's name or its URL.
+
+        Those of companies refuse a stop string for some of their models, and say so only when it is sent.
+        """
+        if _provider_of(model) in _OWN_SERVERS:
+            return True
+        clients = self._template.kwargs
+        url = clients.get("api_base") or clients.get("base_url") or declared_url(self._lm(model))
+        return url is not None and is_own_network(str(url))
+
     def capabilities(self, model: str) -> Capabilities:
         """What DSPy knows of the model's abilities."""
         lm = self._lm(model)
@@ -195,6 +211,16 @@ class EndpointEngine(Engine):
 
 def _provider_of(model: str) -> str:
     return model.split("/", 1)[0] if "/" in model else "openai"
+
+
+def is_own_network(url: str) -> bool:
+    """Whether a URL names this machine or another of its own network."""
+    host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith((".localhost", ".local", ".internal", ".lan"))
+    return address.is_loopback or address.is_private
 
 
 def public_url(url: str) -> str:

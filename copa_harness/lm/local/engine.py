@@ -24,7 +24,8 @@ from copa_harness.errors import (
     ProviderError,
     ProviderTimeoutError,
 )
-from copa_harness.lm.call_context import time_left_s
+from copa_harness.lm.budget.cost import Limits
+from copa_harness.lm.call_context import ceiling_gives_way, time_left_s
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens, request_messages
 from copa_harness.lm.local.decoding import DecodingRules
@@ -150,6 +151,10 @@ class TransformersEngine(Engine):
         """One line on the model in memory: device, dtype, size, path, counters; None before its weights are loaded."""
         generator = self._generator
         return None if generator is None else f"{self.name}: {generator.describe()}"
+
+    def limits(self, model: str) -> Limits:
+        """Free; the longest answer is that of a request without `max_tokens`."""
+        return Limits(max_output_tokens=DEFAULT_MAX_TOKENS)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -320,7 +325,9 @@ def rules_of(request: Request, seed: int, *, prompt: Sequence[int], context: int
             raise ProviderError(f"got {name} for {request.model}, which local models do not take; remedy: unset it")
     n_prompt = len(prompt)
     room = context - n_prompt
-    wanted = config.max_tokens if config.max_tokens is not None else max(1, min(DEFAULT_MAX_TOKENS, room))
+    wanted = config.max_tokens if config.max_tokens is not None else DEFAULT_MAX_TOKENS
+    if config.max_tokens is None or ceiling_gives_way():
+        wanted = max(1, min(wanted, room))
     if wanted > room:
         raise ContextOverflowError(
             f"got a prompt of {n_prompt} tokens and max_tokens={wanted} for {request.model}, whose context holds "
