@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ class TransformersEngine(Engine):
         self.name = name
         self.lora_dir = Path(lora_dir)
         self.dtype = checked_dtype(dtype)
-        self._source = source if isinstance(source, ModelSource) else ModelSource(source)
+        source = source if isinstance(source, ModelSource) else ModelSource(source)
+        self._source = replace(source, brings_template=source.brings_template or chat_template is not None)
         self._device, self._worker = checked_device(device), worker
         self._chat_template = chat_template
         self._lock = threading.RLock()
