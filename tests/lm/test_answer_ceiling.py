@@ -175,9 +175,9 @@ def test_zero_sets_no_ceiling(build):
 
 
 def sent(stub, lm, signature=Route):
-    with dspy.context(lm=lm, adapter=ADAPTER, disable_history=True):
-        with contextlib.suppress(dspy.utils.exceptions.AdapterParseError):
-            dspy.Predict(signature)(text="x")
+    unparsed = contextlib.suppress(dspy.utils.exceptions.AdapterParseError)
+    with dspy.context(lm=lm, adapter=ADAPTER, disable_history=True), unparsed:
+        dspy.Predict(signature)(text="x")
     return stub.bodies[-1]
 
 
