@@ -1,6 +1,7 @@
 """``python -m copa_harness.lm.embedded.pretrain``: make the embedded model from nothing, or measure it.
 
 python -m copa_harness.lm.embedded.pretrain train --folder runs/embedded
+python -m copa_harness.lm.embedded.pretrain train --folder runs/more --start copa_harness/lm/embedded
 python -m copa_harness.lm.embedded.pretrain evaluate --folder runs/embedded
 python -m copa_harness.lm.embedded.pretrain develop --folder runs/embedded
 python -m copa_harness.lm.embedded.pretrain card --folder runs/embedded --into copa_harness/lm/embedded
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="run the recipe, or go on with it")
     train.add_argument("--folder", type=pathlib.Path, required=True)
-    train.add_argument("--recipe", type=pathlib.Path, default=None, help="JSON recipe; default: the shipped one")
+    train.add_argument("--recipe", type=pathlib.Path, default=None, help="JSON recipe; default: a shipped one")
+    train.add_argument("--start", type=pathlib.Path, default=None, help="exported model to start from (recipe OWN_NAMES)")
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--workers", type=int, default=1)
     train.add_argument("--until", type=int, default=None, help="stop after this step without changing the schedule")
@@ -45,12 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
 
         import torch
 
-        from copa_harness.lm.embedded.pretrain.recipe import SHIPPED, Recipe
+        from copa_harness.lm.embedded.pretrain.recipe import OWN_NAMES, WHOLE, Recipe
         from copa_harness.lm.embedded.pretrain.train import PretrainingRun
 
         torch.set_num_threads(options.threads)
-        recipe = Recipe.from_json(json.loads(options.recipe.read_text())) if options.recipe else SHIPPED
-        PretrainingRun(recipe, options.folder, n_workers=options.workers).run(until=options.until)
+        recipe = OWN_NAMES if options.start else WHOLE
+        if options.recipe:
+            recipe = Recipe.from_json(json.loads(options.recipe.read_text()))
+        run = PretrainingRun(recipe, options.folder, n_workers=options.workers, start=options.start)
+        run.run(until=options.until)
     elif options.verb == "evaluate":
         import torch
 

@@ -29,6 +29,7 @@ class Row:
     weights: npt.NDArray[np.float32]
     positions: npt.NDArray[np.int64]
     turn: npt.NDArray[np.int64]
+    naming: npt.NDArray[np.bool_]
     kind: int
     header: npt.NDArray[np.int64]
     header_ok: npt.NDArray[np.bool_]
@@ -55,6 +56,7 @@ class Batch:
             marker after it, .08 format tokens of a quarter of the turns, 0 what cannot be known.
         positions: (B, T) rotary positions.
         turn: (B, T) number of the turn at a first label token's predictor, else -1.
+        naming: (B, T) predictors of an output's name in a first turn.
         kind: (B,) index into ``KINDS``.
         header: (B, P) position that predicts the turn's first label token (which stands at header + 1).
         header_ok: (B, P) whether both positions are inside the row.
@@ -76,6 +78,7 @@ class Batch:
     weights: npt.NDArray[np.float32]
     positions: npt.NDArray[np.int64]
     turn: npt.NDArray[np.int64]
+    naming: npt.NDArray[np.bool_]
     kind: npt.NDArray[np.int64]
     header: npt.NDArray[np.int64]
     header_ok: npt.NDArray[np.bool_]
@@ -130,6 +133,7 @@ class EpisodeMaker:
         ids: list[int] = []
         weights = np.zeros(t + 1, np.float32)
         turn = np.full(t + 1, -1, np.int64)
+        naming = np.zeros(t + 1, np.bool_)
         positions = np.arange(t + 1)
         row_threshold, row_label = np.zeros(c, np.int64), np.zeros(c + 1, np.int64)
         row_field, name_at = np.zeros((c, 2), np.int64), np.zeros((N_TURNS, N_SLOTS, 2), np.int64)
@@ -151,8 +155,9 @@ class EpisodeMaker:
                 row_label[i] = np.searchsorted(starts, place + shift)
             ids += encoded.ids
         stretch = rng.randint(1, 300) if rng.random() < mix.stretch else 0
-        seen: set[int] = set()
-        for i in range(len(episode.classes)):
+        told = whole or bool(episode.threshold_places)
+        seen: set[tuple[int, str]] = set()
+        for i, outputs in enumerate(episode.outputs):
             if len(ids) > t:
                 break
             text, values, label_start, spans = episode.turn_text(i, mix)
@@ -163,18 +168,24 @@ class EpisodeMaker:
                 positions[base:] += rng.randint(0, stretch)
             ids += encoded.ids
             label_at = base + int(np.searchsorted(starts, label_start))
-            label = int(episode.classes[i])
-            known = whole or bool(episode.threshold_places) or label in seen
-            seen.add(label)
+            # a value can be known that the prompt says or an earlier turn showed
+            known_values = [
+                (told and listed) or (n, value) in seen
+                for n, (listed, value) in enumerate(zip(episode.listed, outputs, strict=True))
+            ]
+            known = known_values[episode.main]
+            seen.update(enumerate(outputs))
             format_weight = 0.08 if rng.random() < 0.25 else 0.0
-            for start, end, first, later in spans:
-                if not known and first > 0.1:
+            for span in spans:
+                if span.output is not None and not known_values[span.output]:
                     continue
-                if first < 0.1:
-                    first = later = format_weight
-                lo, hi = base + int(np.searchsorted(starts, start)), base + int(np.searchsorted(starts, end))
+                if span.naming and not (whole or "Respond with" in text):
+                    continue
+                first, later = (span.first, span.later) if span.first else (format_weight, format_weight)
+                lo, hi = base + int(np.searchsorted(starts, span.start)), base + int(np.searchsorted(starts, span.end))
                 for at in range(lo, min(hi, t + 1)):
                     weights[at - 1] = first if at == lo else min(later, first)
+                    naming[at - 1] = span.naming
             if known and label_at - 1 < t:
                 turn[label_at - 1] = i
             if i < N_TURNS and label_at < t and not episode.shape.reasoning:
@@ -188,6 +199,7 @@ class EpisodeMaker:
             weights=weights[:t],
             positions=np.minimum(positions[:t], 2047),
             turn=turn[:t],
+            naming=naming[:t],
             kind=episode.kind,
             header=header,
             header_ok=header_ok,
@@ -203,13 +215,21 @@ class EpisodeMaker:
         )
 
     def _kernel(self, episode: Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-        """Nadaraya-Watson weights of earlier turns, (P, P); zero for rules, where nearness is beside the point."""
+        """Nadaraya-Watson weights of earlier turns, (P, P); zero for rules, where nearness is beside the point.
+
+        Numbers are near by their distance, sentences by how many key words they have in common.
+        """
         weights = np.zeros((N_TURNS, N_TURNS), np.float32)
         if episode.kind in (KINDS.index("rule"), KINDS.index("axis")):
             return weights
+        earlier = np.tril(np.ones((N_TURNS, N_TURNS), bool), -1) & header_ok[None] & header_ok[:, None]
+        if episode.key_words:
+            words = episode.key_words[:N_TURNS]
+            common = np.array([[len(a & b) for b in words] for a in words], np.float64) * earlier
+            raw = np.where(common > 0, 6.0 ** (common - common.max(1, keepdims=True)), 0.0)
+            return np.asarray(raw / np.maximum(raw.sum(1, keepdims=True), 1e-9), np.float32)
         shares = episode.printed_shares()
         distance = ((shares[:, None] - shares[None]) ** 2).sum(-1)
-        earlier = np.tril(np.ones((N_TURNS, N_TURNS), bool), -1) & header_ok[None] & header_ok[:, None]
         distance = np.where(earlier, distance, np.inf)
         nearest = distance.min(1, keepdims=True)
         nearest = np.where(np.isfinite(nearest), nearest, 0.0)

@@ -39,6 +39,7 @@ class TensorBatch:
     weights: Tensor
     positions: Tensor
     turn: Tensor
+    naming: Tensor
     kind: Tensor
     header: Tensor
     header_ok: Tensor
@@ -104,11 +105,12 @@ class Supervision(nn.Module):
         probe = probe + 3.0 * loss
 
         value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
-        slots = torch.arange(N_SLOTS).expand(value_ok.shape)
-        at_values = inputs[2][rows[:, :, None], batch.value_at]
-        loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
-        parts["slot"] = loss.item()
-        probe = probe + 0.3 * loss
+        if value_ok.any():
+            slots = torch.arange(N_SLOTS).expand(value_ok.shape)
+            at_values = inputs[2][rows[:, :, None], batch.value_at]
+            loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
+            parts["slot"] = loss.item()
+            probe = probe + 0.3 * loss
 
         log_attention = _log_attention(queries[3][:, _MATCH_HEADS], keys[3][:, _MATCH_HEADS], batch.header)
         on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))

@@ -1,7 +1,9 @@
 """What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
 
-The recipe of the shipped model is ``SHIPPED``; the run writes the recipe that it executed (with the step at which it
-really ended) beside its log, and the model card prints that one.
+The shipped weights come from two runs, one after the other: ``FOUNDATION`` (from nothing, numbers and rules, almost
+always an output called ``answer``) and ``OWN_NAMES``, which started from its weights (any fields, several outputs, all
+output types, sentences). ``WHOLE`` is the same as one run from nothing. A run writes the recipe that it executed (with
+the step at which it really ended) beside its log, and the model card prints that one.
 """
 
 from __future__ import annotations
@@ -192,7 +194,7 @@ _POLISH = dataclasses.replace(_LONG, reasoning=0.1, same_start=0.25, stretch=0.0
 _SPEAK = dataclasses.replace(_READ, kinds=(0.6, 0, 0, 1), reasoning=0.3, same_start=0.3)
 _SPEAKING = Stage("speak", 0, 18, 216, 0.7, 1.0, _SPEAK, name_layer=0, decide=True)
 
-SHIPPED = Recipe(
+FOUNDATION = Recipe(
     seed=0,
     width=128,
     n_layers=6,
@@ -226,4 +228,54 @@ SHIPPED = Recipe(
             partner=_SPEAKING,
         ),
     ),
+)
+
+_OWN = Mix(
+    kinds=(1, 0.12, 0.1, 0.2, 0.6),
+    n_features=(0.7, 1.2, 2, 4, 1),
+    n_classes=(1.2, 1.6, 0.6, 0.3, 0.15, 0.1, 0.1),
+    several_fields=0.5,
+    single_styles=(1.5, 0.7, 6, 1, 1),
+    reasoning=0.06,
+    stretch=0.3,
+    plain_answer=0.4,
+    any_output=0.85,
+    same_start=0.12,
+    n_outputs=(7, 2, 1),
+    output_kinds=(8, 1, 1),
+    any_inputs=0.35,
+    extra_inputs=0.12,
+)
+_OWN_READ = dataclasses.replace(
+    _OWN,
+    kinds=(0.35, 0, 0, 1, 0.3),
+    n_features=(1, 1.5, 2, 3, 0.5),
+    n_classes=(1.0, 1.6, 0.5, 0.1, 0.1, 0.1, 0.1),
+    several_fields=0.55,
+    single_styles=(0.5, 0.5, 6, 1, 1),
+    stretch=0.2,
+)
+_OWN_READING = Stage("read", 0, 14, 288, 0.5, 1.0, _OWN_READ, name_layer=0, decide=True)
+
+OWN_NAMES = Recipe(
+    seed=0,
+    width=128,
+    n_layers=6,
+    n_heads=4,
+    feed_forward=320,
+    muon_rate=0.02,
+    adam_rate=3e-3,
+    warmup_steps=50,
+    decay_steps=800,
+    stages=(
+        Stage("names", 500, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
+        Stage("more", 600, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
+        Stage("lengths", 200, 3, 1400, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
+    ),
+)
+
+WHOLE = dataclasses.replace(
+    FOUNDATION,
+    decay_steps=2500 + OWN_NAMES.total_steps,
+    stages=(*FOUNDATION.stages[:-1], *OWN_NAMES.stages),
 )

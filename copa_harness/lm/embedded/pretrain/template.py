@@ -1,7 +1,7 @@
 """The text of a classification conversation, character for character as ``dspy.ChatAdapter`` renders it.
 
-A fast re-statement of DSPy 3.4's ChatAdapter for the shapes the episodes use (several or single input fields, a label
-output, optionally a ``reasoning`` output before it). A test holds it byte-equal to ``dspy.ChatAdapter().format``.
+A fast re-statement of DSPy 3.4's ChatAdapter for the shapes the episodes use (any input and output fields of the types
+``str``, ``float``, ``int``, ``bool`` and ``Literal``). A test holds it byte-equal to ``dspy.ChatAdapter().format``.
 """
 
 from __future__ import annotations
@@ -10,77 +10,104 @@ from dataclasses import dataclass
 
 INCOMPLETE_PREFIX = "This is an example of the task, though some input or output fields are not supplied.\n\n"
 NOT_SUPPLIED = "Not supplied for this particular example. "
+COMPLETED = "\n\n[[ ## completed ## ]]\n"
+_NOTES = {
+    "str": "",
+    "bool": "        # note: the value you produce must be True or False",
+    "int": "        # note: the value you produce must be a single int value",
+    "float": "        # note: the value you produce must be a single float value",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a signature.
+
+    Attributes:
+        name: As the program calls it.
+        kind: ``str``, ``float``, ``int`` or ``bool``: the annotation, unless ``literal`` is given.
+        description: Its description, or "".
+        literal: The values when it is a ``Literal``, else None.
+    """
+
+    name: str
+    kind: str = "str"
+    description: str = ""
+    literal: tuple[str, ...] | None = None
+
+    @property
+    def printed_type(self) -> str:
+        """The annotation as DSPy prints it."""
+        if self.literal is None:
+            return self.kind
+        return "Literal[" + ", ".join(repr(label) for label in self.literal) + "]"
+
+    @property
+    def note(self) -> str:
+        """What DSPy says about the value of an output of this type."""
+        if self.literal is None:
+            return _NOTES[self.kind]
+        return (
+            "        # note: the value you produce must exactly match (no extra characters) one of: "
+            + "; ".join(self.literal)
+        )
+
+
+REASONING = Field("reasoning")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The signature of one episode.
+    """The signature of one episode: its fields in order (``reasoning`` first, as in ``dspy.ChainOfThought``)."""
 
-    Attributes:
-        inputs: Names of the input fields, in order.
-        input_type: ``str``, ``float`` or ``int``: the annotation of every input field.
-        output: Name of the label field.
-        output_description: Description of the label field, or "".
-        literal: The labels when the output is a ``Literal``, else None.
-        reasoning: Whether a ``reasoning`` output precedes the label, as in ``dspy.ChainOfThought``.
-    """
-
-    inputs: tuple[str, ...]
-    input_type: str
-    output: str
-    output_description: str
-    literal: tuple[str, ...] | None
-    reasoning: bool
+    inputs: tuple[Field, ...]
+    outputs: tuple[Field, ...]
 
     @property
-    def output_type(self) -> str:
-        """The annotation of the label field as DSPy prints it."""
-        if self.literal is None:
-            return "str"
-        return "Literal[" + ", ".join(repr(label) for label in self.literal) + "]"
+    def reasoning(self) -> bool:
+        """Whether a ``reasoning`` output comes first."""
+        return self.outputs[0] == REASONING
 
 
 def system_text(shape: Shape, instruction: str) -> str:
     """The system message; ``instruction`` is its last part, so positions in it count from the end."""
-    lines = [f"{i}. `{name}` ({shape.input_type}): " for i, name in enumerate(shape.inputs, 1)]
-    text = ("Your input fields are:\n" + "\n".join(lines)).strip() + "\nYour output fields are:\n"
-    outputs = ["1. `reasoning` (str): "] if shape.reasoning else []
-    outputs.append(f"{len(outputs) + 1}. `{shape.output}` ({shape.output_type}): {shape.output_description}")
-    text += "\n".join(outputs).strip()
+    text = "Your input fields are:\n" + _listed(shape.inputs) + "\nYour output fields are:\n" + _listed(shape.outputs)
     text += "\nAll interactions will be structured in the following way, with the appropriate values filled in.\n\n"
-    text += "".join(f"[[ ## {name} ## ]]\n{{{name}}}\n\n" for name in shape.inputs)
-    if shape.reasoning:
-        text += "[[ ## reasoning ## ]]\n{reasoning}\n\n"
-    note = ""
-    if shape.literal is not None:
-        note = "        # note: the value you produce must exactly match (no extra characters) one of: "
-        note += "; ".join(shape.literal)
-    text += f"[[ ## {shape.output} ## ]]\n{{{shape.output}}}{note}\n\n[[ ## completed ## ]]\n"
-    return text + "In adhering to this structure, your objective is: \n        " + instruction
+    text += "".join(f"[[ ## {field.name} ## ]]\n{{{field.name}}}\n\n" for field in shape.inputs)
+    text += "\n\n".join(f"[[ ## {field.name} ## ]]\n{{{field.name}}}{field.note}" for field in shape.outputs)
+    return text + COMPLETED + "In adhering to this structure, your objective is: \n        " + instruction
+
+
+def _listed(fields: tuple[Field, ...]) -> str:
+    lines = (f"{i}. `{field.name}` ({field.printed_type}): {field.description}" for i, field in enumerate(fields, 1))
+    return "\n".join(lines).strip()
 
 
 def user_parts(shape: Shape, values: tuple[str, ...]) -> list[str]:
     """Alternating marker and value texts of a user message without its closing request."""
     parts: list[str] = []
-    for i, (name, value) in enumerate(zip(shape.inputs, values, strict=True)):
-        parts += [("\n\n" if i else "") + f"[[ ## {name} ## ]]\n", value]
+    for i, (field, value) in enumerate(zip(shape.inputs, values, strict=True)):
+        parts += [("\n\n" if i else "") + f"[[ ## {field.name} ## ]]\n", value]
     return parts
 
 
 def request_text(shape: Shape) -> str:
     """What DSPy appends to the last user message (never to a demonstration's)."""
-    must = f" (must be formatted as a valid Python {shape.output_type})" if shape.literal is not None else ""
-    first = "`[[ ## reasoning ## ]]`, then " if shape.reasoning else ""
+    asked: list[str] = []
+    for field in shape.outputs:
+        plain = field.literal is None and field.kind == "str"
+        must = "" if plain else f" (must be formatted as a valid Python {field.printed_type})"
+        asked.append(f"`[[ ## {field.name} ## ]]`{must}")
     return (
         "\n\nRespond with the corresponding output fields, starting with the field "
-        + first
-        + f"`[[ ## {shape.output} ## ]]`{must}, and then ending with the marker for `[[ ## completed ## ]]`."
+        + ", then ".join(asked)
+        + ", and then ending with the marker for `[[ ## completed ## ]]`."
     )
 
 
-def answer_parts(shape: Shape, label: str, reasoning: str) -> tuple[str, str, str]:
-    """Text before the label, the label, and text after it, of an assistant message."""
-    before = f"[[ ## {shape.output} ## ]]\n"
-    if shape.reasoning:
-        before = f"[[ ## reasoning ## ]]\n{reasoning}\n\n" + before
-    return before, label, "\n\n[[ ## completed ## ]]\n"
+def answer_parts(shape: Shape, values: tuple[str, ...]) -> list[str]:
+    """Alternating marker and value texts of an assistant message, and its end."""
+    parts: list[str] = []
+    for i, (field, value) in enumerate(zip(shape.outputs, values, strict=True)):
+        parts += [("\n\n" if i else "") + f"[[ ## {field.name} ## ]]\n", value]
+    return [*parts, COMPLETED]

@@ -2,7 +2,8 @@
 
 Every number of one to three significant digits that people print ("7", "47", "305", "5.1", "13.2", "0.12", "1.47") is
 one token, so that a value is one embedding row and comparing two values is one attention score. Every fixed phrase of
-``dspy.ChatAdapter`` is one token, so that prompts are short. Words never carry a leading space, so that a label is the
+``dspy.ChatAdapter`` is one token, so that prompts are short; names of fields are never part of a phrase, so that every
+name is copied from the prompt and none is a habit. Words never carry a leading space, so that a label is the
 same tokens wherever it stands. Longer numbers ("1065") fall into pieces.
 
 Number tokens also have fixed features, from which their embeddings are made. Symbols: v a printed value, u in [0, 1)
@@ -15,9 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
-from collections import Counter
-from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -25,7 +23,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from copa_harness.lm.embedded.pretrain.worlds import BANNED_WORDS, PLAIN_WORDS, invented_word
+from copa_harness.lm.embedded.pretrain.worlds import PLAIN_WORDS, english_counts, invented_word
 
 if TYPE_CHECKING:
     import pathlib
@@ -40,16 +38,18 @@ _RESPOND_END = ", and then ending with the marker for `[[ ## completed ## ]]`."
 
 PHRASES: Final = (
     _RESPOND,
-    _RESPOND + "answer ## ]]`" + _RESPOND_END,
     " ## ]]`" + _RESPOND_END,
     _RESPOND_END,
     " ## ]]`, then `[[ ## ",
     " ## ]]` (must be formatted as a valid Python Literal[",
     " ## ]]` (must be formatted as a valid Python ",
     "])" + _RESPOND_END,
+    " ## ]]` (must be formatted as a valid Python bool)",
+    " ## ]]` (must be formatted as a valid Python int)",
+    ", then `[[ ## ",
+    "]), then `[[ ## ",
     "Your input fields are:\n1. `",
     "\nYour output fields are:\n1. `",
-    "\nYour output fields are:\n1. `answer` (str): ",
     "\nAll interactions will be structured in the following way, with the appropriate values filled in.\n\n",
     "In adhering to this structure, your objective is: \n        ",
     "[[ ## ",
@@ -57,13 +57,6 @@ PHRASES: Final = (
     " ## ]]\n{",
     "\n\n[[ ## ",
     "}\n\n[[ ## ",
-    "[[ ## answer ## ]]\n",
-    "\n\n[[ ## answer ## ]]\n",
-    "}\n\n[[ ## answer ## ]]\n{answer}",
-    "[[ ## features ## ]]\n",
-    "{features}\n\n[[ ## answer ## ]]\n{answer}",
-    "[[ ## reasoning ## ]]\n",
-    "}\n\n[[ ## reasoning ## ]]\n{reasoning}\n\n[[ ## ",
     "\n\n[[ ## completed ## ]]\n",
     *(f"\n{i}. `" for i in range(2, 10)),
     "` (str): ",
@@ -75,6 +68,12 @@ PHRASES: Final = (
     "` (Literal[",
     "]):",
     "        # note: the value you produce must exactly match (no extra characters) one of: ",
+    "        # note: the value you produce must be True or False",
+    "        # note: the value you produce must be a single int value",
+    "` (bool): ",
+    "` (bool):",
+    "True",
+    "False",
     "This is an example of the task, though some input or output fields are not supplied.\n\n",
     "Not supplied for this particular example. ",
     "', '",
@@ -176,9 +175,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path) -> 
 
 
 def _english_words(most: int = 12) -> list[str]:
-    """The words of Python's own language reference, each at most ``most`` times, banned words left out."""
-    counts = Counter(re.findall(r"[A-Za-z][a-z]{2,}", " ".join(topics.values())))
-    kept = {word: count for word, count in counts.items() if word.lower() not in BANNED_WORDS}
+    """The words of Python's own language reference, each at most ``most`` times."""
+    kept = english_counts()
     return [word for word in sorted(kept) for _ in range(min(kept[word], most))]
 
 

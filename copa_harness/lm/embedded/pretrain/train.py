@@ -12,6 +12,7 @@ together, which is what makes it cheap on a CPU.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -88,10 +89,14 @@ class PretrainingRun:
         recipe: What to do.
         folder: Where checkpoint, log and export go; an existing checkpoint is resumed.
         n_workers: Processes that make episodes; 0 makes them in this one.
+        start: Folder of an exported model of the same sizes whose weights are the first ones.
     """
 
-    def __init__(self, recipe: Recipe, folder: pathlib.Path, *, n_workers: int) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: pathlib.Path, *, n_workers: int, start: pathlib.Path | None = None
+    ) -> None:
         self.recipe, self._folder, self._n_workers = recipe, folder, n_workers
+        self._started_from: dict[str, str] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer(seed=recipe.seed)
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -116,6 +121,8 @@ class PretrainingRun:
         self._commits = [_commit()]
         if (folder / "state.safetensors").exists():
             self._load()
+        elif start is not None:
+            self._start_from(start)
 
     def run(self, *, until: int | None = None, checkpoint_every: int = 300, log_every: int = 50) -> None:
         """Trains to the end of the recipe (or to step ``until``, without changing the schedule)."""
@@ -175,13 +182,17 @@ class PretrainingRun:
             window.add(name, value)
 
     def _measure(self, logits: Tensor, targets: Tensor, picked: Tensor, batch: TensorBatch, window: _Window) -> None:
-        """Accuracy of the first label token by turn, separately for stated rules and the rest."""
+        """Accuracy of the first label token by turn, for stated rules, sentences and the rest, and of names."""
+        named = batch.naming.reshape(-1)[picked]
+        if named.any():
+            right = (logits[named].argmax(-1) == targets[named]).float()
+            window.add("name_tokens", right.mean().item(), len(right))
         turn = batch.turn.reshape(-1)[picked]
         first = turn >= 0
         right = (logits[first].argmax(-1) == targets[first]).float()
         kind = batch.kind[:, None].expand(batch.turn.shape).reshape(-1)[picked][first]
-        ruled = kind == KINDS.index("rule")
-        for name, group in (("rule", ruled), ("demos", ~ruled)):
+        ruled, text = kind == KINDS.index("rule"), kind == KINDS.index("text")
+        for name, group in (("rule", ruled), ("text", text), ("demos", ~ruled & ~text)):
             for bucket, (low, high) in _TURN_BUCKETS.items():
                 mask = group & (turn[first] >= low) & (turn[first] < high)
                 n = int(mask.sum())
@@ -242,8 +253,41 @@ class PretrainingRun:
         self.step, self.n_tokens = int(progress["step"]), int(progress["n_tokens"])
         self.wall_s = float(progress["wall_s"])
         self._forget_lines_after(self.step)
-        before = json.loads((self._folder / "run.json").read_text())["commits"]
+        manifest = json.loads((self._folder / "run.json").read_text())
+        before, self._started_from = manifest["commits"], manifest["started_from"]
         self._commits = [*before, *(commit for commit in self._commits if commit not in before)]
+
+    @torch.no_grad()
+    def _start_from(self, folder: pathlib.Path) -> None:
+        """Takes over an exported model: its layers, and its embedding rows by the text of their tokens.
+
+        A token that is new begins as the mean of what the older tokenizer makes of its text; the probes begin at zero,
+        so that at first they teach the network nothing.
+        """
+        from transformers import AutoTokenizer
+
+        state = load_file(folder / "model.safetensors")
+        older = AutoTokenizer.from_pretrained(folder)
+        rows, places = state["model.embed_tokens.weight"], older.get_vocab()
+        for token, index in self.tokenizer.get_vocab().items():
+            known = [places[token]] if token in places else older(token, add_special_tokens=False).input_ids
+            self.network.embedding[index] = rows[known].mean(0)
+        self.network.number_projection.zero_()
+        self.network.final_norm.copy_(state["model.norm.weight"])
+        for layer in range(self.recipe.n_layers):
+            prefix = f"model.layers.{layer}."
+            attention = [state[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
+            feed = [state[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            self.network.attention_in[layer].copy_(torch.stack(attention))
+            self.network.attention_out[layer].copy_(state[f"{prefix}self_attn.o_proj.weight"])
+            self.network.feed_in[layer].copy_(torch.stack(feed))
+            self.network.feed_out[layer].copy_(state[f"{prefix}mlp.down_proj.weight"])
+            self.network.attention_norm[layer].copy_(state[f"{prefix}input_layernorm.weight"])
+            self.network.feed_norm[layer].copy_(state[f"{prefix}post_attention_layernorm.weight"])
+        for probe in self.supervision.parameters():
+            probe.zero_()
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        self._started_from = {"model.safetensors": digest}
 
     def _forget_lines_after(self, step: int) -> None:
         """Drops log lines of steps that were done after the checkpoint and will be done again."""
@@ -266,6 +310,7 @@ class PretrainingRun:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "commits": self._commits,
+            "started_from": self._started_from,
         }
 
     def _n_parameters(self) -> int:

@@ -2,17 +2,24 @@
 
 A world draws N examples: ``shares`` (N, F), each value as a share 0..1 of its column's range, and ``classes`` (N,).
 Kinds: ``gauss`` (Gaussian classes, sometimes correlated or with noise columns), ``linear`` (bands along one direction),
-``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states).
+``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states), ``text`` (short sentences
+whose classes share words).
 
 Field names and labels have two sources: a list of plain English words and an endless supply of pronounceable invented
 words. ``BANNED_WORDS`` holds every word of the task names, field names and labels of Iris, Wine and Breast Cancer (the
 tasks in ``suites/``); none of them is ever produced, neither as a name or label nor in the tokenizer's corpus.
+``OWN_TASK_WORDS`` holds the field names and labels of the held-out own-name tasks (``development_tasks``); no episode
+has them as a whole word of a name, label or text.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass
+from pydoc_data.topics import topics
 
 import numpy as np
 import numpy.typing as npt
@@ -190,6 +197,16 @@ BANNED_WORDS = frozenset(
     """.split()  # noqa: SIM905 a word list is easier to read and to extend as text
 )
 
+OWN_TASK_WORDS = frozenset(
+    """
+    queue ticket severity escalate escalated mood courier parcel parcels invoice invoices refund refunded billing
+    shipping login password locked payment charged logistics finance helpdesk aroma crispness bitterness roast
+    thickness turbidity salinity verdict hazard hazardous urgency stars rating department
+    """.split()  # noqa: SIM905
+)
+
+_NEVER = BANNED_WORDS | OWN_TASK_WORDS
+
 _PLAIN_WORDS = """
 red blue green black white gray gold silver amber coral ivory olive pearl rose ruby topaz violet copper bronze cobalt
 apple banana cherry grape lemon mango melon peach pear plum carrot onion pepper potato radish spinach tomato bean corn
@@ -229,13 +246,86 @@ def invented_word(rng: random.Random) -> str:
             rng.choice(_ONSETS) + rng.choice(_VOWELS[:5] if rng.random() < 0.85 else _VOWELS) + rng.choice(_CODAS)
             for _ in range(n_syllables)
         )
-        if 3 <= len(word) <= 12 and word not in BANNED_WORDS:
+        if 3 <= len(word) <= 12 and word not in _NEVER:
             return word
+
+
+@functools.cache
+def english_counts() -> Counter[str]:
+    """How often each word of three or more letters stands in Python's own language reference, banned words left out."""
+    counts = Counter(re.findall(r"[A-Za-z][a-z]{2,}", " ".join(topics.values())))
+    return Counter({word: count for word, count in counts.items() if word.lower() not in BANNED_WORDS})
+
+
+@functools.cache
+def english_words() -> tuple[str, ...]:
+    """The lower-case words of the language reference that stand there at least thrice, most frequent first."""
+    kept = ((count, word) for word, count in english_counts().items() if count >= 3 and word.islower())
+    return tuple(word for _, word in sorted(kept, key=lambda pair: (-pair[0], pair[1])) if word not in _NEVER)
+
+
+def text_word(rng: random.Random) -> str:
+    """A word of a sentence: plain, from the language reference, or invented."""
+    draw = rng.random()
+    if draw < 0.35:
+        return rng.choice(PLAIN_WORDS)
+    return rng.choice(english_words()) if draw < 0.75 else invented_word(rng)
+
+
+def text_world(rng: random.Random, n_classes: int, *, n_examples: int) -> tuple[list[str], list[frozenset[str]], Classes]:
+    """Short sentences: some key words of their class among words that say nothing.
+
+    Returns:
+        The sentences, the key words in each, and the classes.
+    """
+    n_keys = rng.choice([1, 2, 2, 3, 3, 4, 5, 6])
+    keys = [[text_word(rng) for _ in range(n_keys)] for _ in range(n_classes)]
+    if rng.random() < 0.25 and n_keys > 1:
+        keys[0][-1] = keys[1][-1]
+    common = english_words()[:150]
+    fillers = [rng.choice(common) if rng.random() < 0.6 else text_word(rng) for _ in range(rng.randint(3, 16))]
+    most_keys, most_fillers = rng.choice([1, 2, 2, 3]), rng.choice([0, 2, 3, 4, 5, 6])
+    place = rng.random()
+    written = rng.random() < 0.3
+    sentences: list[str] = []
+    used: list[frozenset[str]] = []
+    classes: list[int] = []
+    for _ in range(n_examples):
+        label = rng.randrange(n_classes)
+        chosen = rng.sample(keys[label], min(rng.randint(1, most_keys), n_keys))
+        others = [rng.choice(fillers) for _ in range(rng.randint(0, most_fillers))]
+        words = chosen + others if place < 0.15 else others + chosen if place < 0.3 else [*chosen, *others]
+        if place >= 0.3:
+            rng.shuffle(words)
+        text = " ".join(words)
+        sentences.append(text[0].upper() + text[1:] + "." if written else text)
+        used.append(frozenset(chosen))
+        classes.append(label)
+    return sentences, used, np.array(classes, np.int64)
 
 
 def any_word(rng: random.Random) -> str:
     """A plain English word (45 %) or an invented one."""
     return rng.choice(PLAIN_WORDS) if rng.random() < 0.45 else invented_word(rng)
+
+
+def any_name(rng: random.Random, pieces: list[str]) -> str:
+    """A field name as anybody might write it: words, pieces of words, ``is_x``, ``x2``, ``xY``."""
+    words = []
+    for _ in range(rng.choice([1, 1, 1, 1, 2, 2, 3])):
+        draw = rng.random()
+        if draw < 0.35:
+            words.append("".join(rng.choice(pieces) for _ in range(rng.choice([1, 1, 2, 2, 3]))))
+        else:
+            words.append(rng.choice(english_words()) if draw < 0.6 else any_word(rng))
+    style = rng.random()
+    if style < 0.05:
+        name = words[0] + "".join(word.capitalize() for word in words[1:])
+    elif style < 0.1:
+        name = "_".join(words) + rng.choice(["1", "2", "3", "_1", "_2"])
+    else:
+        name = "_".join([*(["is"] if style < 0.17 else []), *words])
+    return invented_word(rng) if name in _NEVER or name in ("completed", "reasoning") else name
 
 
 def field_names(rng: random.Random, n: int, *, joined: bool) -> list[str]:
@@ -266,7 +356,7 @@ def labels_of_one_start(rng: random.Random, n: int, pieces: list[str]) -> list[s
     labels: list[str] = []
     while len(labels) < n:
         label = start + "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3])))
-        if label not in labels and label not in BANNED_WORDS:
+        if label not in labels and label not in _NEVER:
             labels.append(label)
     return labels
 
@@ -282,7 +372,7 @@ def label_words(rng: random.Random, n: int, pieces: list[str] | None) -> list[st
             label = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 2, 3, 4])))
             if labels and rng.random() < 0.15:
                 label = labels[0][: rng.randint(1, 3)] + label
-        if label not in labels and label not in BANNED_WORDS and label not in ("answer",):
+        if label not in labels and label not in _NEVER and label not in ("answer",):
             labels.append(label)
     if rng.random() < 0.1:
         labels = [label.capitalize() for label in labels]
