@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     train = verbs.add_parser("train", help="run the recipe, or go on with it")
     train.add_argument("--folder", type=pathlib.Path, required=True)
     train.add_argument("--recipe", type=pathlib.Path, default=None, help="JSON recipe; default: a shipped one")
-    train.add_argument("--start", type=pathlib.Path, default=None, help="exported model to start from (recipe OWN_NAMES)")
+    train.add_argument(
+        "--start", type=pathlib.Path, default=None, help="exported model to start from (recipe OWN_NAMES)"
+    )
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--workers", type=int, default=1)
     train.add_argument("--until", type=int, default=None, help="stop after this step without changing the schedule")
@@ -68,11 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
             model, options.folder / "cells", settings=SETTINGS, sizes=tuple(options.sizes), part=tuple(options.part)
         )
     elif options.verb == "develop":
-        from copa_harness.lm.embedded.pretrain.card import development_table
+        from copa_harness.lm.embedded.pretrain.card import development_table, own_name_table
         from copa_harness.lm.embedded.pretrain.measure import load_model
 
-        text = development_table(load_model(options.folder / "export"), seeds=tuple(options.seeds))
-        (options.folder / "development.md").write_text(text)
+        model, seeds = load_model(options.folder / "export"), tuple(options.seeds)
+        (options.folder / "own_names.md").write_text(own_name_table(model, seeds=seeds))
+        (options.folder / "development.md").write_text(development_table(model, seeds=seeds))
     else:
         from copa_harness.lm.embedded.pretrain.card import ship, write_card
 

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 
 from copa_harness.atomic_files import write_atomic
-from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
-from copa_harness.lm.embedded.pretrain.evaluate import IRIS_RULE, read_cells, table, targets
+from copa_harness.lm.embedded.pretrain.development_tasks import OwnTask, development_tasks, own_name_tasks
+from copa_harness.lm.embedded.pretrain.evaluate import IRIS_RULE, SETTINGS, read_cells, table, targets
 from copa_harness.lm.embedded.pretrain.measure import (
     ClassificationTask,
     Form,
+    LoraSettings,
     MeasuredModel,
     Record,
     best_demos,
     record,
     signature,
+    with_lora,
 )
 
 SHIPPED_FILES = (
@@ -228,3 +230,30 @@ def _figures(
     answers = model.answers(signature(task, form, instruction=text), [], test)
     followed = float(np.mean([answer == label for answer, label in zip(answers, wanted, strict=True)]))
     return zero, with_demos, followed, unparsed
+
+
+def own_name_table(model: MeasuredModel, *, seeds: tuple[int, ...]) -> str:
+    """One line per own-name task, means over ``seeds``; an answer is right when all its outputs are."""
+    lines = [
+        "| task | outputs | zero-shot | best of 10 sets of 9 demonstrations | LoRA, long | parsed, worst |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for index, task in enumerate(own_name_tasks(seeds[0])):
+        figures = np.array([_own_figures(model, own_name_tasks(seed)[index], seed=seed) for seed in seeds])
+        zero, demos, lora = figures.mean(0)[:3]
+        outputs = ", ".join(f"`{name}`" for name in task.program.output_fields)
+        lines.append(
+            f"| {task.name} | {outputs} | {zero:.3f} | {demos:.3f} | {lora:.3f} | {figures[:, 3:].min():.1%} |"
+        )
+    return "\n".join(lines) + f"\n\nMeans over split seeds {', '.join(map(str, seeds))}; 75 test rows each.\n"
+
+
+def _own_figures(model: MeasuredModel, task: OwnTask, *, seed: int) -> tuple[float, ...]:
+    """Accuracy zero-shot, with demonstrations and with LoRA, then the shares that parsed in the same order."""
+    train, test = list(task.train), list(task.test)
+    zero = model.accuracy(task.program, [], test)
+    demos = best_demos(model, task.program, train[:50], train[50:], n_demos=SETTINGS.n_demos, n_sets=10, seed=seed)
+    shown = model.accuracy(task.program, demos, test)
+    settings = LoraSettings(SETTINGS.long_epochs, SETTINGS.learning_rate, SETTINGS.batch_size, 0)
+    tuned = with_lora(model, task.program, train, settings, seed=seed).accuracy(task.program, [], test)
+    return zero[0], shown[0], tuned[0], 1 - zero[1], 1 - shown[1], 1 - tuned[1]

@@ -176,7 +176,9 @@ class Episode:
             return rng.sample(["True", "False"], 2)
         if kind == "int":
             start = rng.choice([0, 1, 1])
-            values = [str(start + i) for i in range(n)] if rng.random() < 0.6 else list(map(str, rng.sample(range(10), n)))
+            values = (
+                [str(start + i) for i in range(n)] if rng.random() < 0.6 else list(map(str, rng.sample(range(10), n)))
+            )
             return values if rng.random() < 0.4 else rng.sample(values, n)
         if same_start:
             return labels_of_one_start(rng, n, self._pieces)
@@ -330,7 +332,9 @@ class Episode:
                 classes = self._further_classes(kind)
                 values = self._values(kind, int(classes.max()) + 1 if kind != "bool" else 2, mix)
             listed = rng.sample(values, len(values)) if rng.random() < 0.5 else list(values)
-            text = ", ".join(listed[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + listed[-1] if listed[1:] else ""
+            text = (
+                ", ".join(listed[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + listed[-1] if listed[1:] else ""
+            )
             literal = tuple(listed) if kind == "str" and rng.random() < mix.literal else None
             described = literal is None and rng.random() < (0.65 if kind == "str" else 0.3)
             fields.append(Field(name, kind, text if described else "", literal))

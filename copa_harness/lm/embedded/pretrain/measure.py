@@ -92,21 +92,32 @@ class MeasuredModel:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return cast("list[int]", self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def answers(self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]) -> list[str | None]:
-        """The parsed answers, None where the text does not parse."""
+    def outputs(
+        self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]
+    ) -> list[Record | None]:
+        """The parsed output fields of every answer, None where the text does not parse."""
         prompts = [self.prompt_ids(program, demos, example) for example in examples]
         return [self._parsed(program, text) for text in self.generate(prompts)]
+
+    def answers(self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]) -> list[str | None]:
+        """The last output field as text, None where the answer does not parse."""
+        last = list(program.output_fields)[-1]
+        found = self.outputs(program, demos, examples)
+        return [None if values is None else _printed(values[last]) for values in found]
 
     def accuracy(
         self, program: type[dspy.Signature], demos: list[Record], examples: list[Record]
     ) -> tuple[float, float]:
-        """Share of right answers and share of answers that do not parse."""
-        answers = self.answers(program, demos, examples)
-        right = [answer == example["answer"] for answer, example in zip(answers, examples, strict=True)]
-        return float(np.mean(right)), float(np.mean([answer is None for answer in answers]))
+        """Share of examples with every output field right, and share of answers that do not parse."""
+        found = self.outputs(program, demos, examples)
+        right = [
+            values is not None and all(_printed(values[name]) == _printed(example[name]) for name in values)
+            for values, example in zip(found, examples, strict=True)
+        ]
+        return float(np.mean(right)), float(np.mean([values is None for values in found]))
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], *, max_new_tokens: int = 28) -> list[str]:
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int = 64) -> list[str]:
         """Greedy continuations, one batch, the common prefix computed once."""
         n = len(prompts)
         shortest = min(len(prompt) for prompt in prompts)
@@ -148,11 +159,20 @@ class MeasuredModel:
             texts.append(self.tokenizer.decode(row[: row.index(end)] if end in row else row))
         return texts
 
-    def _parsed(self, program: type[dspy.Signature], text: str) -> str | None:
+    def answer_text(self, program: type[dspy.Signature], example: Record) -> str:
+        """The assistant's message for an example, as DSPy writes it in a demonstration."""
+        known = {name: example[name] for name in program.output_fields}
+        return str(self._adapter.format_assistant_message_content(program, known))
+
+    def _parsed(self, program: type[dspy.Signature], text: str) -> Record | None:
         try:
-            return str(self._adapter.parse(program, text)["answer"]).strip()
+            return dict(self._adapter.parse(program, text))
         except dspy.utils.exceptions.AdapterParseError:
             return None
+
+
+def _printed(value: Any) -> str:
+    return str(value).strip()
 
 
 def best_demos(
@@ -204,7 +224,7 @@ def with_lora(
             for i in order[start : start + settings.batch_size]:
                 others = [row for j, row in enumerate(train) if j != i]
                 demos = rng.sample(others, min(settings.n_demos, len(others)))
-                text = f"[[ ## answer ## ]]\n{train[i]['answer']}\n\n[[ ## completed ## ]]\n<|end|>"
+                text = model.answer_text(program, train[i]) + "<|end|>"
                 answers.append(model.tokenizer(text, add_special_tokens=False).input_ids)
                 rows.append(model.prompt_ids(program, demos, train[i]) + answers[-1])
             # padded on the right and without a mask: causal attention never sees the padding, and stays fast

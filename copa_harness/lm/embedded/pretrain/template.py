@@ -47,9 +47,8 @@ class Field:
         """What DSPy says about the value of an output of this type."""
         if self.literal is None:
             return _NOTES[self.kind]
-        return (
-            "        # note: the value you produce must exactly match (no extra characters) one of: "
-            + "; ".join(self.literal)
+        return "        # note: the value you produce must exactly match (no extra characters) one of: " + "; ".join(
+            self.literal
         )
 
 

@@ -272,7 +272,9 @@ def text_word(rng: random.Random) -> str:
     return rng.choice(english_words()) if draw < 0.75 else invented_word(rng)
 
 
-def text_world(rng: random.Random, n_classes: int, *, n_examples: int) -> tuple[list[str], list[frozenset[str]], Classes]:
+def text_world(
+    rng: random.Random, n_classes: int, *, n_examples: int
+) -> tuple[list[str], list[frozenset[str]], Classes]:
     """Short sentences: some key words of their class among words that say nothing.
 
     Returns:

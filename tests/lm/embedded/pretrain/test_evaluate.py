@@ -60,7 +60,7 @@ def test_an_interval_holds_the_mean_and_shrinks_to_it_without_spread():
 
 
 def test_the_card_tells_the_run_and_the_results(tmp_path, cells):
-    from copa_harness.lm.embedded.pretrain.recipe import SHIPPED
+    from copa_harness.lm.embedded.pretrain.recipe import FOUNDATION
 
     (tmp_path / "export").mkdir()
     config = {
@@ -72,7 +72,7 @@ def test_the_card_tells_the_run_and_the_results(tmp_path, cells):
     }
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
     run = {
-        "recipe": SHIPPED.to_json(),
+        "recipe": FOUNDATION.to_json(),
         "steps": 4800,
         "tokens": 19_000_000,
         "wall_s": 3000.0,

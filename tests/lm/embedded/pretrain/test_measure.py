@@ -6,7 +6,7 @@ import torch
 from dspy.utils import DummyLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
+from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks, own_name_tasks
 from copa_harness.lm.embedded.pretrain.measure import (
     LoraSettings,
     MeasuredModel,
@@ -99,3 +99,30 @@ def test_development_tasks_have_disjoint_rows_of_two_or_three_labels():
         assert len(task.train) == len(task.test) == 75
         assert {label for _, label in task.train} <= set(task.labels)
         assert all(0 <= value <= 9.9 for values, _ in task.train + task.test for value in values)
+
+
+def test_own_name_tasks_have_typed_rows_and_words_no_episode_has():
+    import re
+
+    from copa_harness.lm.embedded.pretrain.worlds import OWN_TASK_WORDS, PLAIN_WORDS
+
+    for task in own_name_tasks(0):
+        assert len(task.train) == len(task.test) == 75
+        for name, field in task.program.output_fields.items():
+            values = {row[name] for row in task.train}
+            assert {row[name] for row in task.test} <= values
+            assert len(values) > 1
+            assert field.annotation not in (bool, int) or all(isinstance(value, field.annotation) for value in values)
+            words = set(re.findall("[a-z]+", name))
+            assert words & OWN_TASK_WORDS, name
+            assert not words & OWN_TASK_WORDS & set(PLAIN_WORDS)
+
+
+def test_an_answer_is_right_only_when_every_output_is(model, monkeypatch):
+    task = own_name_tasks(0)[1]
+    rows = list(task.test[:4])
+    texts = [model.answer_text(task.program, row) for row in rows]
+    texts[1] = texts[1].replace(f"\n{rows[1]['severity']}\n", "\n9\n")
+    texts[2] = texts[2].replace("[[ ## severity ## ]]", "")
+    monkeypatch.setattr(model, "generate", lambda prompts: texts)
+    assert model.accuracy(task.program, [], rows) == (0.5, 0.25)

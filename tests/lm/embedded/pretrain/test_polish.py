@@ -7,7 +7,7 @@ import pytest
 
 from copa_harness.lm.embedded.pretrain.batches import EpisodeMaker
 from copa_harness.lm.embedded.pretrain.episodes import Mix
-from copa_harness.lm.embedded.pretrain.recipe import SHIPPED
+from copa_harness.lm.embedded.pretrain.recipe import FOUNDATION
 
 MIX = Mix(kinds=(1, 0.2, 0.2, 0.5), n_features=(1, 1, 1, 1, 1))
 
@@ -20,7 +20,7 @@ def test_rows_of_fourteen_hundred_tokens_are_filled_with_turns(tokenizer):
 
 
 def test_labels_of_one_start_share_their_first_token_and_weigh_the_later_ones_fully(tokenizer):
-    mix = dataclasses.replace(MIX, same_start=1.0, kinds=(1, 0, 0, 0), reasoning=0.0)
+    mix = dataclasses.replace(MIX, same_start=1.0, kinds=(1, 0, 0, 0), reasoning=0.0, name_weight=0.2)
     batch = EpisodeMaker(tokenizer, n_tokens=300).batch(mix, 12, seed=(2,))
     alike = [
         len({batch.ids[row, at + 1] for at in np.nonzero(batch.turn[row] >= 0)[0]}) == 1
@@ -31,11 +31,11 @@ def test_labels_of_one_start_share_their_first_token_and_weigh_the_later_ones_fu
 
 
 def test_the_polishing_stage_has_a_decay_of_its_own_and_leaves_the_runs_decay_alone():
-    polish = SHIPPED.stages[-1]
+    polish = FOUNDATION.stages[-1]
     assert polish.polish
-    end = SHIPPED.total_steps - polish.steps
-    without = dataclasses.replace(SHIPPED, stages=SHIPPED.stages[:-1])
+    end = FOUNDATION.total_steps - polish.steps
+    without = dataclasses.replace(FOUNDATION, stages=FOUNDATION.stages[:-1])
     for step in (10, 1500, 3000, end - 1):
-        assert SHIPPED.rate_share(step, SHIPPED.total_steps) == without.rate_share(step, end)
-    assert SHIPPED.rate_share(end, SHIPPED.total_steps) == pytest.approx(polish.rate)
-    assert SHIPPED.rate_share(SHIPPED.total_steps - 1, SHIPPED.total_steps) < 0.05 * polish.rate
+        assert FOUNDATION.rate_share(step, FOUNDATION.total_steps) == without.rate_share(step, end)
+    assert FOUNDATION.rate_share(end, FOUNDATION.total_steps) == pytest.approx(polish.rate)
+    assert FOUNDATION.rate_share(FOUNDATION.total_steps - 1, FOUNDATION.total_steps) < 0.05 * polish.rate

@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 
-from copa_harness.lm.embedded.pretrain.recipe import SHIPPED, Recipe
+from copa_harness.lm.embedded.pretrain.recipe import FOUNDATION, OWN_NAMES, WHOLE, Recipe
 from copa_harness.lm.embedded.pretrain.train import PretrainingRun
 
 MICRO = dataclasses.replace(
-    SHIPPED,
+    FOUNDATION,
     width=32,
     n_heads=4,
     feed_forward=48,
     compiled=False,
     decay_steps=2,
-    stages=tuple(dataclasses.replace(stage, steps=2, rows=3, tokens=128) for stage in SHIPPED.stages[1:3]),
+    stages=tuple(dataclasses.replace(stage, steps=2, rows=3, tokens=128) for stage in FOUNDATION.stages[1:3]),
 )
 
 
@@ -80,5 +80,35 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert shares == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 0.05])
 
 
-def test_a_recipe_survives_json():
-    assert Recipe.from_json(json.loads(json.dumps(SHIPPED.to_json()))) == SHIPPED
+@pytest.mark.parametrize("recipe", [FOUNDATION, OWN_NAMES, WHOLE])
+def test_a_recipe_survives_json(recipe):
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_run_starts_from_an_exported_model_token_by_token(finished, tmp_path):
+    start = finished._folder / "export"
+    run = PretrainingRun(MICRO, tmp_path / "more", n_workers=0, start=start)
+    assert run.step == 0
+    assert torch.equal(run.network.table(), finished.network.table())
+    for one, other in zip(run.network.hidden_matrices(), finished.network.hidden_matrices(), strict=True):
+        assert torch.equal(one, other)
+    run.run(until=1)
+    resumed = PretrainingRun(MICRO, tmp_path / "more", n_workers=0)
+    assert resumed.manifest()["started_from"] == run.manifest()["started_from"]
+    assert len(resumed.manifest()["started_from"]["model.safetensors"]) == 64
+
+
+def test_a_token_the_older_tokenizer_lacks_starts_as_the_mean_of_its_pieces(finished, tmp_path):
+    from transformers import AutoTokenizer
+
+    start = tmp_path / "older"
+    finished.export(start)
+    spec = json.loads((start / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "True"]
+    (start / "tokenizer.json").write_text(json.dumps(spec))
+    older = AutoTokenizer.from_pretrained(start)
+    pieces = older("True", add_special_tokens=False).input_ids
+    assert len(pieces) > 1
+    run = PretrainingRun(MICRO, tmp_path / "more", n_workers=0, start=start)
+    table = run.network.table()
+    assert torch.allclose(table[run.tokenizer.convert_tokens_to_ids("True")], finished.network.table()[pieces].mean(0))
