@@ -153,6 +153,7 @@ class Episode:
         self.field_places: list[int] = []
         self.threshold_places: list[int] = []
         self.label_places: list[int] = []
+        self.outputs: list[tuple[str, ...]] = []
         self._extra_values: dict[str, list[str]] = {}
         self.shape, self.instruction = self._signature(several, kind, mix, numpy_rng)
         if kind != "rule":
@@ -342,7 +343,7 @@ class Episode:
             self.listed[i] = literal is not None or described or kind == "bool"
             if i == self.main:
                 main_list, main_described = "" if literal is not None or kind == "bool" else text, self.listed[i]
-        self.outputs: list[tuple[str, ...]] = list(zip(*columns, strict=True))
+        self.outputs = list(zip(*columns, strict=True))
         return tuple(fields), main_list, main_described
 
     def _further_classes(self, kind: str) -> npt.NDArray[np.int64]:

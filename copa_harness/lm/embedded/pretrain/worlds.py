@@ -2,8 +2,8 @@
 
 A world draws N examples: ``shares`` (N, F), each value as a share 0..1 of its column's range, and ``classes`` (N,).
 Kinds: ``gauss`` (Gaussian classes, sometimes correlated or with noise columns), ``linear`` (bands along one direction),
-``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states), ``text`` (short sentences
-whose classes share words).
+``axis`` (an unspoken threshold rule), ``rule`` (a threshold rule which the instruction states), ``text`` (short
+sentences whose classes share words).
 
 Field names and labels have two sources: a list of plain English words and an endless supply of pronounceable invented
 words. ``BANNED_WORDS`` holds every word of the task names, field names and labels of Iris, Wine and Breast Cancer (the
