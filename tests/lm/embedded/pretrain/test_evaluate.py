@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from copa_harness.lm.embedded.pretrain.card import median_rule, write_card
+from copa_harness.lm.embedded.pretrain.card import FOUNDATION_WEIGHTS, median_rule, write_card
 from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
 from copa_harness.lm.embedded.pretrain.evaluate import paired_interval, read_cells, table, targets
 
@@ -81,6 +81,7 @@ def test_the_card_tells_the_run_and_the_results(tmp_path, cells):
         "python": "3.11",
         "torch": "2.13",
         "commits": ["abc"],
+        "started_from": {"model.safetensors": FOUNDATION_WEIGHTS},
     }
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 50, "stage": "bare", "loss": 7.0}) + "\n")
@@ -90,6 +91,8 @@ def test_the_card_tells_the_run_and_the_results(tmp_path, cells):
     card = write_card(tmp_path, tmp_path, None)
     assert "4,800 steps, 19,000,000 tokens, 50 minutes on a processor" in card
     assert "What it never saw" in card
+    assert "two runs, one after the other" in card
+    assert "| bare | 300 | 40 x 96 |" in card
     assert "### 75 labelled rows" in card
 
 
