@@ -19,6 +19,7 @@ from copa_harness.lm.embedded.pretrain.tokenizer import SYSTEM
 from copa_harness.lm.embedded.pretrain.worlds import BANNED_WORDS
 
 _LONG_ROW, _LONG_TURNS = 1000, 96
+N_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Row:
     shares: npt.NDArray[np.float32]
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
+    words: npt.NDArray[np.int64]
     value_at: npt.NDArray[np.int64]
     name_at: npt.NDArray[np.int64]
     field_at: npt.NDArray[np.int64]
@@ -63,6 +65,7 @@ class Batch:
         shares: (B, P, S) printed feature values as shares of their format's range.
         slot_ok: (B, S) which slots exist.
         kernel: (B, P, P) Gaussian weights over earlier turns, rows sum to 1 or are all 0.
+        words: (B, P, W) first tokens of the key words in each turn's sentence, 0 where none.
         value_at: (B, P, S) position of each value token, 0 where none.
         name_at: (B, P, S, 2) first and last + 1 position of the field name before each value, equal if none.
         field_at: (B, C, 2) likewise for the field names in a stated rule's clauses.
@@ -85,6 +88,7 @@ class Batch:
     shares: npt.NDArray[np.float32]
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
+    words: npt.NDArray[np.int64]
     value_at: npt.NDArray[np.int64]
     name_at: npt.NDArray[np.int64]
     field_at: npt.NDArray[np.int64]
@@ -206,6 +210,7 @@ class EpisodeMaker:
             shares=episode.printed_shares(),
             slot_ok=np.arange(N_SLOTS) < episode.n_features,
             kernel=self._kernel(episode, header_ok),
+            words=self._words(episode, header_ok),
             value_at=value_at,
             name_at=name_at,
             field_at=row_field,
@@ -213,6 +218,14 @@ class EpisodeMaker:
             clause_label_at=row_label,
             **episode.rule_targets(),
         )
+
+    def _words(self, episode: Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """First tokens of each recorded turn's key words, (P, W)."""
+        words = np.zeros((N_TURNS, N_WORDS), np.int64)
+        for turn in np.nonzero(header_ok)[0] if episode.key_words else ():
+            for i, word in enumerate(sorted(episode.key_words[turn])[:N_WORDS]):
+                words[turn, i] = self._backend.encode(word, add_special_tokens=False).ids[0]
+        return words
 
     def _kernel(self, episode: Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
         """Nadaraya-Watson weights of earlier turns, (P, P); zero for rules, where nearness is beside the point.

@@ -46,6 +46,7 @@ class TensorBatch:
     shares: Tensor
     slot_ok: Tensor
     kernel: Tensor
+    words: Tensor
     value_at: Tensor
     name_at: Tensor
     field_at: Tensor
@@ -75,9 +76,16 @@ class Supervision(nn.Module):
         self.slot_probe = probe(N_SLOTS)
         self.clause_probe = probe(N_CLAUSES + 1)
         self.fired_probe = probe(N_CLAUSES + 1)
+        self.word_probe = nn.Parameter(torch.zeros(width, width))
 
     def forward(
-        self, taps: list[Tensor], batch: TensorBatch, *, name_layer: int, decide: bool
+        self,
+        taps: list[Tensor],
+        batch: TensorBatch,
+        *,
+        name_layer: int,
+        decide: bool,
+        word_table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Probe loss, pull loss, and their parts for the log.
 
@@ -87,6 +95,7 @@ class Supervision(nn.Module):
             name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later,
                 where the name's tokens are still plain embeddings; then only the first turns are supervised.
             decide: Whether answers are pulled to the value that makes a stated clause fire.
+            word_table: Embeddings, when answers shall also know the key words of their own sentence.
         """
         inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
         rows = torch.arange(len(batch.ids))[:, None]
@@ -111,6 +120,15 @@ class Supervision(nn.Module):
             loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
             parts["slot"] = loss.item()
             probe = probe + 0.3 * loss
+
+        said = place_ok & (batch.words[:, :, 0] > 0).repeat(1, 2)
+        if word_table is not None and said.any():
+            words = batch.words.repeat(1, 2, 1)[said]
+            logits = (self._normal(inputs[3][rows, place][said]) @ self.word_probe) @ word_table.detach().float().T
+            looked = logits.log_softmax(-1).gather(1, words)
+            loss = -((looked * (words > 0)).sum(1) / (words > 0).sum(1)).mean()
+            parts["words"] = loss.item()
+            probe = probe + 0.4 * loss
 
         log_attention = _log_attention(queries[3][:, _MATCH_HEADS], keys[3][:, _MATCH_HEADS], batch.header)
         on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))

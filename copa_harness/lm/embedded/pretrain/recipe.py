@@ -23,7 +23,7 @@ class Stage:
         steps, rows, tokens: How many batches of which shape.
         probe_weight, pull_weight: Of the supervision's two losses.
         mix: What the episodes are made of.
-        name_layer, decide: See ``Supervision.forward``.
+        name_layer, decide, words: See ``Supervision.forward``.
         polish: A stage after the run's decay, with a linear decay of its own.
         rate: Share of the run's learning rates.
         partner: Takes every second step with its own rows and mix.
@@ -38,6 +38,7 @@ class Stage:
     mix: Mix
     name_layer: int = 1
     decide: bool = False
+    words: bool = False
     polish: bool = False
     rate: float = 1.0
     partner: Stage | None = None
@@ -256,6 +257,9 @@ _OWN_READ = dataclasses.replace(
     stretch=0.2,
 )
 _OWN_READING = Stage("read", 0, 14, 288, 0.5, 1.0, _OWN_READ, name_layer=0, decide=True)
+_OWN_SAYING = dataclasses.replace(_OWN_READING, words=True)
+_SAID = dataclasses.replace(_OWN, kinds=(1, 0.12, 0.1, 0.2, 0.8))
+_WORDS = Stage("", 0, 9, 448, 0.5, 0.6, _SAID, name_layer=0, decide=True, words=True, rate=0.2, partner=_OWN_SAYING)
 
 OWN_NAMES = Recipe(
     seed=0,
@@ -266,11 +270,11 @@ OWN_NAMES = Recipe(
     muon_rate=0.02,
     adam_rate=3e-3,
     warmup_steps=50,
-    decay_steps=800,
+    decay_steps=1600,
     stages=(
-        Stage("names", 500, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
-        Stage("more", 600, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
-        Stage("lengths", 200, 3, 1400, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
+        Stage("names", 300, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
+        dataclasses.replace(_WORDS, name="words", steps=1300),
+        dataclasses.replace(_WORDS, name="lengths", steps=300, rows=3, tokens=1400),
     ),
 )
 

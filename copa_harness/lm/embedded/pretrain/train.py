@@ -164,7 +164,13 @@ class PretrainingRun:
             hidden, taps = forward(table, batch.ids[:, :-1].contiguous(), cos, sin)
             logits = hidden.reshape(-1, self.recipe.width)[picked] @ table.T
         loss = token_loss(logits, targets, weights)
-        probe, pull, parts = self.supervision(taps, batch, name_layer=stage.name_layer, decide=stage.decide)
+        probe, pull, parts = self.supervision(
+            taps,
+            batch,
+            name_layer=stage.name_layer,
+            decide=stage.decide,
+            word_table=table if stage.words else None,
+        )
         total = loss + stage.probe_weight * probe + stage.pull_weight * pull
         total.backward()
         torch.nn.utils.clip_grad_norm_([*self.network.parameters(), *self.supervision.parameters()], 1.0)
@@ -242,7 +248,8 @@ class PretrainingRun:
             return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
         self.network.load_state_dict(part("network."))
-        self.supervision.load_state_dict(part("supervision."))
+        # a probe that a later stage added is not in an older checkpoint; it begins as it does in a new run
+        self.supervision.load_state_dict(part("supervision."), strict=False)
         for i, buffer in enumerate(self._muon.buffers):
             buffer.copy_(tensors[f"muon.{i}"])
         adam: dict[int, dict[str, Tensor]] = defaultdict(dict)

@@ -267,9 +267,9 @@ def english_words() -> tuple[str, ...]:
 def text_word(rng: random.Random) -> str:
     """A word of a sentence: plain, from the language reference, or invented."""
     draw = rng.random()
-    if draw < 0.35:
+    if draw < 0.45:
         return rng.choice(PLAIN_WORDS)
-    return rng.choice(english_words()) if draw < 0.75 else invented_word(rng)
+    return rng.choice(english_words()) if draw < 0.82 else invented_word(rng)
 
 
 def text_world(
