@@ -8,8 +8,8 @@ import dspy
 import pytest
 
 from copa_harness.lm.embedded import embedded_model_path
-from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks
-from copa_harness.lm.embedded.pretrain.measure import load_model, record, signature
+from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks, own_name_tasks
+from copa_harness.lm.embedded.pretrain.measure import LoraSettings, best_demos, load_model, record, signature, with_lora
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,35 @@ def test_a_literal_output_and_a_chain_of_thought_parse(model, task):
     assert sum(answer in task.labels for answer in answers) >= 19
     thoughtful = dspy.ChainOfThought(signature(task, "single")).predict.signature
     assert sum(answer is not None for answer in model.answers(thoughtful, [], rows)) >= 19
+
+
+OWN_NAMES = [task.name for task in own_name_tasks(0)]
+
+
+@pytest.mark.parametrize("index", range(len(OWN_NAMES)), ids=OWN_NAMES)
+def test_fields_that_nobody_foresaw_parse(model, index):
+    task = own_name_tasks(0)[index]
+    shown = list(task.train[:6])
+    for demos in ([], shown):
+        found = model.outputs(task.program, demos, list(task.test))
+        assert sum(values is not None for values in found) >= 0.99 * len(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["queue", "Kategorie", "is_it_fraud", "x", "sentimentOfReview", "icd10_code", "who_handles_it", "y_true"]
+)
+def test_an_output_of_any_name_is_called_by_its_name(model, name):
+    program = dspy.Signature(
+        {"ticket": (str, dspy.InputField()), name: (str, dspy.OutputField(desc="red, green, or blue"))}
+    )
+    rows = [{"ticket": text} for text in ("my parcel is late", "The invoice is wrong.", "cannot log in", "thanks")]
+    assert all(values is not None for values in model.outputs(program, [], rows))
+
+
+def test_demonstrations_and_lora_both_learn_a_task_of_own_names(model):
+    task = own_name_tasks(0)[OWN_NAMES.index("beans")]
+    train, test = list(task.train), list(task.test)
+    demos = best_demos(model, task.program, train[:50], train[50:], n_demos=9, n_sets=3, seed=0)
+    assert model.accuracy(task.program, demos, test)[0] >= 0.7
+    tuned = with_lora(model, task.program, train, LoraSettings(20, 3e-3, 16, 0), seed=0)
+    assert tuned.accuracy(task.program, [], test)[0] >= 0.8

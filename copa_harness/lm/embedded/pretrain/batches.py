@@ -38,6 +38,7 @@ class Row:
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
     words: npt.NDArray[np.int64]
+    sentence_at: npt.NDArray[np.int64]
     value_at: npt.NDArray[np.int64]
     name_at: npt.NDArray[np.int64]
     field_at: npt.NDArray[np.int64]
@@ -66,6 +67,7 @@ class Batch:
         slot_ok: (B, S) which slots exist.
         kernel: (B, P, P) Gaussian weights over earlier turns, rows sum to 1 or are all 0.
         words: (B, P, W) first tokens of the key words in each turn's sentence, 0 where none.
+        sentence_at: (B, P, 2) first and last + 1 position of each turn's deciding sentence, equal if none.
         value_at: (B, P, S) position of each value token, 0 where none.
         name_at: (B, P, S, 2) first and last + 1 position of the field name before each value, equal if none.
         field_at: (B, C, 2) likewise for the field names in a stated rule's clauses.
@@ -89,6 +91,7 @@ class Batch:
     slot_ok: npt.NDArray[np.bool_]
     kernel: npt.NDArray[np.float32]
     words: npt.NDArray[np.int64]
+    sentence_at: npt.NDArray[np.int64]
     value_at: npt.NDArray[np.int64]
     name_at: npt.NDArray[np.int64]
     field_at: npt.NDArray[np.int64]
@@ -142,7 +145,7 @@ class EpisodeMaker:
         row_threshold, row_label = np.zeros(c, np.int64), np.zeros(c + 1, np.int64)
         row_field, name_at = np.zeros((c, 2), np.int64), np.zeros((N_TURNS, N_SLOTS, 2), np.int64)
         header, value_at = np.zeros(N_TURNS, np.int64), np.zeros((N_TURNS, N_SLOTS), np.int64)
-        header_ok = np.zeros(N_TURNS, np.bool_)
+        header_ok, sentence_at = np.zeros(N_TURNS, np.bool_), np.zeros((N_TURNS, 2), np.int64)
         whole = rng.random() < mix.system
         if whole or episode.threshold_places:
             # a stated rule is needed even where the mix leaves the system message out: then it stands there alone
@@ -164,14 +167,14 @@ class EpisodeMaker:
         for i, outputs in enumerate(episode.outputs):
             if len(ids) > t:
                 break
-            text, values, label_start, spans = episode.turn_text(i, mix)
-            encoded = self._backend.encode(text, add_special_tokens=False)
+            written = episode.turn_text(i, mix)
+            encoded = self._backend.encode(written.text, add_special_tokens=False)
             starts = np.array([start for start, _ in encoded.offsets])
             base = len(ids)
             if stretch:
                 positions[base:] += rng.randint(0, stretch)
             ids += encoded.ids
-            label_at = base + int(np.searchsorted(starts, label_start))
+            label_at = base + int(np.searchsorted(starts, written.label_at))
             # a value can be known that the prompt says or an earlier turn showed
             known_values = [
                 (told and listed) or (n, value) in seen
@@ -180,10 +183,10 @@ class EpisodeMaker:
             known = known_values[episode.main]
             seen.update(enumerate(outputs))
             format_weight = 0.08 if rng.random() < 0.25 else 0.0
-            for span in spans:
+            for span in written.spans:
                 if span.output is not None and not known_values[span.output]:
                     continue
-                if span.naming and not (whole or "Respond with" in text):
+                if span.naming and not (whole or "Respond with" in written.text):
                     continue
                 first, later = (span.first, span.later) if span.first else (format_weight, format_weight)
                 lo, hi = base + int(np.searchsorted(starts, span.start)), base + int(np.searchsorted(starts, span.end))
@@ -194,7 +197,8 @@ class EpisodeMaker:
                 turn[label_at - 1] = i
             if i < N_TURNS and label_at < t and not episode.shape.reasoning:
                 header[i], header_ok[i] = label_at - 1, True
-                for j, (name_start, name_end, place) in enumerate(values):
+                sentence_at[i] = base + np.searchsorted(starts, written.sentence)
+                for j, (name_start, name_end, place) in enumerate(written.values):
                     value_at[i, j] = base + np.searchsorted(starts, place)
                     name_at[i, j] = base + np.searchsorted(starts, (name_start, name_end))
         ids = (ids + [0] * (t + 1))[: t + 1]
@@ -211,6 +215,7 @@ class EpisodeMaker:
             slot_ok=np.arange(N_SLOTS) < episode.n_features,
             kernel=self._kernel(episode, header_ok),
             words=self._words(episode, header_ok),
+            sentence_at=sentence_at,
             value_at=value_at,
             name_at=name_at,
             field_at=row_field,

@@ -47,6 +47,24 @@ class Span(NamedTuple):
     naming: bool = False
 
 
+class Turn(NamedTuple):
+    """One turn's text and what stands where in it, in characters.
+
+    Attributes:
+        text: The user's and the assistant's message.
+        values: Places of the feature values and their names.
+        label_at: Where the main label begins.
+        spans: The answer's parts and their weights.
+        sentence: Start and end of the deciding sentence, equal where there is none.
+    """
+
+    text: str
+    values: list[_Value]
+    label_at: int
+    spans: list[Span]
+    sentence: tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Mix:
     """What a stage's episodes are made of; probabilities unless said otherwise.
@@ -359,12 +377,13 @@ class Episode:
         rng.shuffle(onto)
         return np.array(onto, np.int64)[self.classes]
 
-    def turn_text(self, i: int, mix: Mix) -> tuple[str, list[_Value], int, list[Span]]:
-        """Text of turn ``i``, places of its values and their names, place of its main label, and weighted spans."""
+    def turn_text(self, i: int, mix: Mix) -> Turn:
+        """Turn ``i`` in words."""
         rng, printed = self._rng, self.printed[i]
         supplied = not self.shape.reasoning or i > 2 or rng.random() < 0.5
         text = USER + ("" if supplied else template.INCOMPLETE_PREFIX)
         values: list[_Value] = []
+        sentence = (0, 0)
         several = set(self.names) == self._carriers and self.n_features > 0
         for n, field in enumerate(self.shape.inputs):
             text += "\n\n[[ ## " if n else "[[ ## "
@@ -376,6 +395,7 @@ class Episode:
                 values.append((name_start, name_start + len(field.name), len(text)))
                 text += printed[self.names.index(field.name)]
             elif self._sentences:
+                sentence = (len(text), len(text) + len(self._sentences[i]))
                 text += self._sentences[i]
             else:
                 for j, (name, value) in enumerate(zip(self.names, printed, strict=True)):
@@ -389,7 +409,7 @@ class Episode:
             text += template.request_text(self.shape)
         text += ASSISTANT
         answer, label_at, spans = self._answer(i, mix, supplied, len(text))
-        return text + answer + END, values, label_at, spans
+        return Turn(text + answer + END, values, label_at, spans, sentence)
 
     def _answer(self, i: int, mix: Mix, supplied: bool, start: int) -> tuple[str, int, list[Span]]:
         """An assistant message that begins at character ``start``, the place of its main label, and its spans."""

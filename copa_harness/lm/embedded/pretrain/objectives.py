@@ -20,12 +20,12 @@ from copa_harness.lm.embedded.pretrain.batches import Batch
 from copa_harness.lm.embedded.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS
 
 # layer 1 or 0: numbers look at the field name before them (heads 0, 1)
-# layer 2: a stated label looks at its clause's threshold (heads 2, 3)
+# layer 2: a stated label looks at its clause's threshold (heads 2, 3), an answer at its own sentence (heads 0, 1)
 # layer 3: an answer looks at like examples (heads 0, 1), a value at its field's thresholds (heads 2, 3)
 # layer 4: an answer looks at the value that makes a clause fire (heads 0, 1)
 # layer 5: an answer looks at the stated label of the clause that fires (heads 0, 1)
 TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
-_NAME_HEADS, _MATCH_HEADS, _DECIDE_HEADS, _CHOOSE_HEADS = (slice(0, 2),) * 4
+_NAME_HEADS, _MATCH_HEADS, _DECIDE_HEADS, _CHOOSE_HEADS, _GATHER_HEADS = (slice(0, 2),) * 5
 _OWN_HEADS, _READ_HEADS = (slice(2, 4),) * 2
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
@@ -47,6 +47,7 @@ class TensorBatch:
     slot_ok: Tensor
     kernel: Tensor
     words: Tensor
+    sentence_at: Tensor
     value_at: Tensor
     name_at: Tensor
     field_at: Tensor
@@ -86,6 +87,7 @@ class Supervision(nn.Module):
         name_layer: int,
         decide: bool,
         word_table: Tensor | None = None,
+        gather: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Probe loss, pull loss, and their parts for the log.
 
@@ -96,6 +98,7 @@ class Supervision(nn.Module):
                 where the name's tokens are still plain embeddings; then only the first turns are supervised.
             decide: Whether answers are pulled to the value that makes a stated clause fire.
             word_table: Embeddings, when answers shall also know the key words of their own sentence.
+            gather: Whether these answers are also pulled to look at the sentence.
         """
         inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
         rows = torch.arange(len(batch.ids))[:, None]
@@ -129,6 +132,11 @@ class Supervision(nn.Module):
             loss = -((looked * (words > 0)).sum(1) / (words > 0).sum(1)).mean()
             parts["words"] = loss.item()
             probe = probe + 0.4 * loss
+            if gather:
+                span = batch.sentence_at.repeat(1, 2, 1)
+                loss = _span_pull(queries[2][:, _GATHER_HEADS], keys[2][:, _GATHER_HEADS], place, span, said)
+                parts["sentence"] = loss.item()
+                pull = pull + loss
 
         log_attention = _log_attention(queries[3][:, _MATCH_HEADS], keys[3][:, _MATCH_HEADS], batch.header)
         on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))

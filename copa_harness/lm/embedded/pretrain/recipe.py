@@ -23,9 +23,11 @@ class Stage:
         steps, rows, tokens: How many batches of which shape.
         probe_weight, pull_weight: Of the supervision's two losses.
         mix: What the episodes are made of.
-        name_layer, decide, words: See ``Supervision.forward``.
+        name_layer, decide, words, gather: See ``Supervision.forward``.
         polish: A stage after the run's decay, with a linear decay of its own.
         rate: Share of the run's learning rates.
+        slope: Shares at the stage's first step and after its last one, a line between them; replaces ``rate`` and the
+            run's decay.
         partner: Takes every second step with its own rows and mix.
     """
 
@@ -39,8 +41,10 @@ class Stage:
     name_layer: int = 1
     decide: bool = False
     words: bool = False
+    gather: bool = False
     polish: bool = False
     rate: float = 1.0
+    slope: tuple[float, float] | None = None
     partner: Stage | None = None
 
     def at(self, step: int) -> Stage:
@@ -54,7 +58,8 @@ class Stage:
             key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()
         }
         partner = cls.from_json(data["partner"]) if data["partner"] else None
-        return cls(**{**data, "mix": Mix(**mix), "partner": partner})
+        slope = tuple(data["slope"]) if data.get("slope") else None
+        return cls(**{**data, "mix": Mix(**mix), "partner": partner, "slope": slope})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,12 @@ class Recipe:
 
     def rate_share(self, step: int, last_step: int) -> float:
         """Share of the full learning rate at a step, when the run ends at ``last_step``."""
-        stage = self.stages[self.stage_at(step)[0]]
+        index = self.stage_at(step)[0]
+        stage = self.stages[index]
+        if stage.slope is not None:
+            start = sum(earlier.steps for earlier in self.stages[:index])
+            steps = stage.steps if index < len(self.stages) - 1 else last_step - start
+            return stage.slope[0] + (stage.slope[1] - stage.slope[0]) * (step - start) / steps
         if stage.polish:
             return stage.rate * max(self.final_share, (last_step - step) / stage.steps)
         last_step = min(last_step, sum(stage.steps for stage in self.stages if not stage.polish))
@@ -259,7 +269,8 @@ _OWN_READ = dataclasses.replace(
 _OWN_READING = Stage("read", 0, 14, 288, 0.5, 1.0, _OWN_READ, name_layer=0, decide=True)
 _OWN_SAYING = dataclasses.replace(_OWN_READING, words=True)
 _SAID = dataclasses.replace(_OWN, kinds=(1, 0.12, 0.1, 0.2, 0.8))
-_WORDS = Stage("", 0, 9, 448, 0.5, 0.6, _SAID, name_layer=0, decide=True, words=True, rate=0.2, partner=_OWN_SAYING)
+_WORDS = Stage("", 0, 9, 448, 0.5, 0.6, _SAID, name_layer=0, decide=True, words=True, partner=_OWN_SAYING)
+_GATHER = dataclasses.replace(_WORDS, gather=True, partner=dataclasses.replace(_OWN_SAYING, gather=True))
 
 OWN_NAMES = Recipe(
     seed=0,
@@ -270,16 +281,17 @@ OWN_NAMES = Recipe(
     muon_rate=0.02,
     adam_rate=3e-3,
     warmup_steps=50,
-    decay_steps=1600,
+    decay_steps=1,
     stages=(
         Stage("names", 300, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
-        dataclasses.replace(_WORDS, name="words", steps=1300),
-        dataclasses.replace(_WORDS, name="lengths", steps=300, rows=3, tokens=1400),
+        dataclasses.replace(_WORDS, name="words", steps=300, slope=(0.2, 0.1625)),
+        dataclasses.replace(_GATHER, name="gather", steps=750, slope=(0.17, 0.03)),
+        dataclasses.replace(_GATHER, name="lengths", steps=150, rows=3, tokens=1400, slope=(0.03, 0.002)),
     ),
 )
 
 WHOLE = dataclasses.replace(
     FOUNDATION,
-    decay_steps=2500 + OWN_NAMES.total_steps,
+    decay_steps=2500,
     stages=(*FOUNDATION.stages[:-1], *OWN_NAMES.stages),
 )

@@ -170,6 +170,7 @@ class PretrainingRun:
             name_layer=stage.name_layer,
             decide=stage.decide,
             word_table=table if stage.words else None,
+            gather=stage.gather,
         )
         total = loss + stage.probe_weight * probe + stage.pull_weight * pull
         total.backward()

@@ -147,6 +147,22 @@ def test_sentences_are_near_when_they_share_key_words(own):
             assert earlier < turn
 
 
+def test_key_words_stand_in_the_marked_sentence(tokenizer, own):
+    batch, _ = own
+    compared = 0
+    for row in np.nonzero(batch.kind == KINDS.index("text"))[0]:
+        for turn in np.nonzero(batch.header_ok[row])[0]:
+            low, high = batch.sentence_at[row, turn]
+            sentence = tokenizer.decode(batch.ids[row, low:high]).lower()
+            for word in batch.words[row, turn]:
+                if word:
+                    assert tokenizer.decode([word]).lower()[1:] in sentence
+                    compared += 1
+    assert compared > 30
+    places = batch.sentence_at[batch.kind != KINDS.index("text")]
+    assert np.array_equal(places[..., 0], places[..., 1])
+
+
 def test_a_value_that_nothing_says_is_not_asked_before_it_was_shown(tokenizer):
     mix = dataclasses.replace(OWN, kinds=(1, 0, 0, 0, 0), output_kinds=(0, 0, 1), n_outputs=(1,), reasoning=0.0)
     batch = EpisodeMaker(tokenizer, n_tokens=400).batch(mix, 40, seed=(3,))

@@ -80,6 +80,24 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert shares == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 0.05])
 
 
+def test_a_slope_replaces_the_decay_and_ends_with_the_run():
+    first, second = (dataclasses.replace(MICRO.stages[0], steps=10, slope=slope) for slope in ((0.3, 0.2), (0.2, 0.0)))
+    recipe = dataclasses.replace(MICRO, stages=(first, second))
+    shares = [recipe.rate_share(step, 20) for step in (0, 5, 10, 15, 19)]
+    assert shares == pytest.approx([0.3, 0.25, 0.2, 0.1, 0.02])
+    assert recipe.rate_share(13, 14) == pytest.approx(0.05)
+
+
+def test_answers_are_told_the_words_of_their_own_sentence(tmp_path):
+    mix = dataclasses.replace(MICRO.stages[0].mix, kinds=(0, 0, 0, 0, 1), system=1.0)
+    stage = dataclasses.replace(MICRO.stages[0], mix=mix, words=True, gather=True)
+    run = PretrainingRun(dataclasses.replace(MICRO, stages=(stage,)), tmp_path, n_workers=0)
+    run.run(log_every=1)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert line["words"] > 0
+    assert line["sentence"] > 0
+
+
 @pytest.mark.parametrize("recipe", [FOUNDATION, OWN_NAMES, WHOLE])
 def test_a_recipe_survives_json(recipe):
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
