@@ -91,6 +91,8 @@ class Mix:
         any_inputs: Share of episodes whose input fields have any names, types mixed, some with descriptions.
         extra_inputs: Share of episodes with one to three input fields that say nothing.
         name_weight: Loss weight of an output's name in a first turn; a quarter of it later.
+        later_weight: Of a value's tokens after the first.
+        next_weight: Of what follows a value: the next output's marker, or the end.
     """
 
     kinds: tuple[float, ...]
@@ -114,6 +116,8 @@ class Mix:
     any_inputs: float = 0.0
     extra_inputs: float = 0.0
     name_weight: float = 0.3
+    later_weight: float = 0.3
+    next_weight: float = 0.1
 
 
 class Episode:
@@ -417,14 +421,14 @@ class Episode:
         if self.shape.reasoning:
             values[0] = f"It looks like {label}." if supplied else template.NOT_SUPPLIED
         parts = template.answer_parts(self.shape, tuple(values))
-        later = 1.0 if self.same_start else 0.3
+        later = 1.0 if self.same_start else mix.later_weight
         naming = mix.name_weight * (1.0 if i == 0 else 0.25)
         spans: list[Span] = []
         at, label_at = start, start
         for n, field in enumerate(self.shape.outputs):
             marker, value = parts[2 * n], parts[2 * n + 1]
             name_at = at + marker.index("## ") + 3
-            spans.append(Span(at, name_at, 0.1 if n else 0.0))
+            spans.append(Span(at, name_at, mix.next_weight if n else 0.0))
             at += len(marker)
             spans.append(Span(name_at, at, naming, naming, naming=i == 0))
             if field == template.REASONING:
@@ -436,9 +440,9 @@ class Episode:
             else:
                 main = n == self.main
                 label_at = at if main else label_at
-                spans.append(Span(at, at + len(value), 1.0 if main else 0.7, later if main else 0.3, n))
+                spans.append(Span(at, at + len(value), 1.0 if main else 0.7, later if main else mix.later_weight, n))
             at += len(value)
-        spans.append(Span(at, at + len(parts[-1]) + len(END), 0.1, 0.02))
+        spans.append(Span(at, at + len(parts[-1]) + len(END), mix.next_weight, 0.02))
         return "".join(parts), label_at, spans
 
     def printed_shares(self) -> npt.NDArray[np.float32]:

@@ -272,6 +272,18 @@ _SAID = dataclasses.replace(_OWN, kinds=(1, 0.12, 0.1, 0.2, 0.8))
 _WORDS = Stage("", 0, 9, 448, 0.5, 0.6, _SAID, name_layer=0, decide=True, words=True, partner=_OWN_SAYING)
 _GATHER = dataclasses.replace(_WORDS, gather=True, partner=dataclasses.replace(_OWN_SAYING, gather=True))
 
+
+def _spelt(mix: Mix) -> Mix:
+    """More outputs, and more weight on spelling values to their end and on what follows them."""
+    return dataclasses.replace(mix, n_outputs=(5, 3, 2), later_weight=0.7, next_weight=0.4)
+
+
+_SPELLING = dataclasses.replace(
+    _GATHER,
+    mix=_spelt(_SAID),
+    partner=dataclasses.replace(_OWN_SAYING, gather=True, mix=_spelt(_OWN_READ)),
+)
+
 OWN_NAMES = Recipe(
     seed=0,
     width=128,
@@ -285,8 +297,9 @@ OWN_NAMES = Recipe(
     stages=(
         Stage("names", 300, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
         dataclasses.replace(_WORDS, name="words", steps=300, slope=(0.2, 0.1625)),
-        dataclasses.replace(_GATHER, name="gather", steps=750, slope=(0.17, 0.03)),
-        dataclasses.replace(_GATHER, name="lengths", steps=150, rows=3, tokens=1400, slope=(0.03, 0.002)),
+        dataclasses.replace(_GATHER, name="gather", steps=300, slope=(0.17, 0.114)),
+        dataclasses.replace(_SPELLING, name="spelling", steps=400, slope=(0.12, 0.02)),
+        dataclasses.replace(_SPELLING, name="lengths", steps=80, rows=3, tokens=1400, slope=(0.02, 0.002)),
     ),
 )
 
