@@ -93,6 +93,7 @@ class Mix:
         name_weight: Loss weight of an output's name in a first turn; a quarter of it later.
         later_weight: Of a value's tokens after the first.
         next_weight: Of what follows a value: the next output's marker, or the end.
+        vague: Share of the outputs whose description says what the value means and not what it may be.
     """
 
     kinds: tuple[float, ...]
@@ -118,6 +119,7 @@ class Mix:
     name_weight: float = 0.3
     later_weight: float = 0.3
     next_weight: float = 0.1
+    vague: float = 0.0
 
 
 class Episode:
@@ -355,18 +357,39 @@ class Episode:
                 classes = self._further_classes(kind)
                 values = self._values(kind, int(classes.max()) + 1 if kind != "bool" else 2, mix)
             listed = rng.sample(values, len(values)) if rng.random() < 0.5 else list(values)
-            text = (
-                ", ".join(listed[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + listed[-1] if listed[1:] else ""
-            )
+            text = self._listed(kind, listed, ranges=mix.vague > 0)
             literal = tuple(listed) if kind == "str" and rng.random() < mix.literal else None
             described = literal is None and rng.random() < (0.65 if kind == "str" else 0.3)
-            fields.append(Field(name, kind, text if described else "", literal))
+            words = text if described else ""
+            if mix.vague > 0 and rng.random() < mix.vague:
+                # words that say what a value means, not what it is
+                described, words = False, self._vague(kind)
+            fields.append(Field(name, kind, words, literal))
             columns.append([values[c] for c in classes])
-            self.listed[i] = literal is not None or described or kind == "bool"
+            # what the type alone says counts as said: True or False, some number
+            self.listed[i] = literal is not None or described or kind == "bool" or (kind == "int" and mix.vague > 0)
             if i == self.main:
-                main_list, main_described = "" if literal is not None or kind == "bool" else text, self.listed[i]
+                main_list = "" if literal is not None or kind == "bool" else text
+                main_described = self.listed[i]
         self.outputs = list(zip(*columns, strict=True))
         return tuple(fields), main_list, main_described
+
+    def _listed(self, kind: str, values: list[str], *, ranges: bool) -> str:
+        """An output's values in words, consecutive numbers as a range where ``ranges`` are allowed."""
+        rng = self._rng
+        numbers = sorted(map(int, values)) if kind == "int" and ranges else []
+        if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1 and rng.random() < 0.5:
+            return f"{numbers[0]}{rng.choice([' to ', ' to ', '-'])}{numbers[-1]}"
+        if not values[1:]:
+            return ""
+        return ", ".join(values[:-1]) + rng.choice([", or ", ", or ", " or ", ", "]) + values[-1]
+
+    def _vague(self, kind: str) -> str:
+        """A description that does not say the values."""
+        rng = self._rng
+        lead = {"bool": ("whether", "is", "if"), "int": ("how", "number of", "the")}.get(kind, ("the", "which", "what"))
+        words = " ".join(worlds.text_word(rng) for _ in range(rng.randint(1, 4)))
+        return f"{rng.choice(lead)} {words}" if rng.random() < 0.8 else words
 
     def _further_classes(self, kind: str) -> npt.NDArray[np.int64]:
         """Classes of a further output: a function of the main class, or on which side of its median a feature is."""

@@ -284,6 +284,17 @@ _SPELLING = dataclasses.replace(
     partner=dataclasses.replace(_OWN_SAYING, gather=True, mix=_spelt(_OWN_READ)),
 )
 
+_TYPED = dataclasses.replace(
+    _spelt(_SAID), kinds=(1.3, 0.15, 0.12, 0.25, 0.4), n_outputs=(6, 2, 1.5), output_kinds=(6, 1.2, 1.2), vague=0.3
+)
+_TYPES = dataclasses.replace(
+    _GATHER,
+    mix=_TYPED,
+    partner=dataclasses.replace(
+        _OWN_SAYING, gather=True, mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.3, 0, 0, 1, 0.15), vague=0.3)
+    ),
+)
+
 OWN_NAMES = Recipe(
     seed=0,
     width=128,
@@ -300,6 +311,8 @@ OWN_NAMES = Recipe(
         dataclasses.replace(_GATHER, name="gather", steps=300, slope=(0.17, 0.114)),
         dataclasses.replace(_SPELLING, name="spelling", steps=400, slope=(0.12, 0.02)),
         dataclasses.replace(_SPELLING, name="lengths", steps=80, rows=3, tokens=1400, slope=(0.02, 0.002)),
+        dataclasses.replace(_TYPES, name="types", steps=520, slope=(0.12, 0.012)),
+        dataclasses.replace(_TYPES, name="long types", steps=120, rows=3, tokens=1400, slope=(0.012, 0.002)),
     ),
 )
 
