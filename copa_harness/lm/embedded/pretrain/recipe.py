@@ -294,6 +294,24 @@ _TYPES = dataclasses.replace(
         _OWN_SAYING, gather=True, mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.3, 0, 0, 1, 0.15), vague=0.3)
     ),
 )
+_SHOWN = dataclasses.replace(
+    _TYPED,
+    kinds=(1.6, 0.2, 0.15, 0.15, 0.2),
+    n_features=(0.7, 1.2, 2, 4, 0.7),
+    n_classes=(1.2, 1.8, 0.5, 0.2, 0.1, 0.05, 0.05),
+    spreads=(0.04, 0.13),
+)
+_SHOWING = dataclasses.replace(
+    _TYPES,
+    rows=6,
+    tokens=672,
+    mix=_SHOWN,
+    partner=dataclasses.replace(
+        _OWN_SAYING,
+        gather=True,
+        mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.8, 0, 0, 1, 0.1), vague=0.3),
+    ),
+)
 
 OWN_NAMES = Recipe(
     seed=0,
@@ -313,6 +331,8 @@ OWN_NAMES = Recipe(
         dataclasses.replace(_SPELLING, name="lengths", steps=80, rows=3, tokens=1400, slope=(0.02, 0.002)),
         dataclasses.replace(_TYPES, name="types", steps=520, slope=(0.12, 0.012)),
         dataclasses.replace(_TYPES, name="long types", steps=120, rows=3, tokens=1400, slope=(0.012, 0.002)),
+        dataclasses.replace(_SHOWING, name="showing", steps=480, slope=(0.12, 0.01)),
+        dataclasses.replace(_SHOWING, name="long showing", steps=60, rows=3, tokens=1400, slope=(0.01, 0.002)),
     ),
 )
 
