@@ -98,7 +98,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
         settings = with_comparisons(settings, said, one_of_many=hasattr(config, "workerinput"))
         for item, arguments in said.items():
-            item.stash[TEST_SETTINGS] = settings.merged(**arguments)
+            item.stash[TEST_SETTINGS] = merged = settings.merged(**arguments)
+            if (reason := merged.why_skipped) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
         config.stash[STATE] = State(settings, order={item.nodeid: n for n, item in enumerate(items)})
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.

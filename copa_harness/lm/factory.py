@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dspy
 from dspy.lm15 import LM15Error
@@ -115,6 +116,9 @@ _KEYS = {
 }
 """Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
 
+NO_KEY = "no-key-needed"
+"""Sent to a server of one's own that speaks OpenAI's protocol, where nobody has set a key: clients want one."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
@@ -195,6 +199,8 @@ def _endpoint_lm(
         lm_kwargs["api_base"] = api_base
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
+    if _is_open_server(spec, api_base) and not os.environ.get("OPENAI_API_KEY"):
+        lm_kwargs.setdefault("api_key", NO_KEY)
     try:
         plain = dspy.LM(spec, cache=False, **lm_kwargs)
         lm = meter_lm(plain, gateway=gateway, answer_tokens=settings.answer_tokens)
@@ -222,6 +228,12 @@ def _endpoint_lm(
 def answer_ceiling_of(answer_tokens: int | None) -> int | str | None:
     """`ModelSettings.answer_tokens` as `MeteredLM` wants it."""
     return DERIVED if answer_tokens is None else answer_tokens or None
+
+
+def _is_open_server(spec: str, api_base: str | None) -> bool:
+    """Whether an `openai/` name goes to another server than OpenAI's."""
+    host = urlsplit(api_base).hostname if api_base else None
+    return bool(host) and spec.startswith("openai/") and not f".{host}".endswith((".openai.com", ".azure.com"))
 
 
 def meter_lm(lm: dspy.LM, *, gateway: Gateway, answer_tokens: int | None = None) -> MeteredLM:

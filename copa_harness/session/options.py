@@ -12,8 +12,9 @@ The pytest plugin imports this module to register the options, so it loads nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def _check_dtype(name: Any) -> None:
 
 DEFAULT_LM = "embedded"
 
+_MODELS = Check(
+    lambda value: (
+        (isinstance(value, str) and bool(value.strip()))
+        or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, str) for one in value))
+    ),
+    "a model's name or pattern, or a list of them, for instance 'embedded', 'hf:*' or '!embedded'",
+)
+
 _MODEL = text_check("a model, for instance 'embedded', 'hf:<path>' or 'openai/<name>'")
 
 _BUDGET = Check(
@@ -135,7 +144,14 @@ class Settings:
         DEFAULT_LM,
         check=_MODEL,
         metavar="MODEL",
-        help="base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name>",
+        help="base model: embedded, smollm2, hf:<path or id>, gguf:<path>, or a name DSPy knows, such as openai/<name>",
+    )
+    models: str | Sequence[str] | None = option(
+        None,
+        check=_MODELS,
+        help="base models the tests are meant for, as names or patterns ('hf:*'; '!embedded' for all but that one); on "
+        "others they are skipped",
+        places=Place.MARKER,
     )
     prompt_lm: str | None = _given_or_marked(
         None, check=_MODEL, metavar="MODEL", help="model that proposes instructions"
@@ -312,6 +328,19 @@ class Settings:
             for known in (options_in(type(self), Place.MARKER), _reachable("Gates"), _reachable("SearchOptions"))
         )
         return replace(self, gates={**self.gates, **gates}, search={**self.search, **search}, **own)
+
+    @property
+    def why_skipped(self) -> str | None:
+        """Why a test with these settings is not meant for its base model; None if it is."""
+        if self.models is None:
+            return None
+        patterns = [self.models] if isinstance(self.models, str) else list(self.models)
+        refused = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+        wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+        if not any(fnmatchcase(self.lm, one) for one in refused) and any(fnmatchcase(self.lm, one) for one in wanted):
+            return None
+        meant = f"meant for {' or '.join(wanted)}" if wanted != ["*"] else f"not meant for {' or '.join(refused)}"
+        return f"{meant}, and the base model is {self.lm} (models={self.models!r} in the marker)"
 
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""

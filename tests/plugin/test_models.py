@@ -1,0 +1,91 @@
+"""Suites and their models: which ones a suite is meant for, and a model in GGUF from the first test to the last."""
+
+import json
+
+# pytester forgets what an inner run imported; these are imported once, here, for all of them.
+import dspy  # noqa: F401
+import pytest
+import torch  # noqa: F401
+import transformers  # noqa: F401
+from dspy.lm15 import Config, Message, Request
+
+import copa_harness.evaluate.runner
+import copa_harness.session.session  # noqa: F401
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.testing.tiny_models import write_tiny_gguf, write_tiny_model
+
+STRICT = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist")
+
+SUITE = """
+import dspy
+import pytest
+from copa_harness import Task
+
+pytestmark = pytest.mark.copa(models={models!r})
+
+
+@pytest.fixture(scope="module")
+def copa_task():
+    rows = [dspy.Example(question=f"zebra {{i}}", answer="red").with_inputs("question") for i in range(12)]
+    return Task("colour", dspy.Predict("question -> answer: bool"), lambda example, prediction, trace=None: 0.5,
+                rows[:4], rows[4:8], rows[8:])
+
+
+def test_plain(copa_evaluate):
+    copa_evaluate()
+
+
+@pytest.mark.copa(strategy="w", budget="calls=40", lora={{"rank": 2, "epochs": 1}})
+def test_weights(copa_run):
+    assert copa_run.lm.model
+"""
+
+
+@pytest.mark.parametrize(
+    ("models", "lm", "why"),
+    [
+        ("embedded", "hf:org/m", "meant for embedded, and the base model is hf:org/m"),
+        (["embedded", "hf:*"], "openai/m", "meant for embedded or hf:[*], and the base model is openai/m"),
+        ("!embedded", "embedded", "not meant for embedded, and the base model is embedded"),
+        (["hf:*", "!hf:org/*"], "hf:org/m", "meant for hf:[*], and the base model is hf:org/m"),
+    ],
+)
+def test_a_suite_that_is_meant_for_other_models_is_skipped_and_says_so(models, lm, why, pytester):
+    pytester.makepyfile(SUITE.format(models=models))
+    result = pytester.runpytest_inprocess(*STRICT, f"--copa-lm={lm}", "-rs")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines([f"SKIPPED*{why}*"])
+
+
+@pytest.mark.parametrize("models", ["", [], ["a", 1], 3])
+def test_models_that_are_no_names_are_refused_at_collection(models, pytester):
+    pytester.makepyfile(SUITE.format(models=models))
+    result = pytester.runpytest_inprocess(*STRICT)
+    result.stderr.fnmatch_lines(["*models=*expected a model's name or pattern*"])
+
+
+def test_a_wrong_file_is_one_usage_error_before_any_test(pytester):
+    pytester.makepyfile(SUITE.format(models="gguf:*"))
+    (pytester.path / "m.gguf").write_bytes(b"nonsense")
+    result = pytester.runpytest_inprocess(*STRICT, "--copa-lm=gguf:m.gguf")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: got m.gguf, which is no GGUF file*"])
+    assert not (pytester.path / ".copa_cache").exists()
+
+
+def test_a_gguf_is_evaluated_trained_and_found_again_without_reading_it(pytester, tmp_path, monkeypatch):
+    folder = write_tiny_model(tmp_path / "tiny", seed=6)
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", folder, quantization="Q8_0")
+    engine = TransformersEngine(folder, name="warm", lora_dir=tmp_path)
+    engine.complete(Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1)), seed=0)
+    pytester.makepyfile(SUITE.format(models="gguf:*"))
+    options = (*STRICT, f"--copa-lm=gguf:{file}", "--copa-device=cpu", "--copa-baseline-dir=b")
+    first = pytester.runpytest_inprocess(*options)
+    first.stdout.fnmatch_lines([f"*gguf:{file}: LlamaForCausalLM, *own forward, *answers in*"])
+    (kept,) = (pytester.path / ".copa_cache" / "safetensors").glob("tiny-*")
+    assert (kept / "model.safetensors").is_file()
+    report = json.loads((pytester.path / "reports" / "latest.json").read_text())
+    assert {row["lm"] for row in report["runs"] if "lm" in row} <= {f"gguf:{file}"}
+    monkeypatch.setattr("copa_harness.lm.local.sources.gguf._load", lambda *given: pytest.fail("read again"))
+    again = pytester.runpytest_inprocess(*options)
+    assert first.parseoutcomes() == again.parseoutcomes()
