@@ -31,6 +31,7 @@ class State:
 
     settings: Settings
     order: dict[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     session: CopaSession | None = None
 
 

@@ -12,7 +12,8 @@ The pytest plugin imports this module to register the options, so it loads nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -78,14 +79,6 @@ def _check_dtype(name: Any) -> None:
 
 DEFAULT_LM = "embedded"
 
-_MODELS = Check(
-    lambda value: (
-        (isinstance(value, str) and bool(value.strip()))
-        or (isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, str) for one in value))
-    ),
-    "a model's name or pattern, or a list of them, for instance 'embedded', 'hf:*' or '!embedded'",
-)
-
 _MODEL = text_check("a model, for instance 'embedded', 'hf:<path>' or 'openai/<name>'")
 
 _BUDGET = Check(
@@ -146,12 +139,12 @@ class Settings:
         metavar="MODEL",
         help="base model: embedded, smollm2, hf:<path or id>, gguf:<path>, or a name DSPy knows, such as openai/<name>",
     )
-    models: str | Sequence[str] | None = option(
+    models: str | None = _given_or_marked(
         None,
-        check=_MODELS,
-        help="base models the tests are meant for, as names or patterns ('hf:*'; '!embedded' for all but that one); on "
-        "others they are skipped",
-        places=Place.MARKER,
+        check=text_check("names or patterns of models, for instance 'embedded', 'smollm2, hf:*' or '!embedded'"),
+        default_words="all",
+        metavar="PATTERNS",
+        help="base models the tests are meant for ('!' before one they are not meant for); on others they are skipped",
     )
     prompt_lm: str | None = _given_or_marked(
         None, check=_MODEL, metavar="MODEL", help="model that proposes instructions"
@@ -332,15 +325,14 @@ class Settings:
     @property
     def why_skipped(self) -> str | None:
         """Why a test with these settings is not meant for its base model; None if it is."""
-        if self.models is None:
+        patterns = re.split(r"[,\s]+", (self.models or "*").strip())
+        unmeant = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+        meant = [pattern for pattern in patterns if not pattern.startswith("!")]
+        is_unmeant, is_meant = (any(fnmatchcase(self.lm, one) for one in some) for some in (unmeant, meant))
+        if not is_unmeant and (is_meant or not meant):
             return None
-        patterns = [self.models] if isinstance(self.models, str) else list(self.models)
-        refused = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-        wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
-        if not any(fnmatchcase(self.lm, one) for one in refused) and any(fnmatchcase(self.lm, one) for one in wanted):
-            return None
-        meant = f"meant for {' or '.join(wanted)}" if wanted != ["*"] else f"not meant for {' or '.join(refused)}"
-        return f"{meant}, and the base model is {self.lm} (models={self.models!r} in the marker)"
+        said = f"not meant for {self.lm}" if is_unmeant else f"meant for {' or '.join(meant)}, not for {self.lm}"
+        return f"{said} (models={self.models!r}); --copa-models='*' runs them all the same"
 
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""

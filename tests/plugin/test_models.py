@@ -26,7 +26,7 @@ pytestmark = pytest.mark.copa(models={models!r})
 
 @pytest.fixture(scope="module")
 def copa_task():
-    rows = [dspy.Example(question=f"zebra {{i}}", answer="red").with_inputs("question") for i in range(12)]
+    rows = [dspy.Example(question=f"zebra {{i}}", answer=True).with_inputs("question") for i in range(12)]
     return Task("colour", dspy.Predict("question -> answer: bool"), lambda example, prediction, trace=None: 0.5,
                 rows[:4], rows[4:8], rows[8:])
 
@@ -44,24 +44,55 @@ def test_weights(copa_run):
 @pytest.mark.parametrize(
     ("models", "lm", "why"),
     [
-        ("embedded", "hf:org/m", "meant for embedded, and the base model is hf:org/m"),
-        (["embedded", "hf:*"], "openai/m", "meant for embedded or hf:[*], and the base model is openai/m"),
-        ("!embedded", "embedded", "not meant for embedded, and the base model is embedded"),
-        (["hf:*", "!hf:org/*"], "hf:org/m", "meant for hf:[*], and the base model is hf:org/m"),
+        ("embedded", "hf:org/m", "meant for embedded, not for hf:org/m (models='embedded')"),
+        ("embedded, hf:*", "openai/m", "meant for embedded or hf:[*], not for openai/m"),
+        ("!embedded", "embedded", "not meant for embedded (models='!embedded')"),
+        ("hf:* !hf:org/*", "hf:org/m", "not meant for hf:org/m"),
     ],
 )
-def test_a_suite_that_is_meant_for_other_models_is_skipped_and_says_so(models, lm, why, pytester):
+def test_a_suite_that_is_meant_for_other_models_is_skipped_and_says_why_once(models, lm, why, pytester):
     pytester.makepyfile(SUITE.format(models=models))
     result = pytester.runpytest_inprocess(*STRICT, f"--copa-lm={lm}", "-rs")
     result.assert_outcomes(skipped=2)
-    result.stdout.fnmatch_lines([f"SKIPPED*{why}*"])
+    result.stdout.fnmatch_lines([f"copa: 2 tests skipped: {why}*--copa-models='[*]' runs them*", f"SKIPPED*{why}*"])
 
 
-@pytest.mark.parametrize("models", ["", [], ["a", 1], 3])
+def test_who_asks_for_it_has_a_suite_run_on_a_model_it_is_not_meant_for(pytester):
+    pytester.makepyfile(SUITE.format(models="embedded"))
+    pytester.makeconftest(
+        "import copa_harness, pytest\n"
+        "@pytest.fixture\n"
+        "def copa_base_lm(): return copa_harness.ScriptedLM('[[ ## answer ## ]]\\nTrue')"
+    )
+    options = (*STRICT, "--copa-lm=openai/m", "--copa-models=*", "-k", "plain")
+    pytester.runpytest_inprocess(*options).assert_outcomes(passed=1)
+
+
+def test_skipped_tests_take_no_share_of_the_error_rate(pytester):
+    pytester.makepyfile(
+        test_other="""
+            import pytest
+
+            @pytest.mark.copa(models="hf:*", max_regression=0.05)
+            def test_other(copa_run): ...
+        """,
+        test_this="""
+            import pytest
+
+            @pytest.mark.copa(models="embedded", max_regression=0.05)
+            def test_this(request):
+                from copa_harness.fixtures import TEST_SETTINGS
+                assert request.node.stash[TEST_SETTINGS].n_comparisons == 1
+        """,
+    )
+    pytester.runpytest_inprocess(*STRICT).assert_outcomes(passed=1, skipped=1)
+
+
+@pytest.mark.parametrize("models", ["", ["embedded"], 3])
 def test_models_that_are_no_names_are_refused_at_collection(models, pytester):
     pytester.makepyfile(SUITE.format(models=models))
     result = pytester.runpytest_inprocess(*STRICT)
-    result.stderr.fnmatch_lines(["*models=*expected a model's name or pattern*"])
+    result.stderr.fnmatch_lines(["*models=*expected names or patterns of models*"])
 
 
 def test_a_wrong_file_is_one_usage_error_before_any_test(pytester):
@@ -79,9 +110,9 @@ def test_a_gguf_is_evaluated_trained_and_found_again_without_reading_it(pytester
     engine = TransformersEngine(folder, name="warm", lora_dir=tmp_path)
     engine.complete(Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1)), seed=0)
     pytester.makepyfile(SUITE.format(models="gguf:*"))
-    options = (*STRICT, f"--copa-lm=gguf:{file}", "--copa-device=cpu", "--copa-baseline-dir=b")
+    options = (*STRICT, f"--copa-lm=gguf:{file}", "--copa-constrain", "--copa-device=cpu", "--copa-baseline-dir=b")
     first = pytester.runpytest_inprocess(*options)
-    first.stdout.fnmatch_lines([f"*gguf:{file}: LlamaForCausalLM, *own forward, *answers in*"])
+    first.stdout.fnmatch_lines([f"*gguf:{file}: LlamaForCausalLM, *own forward*answers*"])
     (kept,) = (pytester.path / ".copa_cache" / "safetensors").glob("tiny-*")
     assert (kept / "model.safetensors").is_file()
     report = json.loads((pytester.path / "reports" / "latest.json").read_text())
