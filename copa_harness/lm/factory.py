@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import dspy
 from dspy.lm15 import LM15Error
@@ -117,7 +116,7 @@ _KEYS = {
 """Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
 
 NO_KEY = "no-key-needed"
-"""Sent to a server of one's own that speaks OpenAI's protocol, where nobody has set a key: clients want one."""
+"""Sent to a server of the own network that speaks OpenAI's protocol, where nobody has set a key: clients want one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +191,17 @@ def _endpoint_lm(
         )
     checked_constrain(settings.constrain, None, model=spec)
     check_endpoint_name(spec)
+    from copa_harness.lm.endpoint.engine import EndpointEngine, is_own_network
+
     api_base = settings.api_base
     if api_base is not None:
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
         lm_kwargs["api_base"] = api_base
+        if spec.startswith("openai/") and not os.environ.get("OPENAI_API_KEY") and is_own_network(api_base):
+            lm_kwargs.setdefault("api_key", NO_KEY)
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
-    if _is_open_server(spec, api_base) and not os.environ.get("OPENAI_API_KEY"):
-        lm_kwargs.setdefault("api_key", NO_KEY)
     try:
         plain = dspy.LM(spec, cache=False, **lm_kwargs)
         lm = meter_lm(plain, gateway=gateway, answer_tokens=settings.answer_tokens)
@@ -208,7 +209,6 @@ def _endpoint_lm(
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
     if settings.base_weights is None:
         return lm
-    from copa_harness.lm.endpoint.engine import EndpointEngine
     from copa_harness.lm.endpoint.vllm import vllm_engine
 
     served = lm.engine
@@ -228,12 +228,6 @@ def _endpoint_lm(
 def answer_ceiling_of(answer_tokens: int | None) -> int | str | None:
     """`ModelSettings.answer_tokens` as `MeteredLM` wants it."""
     return DERIVED if answer_tokens is None else answer_tokens or None
-
-
-def _is_open_server(spec: str, api_base: str | None) -> bool:
-    """Whether an `openai/` name goes to another server than OpenAI's."""
-    host = urlsplit(api_base).hostname if api_base else None
-    return bool(host) and spec.startswith("openai/") and not f".{host}".endswith((".openai.com", ".azure.com"))
 
 
 def meter_lm(lm: dspy.LM, *, gateway: Gateway, answer_tokens: int | None = None) -> MeteredLM:
