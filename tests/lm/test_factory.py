@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dspy
 import pytest
@@ -33,6 +34,8 @@ def build(tmp_path):
         ("hf:", r"'' is neither an existing folder nor a Hugging Face id"),
         ("hf:/no/such/folder", r"'/no/such/folder' is neither an existing folder"),
         ("hf:./relative", r"neither an existing folder"),
+        ("hf:smollm2", r"did you mean 'smollm2'\?"),
+        (f"hf:{__file__}", rf"neither an existing folder .* did you mean 'hf:{Path(__file__).parent}'\?"),
         ("hf:justaname", r"neither an existing folder .* such as 'hf:HuggingFaceTB"),
     ],
 )
@@ -86,6 +89,8 @@ def test_names_dspy_knows_become_endpoint_models_with_the_providers_own_defaults
 
 def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_default(build, tmp_path):
     (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).touch()
     lm = build(f"hf:{tmp_path / 'model'}/", device="cpu")
     assert lm.model == lm.engine.name == f"hf:{tmp_path / 'model'}"
     assert lm.engine.lora_dir == tmp_path / "lora"
@@ -174,12 +179,19 @@ def test_a_folder_without_a_chat_template_is_refused_when_the_model_is_made(buil
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").touch()
     with pytest.raises(ConfigurationError, match=r"without a chat template \(a base model\?\).*--copa-chat-template"):
         build(f"hf:{folder}")
     (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
     build(f"hf:{folder}", chat_template=tmp_path / "template.jinja")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     build(f"hf:{folder}")
+
+
+def test_a_folder_without_weights_is_refused_when_the_model_is_made(build, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"with nothing; expected config.json and \*.safetensors$"):
+        build(f"hf:{tmp_path}")
 
 
 def test_the_json_fallback_of_the_chat_adapter_is_for_models_with_a_json_mode(build):
