@@ -57,8 +57,10 @@ def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
     last = time.monotonic()
 
     def write(line: str) -> None:
+        from copa_harness.evaluate.progress import Urgent
+
         nonlocal last
-        if time.monotonic() - last < PROGRESS_EVERY_S:
+        if not isinstance(line, Urgent) and time.monotonic() - last < PROGRESS_EVERY_S:
             return
         last = time.monotonic()
         with nullcontext() if capture is None else capture.global_and_fixture_disabled():
