@@ -250,7 +250,7 @@ class Run:
     def _warn_unparsed(self) -> None:
         text = f"no answer of the program as written parses on {counted(self.validation.n, 'validation row')}"
         self.note(text)
-        self.progress.say(f"{text}; {self.how_to_parse}", urgent=True)
+        self.progress.say(f"{text}; {self.how_to_parse}")
 
     @property
     def how_to_parse(self) -> str:

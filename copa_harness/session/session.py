@@ -146,7 +146,15 @@ class CopaSession:
             task, strategy=strategy, base=base, split=split, settings=settings, test=test
         )
         with cut_short, lines_to(self._on_progress):
-            measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
+            measured = measure(
+                task,
+                program or task.program,
+                lm,
+                split=split,
+                strategy=strategy,
+                settings=settings,
+                warns=self._history.parses(task, base),
+            )
         groups, comparison = groups_of(task, split), None
         if strategy == "none" and split == "test":
             fingerprints = fingerprints_of(task, task.program, lm)

@@ -24,7 +24,7 @@ _listener: ContextVar[Callable[[str], None] | None] = ContextVar("copa_training_
 
 @contextmanager
 def report_progress_to(listener: Callable[[str], None]) -> Iterator[None]:
-    """Call `listener` when a training of this thread begins and after each of its steps: `LoRA step 3 of 16, 20 s to go`."""
+    """Call `listener` as trainings of this thread begin and after each step: `LoRA step 3 of 16, 20 s to go`."""
     token = _listener.set(listener)
     try:
         yield
