@@ -20,11 +20,10 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from copa_harness.formatting import counted, duration, number
+from copa_harness.results import ExampleResult
 
 if TYPE_CHECKING:
-    from copa_harness.evaluate.runner import ExampleRun
     from copa_harness.lm.budget.scope import Scope
-    from copa_harness.results import ExampleResult
 
 logger = logging.getLogger("copa_harness")
 
@@ -34,7 +33,7 @@ EVERY_S = 15.0
 FIRST_ANSWERS = 10
 """Answers after which it is said if most of them do not parse."""
 
-Listener = Callable[["ExampleRun"], None]
+Listener = Callable[[ExampleResult], None]
 
 
 class Urgent(str):
@@ -49,8 +48,8 @@ _lines: ContextVar[Callable[[str], None] | None] = ContextVar("copa_lines", defa
 
 
 @contextmanager
-def telling(listener: Listener) -> Iterator[None]:
-    """Call `listener` for every example that is done in the block, from whatever thread ran it."""
+def telling(listener: Listener | None) -> Iterator[None]:
+    """Call `listener` for every example that is done in the block, from whatever thread ran it; None calls nobody."""
     token = _listener.set(listener)
     try:
         yield
@@ -129,10 +128,10 @@ class EvaluationProgress:
         with telling(self.done), ticking(self.tick, every_s=self._every_s):
             yield
 
-    def done(self, run: ExampleRun) -> None:
+    def done(self, result: ExampleResult) -> None:
         """An example is done."""
         with self._lock:
-            self._results.append(run.result)
+            self._results.append(result)
             unparsed = self._first_unparsed()
         if unparsed:
             n_truncated = self._scope.usage().truncated_calls

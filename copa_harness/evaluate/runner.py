@@ -44,7 +44,7 @@ from copa_harness.errors import (
 )
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
-from copa_harness.evaluate.progress import current_listener
+from copa_harness.evaluate.progress import current_listener, telling
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.call_context import current_context, current_scope, in_context
 from copa_harness.lm.dspy_internals import prompt_adapter
@@ -201,10 +201,11 @@ def run_examples(
     def run_one(example: dspy.Example, name: str) -> ExampleRun:
         run = _run_one(program, example, name, metric=metric, arity=arity, trace_to_metric=phase is Phase.BOOTSTRAP)
         if listener is not None:
-            listener(run)
+            listener(run.result)
         return run
 
-    with current_scope().phase(phase), dspy.context(**settings):
+    # Evaluations that a metric or a program makes are its own affair.
+    with current_scope().phase(phase), dspy.context(**settings), telling(None):
         if program.named_predictors():
             program_lms(program)
         jobs = [partial(run_one, example, name) for example, name in zip(examples, names, strict=True)]

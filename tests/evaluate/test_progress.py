@@ -7,7 +7,6 @@ import pytest
 
 from copa_harness.evaluate import run_examples
 from copa_harness.evaluate.progress import EvaluationProgress, Urgent, lines_to
-from copa_harness.evaluate.runner import ExampleRun
 from copa_harness.lm.call_context import in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.results import ExampleResult
@@ -33,7 +32,7 @@ def made():
 
 
 def ended(outcome="ok", score=1.0, **more):
-    return ExampleRun(ExampleResult("e", score, outcome, **more))
+    return ExampleResult("e", score, outcome, **more)
 
 
 def mumbled():
@@ -112,6 +111,21 @@ def test_every_example_is_told_and_a_line_comes_while_none_ends(made):
         run_examples(dspy.Predict("question -> answer"), rows, metric=lambda *_: 1.0, split="test", lm=ScriptedLM(slow))
     comes_first.join()
     assert lines[0].startswith("iris, none: 0 of 3 test examples, ")
+    assert len(progress._results) == 3
+
+
+def test_examples_that_a_metric_evaluates_do_not_count(made):
+    program = dspy.Predict("question -> answer")
+    rows = [dspy.Example(question=f"q{i}", answer="0").with_inputs("question") for i in range(3)]
+    lm = ScriptedLM({"answer": "0"})
+
+    def judge(example, prediction, trace=None):
+        run_examples(program, rows, metric=lambda *_: 1.0, split="judged", lm=lm)
+        return 1.0
+
+    progress, _, _ = made(3)
+    with progress.following():
+        run_examples(program, rows, metric=judge, split="test", lm=lm)
     assert len(progress._results) == 3
 
 
