@@ -234,6 +234,11 @@ class Settings:
         help="most tokens of one answer of a model without max_tokens of its own; by default labels and numbers by "
         "their length, free text 512 per field; 0 for no ceiling (not to be mistaken for the gate max_tokens)",
     )
+    json_fallback: bool = _given_or_marked(
+        False,
+        check=SWITCH,
+        help="ask again in JSON when an answer does not parse, as DSPy does by default; such answers cost two calls",
+    )
     allow_pickled_weights: bool = _given(
         False,
         check=SWITCH,
