@@ -167,14 +167,16 @@ def train_lora(
 ) -> LoraAdapter:
     """Train an adapter of the base of `lm`, whether it runs here or on a vLLM server. See `LoraTrainer.train`.
 
-    `lm.copy(model=adapter.model)` answers with it, as does `lm.copy(model=checkpoint.model)` with its checkpoints.
+    Without settings those that suit the model are taken. `lm.copy(model=adapter.model)` answers with it, as does
+    `lm.copy(model=checkpoint.model)` with its checkpoints.
     """
     engine = _trainable(lm)
+    own = {} if settings else suited(_weights_of(engine).directory, n_rows=len(rows))
     return _train(
         engine,
         LoraTrainer(_weights_of(engine), directory=directory),
         _rows(rows),
-        settings=settings or LoraSettings(),
+        settings=settings or LoraSettings().replaced(own),
         held_out=_rows(held_out),
         served_with=served_with,
     )

@@ -142,27 +142,29 @@ def _attention(
     import torch
 
     packing = _current.get()
-    if packing is None or attention_mask is not None or options.get("dropout"):
-        raise RuntimeError("packed attention was called outside packed_logits, with a mask or with dropout")
+    if packing is None or attention_mask is not None:
+        raise RuntimeError("packed attention was called outside packed_logits, or with a mask")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves behind rotary positions what they make
     n_shared = query.shape[1] // key.shape[1]
     own_query, own_key, own_value = (_own_tokens(each, packing) for each in (query, key, value))
     if n_shared > 1:
         own_key, own_value = (each.repeat_interleave(n_shared, 1) for each in (own_key, own_value))
-    attention = torch.nn.functional.scaled_dot_product_attention
+    dropout = float(options.get("dropout") or 0.0)
+    attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     if not packing.n_prefix:
-        output = attention(own_query, own_key, own_value, is_causal=True, scale=scale)
+        output = attention(own_query, own_key, own_value, is_causal=True)
         return _one_sequence(output, packing), None
     prefix = [each[:, :, : packing.n_prefix] for each in (query, key, value)]
-    first = attention(*prefix, is_causal=True, scale=scale, enable_gqa=n_shared > 1)
-    if hasattr(torch.ops.aten, KERNEL) and query.device.type == "cpu":
+    first = attention(*prefix, is_causal=True, enable_gqa=n_shared > 1)
+    if hasattr(torch.ops.aten, KERNEL) and query.device.type == "cpu" and not dropout:
         output = _function().apply(own_query, own_key, own_value, *prefix[1:], scale)
     else:
         before = (each.repeat_interleave(n_shared, 1).expand(len(own_key), -1, -1, -1) for each in prefix[1:])
         keys, values = (torch.cat(each, 2) for each in zip(before, (own_key, own_value), strict=True))
         n = own_query.shape[2]
         seen = torch.ones(n, keys.shape[2], dtype=torch.bool, device=query.device).tril(packing.n_prefix)
-        output = attention(own_query, keys, values, attn_mask=seen, scale=scale)
+        output = attention(own_query, keys, values, attn_mask=seen)
     return torch.cat([first.transpose(1, 2), _one_sequence(output, packing)], 1), None
 
 
