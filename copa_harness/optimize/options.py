@@ -176,7 +176,7 @@ class SearchOptions:
     epochs_bare: int | None = _search(
         None,
         check=POSITIVE,
-        default_words="12; 3 for a large model",
+        default_words="12; 3 or more for a large model",
         help="passes over training rows without demonstrations",
     )
     bare_share: float = _search(
