@@ -64,8 +64,8 @@ class LoraSettings:
     micro_batch_size: int | None = _setting(
         None,
         check=POSITIVE,
-        default_words="as `batch_size`",
-        help="rows in the memory of a device at once; gradients are accumulated",
+        default_words="as many as 2 GiB allow",
+        help="most rows in the memory of a device at once; gradients are accumulated",
     )
     max_length: int | None = _setting(
         None,

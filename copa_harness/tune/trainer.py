@@ -255,7 +255,7 @@ class LoraTrainer:
         charge = TrainingCharge(current_scope(), job.recipe, planned=planned, taken_before=before)
         progress, began_s = Progress(planned, n_done=before), time.monotonic()
         try:
-            with _one_at_a_time, progress:
+            with _one_at_a_time:
                 if state is not None:
                     logger.info("LoRA training %s goes on after step %d", job.recipe, before)
                 outcome = self._run(
@@ -314,9 +314,10 @@ class LoraTrainer:
             )
             if state is not None:
                 training.restore(state)
-            return run_epochs(
-                training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
-            )
+            with progress:  # not before: loading the library's model is no part of a step's time
+                return run_epochs(
+                    training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
+                )
 
     def _details(self, job: _Job, encoded: _EncodedRows) -> Mapping[str, Any]:
         """What the manifests of all checkpoints and of the finished adapter have in common."""
