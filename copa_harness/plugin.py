@@ -8,6 +8,7 @@ has been collected (one that carries the `copa` marker or asks for a `copa_*` fi
 from __future__ import annotations
 
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from copa_harness.fixtures import (
     copa_task,
     with_comparisons,
 )
+from copa_harness.formatting import counted
 from copa_harness.pytest_options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
 from copa_harness.session.options import marker_arguments
 
@@ -96,10 +98,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 said[item] = _marker_arguments(item)
             except ConfigurationError as error:
                 refused[item.nodeid] = f"{item.nodeid}: {error}"
+        skipped = {item: why for item in said if (why := settings.merged(**said[item]).why_skipped) is not None}
+        for item, why in skipped.items():
+            item.add_marker(pytest.mark.skip(reason=why))
+            del said[item]
         settings = with_comparisons(settings, said, one_of_many=hasattr(config, "workerinput"))
         for item, arguments in said.items():
             item.stash[TEST_SETTINGS] = settings.merged(**arguments)
-        config.stash[STATE] = State(settings, order={item.nodeid: n for n, item in enumerate(items)})
+        order = {item.nodeid: n for n, item in enumerate(items)}
+        config.stash[STATE] = State(settings, order=order, skipped=Counter(skipped.values()))
     if refused and hasattr(config, "workerinput"):
         # A usage error would take the xdist worker down without a word; the tests say it instead.
         for item in copa_items:
@@ -129,9 +136,14 @@ def _marker_arguments(item: pytest.Item) -> dict[str, Any]:
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
-    """One line with the ceilings in force, when there are copa tests."""
+    """The ceilings in force, when there are copa tests, and why some of them are skipped."""
     state = config.stash.get(STATE, None)
-    return state.settings.describe() if state else []
+    if state is None:
+        return []
+    return [
+        state.settings.describe(),
+        *(f"copa: {counted(n, 'test')} skipped: {why}" for why, n in state.skipped.items()),
+    ]
 
 
 # Running and failing

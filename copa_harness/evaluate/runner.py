@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import dspy
@@ -43,8 +44,9 @@ from copa_harness.errors import (
 )
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
+from copa_harness.evaluate.progress import current_listener, telling
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.lm.call_context import current_scope, in_context
+from copa_harness.lm.call_context import current_context, current_scope, in_context
 from copa_harness.lm.dspy_internals import prompt_adapter
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 
@@ -76,9 +78,10 @@ def default_adapter() -> Any:
     """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter.
 
     That one makes one call per answer. DSPy's default asks a second time in JSON when an answer does not parse;
-    a metered run must not pay twice for an answer that is simply wrong.
+    a metered run must not pay twice for an answer that is simply wrong, unless it is asked to (`json_fallback`).
     """
-    return dspy.settings.adapter or prompt_adapter(use_json_adapter_fallback=False)
+    asks_again = current_context().json_fallback
+    return dspy.settings.adapter or prompt_adapter(use_json_adapter_fallback=asks_again)
 
 
 def program_lms(program: dspy.Module) -> tuple[Any, ...]:
@@ -193,15 +196,19 @@ def run_examples(
     settings: dict[str, Any] = {"adapter": default_adapter(), "disable_history": True}
     if lm is not None:
         settings["lm"] = lm
-    with current_scope().phase(phase), dspy.context(**settings):
+    listener = current_listener()
+
+    def run_one(example: dspy.Example, name: str) -> ExampleRun:
+        run = _run_one(program, example, name, metric=metric, arity=arity, trace_to_metric=phase is Phase.BOOTSTRAP)
+        if listener is not None:
+            listener(run.result)
+        return run
+
+    # Evaluations that a metric or a program makes are its own affair.
+    with current_scope().phase(phase), dspy.context(**settings), telling(None):
         if program.named_predictors():
             program_lms(program)
-        jobs = [
-            lambda example=example, name=name: _run_one(
-                program, example, name, metric=metric, arity=arity, trace_to_metric=phase is Phase.BOOTSTRAP
-            )
-            for example, name in zip(examples, names, strict=True)
-        ]
+        jobs = [partial(run_one, example, name) for example, name in zip(examples, names, strict=True)]
         return _in_threads(jobs, threads=threads)
 
 

@@ -185,7 +185,8 @@ def what_makes_answers_parse(n_truncated: int) -> str:
     )
     return (
         "--copa-constrain, if the output fields are Literal, enum or bool (local models); demonstrations (strategy "
-        f"'p') or LoRA training ('w', 'joint'), which teach the format; a larger model{cut_off}"
+        "'p') or LoRA training ('w', 'joint'), which teach the format; another prompt adapter (dspy.configure), or "
+        f"--copa-json-fallback, at two calls per such answer; a larger model{cut_off}"
     )
 
 

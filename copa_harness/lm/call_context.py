@@ -74,6 +74,7 @@ class CallContext:
         fields: The output fields of a constrained answer.
         completions: How many of the call's completions have arrived.
         time_left_s: Seconds the budget leaves it.
+        json_fallback: Whether a program asks again in JSON when an answer does not parse; outside of calls only.
         gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
     """
 
@@ -88,6 +89,7 @@ class CallContext:
     completions: Completions | None = None
     time_left_s: float = math.inf
     gives_way: bool = False
+    json_fallback: bool = False
 
     def for_call(
         self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False

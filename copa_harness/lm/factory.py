@@ -115,6 +115,9 @@ _KEYS = {
 }
 """Where LiteLLM finds the keys of servers that DSPy's native client takes for open."""
 
+NO_KEY = "no-key-needed"
+"""Sent to a server of the own network that speaks OpenAI's protocol, where nobody has set a key: clients want one."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
@@ -188,11 +191,15 @@ def _endpoint_lm(
         )
     checked_constrain(settings.constrain, None, model=spec)
     check_endpoint_name(spec)
+    from copa_harness.lm.endpoint.engine import EndpointEngine, is_own_network
+
     api_base = settings.api_base
     if api_base is not None:
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
         lm_kwargs["api_base"] = api_base
+        if spec.startswith("openai/") and not os.environ.get("OPENAI_API_KEY") and is_own_network(api_base):
+            lm_kwargs.setdefault("api_key", NO_KEY)
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
     try:
@@ -202,7 +209,6 @@ def _endpoint_lm(
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
     if settings.base_weights is None:
         return lm
-    from copa_harness.lm.endpoint.engine import EndpointEngine
     from copa_harness.lm.endpoint.vllm import vllm_engine
 
     served = lm.engine

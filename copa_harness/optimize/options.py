@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from copa_harness.errors import ConfigurationError, did_you_mean
@@ -166,8 +167,18 @@ class SearchOptions:
     )
     # Fewer suffice than for bare rows: a row teaches ten answers, the demonstrations do part of the work, and every
     # pass sees new ones.
-    epochs_with_demos: int = _search(4, check=POSITIVE, help="passes over training rows that carry demonstrations")
-    epochs_bare: int = _search(12, check=POSITIVE, help="passes over training rows without demonstrations")
+    epochs_with_demos: int | None = _search(
+        None,
+        check=POSITIVE,
+        default_words="4; 2 for a large model",
+        help="passes over training rows that carry demonstrations",
+    )
+    epochs_bare: int | None = _search(
+        None,
+        check=POSITIVE,
+        default_words="12; 3 or more for a large model",
+        help="passes over training rows without demonstrations",
+    )
     bare_share: float = _search(
         0.2, check=SHARE, help="share of the rows also rendered bare when rows carry demonstrations"
     )
@@ -204,12 +215,16 @@ class SearchOptions:
         object.__setattr__(self, "groundings", tuple(self.groundings))
         object.__setattr__(self, "optimizer_kwargs", dict(self.optimizer_kwargs or {}))
 
-    def lora_settings(self, *, with_demos: bool, seed: int) -> LoraSettings:
-        """Settings of a training on rows with or without demonstrations."""
+    def lora_settings(
+        self, *, with_demos: bool, seed: int, suited: Mapping[str, Any] = MappingProxyType({})
+    ) -> LoraSettings:
+        """Settings of a training on rows with or without demonstrations; `suited` are the model's own, by name."""
         if isinstance(self.lora, LoraSettings):
             return self.lora
-        epochs = self.epochs_with_demos if with_demos else self.epochs_bare
-        return LoraSettings(epochs=epochs, seed=seed, learn_from_demos=with_demos).replaced(self.lora or {})
+        own = {"epochs": 4 if with_demos else 12, "seed": seed, "learn_from_demos": with_demos, **suited}
+        if epochs := self.epochs_with_demos if with_demos else self.epochs_bare:
+            own["epochs"] = epochs
+        return LoraSettings().replaced({**own, **(self.lora or {})})
 
 
 # Budgets

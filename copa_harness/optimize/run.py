@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from copa_harness.errors import BudgetExhausted
+from copa_harness.evaluate.progress import telling
 from copa_harness.evaluate.runner import usage_since
 from copa_harness.formatting import counted
 from copa_harness.judge.explanations import truncated_text, what_makes_answers_parse
@@ -132,6 +133,7 @@ class Run:
             only_if_charged: Leave a block out that took no call.
         """
         before, score_before, started = self.scope.usage(), self.score, time.perf_counter()
+        self.progress.at(name, scores=self.validation.scores(self.incumbent))
         first_note, charged = len(self.notes), self.scope.charged_calls
         try:
             yield
@@ -222,7 +224,8 @@ class Run:
         try:
             with self.recorded("baseline"):
                 whole = CallBudget(self.scope, math.inf)
-                self.validation.complete(self.student, allowance=whole, phase=Phase.BASELINE)
+                with telling(self.progress.scoring(self.validation.n)):
+                    self.validation.complete(self.student, allowance=whole, phase=Phase.BASELINE)
                 completed = self.constraints.completed_candidate(self.student)
                 if completed.key != self.student.key:
                     self.validation.complete(completed, allowance=whole, phase=Phase.BASELINE)

@@ -125,7 +125,7 @@ def _give_up(run: Run, *, before: str = "") -> None:
         text += f"; {before} and what follows is left out, since it would try the same again"
     run.stop(NO_ANSWER_PARSES, text, headline=True)
     run.note(run.how_to_parse)
-    run.progress.say(f"{text}; {run.how_to_parse}")
+    run.progress.say(f"{text}; {run.how_to_parse}", urgent=True)
 
 
 def _take(run: Run, step: Step, later: Sequence[Step]) -> None:

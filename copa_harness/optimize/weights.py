@@ -28,6 +28,7 @@ from copa_harness.results import Phase
 if TYPE_CHECKING:
     from copa_harness.optimize.options import SearchOptions
     from copa_harness.optimize.search_context import SearchContext
+    from copa_harness.tune.options import LoraSettings
     from copa_harness.tune.rows import RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
 
@@ -74,7 +75,17 @@ class WeightsJob:
     @property
     def n_epochs(self) -> int:
         """Passes over the rows."""
-        return self.settings.lora_settings(with_demos=self.n_demos > 0, seed=self.seed).epochs
+        return self.lora(self.incumbent.lms[0], with_demos=self.n_demos > 0).epochs
+
+    def lora(self, lm: Any, *, with_demos: bool) -> LoraSettings:
+        """How to train a model on rows with or without demonstrations."""
+        own: Mapping[str, Any] = {}
+        if takes_lora(lm):
+            from copa_harness.tune.dspy_provider import suited_to
+
+            n_rows = len(self.context.finetune_data or self.context.trainset)
+            own = suited_to(lm, n_rows=n_rows, with_demos=with_demos)
+        return self.settings.lora_settings(with_demos=with_demos, seed=self.seed, suited=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +128,7 @@ def train_weights(job: WeightsJob) -> Trained:
     tuned: dict[str, Any] = {}
     scope = current_scope()
     steps_before, n_rows = scope.usage().train_steps, 0
-    left_out: list[str] = []
+    found: list[str] = []
     with scope.phase(Phase.WEIGHTS):
         for lm in job.incumbent.lms:
             name = model_name(lm)
@@ -125,12 +136,12 @@ def train_weights(job: WeightsJob) -> Trained:
                 continue
             served = [part.predictor for part in job.incumbent.parts if model_name(part.lm) == name]
             own = [row for predictor in served for row in rows.by_predictor[predictor]]
-            tuned[name], over_long = _fine_tuned(lm, own, job, rows) if own else (lm, "")
+            tuned[name], clauses = _fine_tuned(lm, own, job, rows) if own else (lm, [])
             n_rows += len(own)
-            left_out += [over_long] if over_long else []
+            found += clauses
     n_steps = scope.usage().train_steps - steps_before
     note = "; ".join(
-        [f"{n_rows} rows from {rows.source}, served with {rows.served_with}", f"{n_steps} training steps", *left_out]
+        [f"{n_rows} rows from {rows.source}, served with {rows.served_with}", f"{n_steps} training steps", *found]
     )
     logger.info("weights: %s", note)
     return Trained(tuple(tuned[model_name(lm)] for lm in job.incumbent.lms), rows.n_demos, note)
@@ -209,24 +220,24 @@ def _check_tunable(lm: Any) -> None:
         )
 
 
-def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> tuple[Any, str]:
-    """The tuned model, by LoRA for a local engine, by DSPy's provider for any other; and which rows were left out."""
+def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> tuple[Any, list[str]]:
+    """The tuned model, by LoRA for a local engine, by DSPy's provider for any other; and clauses of a note about it."""
     if takes_lora(lm):
         adapter = _lora(lm, rows, job, made)
-        return lm.copy(model=adapter.model), _over_long_note(adapter, n_rows=len(rows))
+        return lm.copy(model=adapter.model), _clauses(adapter, n_rows=len(rows))
     from dspy.clients.utils_finetune import TrainDataFormat
 
     data = [{"messages": [dict(message) for message in row.messages]} for row in rows]
     result = lm.finetune(train_data=data, train_data_format=TrainDataFormat.CHAT, train_kwargs={}).result()
     if isinstance(result, BaseException):  # DSPy hands an error over as the job's result
         raise TrainingError(f"fine-tuning {model_name(lm)!r} failed: {result}") from result
-    return result, ""
+    return result, []
 
 
 def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> LoraAdapter:
     from copa_harness.tune.dspy_provider import train_lora
 
-    lora = job.settings.lora_settings(with_demos=made.n_demos > 0, seed=job.seed)
+    lora = job.lora(lm, with_demos=made.n_demos > 0)
     kept, held_out = list(rows), []
     n_held_out = round((lora.held_out_share or job.settings.held_out_share) * len(rows))
     if n_held_out:
@@ -238,8 +249,12 @@ def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) ->
     )
 
 
-def _over_long_note(adapter: LoraAdapter, *, n_rows: int) -> str:
-    if not adapter.n_over_long:
-        return ""
-    limit = f"the {adapter.max_tokens:,} tokens a row may have" if adapter.max_tokens else "a row may be"
-    return f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} {LEFT_OUT}"
+def _clauses(adapter: LoraAdapter, *, n_rows: int) -> list[str]:
+    clauses = []
+    if adapter.general_losses:
+        before, after = adapter.general_losses
+        clauses.append(f"forgotten: {after - before:+.2f} nats a token on general answers ({before:.2f} before)")
+    if adapter.n_over_long:
+        limit = f"the {adapter.max_tokens:,} tokens a row may have" if adapter.max_tokens else "a row may be"
+        clauses.append(f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} {LEFT_OUT}")
+    return clauses

@@ -147,6 +147,11 @@ class RunHistory:
         """The program as written on the base model, if it was evaluated."""
         return self._as_written.get(_key(task, lm))
 
+    def parses(self, task: Task, lm: MeteredLM) -> bool:
+        """Whether at least half of the answers to the program as written parse, or nobody knows yet."""
+        known = self.as_written(task, lm)
+        return known is None or 2 * known.n_unparsed <= known.n
+
     def earlier(self, task: Task, lm: MeteredLM) -> Mapping[str, EarlierRun]:
         """Runs of the task on the base model, by strategy."""
         return self._earlier.get(_key(task, lm), {})

@@ -107,6 +107,7 @@ def measure(
     strategy: str,
     settings: Settings,
     watch: SequentialJudge | None = None,
+    warns: bool = True,
 ) -> Measured:
     """Run a program over a split.
 
@@ -118,17 +119,24 @@ def measure(
         strategy: What made the program; `"none"` is booked as baseline.
         settings: Threads, repeats and seed in force.
         watch: Decides after every block of examples whether to go on; None runs them all. Then there are no repeats.
+        warns: Whether it is said early when most of the first answers do not parse.
 
     Raises:
         BudgetExhausted: The ceilings of the whole session refuse a call.
     """
+    from copa_harness.evaluate.progress import EvaluationProgress
     from copa_harness.judge.flaky import merge_repeats, repeats_of
-    from copa_harness.lm.call_context import open_scope, repeated
+    from copa_harness.lm.call_context import in_context, open_scope, repeated
 
     examples = split_of(task, split)
     groups = groups_of(task, split)
     phase = Phase.BASELINE if strategy == "none" else Phase.EVALUATE
-    with open_scope(f"{task.name}, {strategy}: {phase.value}") as scope:
+    title, n = f"{task.name}, {strategy}", len(examples) * settings.repeat
+    with (
+        open_scope(f"{title}: {phase.value}") as scope,
+        in_context(json_fallback=settings.json_fallback),
+        EvaluationProgress(title, n, split=split, scope=scope, warns=warns).following(),
+    ):
         repeats: dict[str, tuple[float | None, ...]] = {}
         if watch is not None:
             result = _watched(watch, program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
@@ -317,7 +325,7 @@ def attributed(
     phases: list[PhaseRecord] = []
 
     def cell(program: dspy.Module, lm: MeteredLM, what: str) -> ScoredEvaluation:
-        measured = measure(task, program, lm, split="test", strategy=what, settings=settings)
+        measured = measure(task, program, lm, split="test", strategy=what, settings=settings, warns=False)
         phases.extend(_renamed(measured, what))
         return measured.evaluation
 

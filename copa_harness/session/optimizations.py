@@ -210,8 +210,10 @@ class Optimizations:
 
     def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
         from copa_harness.documents import hash_json
+        from copa_harness.lm.call_context import in_context
 
-        program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
+        with in_context(json_fallback=settings.json_fallback):
+            program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
         cut_short = _cut_short(result, settings)
         if cut_short:
@@ -319,6 +321,7 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
             "prompt_lm": prompt_lm and [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
             "strategy": [str(step) for step in parse_strategy(settings.strategy)],
             "budget": settings.budget.ceilings,
+            "json_fallback": settings.json_fallback,
             "seed": settings.seed,
             "search": _search_key(settings.search),
             "versions": versions(PACKAGES),

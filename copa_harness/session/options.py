@@ -12,8 +12,10 @@ The pytest plugin imports this module to register the options, so it loads nothi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +137,14 @@ class Settings:
         DEFAULT_LM,
         check=_MODEL,
         metavar="MODEL",
-        help="base model: embedded, hf:<path or id>, or a name DSPy knows, such as openai/<name>",
+        help="base model: embedded, smollm2, hf:<path or id>, gguf:<path>, or a name DSPy knows, such as openai/<name>",
+    )
+    models: str | None = _given_or_marked(
+        None,
+        check=text_check("names or patterns of models, for instance 'embedded', 'smollm2, hf:*' or '!embedded'"),
+        default_words="all",
+        metavar="PATTERNS",
+        help="base models the tests are meant for ('!' before one they are not meant for); on others they are skipped",
     )
     prompt_lm: str | None = _given_or_marked(
         None, check=_MODEL, metavar="MODEL", help="model that proposes instructions"
@@ -225,6 +234,11 @@ class Settings:
         help="most tokens of one answer of a model without max_tokens of its own; by default labels and numbers by "
         "their length, free text 512 per field; 0 for no ceiling (not to be mistaken for the gate max_tokens)",
     )
+    json_fallback: bool = _given_or_marked(
+        False,
+        check=SWITCH,
+        help="ask again in JSON when an answer does not parse, as DSPy does by default; such answers cost two calls",
+    )
     allow_pickled_weights: bool = _given(
         False,
         check=SWITCH,
@@ -312,6 +326,18 @@ class Settings:
             for known in (options_in(type(self), Place.MARKER), _reachable("Gates"), _reachable("SearchOptions"))
         )
         return replace(self, gates={**self.gates, **gates}, search={**self.search, **search}, **own)
+
+    @property
+    def why_skipped(self) -> str | None:
+        """Why a test with these settings is not meant for its base model; None if it is."""
+        patterns = re.split(r"[,\s]+", (self.models or "*").strip())
+        unmeant = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+        meant = [pattern for pattern in patterns if not pattern.startswith("!")]
+        is_unmeant, is_meant = (any(fnmatchcase(self.lm, one) for one in some) for some in (unmeant, meant))
+        if not is_unmeant and (is_meant or not meant):
+            return None
+        said = f"not meant for {self.lm}" if is_unmeant else f"meant for {' or '.join(meant)}, not for {self.lm}"
+        return f"{said} (models={self.models!r}); --copa-models='*' runs them all the same"
 
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""

@@ -54,9 +54,10 @@ def plan_evaluation(
 ) -> PlanLine:
     """What running a program over a split would pay."""
     from copa_harness.evaluate.runner import run_examples
-    from copa_harness.lm.call_context import dry_run, open_scope, repeated
+    from copa_harness.lm.call_context import dry_run, in_context, open_scope, repeated
 
-    with open_scope(f"{task.name}: plan"), dry_run() as plan:
+    asking = in_context(json_fallback=settings.json_fallback)
+    with open_scope(f"{task.name}: plan"), asking, dry_run() as plan:
         for number in range(settings.repeat):
             with repeated(number):
                 run_examples(

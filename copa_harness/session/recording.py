@@ -66,7 +66,10 @@ def finish_run(
     program, strategy, gates = optimized.program, optimized.result.strategy, settings.gates
     context = _context(task, optimized, base=base, settings=settings, history=history)
     watch = context.watch(example_ids(task.testset), gates) if settings.sequential else None
-    measured = measure(task, program, optimized.lm, split="test", strategy=strategy, settings=settings, watch=watch)
+    warns = history.parses(task, base)  # else it was said before the search
+    measured = measure(
+        task, program, optimized.lm, split="test", strategy=strategy, settings=settings, watch=watch, warns=warns
+    )
     evaluation = measured.evaluation
     judged = _judge(context, measured, gates, watch=watch)
     comparison, gained = None, _Gained()

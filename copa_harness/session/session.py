@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError, TaskError
+from copa_harness.evaluate.progress import lines_to
 from copa_harness.results import PhaseRecord
 from copa_harness.session.comparisons import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.entries import Entry, to_row
@@ -36,7 +37,7 @@ class CopaSession:
 
     Args:
         settings: Shared by all runs; a test may have its own (`settings.merged(...)`).
-        on_progress: Takes a line of text while an optimization runs.
+        on_progress: Takes a line of text while an optimization or an evaluation runs.
 
     Attributes:
         settings: As given.
@@ -50,6 +51,7 @@ class CopaSession:
         self.settings = settings
         self.models = Models(settings)
         self._optimizations = Optimizations(settings.cache_dir, on_progress=on_progress)
+        self._on_progress = on_progress
         self._kept: list[tuple[Entry, CopaRun | None]] = []
         self._tuned: dict[int, tuple[MeteredLM, MeteredLM, Optimized]] = {}
         self._history = RunHistory()
@@ -140,8 +142,19 @@ class CopaSession:
         _, base, optimized = self._tuned.get(id(lm), (lm, lm, None))
         strategy = "given program" if program is not None else "w" if optimized else "none"
         task = _checked(task)
-        with self._kept_if_cut_short(task, strategy=strategy, base=base, split=split, settings=settings, test=test):
-            measured = measure(task, program or task.program, lm, split=split, strategy=strategy, settings=settings)
+        cut_short = self._kept_if_cut_short(
+            task, strategy=strategy, base=base, split=split, settings=settings, test=test
+        )
+        with cut_short, lines_to(self._on_progress):
+            measured = measure(
+                task,
+                program or task.program,
+                lm,
+                split=split,
+                strategy=strategy,
+                settings=settings,
+                warns=self._history.parses(task, base),
+            )
         groups, comparison = groups_of(task, split), None
         if strategy == "none" and split == "test":
             fingerprints = fingerprints_of(task, task.program, lm)
@@ -198,7 +211,8 @@ class CopaSession:
                     f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
                     f"{settings.budget.calls:,.0f} calls of its own"
                 )
-            entry, run = finish_run(task, optimized, base=base, settings=settings, history=self._history, test=test)
+            with lines_to(self._on_progress):
+                entry, run = finish_run(task, optimized, base=base, settings=settings, history=self._history, test=test)
         self._keep(entry, run)
         return run
 

@@ -17,7 +17,7 @@ from dspy.clients.provider import Provider, TrainingJob
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.lm.endpoint.vllm import VllmEngine
 from copa_harness.tune.checkpoints import is_finished
-from copa_harness.tune.options import LoraSettings
+from copa_harness.tune.options import LoraSettings, suited
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.trainer import LoraAdapter, LoraTrainer
 
@@ -57,7 +57,7 @@ class LoraProvider(Provider):
     Args:
         engine: a local one, or a vLLM server's with a copy of its weights.
         directory: where LoRA adapters are kept; give the engine's `lora_dir`.
-        settings: defaults; DSPy's `train_kwargs` change single ones by name.
+        settings: defaults, else those that suit the model; DSPy's `train_kwargs` change single ones by name.
 
     An LM that is fine-tuned already is trained anew from the base: an adapter never stands on another.
     """
@@ -67,7 +67,7 @@ class LoraProvider(Provider):
         self.finetunable = True
         self.TrainingJob = LoraTrainingJob
         self.engine = engine
-        self.settings = settings or LoraSettings()
+        self.settings = settings
         self.trainer = LoraTrainer(_weights_of(engine), directory=directory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraProvider:
@@ -111,7 +111,8 @@ class LoraProvider(Provider):
             changes: dict[str, Any] = dict(train_kwargs or {})
             served_with = str(changes.pop("served_with", "as in the rows"))
             rows = [TrainingRow.from_chat(row) for row in train_data]
-            settings = self.settings.replaced(changes)
+            own = {} if self.settings else suited(self.trainer.engine.directory, n_rows=len(rows))
+            settings = (self.settings or LoraSettings()).replaced({**own, **changes})
             adapter = _train(self.engine, self.trainer, rows, settings=settings, held_out=(), served_with=served_with)
             return adapter.model
         except Exception:
@@ -126,7 +127,7 @@ def attach_provider(lm: MeteredLM, *, directory: Path | None = None, settings: L
     Args:
         lm: local, or a vLLM server's with base weights (`build_lm(..., base_weights=)`).
         directory: where adapters are kept; the engine's `lora_dir` by default.
-        settings: defaults of its trainings.
+        settings: defaults of its trainings; without any, those that suit the model.
 
     Raises:
         ConfigurationError: its engine is neither.
@@ -134,6 +135,11 @@ def attach_provider(lm: MeteredLM, *, directory: Path | None = None, settings: L
     engine = _trainable(lm)
     provider = LoraProvider(engine, directory=directory or engine.lora_dir, settings=settings)
     return lm.copy(provider=provider)
+
+
+def suited_to(lm: MeteredLM, *, n_rows: int, with_demos: bool) -> Mapping[str, Any]:
+    """Settings by name that suit the base of `lm`, see `suited`."""
+    return suited(_weights_of(_trainable(lm)).directory, n_rows=n_rows, with_demos=with_demos)
 
 
 def finetune(
@@ -161,14 +167,16 @@ def train_lora(
 ) -> LoraAdapter:
     """Train an adapter of the base of `lm`, whether it runs here or on a vLLM server. See `LoraTrainer.train`.
 
-    `lm.copy(model=adapter.model)` answers with it, as does `lm.copy(model=checkpoint.model)` with its checkpoints.
+    Without settings those that suit the model are taken. `lm.copy(model=adapter.model)` answers with it, as does
+    `lm.copy(model=checkpoint.model)` with its checkpoints.
     """
     engine = _trainable(lm)
+    own = {} if settings else suited(_weights_of(engine).directory, n_rows=len(rows))
     return _train(
         engine,
         LoraTrainer(_weights_of(engine), directory=directory),
         _rows(rows),
-        settings=settings or LoraSettings(),
+        settings=settings or LoraSettings().replaced(own),
         held_out=_rows(held_out),
         served_with=served_with,
     )

@@ -39,18 +39,20 @@ class TrainingOutcome:
         best_epoch: the epoch to keep, from 1.
         losses: mean training loss by epoch, in nats per answer token.
         held_out_losses: the same on held-out rows; empty without such rows.
+        general_losses: the same on general rows, before the training and by epoch; empty without such rows.
     """
 
     n_steps: int
     best_epoch: int
     losses: tuple[float, ...]
     held_out_losses: tuple[float, ...]
+    general_losses: tuple[float, ...]
 
     @classmethod
     def of(cls, training: Training) -> TrainingOutcome:
         """Of a training as it stands."""
         losses, held_out = tuple(training.losses), tuple(training.held_out_losses)
-        return cls(training.n_steps, training.best_epoch, losses, held_out)
+        return cls(training.n_steps, training.best_epoch, losses, held_out, tuple(training.general_losses))
 
     def details(self, epoch: int) -> dict[str, Any]:
         """For the manifest of the weights of `epoch`."""
@@ -59,6 +61,7 @@ class TrainingOutcome:
             "train_steps": self.n_steps,
             "losses": list(self.losses),
             "held_out_losses": list(self.held_out_losses),
+            "general_losses": list(self.general_losses),
             "loss": self.losses[epoch - 1],
             "held_out_loss": self.held_out_losses[epoch - 1] if self.held_out_losses else None,
         }

@@ -18,7 +18,7 @@ import numpy as np
 
 from copa_harness.errors import TrainingDivergedError, TrainingError
 from copa_harness.lm.local.model import silence_peft
-from copa_harness.tune.batches import BatchLoss, batches_of, parts_of
+from copa_harness.tune.batches import BatchLoss, batches_of
 from copa_harness.tune.low_rank import speed_up
 from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.progress import Progress
@@ -86,6 +86,7 @@ class Training:
         model: from `add_lora`; trained in place, and always holds the weights of the last epoch.
         rows: at least one.
         held_out: for early stopping, may be empty.
+        general: rows that show what is forgotten (see `forgetting`), may be empty.
         settings: rates, sizes, epochs, seed.
         pad_id: token id to pad with.
 
@@ -94,6 +95,7 @@ class Training:
         n_total: optimizer steps if no early stop comes.
         losses: mean training loss of each epoch so far, in nats per answer token.
         held_out_losses: the same on the held-out rows after each epoch; empty without such rows.
+        general_losses: the same on the general rows, before the training and after each epoch; empty without such rows.
         steps_by_epoch: `n_steps` after each epoch.
     """
 
@@ -105,6 +107,7 @@ class Training:
         held_out: Sequence[EncodedRow],
         settings: LoraSettings,
         pad_id: int,
+        general: Sequence[EncodedRow] = (),
     ) -> None:
         import torch
 
@@ -112,13 +115,15 @@ class Training:
         self.n_steps, self.n_total = 0, count_steps(rows, settings)
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
+        self.general_losses: list[float] = []
         self.steps_by_epoch: list[int] = []
         self._first_loss = math.nan
         self._epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
-        self._held_out = held_out
-        self._loss = BatchLoss(model, pad_id=pad_id, bfloat16=settings.precision == "bfloat16")
-        if settings.precision == "float32":
-            speed_up(model)
+        self._held_out, self._general = held_out, general
+        bfloat16 = settings.precision == "bfloat16"
+        on_cpu = model.device.type == "cpu"
+        sped_up = speed_up(model, bfloat16=bfloat16) if on_cpu or not bfloat16 else 0
+        self._loss = BatchLoss(model, pad_id=pad_id, bfloat16=bfloat16 and not sped_up)
         self._rng = np.random.default_rng(settings.seed)
         self._trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = torch.optim.AdamW(
@@ -152,6 +157,8 @@ class Training:
         import torch
 
         epoch = self.n_epochs + 1
+        if self._general and epoch == 1:
+            self.general_losses.append(self._mean_loss(self._general))
         self.model.train()
         total = n_tokens = 0.0
         with torch.random.fork_rng():
@@ -166,13 +173,14 @@ class Training:
         self.losses.append(total / n_tokens)
         self.steps_by_epoch.append(self.n_steps)
         self._check_divergence()
-        if self._held_out:
-            self.held_out_losses.append(self._held_out_loss())
+        for rows, means in ((self._held_out, self.held_out_losses), (self._general, self.general_losses)):
+            if rows:
+                means.append(self._mean_loss(rows))
         self.model.eval()
 
-    def _held_out_loss(self) -> float:
-        total = self._loss.total(self._held_out, batch_size=self.settings.batch_size)
-        return total / sum(len(row.targets) for row in self._held_out)
+    def _mean_loss(self, rows: Sequence[EncodedRow]) -> float:
+        total = self._loss.total(rows, batch_size=self.settings.batch_size)
+        return total / sum(len(row.targets) for row in rows)
 
     def _step(self, batch: Sequence[EncodedRow], n_answer: int) -> float:
         """One optimizer step; the batch's loss."""
@@ -182,7 +190,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         batch_loss = 0.0
-        for part in parts_of(batch, most_rows=self.settings.micro_batch_size):
+        for part in self._loss.parts(batch, most_rows=self.settings.micro_batch_size):
             loss = self._loss.sum(part) / n_answer
             loss.backward()
             batch_loss += loss.item()
@@ -228,6 +236,7 @@ class Training:
             "first_loss": self._first_loss,
             "losses": list(self.losses),
             "held_out_losses": list(self.held_out_losses),
+            "general_losses": list(self.general_losses),
             "steps_by_epoch": list(self.steps_by_epoch),
             "rng": self._rng.bit_generator.state,
         }
@@ -256,6 +265,7 @@ class Training:
         self._first_loss = float(state.record["first_loss"])
         self.losses = [float(loss) for loss in state.record["losses"]]
         self.held_out_losses = [float(loss) for loss in state.record["held_out_losses"]]
+        self.general_losses = [float(loss) for loss in state.record.get("general_losses", ())]
         self.steps_by_epoch = [int(n) for n in state.record["steps_by_epoch"]]
 
 

@@ -24,7 +24,7 @@ _listener: ContextVar[Callable[[str], None] | None] = ContextVar("copa_training_
 
 @contextmanager
 def report_progress_to(listener: Callable[[str], None]) -> Iterator[None]:
-    """Call `listener` after every step of this thread's trainings with a line: `LoRA step 3 of 16, 20 s to go`."""
+    """Call `listener` as trainings of this thread begin and after each step: `LoRA step 3 of 16, 20 s to go`."""
     token = _listener.set(listener)
     try:
         yield
@@ -52,6 +52,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began_s = self._logged_s = time.monotonic()
+        if (listener := _listener.get()) is not None:
+            listener(f"LoRA step {self._n:,} of {self._n_total:,}")
         if sys.stderr.isatty():
             from tqdm import tqdm
 

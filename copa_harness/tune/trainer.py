@@ -30,6 +30,7 @@ from copa_harness.tune.checkpoints import (
     remove_leftovers,
 )
 from copa_harness.tune.epochs import TrainingCharge, TrainingOutcome, explain_out_of_memory, run_epochs
+from copa_harness.tune.forgetting import general_rows
 from copa_harness.tune.options import LoraSettings
 from copa_harness.tune.progress import Progress
 from copa_harness.tune.rows import EncodedRow, TrainingRow, encode_row
@@ -60,6 +61,8 @@ class LoraAdapter:
             was.
         trained_now: False when it was there already.
         final_loss: held-out loss of this epoch, or its training loss without held-out rows.
+        general_losses: mean loss on general answers before the training and with these weights (see `forgetting`);
+            empty where it was not measured, and on a checkpoint.
         n_over_long: rows left out because they were too long, held-out ones too.
         max_tokens: most tokens a row could have; 0 when the manifest does not say.
         epoch: whose weights these are, from 1.
@@ -76,6 +79,7 @@ class LoraAdapter:
     train_steps: int
     trained_now: bool
     final_loss: float
+    general_losses: tuple[float, ...] = ()
     n_over_long: int = 0
     max_tokens: int = 0
     epoch: int = 0
@@ -93,6 +97,7 @@ class LoraAdapter:
             steps_now: see `LoraAdapter`.
         """
         details, recipe = files.details, files.directory.name
+        general, epoch = details.get("general_losses") or (), int(details["epoch"])
         folders = checkpoint_folders(details, files.directory.parent)
         checkpoints = tuple(
             cls(
@@ -114,10 +119,11 @@ class LoraAdapter:
             recipe=recipe,
             train_steps=int(details["train_steps"]),
             trained_now=trained_now,
-            final_loss=_final_loss(details["checkpoints"][int(details["epoch"]) - 1]),
+            final_loss=_final_loss(details["checkpoints"][epoch - 1]),
+            general_losses=(float(general[0]), float(general[epoch])) if general else (),
             n_over_long=int(details["n_over_long"]),
             max_tokens=int(details.get("max_tokens", 0)),
-            epoch=int(details["epoch"]),
+            epoch=epoch,
             steps_now=steps_now,
             checkpoints=checkpoints,
         )
@@ -249,7 +255,7 @@ class LoraTrainer:
         charge = TrainingCharge(current_scope(), job.recipe, planned=planned, taken_before=before)
         progress, began_s = Progress(planned, n_done=before), time.monotonic()
         try:
-            with _one_at_a_time, progress:
+            with _one_at_a_time:
                 if state is not None:
                     logger.info("LoRA training %s goes on after step %d", job.recipe, before)
                 outcome = self._run(
@@ -302,14 +308,16 @@ class LoraTrainer:
                 loop.add_lora(share_weights(base.model), job.settings),
                 encoded.rows,
                 held_out=encoded.held_out,
+                general=general_rows(base.directory, chat=self.engine.chat, eos_ids=self.engine.eos_ids),
                 settings=job.settings,
                 pad_id=base.pad_id,
             )
             if state is not None:
                 training.restore(state)
-            return run_epochs(
-                training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
-            )
+            with progress:  # not before: loading the library's model is no part of a step's time
+                return run_epochs(
+                    training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
+                )
 
     def _details(self, job: _Job, encoded: _EncodedRows) -> Mapping[str, Any]:
         """What the manifests of all checkpoints and of the finished adapter have in common."""

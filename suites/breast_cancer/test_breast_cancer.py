@@ -4,6 +4,8 @@ import pytest
 
 from copa_harness.tasks import breast_cancer
 
+pytestmark = pytest.mark.copa(models="embedded")
+
 BASE, WEIGHTS, PROMPTS, JOINT = 0.40, 0.80, 0.80, 0.80
 
 

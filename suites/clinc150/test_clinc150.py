@@ -10,13 +10,13 @@ import pytest
 from copa_harness.errors import TaskError
 from copa_harness.tasks import clinc150
 
+pytestmark = pytest.mark.copa(models="!embedded")
+
 WEIGHTS, JOINT = 0.75, 0.75
 
 
 @pytest.fixture(scope="module")
-def copa_task(copa_session):
-    if copa_session.settings.lm == "embedded":
-        pytest.skip("meant for a pretrained language model, such as --copa-lm=smollm2")
+def copa_task():
     try:
         return clinc150()
     except TaskError as error:

@@ -4,6 +4,8 @@ import pytest
 
 from copa_harness.tasks import iris
 
+pytestmark = pytest.mark.copa(models="embedded")
+
 STRATEGIES = [
     "none",
     "p",

@@ -4,6 +4,8 @@ import pytest
 
 from copa_harness.tasks import iris
 
+pytestmark = pytest.mark.copa(models="embedded")
+
 BASE, WEIGHTS, PROMPTS, JOINT = 0.20, 0.85, 0.65, 0.85
 
 

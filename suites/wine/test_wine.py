@@ -4,6 +4,8 @@ import pytest
 
 from copa_harness.tasks import wine
 
+pytestmark = pytest.mark.copa(models="embedded")
+
 BASE, WEIGHTS, PROMPTS, JOINT = 0.15, 0.85, 0.80, 0.85
 
 

@@ -11,7 +11,9 @@
 (d) duplicates and overshoot: calls the server saw, against distinct requests and against a ceiling;
 (e) 75 Iris rows with 12 demonstrations through the embedded model, beside the engine's own time for the same requests;
 (f) the store of answers alone: microseconds to read and to store an answer in one thread, and milliseconds until 64 new
-    threads have read, or stored, ten each.
+    threads have read, or stored, ten each;
+(g) a whole program against llama.cpp's own server (xllamacpp and SmolLM2, left out where they are missing), with equal
+    requests: copa's evaluation and `dspy.Evaluate`, in turns that change places.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; the ratios are taken side by side on it.
 """
@@ -60,6 +62,9 @@ from copa_harness.tasks import iris  # noqa: E402
 
 ANSWER = "[[ ## answer ## ]]\n7\n\n[[ ## completed ## ]]"
 STUB = Path(__file__).parents[1] / "lm" / "stub_server.py"
+sys.path.insert(0, str(STUB.parent))
+
+from llama_server import N_SLOTS, LlamaServer, missing  # noqa: E402
 
 
 class Instant:
@@ -406,14 +411,80 @@ def embedded(rounds):
     )
 
 
+INTENTS = {
+    "how many calories are in an apple": "calories",
+    "book me a flight to london": "book_flight",
+    "what is twelve times nine": "calculator",
+    "i need a plane ticket to rome": "book_flight",
+    "how fattening is a bagel": "calories",
+}
+
+
+def real_server(n, rounds):
+    """Requests of 16 tokens' answers behind the same demonstrations; every row is new, or the server remembered it."""
+    if lacking := missing():
+        print(f"\n(g) left out: {lacking}", flush=True)
+        return
+    numbers, settings = itertools.count(1), {"api_key": "k", "temperature": 0.0, "max_tokens": 16}
+
+    def rows():
+        words = ("fly to", "sum up", "eat", "book", "divide", "cook")
+        return [
+            dspy.Example(text=f"can i {words[number % 6]} {number}", intent="").with_inputs("text")
+            for number in itertools.islice(numbers, n)
+        ]
+
+    def made(lm):
+        program = dspy.Predict("text -> intent")
+        program.demos = [dspy.Example(text=text, intent=intent) for text, intent in INTENTS.items()]
+        program.set_lm(lm)
+        return program
+
+    def by_copa(url):
+        folder = Path(SCRATCH.name)
+        lm = build_lm("openai/m", gateway=fresh_gateway("g"), cache_dir=folder, api_base=url, **settings)
+        evaluate(made(lm), rows(), metric=scored, split="bench", threads=N_SLOTS)
+
+    def by_dspy(url):
+        lm = dspy.LM("openai/m", api_base=url, cache=False, num_retries=0, **settings)
+        evaluator = dspy.Evaluate(devset=rows(), metric=scored, num_threads=N_SLOTS, display_progress=False)
+        with dspy.context(disable_history=True, adapter=default_adapter()):
+            evaluator(made(lm))
+
+    def scored(example, prediction, trace=None):
+        return 1.0
+
+    pairs, calls = [], {by_copa: set(), by_dspy: set()}
+    with LlamaServer() as server:
+        by_copa(server.url), by_dspy(server.url)
+        for number in range(2 * rounds):
+            took = {}
+            for way in (by_copa, by_dspy) if number % 2 else (by_dspy, by_copa):
+                before, began = server.n_seen(), time.perf_counter()
+                way(server.url)
+                took[way] = time.perf_counter() - began
+                calls[way].add(server.n_seen() - before)
+            pairs.append((took[by_copa], took[by_dspy]))
+    copa_s, dspy_s = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratios = [theirs / mine for mine, theirs in pairs]
+    ratio = statistics.median(ratios)
+    print(
+        f"\n(g) {n} rows, {N_SLOTS} at once, against llama.cpp's server, medians of {len(pairs)}: copa {copa_s:.2f} s, "
+        f"dspy.Evaluate {dspy_s:.2f} s; calls {sorted(calls[by_copa])} and {sorted(calls[by_dspy])}; "
+        f"dspy / copa {ratio:.2f} ({', '.join(f'{one:.2f}' for one in sorted(ratios))})",
+        flush=True,
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one latency, one model, smaller rounds")
-    parser.add_argument("--only", choices="abcdef", help="one part")
+    parser.add_argument("--only", choices="abcdefg", help="one part")
     options = parser.parse_args()
     quick = options.quick
 
-    logging.getLogger("dspy").setLevel(logging.WARNING)
+    for name in ("dspy", "copa_harness"):  # both tell of answers that were cut off, as part (g) wants them
+        logging.getLogger(name).setLevel(logging.ERROR)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; dspy {dspy.__version__}")
     if options.only in (None, "a"):
         lookups(300 if quick else 1000)
@@ -433,6 +504,8 @@ def main():
         embedded(1 if quick else 5)
     if options.only in (None, "f"):
         store(500 if quick else 2000)
+    if options.only in (None, "g"):
+        real_server(16, 1 if quick else 10)
     SCRATCH.cleanup()
 
 

@@ -2,13 +2,16 @@
 
     python tests/benchmarks/bench_training.py            # some minutes
     python tests/benchmarks/bench_training.py --quick    # the small model only, fewer steps
+    python tests/benchmarks/bench_training.py --only 135M --kind labels --against ../other-checkout
 
 Every contender trains the same LoRA (rank 16 on all linear layers, AdamW, clipping, float32 unless it says otherwise)
 on the same rows in the same batch, in a process of its own that waits while the others take their turns; a row is its
 best step. The first loss of all must agree. Rows have the shape of DSPy prompts: instructions all rows share, then nine
-demonstrations of their own, or none. Tokens are those of the rows: what a loop pads, packs or skips is its own affair.
-Memory is the peak of the process above what it had with the model loaded. The floor is what the products of one step
-would take at the rate one large product runs at, without and with the shared tokens computed once.
+demonstrations of their own, or none; or of a classification whose labels are named at the end of every prompt.
+`--against` lets the loop of another checkout of this repository take its turns too. Tokens are those of the rows: what
+a loop pads, packs or skips is its own affair. Memory is the peak of the process above what it had with the model
+loaded. The floor is what the products of one step would take at the rate one large product runs at, without and with
+the shared tokens computed once.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; the ratios are taken side by side on it.
 """
@@ -30,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, os.environ.get("COPA_BENCH_CHECKOUT") or str(Path(__file__).parents[2]))
 
-RANK, VOCABULARY = 16, 5354
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,30 @@ class Size:
     inner: int
     batch: int
     steps: int
+    kv_heads: int | None = None
+    vocabulary: int = 5354
 
 
 SIZES = {
     "2M": Size("2M", 128, 6, 4, 320, 16, 3),
     "100M": Size("100M", 768, 12, 12, 2048, 4, 1),
+    "135M": Size("135M", 576, 30, 9, 1536, 16, 1, kv_heads=3, vocabulary=49152),  # the shape of SmolLM2-135M
 }
-KINDS = {"demonstrations": (158, 456, 70), "bare": (158, 40, 7)}
-"""Tokens all rows share, tokens of a row's own, answer tokens of a row; taken from the Wine suite."""
+KINDS = {"demonstrations": (158, 456, 70), "bare": (158, 40, 7), "labels": (224, 130, 20)}
+"""Tokens all rows share, tokens of a row's own, answer tokens of a row; taken from the Wine and the CLINC150 suite."""
 
 CONTENDERS = ("ours", "ours bfloat16", "Trainer", "bare loop")
+THERE = "other checkout"
 
 
 def rows_of(size, kind):
     """(token ids, positions to learn) of one batch."""
     draw = random.Random(0)
     n_shared, n_own, n_answer = KINDS[kind]
-    shared = [draw.randrange(5, VOCABULARY) for _ in range(n_shared)]
+    shared = [draw.randrange(5, size.vocabulary) for _ in range(n_shared)]
     rows = []
     for _ in range(size.batch):
-        own = [draw.randrange(5, VOCABULARY) for _ in range(n_own + draw.randrange(-12, 13))]
+        own = [draw.randrange(5, size.vocabulary) for _ in range(n_own + draw.randrange(-12, 13))]
         ids = shared + own
         answers = {len(ids) - 1 - j for j in range(7)}  # the answer asked for stands at the end
         answers |= set(draw.sample(range(n_shared, len(ids) - 7), n_answer - 7))
@@ -83,9 +90,9 @@ def write_model(size, directory):
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
+        num_key_value_heads=size.kv_heads or size.heads,
         intermediate_size=size.inner,
-        vocab_size=VOCABULARY,
+        vocab_size=size.vocabulary,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
@@ -234,10 +241,15 @@ def trainer_steps(model, rows, settings, *, answer):
 class Worker:
     """A contender's process."""
 
-    def __init__(self, contender, directory, size, kind):
+    def __init__(self, contender, directory, size, kind, *, checkout=None):
         command = [sys.executable, __file__, "--work", contender, str(directory), size.name, kind]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "COPA_BENCH_CHECKOUT": str(checkout or "")},
         )
 
     def step(self, threads):
@@ -273,20 +285,23 @@ def flops(size, kind, *, shared_once):
     rows = rows_of(size, kind)
     lengths = [len(ids) for ids, _ in rows]
     tokens = sum(lengths) - (len(rows) - 1) * KINDS[kind][0] * shared_once
-    linear = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.inner)
+    kv = (size.kv_heads or size.heads) / size.heads
+    linear = size.layers * ((2 + 2 * kv) * size.hidden**2 + 3 * size.hidden * size.inner)
     low_rank = size.layers * RANK * (4 * 2 * size.hidden + 3 * (size.hidden + size.inner))
     attention = sum(7 * length**2 * size.hidden for length in lengths) * size.layers
     answers = sum(len(answers) for _, answers in rows)
-    return 4 * linear * tokens + 6 * low_rank * tokens + attention + 4 * VOCABULARY * size.hidden * answers
+    return 4 * linear * tokens + 6 * low_rank * tokens + attention + 4 * size.vocabulary * size.hidden * answers
 
 
-def compare(size, kind, *, threads, steps):
+def compare(size, kind, *, threads, steps, against=None):
     rows = rows_of(size, kind)
     n_tokens = sum(len(ids) for ids, _ in rows)
     rates = {n: gemm_rate(n) for n in threads}
     with tempfile.TemporaryDirectory(prefix="bench_training_") as directory:
         write_model(size, directory)
         workers = {name: Worker(name, directory, size, kind) for name in CONTENDERS}
+        if against:
+            workers[THERE] = Worker(THERE, directory, size, kind, checkout=against)
         first = {name: worker.step(threads[-1]) for name, worker in workers.items()}
         losses = [each["loss"] for name, each in first.items() if "bfloat16" not in name]
         assert max(losses) - min(losses) < 1e-3 * max(losses), first
@@ -322,6 +337,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the small model only, fewer steps")
     parser.add_argument("--only", choices=list(SIZES), help="one model")
     parser.add_argument("--kind", choices=list(KINDS), help="one kind of rows")
+    parser.add_argument("--against", type=Path, help="another checkout, whose loop takes its turns")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -331,11 +347,11 @@ def main():
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for name, size in SIZES.items():
-        if options.only not in (None, name) or (options.quick and name != "2M"):
+        if options.only not in (None, name) or (options.quick and not options.only and name != "2M"):
             continue
         for kind in KINDS:
             if options.kind in (None, kind):
-                compare(size, kind, threads=[1, 2], steps=1 if options.quick else size.steps)
+                compare(size, kind, threads=[1, 2], steps=1 if options.quick else size.steps, against=options.against)
 
 
 if __name__ == "__main__":

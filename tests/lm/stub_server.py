@@ -149,6 +149,10 @@ class StubServer:
         """Whether a request was dealt with in another way than by a scripted reply."""
         return False
 
+    def _reply(self, connection, status, body):
+        self.n_under_way += 1
+        self._answer(connection, Reply(status, body=body))
+
     def _answer(self, connection, reply):
         self.n_under_way -= 1
         body = reply.encoded()
@@ -266,10 +270,6 @@ class VllmStub(StubServer):
         place = self.loaded.get(model)
         text = await asyncio.to_thread(self.answer, model, place and self.sees(place), messages)
         self._reply(connection, 200, {**completion(text), "model": model})
-
-    def _reply(self, connection, status, body):
-        self.n_under_way += 1
-        self._answer(connection, Reply(status, body=body))
 
 
 def refusal(message, code=400):

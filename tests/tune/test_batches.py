@@ -13,9 +13,10 @@ import transformers
 from copa_harness.lm.local.model import share_weights
 from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune import LoraSettings, batches
-from copa_harness.tune.batches import BatchLoss, Packing, batches_of, parts_of
+from copa_harness.tune.batches import BatchLoss, batches_of, training_bytes
 from copa_harness.tune.loop import add_lora
 from copa_harness.tune.low_rank import speed_up
+from copa_harness.tune.packing import Packing
 from copa_harness.tune.rows import EncodedRow
 
 PREFIX = tuple(range(10, 22))
@@ -83,7 +84,7 @@ def test_loss_and_gradients_of_a_batch_are_those_of_its_rows(architecture, load)
         got, others = loss_and_gradients(model, [loss.sum(ROWS)])
         assert got == pytest.approx(expected, rel=1e-5)
         assert torch.dist(others, gradients) < 1e-4 * gradients.norm()
-    got, others = loss_and_gradients(model, [loss.sum(part) for part in parts_of(ROWS, most_rows=2)])
+    got, others = loss_and_gradients(model, [loss.sum(part) for part in loss.parts(ROWS, most_rows=2)])
     assert got == pytest.approx(expected, rel=1e-5)
     assert torch.dist(others, gradients) < 1e-4 * gradients.norm()
 
@@ -126,13 +127,30 @@ def test_every_row_keeps_a_token_of_its_own(rows):
     assert [packing.n_prefix + length for length in packing.lengths] == [len(row) for row in rows]
 
 
-def test_parts_hold_every_row_once_and_no_more_tokens_than_fit(monkeypatch):
+@pytest.mark.parametrize("packs", [True, False])
+def test_parts_hold_every_row_once_and_no_more_tokens_than_fit(packs, load, monkeypatch):
     monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 100)
-    rows = [EncodedRow(tuple(range(n)), 1) for n in (90, 30, 10, 40, 10, 120, 30)]
-    parts = list(parts_of(rows))
+    loss = BatchLoss(with_lora(load("llama")), pad_id=0)
+    loss.packs = packs
+    rows = [EncodedRow((*range(8), *[9 + i] * (n - 8)), 1) for i, n in enumerate((90, 30, 10, 40, 10, 120, 30))]
+    parts = list(loss.parts(rows))
     assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
-    assert all(len(part) == 1 or len(part) * max(len(row.ids) for row in part) <= 100 for part in parts)
-    assert [len(part) for part in parts_of(rows[1:5], most_rows=3)] == [3, 1]
+    if packs:
+        assert all(len(part) == 1 or 8 + sum(len(row.ids) - 8 for row in part) <= 100 for part in parts)
+        assert [len(part) for part in parts] == [5, 1, 1]
+    else:
+        assert all(len(part) == 1 or len(part) * max(len(row.ids) for row in part) <= 100 for part in parts)
+    assert [len(part) for part in loss.parts(rows[1:5], most_rows=3)] == [3, 1]
+
+
+def test_parts_keep_no_more_bytes_than_allowed(load):
+    model = with_lora(load("llama"))
+    loss, (token, target) = BatchLoss(model, pad_id=0), training_bytes(model.get_base_model().config)
+    rows = [EncodedRow((1, 2, 3, 4, 5 + i, 6), 4) for i in range(5)]
+    loss.limit_bytes = (4 + 3 * 2) * token + 3 * 2 * target
+    assert [len(part) for part in loss.parts(rows)] == [3, 2]
+    loss.limit_bytes = 1
+    assert [len(part) for part in loss.parts(rows)] == [1] * 5
 
 
 def test_batches_hold_every_row_once_and_rows_of_like_length_together():
@@ -147,6 +165,16 @@ def test_the_total_loss_does_not_depend_on_the_batch_size(load):
     totals = [loss.total(ROWS, batch_size=size) for size in (1, 2, 3)]
     assert totals == pytest.approx([totals[0]] * 3, rel=1e-5)
     assert 0 < totals[0] < 2 * math.log(384) * sum(len(row.targets) for row in ROWS)
+
+
+def test_the_base_models_products_in_bfloat16_give_nearly_the_same_loss_and_gradients(load):
+    model = with_lora(load("qwen2"))  # its layers have biases
+    expected, gradients = loss_and_gradients(model, one_by_one(model))
+    speed_up(model, bfloat16=True)
+    got, others = loss_and_gradients(model, one_by_one(model))
+    assert got != expected
+    assert got == pytest.approx(expected, rel=1e-2)
+    assert torch.dist(others, gradients) < 0.05 * gradients.norm()
 
 
 def test_bfloat16_products_give_nearly_the_same_loss_in_float32(load):

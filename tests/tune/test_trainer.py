@@ -28,7 +28,7 @@ from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE
 from copa_harness.lm.local.model import silence_peft
 from copa_harness.lm.metered import MeteredLM
-from copa_harness.tune import LoraSettings, LoraTrainer, RowDemos, TrainingRow, progress, render_rows
+from copa_harness.tune import LoraSettings, LoraTrainer, RowDemos, TrainingRow, options, progress, render_rows
 from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.loop import relative_rate
 from copa_harness.tune.rows import encode_row
@@ -176,6 +176,20 @@ def test_training_stops_early_and_keeps_the_best_epoch(trainer):
     losses = manifest["held_out_losses"]
     assert len(losses) < 40
     assert adapter.final_loss == min(losses) == losses[manifest["best_epoch"] - 1]
+
+
+def test_a_large_model_says_what_the_training_cost_on_general_answers(trainer, monkeypatch):
+    assert trainer.train(ROWS, settings=QUICK, served_with="none").general_losses == ()
+    monkeypatch.setattr(options, "LARGE_FROM", 1)
+    settings = LoraSettings(rank=4, epochs=12, batch_size=8, learning_rate=3e-2)
+    adapter = trainer.train(ROWS, settings=settings, served_with="none")
+    before, after = adapter.general_losses
+    assert after != before > 0
+    found = json.loads((adapter.directory / "manifest.json").read_text())["general_losses"]
+    assert len(found) == 1 + 12
+    assert (before, after) == (found[0], found[adapter.epoch])
+    again = trainer.train(ROWS, settings=settings, served_with="none")
+    assert again.general_losses == adapter.general_losses
 
 
 def test_gradient_accumulation_gives_the_gradients_of_the_whole_batch(engine, tmp_path):

@@ -277,15 +277,15 @@ def cascade_attention(
         shared = shared.view(n_kv, n, n_shared * n_new, -1).transpose(0, 1)
         shared_total = shared_total.view(n_kv, n, n_shared * n_new).transpose(0, 1)
         if everywhere:
-            output, total = _merged(output, total, shared, shared_total)
+            output, total = merged(output, total, shared, shared_total)
         else:
-            output[prefix.rows], total[prefix.rows] = _merged(
+            output[prefix.rows], total[prefix.rows] = merged(
                 output[prefix.rows], total[prefix.rows], shared, shared_total
             )
     return output.reshape(n_rows, n_heads, n_new, -1).transpose(1, 2).contiguous()
 
 
-def _merged(output: Any, total: Any, other: Any, other_total: Any) -> tuple[Any, Any]:
+def merged(output: Any, total: Any, other: Any, other_total: Any) -> tuple[Any, Any]:
     """Attention over two sets of keys from that over each, with its log-sum-exp."""
     import torch
 

@@ -8,7 +8,8 @@ allowed values gets the one whose text, up to and including the header that foll
 the sum lm-evaluation-harness takes for multiple choice (its `acc`; no division by length: the end of the field is
 scored too, so a value that begins like a longer one has no advantage). Token boundaries: every candidate is tokenized
 as one text with the whole prompt, and what is scored begins at the first token in which any two candidates differ. At a
-temperature T > 0 the value is drawn from softmax(score / T).
+temperature T > 0 the value is drawn from softmax(score / T). Of a long list, values that cannot win any more are not
+scored to their end (see `ChoiceRace`), and have no score.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COMPLETED = "completed"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The value a field got, and (value, log-probability) of every allowed one, likeliest first."""
+    """The value a field got, and (value, log-probability) of every allowed one that was scored, likeliest first."""
 
     value: str
     scores: tuple[tuple[str, float], ...]
@@ -113,7 +114,8 @@ def answer_constrained(
 
 
 def _chosen(values: Sequence[str], scores: Sequence[float], *, rules: DecodingRules, position: int) -> Choice:
-    ranked = tuple(sorted(zip(values, scores, strict=True), key=lambda pair: -pair[1]))
+    scored = [(value, score) for value, score in zip(values, scores, strict=True) if score > -math.inf]
+    ranked = tuple(sorted(scored, key=lambda pair: -pair[1]))
     if rules.temperature <= 0:
         return Choice(ranked[0][0], ranked)
     weights = [math.exp((score - ranked[0][1]) / rules.temperature) for _, score in ranked]

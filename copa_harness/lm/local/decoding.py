@@ -12,15 +12,17 @@ leave it between any two steps. A step reads the token that each row chose last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from copa_harness.lm.local.attention import CascadeCache, causal_bias
 from copa_harness.lm.local.llama import FusedLora, LayerStates, LoraRows, PrefixStates
+from copa_harness.lm.local.memory import TokenLimits
 
 NEAR_TIE = {"float32": 3e-5}
 """Largest gap between the two best logits, relative to the largest logit, that the rounding of a batch may turn."""
@@ -37,11 +39,14 @@ SHRINK_SHARE = 0.125
 FIRST_ROOM_TOKENS = 64
 """Room for new tokens a row starts with; grows when answers are longer."""
 
-READ_TOKENS = 8192
-"""Most prompt tokens (padding included) that go through the model at once, unless one row has more."""
+NEAR_CHOICE = 1e-3
+"""Two continuations whose log-probabilities differ by less are scored again, alone."""
 
-SCORED_BYTES = 256 << 20
-"""Memory for the logits of continuations that are scored at once, what is made of them included."""
+SHORT_LIST = 16
+"""Up to so many continuations of a row all get a score; of more, those that cannot win any more are dropped."""
+
+LEADERS = 4
+"""First tokens of a long list whose continuations are scored before all others, to have a score to beat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,10 +366,14 @@ class CascadeRun:
         device: where it computes.
         pad_id: any token id.
         tie: see `choose`.
+        limits: how many tokens go through the model at once.
     """
 
-    def __init__(self, reader: Reader, *, device: Any, pad_id: int, tie: float = 0.0) -> None:
+    def __init__(
+        self, reader: Reader, *, device: Any, pad_id: int, tie: float = 0.0, limits: TokenLimits | None = None
+    ) -> None:
         self._reader, self._device, self._pad_id, self._tie = reader, device, pad_id, tie
+        self._limits = limits or TokenLimits()
         self._places: list[Row | None] = []
         self._cascade = CascadeCache(reader.n_layers, [], room=0, device=device)
 
@@ -380,7 +389,7 @@ class CascadeRun:
             rows: in any order.
             room: new tokens per row to make room for.
         """
-        for part in _parts(rows):
+        for part in _parts(rows, n_at_once=self._limits.read):
             cascade = CascadeCache(
                 self._reader.n_layers,
                 [row.shared for row in part],
@@ -429,6 +438,9 @@ class CascadeRun:
     def score(self, choices_of: Mapping[Row, Sequence[Sequence[int]]]) -> dict[Row, list[float]]:
         """Log-probability of each row's continuations, summed over their tokens.
 
+        Their tokens read the states of the row's prompt where they are. Of a long list, those that cannot win any more
+        get minus infinity; see `ChoiceRace`.
+
         Args:
             choices_of: for each row its continuations, each at least one token.
         """
@@ -436,38 +448,82 @@ class CascadeRun:
 
         self._close_up()
         rows = self.rows
-        choices = [choices_of[row] for row in rows]
         first = torch.log_softmax(self.logits().double(), dim=-1)
-        scores = [[float(first[i, ids[0]]) for ids in own] for i, own in enumerate(choices)]
-        prompts = [self._prompt_states(i, row) for i, row in enumerate(rows)]
-        longer = [(i, k) for i, own in enumerate(choices) for k, ids in enumerate(own) if len(ids) > 1]
-        n_at_once = max(1, SCORED_BYTES // (12 * first.shape[-1]))
-        longer.sort(key=lambda one: len(choices[one[0]][one[1]]))
-        while longer:
-            width = len(choices[longer[-1][0]][longer[-1][1]]) - 1
-            part = sorted(longer[-max(1, n_at_once // width) :])
-            del longer[-len(part) :]
-            heads = [choices[i][k][:-1] for i, k in part]
-            tails = [choices[i][k][1:] for i, k in part]
-            behind = [
-                Row(ids, n_shared=prompts[i][0], shared=prompts[i][1], lora=rows[i].lora)
-                for (i, _), ids in zip(part, heads, strict=True)
+        races = [ChoiceRace(choices_of[row], first[i], rules=row.state.rules) for i, row in enumerate(rows)]
+        prompts = [self._prompt(i, row) for i, row in enumerate(rows)]
+        whole = [
+            Branch(prompt, race, (k,))
+            for prompt, race in zip(prompts, races, strict=True)
+            if race.scores_all
+            for k in range(len(race.choices))
+            if not race.is_done(k)
+        ]
+        whole.sort(key=lambda branch: branch.n_left)
+        while whole:
+            n_at_once = max(1, self._limits.scored // whole[-1].n_left)
+            self._score_whole(sorted(whole[-n_at_once:], key=lambda branch: prompts.index(branch.prompt)))
+            del whole[-n_at_once:]
+        for n_first in (LEADERS, None):
+            branches = [
+                Branch(prompt, race, same)
+                for prompt, race in zip(prompts, races, strict=True)
+                if not race.scores_all
+                for same in race.branches(range(len(race.choices)))[:n_first]
             ]
-            cascade = CascadeCache(
-                self._reader.n_layers, [row.shared for row in behind], room=width, device=self._device
-            )
-            logits = self._read(cascade, behind, heads, n_kept=width)
-            wanted = torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], device=logits.device)
-            logprobs = logits.gather(-1, wanted[..., None])[..., 0].double() - logits.logsumexp(-1).double()
-            for (i, k), tail, row in zip(part, tails, logprobs, strict=True):
-                scores[i][k] += float(row[: len(tail)].sum())
-        return dict(zip(rows, scores, strict=True))
+            while branches:
+                sizes = np.cumsum([len(branch.members) for branch in branches])
+                n_at_once = max(1, int((sizes <= self._limits.scored).sum()))
+                self._score_by_token(branches[:n_at_once])
+                del branches[:n_at_once]
+        return {row: race.scores for row, race in zip(rows, races, strict=True)}
 
-    def _prompt_states(self, place: int, row: Row) -> tuple[int, tuple[Any, ...]]:
-        """Tokens and states of the whole prompt of the row in this place, to be shared by its continuations."""
+    def _score_whole(self, branches: Sequence[Branch]) -> None:
+        """Read all tokens of some continuations, each a branch of its own, at once."""
+        import torch
+
+        width = max(branch.n_left for branch in branches)
+        choices = [branch.race.choices[branch.members[0]] for branch in branches]
+        logits = self._read_behind(self._cascade_behind(branches), branches, [own[:-1] for own in choices])
+        wanted = torch.tensor([[*own[1:], *[0] * (width - len(own) + 1)] for own in choices], device=logits.device)
+        logprobs = logits.gather(-1, wanted[..., None])[..., 0].double() - logits.logsumexp(-1).double()
+        for branch, own in zip(branches, logprobs, strict=True):
+            branch.race.add(branch.members[0], float(own[: branch.n_left].sum()), n_tokens=branch.n_left)
+
+    def _score_by_token(self, branches: Sequence[Branch]) -> None:
+        """Read continuations token by token, a token that several begin with once, as long as they can win."""
+        branches = [branch for branch in branches if branch.race.can_win(branch.members[0])]
+        cascade = self._cascade_behind(branches)
+        while branches:
+            logits = self._read_behind(cascade, branches, [[branch.newest] for branch in branches])[:, -1]
+            cascade.advance([1] * len(branches))
+            open_ones = [(place, branch.race, k) for place, branch in enumerate(branches) for k in branch.members]
+            places = [place for place, _, _ in open_ones]
+            wanted = [race.choices[k][race.n_read[k]] for _, race, k in open_ones]
+            logprobs = logits[places, wanted].double() - logits.logsumexp(-1).double()[places]
+            for (_, race, k), logprob in zip(open_ones, logprobs.tolist(), strict=True):
+                race.add(k, logprob)
+            grown = [
+                (place, branch._replace(members=same))
+                for place, branch in enumerate(branches)
+                for same in branch.race.branches(branch.members)
+            ]
+            if branches := [branch for _, branch in grown]:
+                cascade.select([place for place, _ in grown])
+
+    def _prompt(self, place: int, row: Row) -> Row:
+        """A row behind the whole prompt of the row in this place, whose states stay where they are."""
         length = int(self._cascade.lengths[place])
         own = PrefixStates([LayerStates(*layer.states(place, length)) for layer in self._cascade.layers])
-        return row.n_shared + length, (*row.shared, own)
+        return Row(row.ids[-1:], n_shared=row.n_shared + length, shared=(*row.shared, own), lora=row.lora)
+
+    def _cascade_behind(self, branches: Sequence[Branch]) -> CascadeCache:
+        room = max((branch.n_left for branch in branches), default=0)
+        shared = [branch.prompt.shared for branch in branches]
+        return CascadeCache(self._reader.n_layers, shared, room=room, device=self._device)
+
+    def _read_behind(self, cascade: CascadeCache, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> Any:
+        """Logits behind every one of the new tokens of each branch."""
+        return self._read(cascade, [branch.prompt for branch in branches], ids, n_kept=max(map(len, ids)))
 
     def _put(self, rows: Sequence[Row], cascade: CascadeCache) -> None:
         """Rows that were read take empty places, then new ones."""
@@ -515,6 +571,84 @@ class CascadeRun:
         )
 
 
+class ChoiceRace:
+    """The continuations of one row: what they scored, and which of them can still win.
+
+    A log-probability only falls with further tokens. So a continuation of which a part alone is below the best whole
+    one cannot win; of a long list it is read no further and has no score. A row that draws by temperature, or has a
+    short list, has all of them scored.
+
+    Attributes:
+        choices: the continuations.
+        n_read: of each, the tokens that are in its score.
+        scores_all: whether none is dropped.
+
+    Args:
+        choices: each at least one token.
+        first: log-probabilities of the token behind the prompt, [V].
+        rules: of the row.
+    """
+
+    def __init__(self, choices: Sequence[Sequence[int]], first: Any, *, rules: DecodingRules) -> None:
+        self.choices = choices
+        self.scores_all = len(choices) <= SHORT_LIST or rules.temperature > 0
+        self.n_read = [1] * len(choices)
+        self._sums: list[float] = first[[ids[0] for ids in choices]].tolist()
+        self._best = max((self._sums[k] for k in range(len(choices)) if self.is_done(k)), default=-math.inf)
+
+    @property
+    def scores(self) -> list[float]:
+        """Of every continuation; minus infinity for one that was dropped."""
+        return [total if self.is_done(k) else -math.inf for k, total in enumerate(self._sums)]
+
+    def is_done(self, k: int) -> bool:
+        """Whether continuation k is scored to its end."""
+        return self.n_read[k] == len(self.choices[k])
+
+    def can_win(self, k: int) -> bool:
+        """Whether continuation k may be the best yet, or so near to it that rounding decides."""
+        return self.scores_all or self._sums[k] >= self._best - NEAR_CHOICE
+
+    def add(self, k: int, logprob: float, *, n_tokens: int = 1) -> None:
+        """The next tokens of continuation k have this log-probability."""
+        self._sums[k] += logprob
+        self.n_read[k] += n_tokens
+        if self.is_done(k):
+            self._best = max(self._best, self._sums[k])
+
+    def branches(self, members: Iterable[int]) -> list[tuple[int, ...]]:
+        """Those of some continuations that are to be read on, in groups that are one so far, likeliest first."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for k in members:
+            if not self.is_done(k) and self.can_win(k):
+                found.setdefault(tuple(self.choices[k][: self.n_read[k]]), []).append(k)
+        return sorted(map(tuple, found.values()), key=lambda same: -self._sums[same[0]])
+
+
+class Branch(NamedTuple):
+    """Continuations of one row that are the same tokens as far as they are scored.
+
+    Attributes:
+        prompt: a row behind whose shared states they stand.
+        race: theirs.
+        members: which of the race's they are.
+    """
+
+    prompt: Row
+    race: ChoiceRace
+    members: tuple[int, ...]
+
+    @property
+    def newest(self) -> int:
+        """The token that is read next; it is scored already."""
+        return self.race.choices[self.members[0]][self.race.n_read[self.members[0]] - 1]
+
+    @property
+    def n_left(self) -> int:
+        """Most tokens that are not scored."""
+        return max(len(self.race.choices[k]) - self.race.n_read[k] for k in self.members)
+
+
 def next_logits(reader: Reader, rows: Sequence[Row], *, device: Any, pad_id: int) -> Any:
     """Logits of each row's next token, [rows, vocabulary], read together."""
     run = CascadeRun(reader, device=device, pad_id=pad_id)
@@ -538,12 +672,12 @@ def _take(row: Row, scores: Any, token: int, *, is_near: bool, look_again: Calla
     row.next = token
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows in parts to be read at once: of like lengths, and not too many tokens."""
+def _parts(rows: Sequence[Row], *, n_at_once: int) -> Iterator[list[Row]]:
+    """Rows in parts to be read at once: of like lengths, and not more than so many tokens."""
     part: list[Row] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):  # ascending: the row that comes is the longest
         n = len(row.ids)
-        if part and ((len(part) + 1) * n > READ_TOKENS or n > 2 * len(part[0].ids) + 16):
+        if part and ((len(part) + 1) * n > n_at_once or n > 2 * len(part[0].ids) + 16):
             yield sorted(part, key=lambda row: id(row.lora))
             part = []
         part.append(row)

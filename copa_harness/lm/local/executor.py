@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from copa_harness.lm.local.decoding import (
     FIRST_ROOM_TOKENS,
     NEAR_TIE,
     CascadeRun,
+    ChoiceRace,
     DecodingRules,
     LibraryReader,
     Reader,
@@ -28,6 +30,7 @@ from copa_harness.lm.local.decoding import (
 )
 from copa_harness.lm.local.files import LoraFiles
 from copa_harness.lm.local.llama import PrefixStates
+from copa_harness.lm.local.memory import free_bytes
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.lm.local.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, PrefixKey, prefill, spread
 
@@ -57,7 +60,8 @@ class Prompt:
 class Answer:
     """What a prompt got: an answer, or the log-probability of each of its choices.
 
-    `n_tokens` counts generated tokens, the end token included, padding never.
+    `n_tokens` counts generated tokens, the end token included, padding never. A choice that fell behind before it was
+    read to its end has minus infinity.
     """
 
     ids: tuple[int, ...]
@@ -105,7 +109,13 @@ class BatchExecutor:
     def new_run(self, prompt: Prompt) -> CascadeRun:
         """An empty run for prompts of this one's family."""
         model, reader = self.model, self._reader(prompt)
-        return CascadeRun(reader, device=model.device, pad_id=model.pad_id, tie=NEAR_TIE.get(model.dtype, 0.0))
+        return CascadeRun(
+            reader,
+            device=model.device,
+            pad_id=model.pad_id,
+            tie=NEAR_TIE.get(model.dtype, 0.0),
+            limits=model.footprint.limits(free_bytes(model.device)),
+        )
 
     def rows(self, prompts: Sequence[Prompt], *, is_cancelled: Callable[[int], bool]) -> list[Row]:
         """Prompts of one family as rows of a run, each behind the states of the prefix it shares.
@@ -215,24 +225,35 @@ class BatchExecutor:
         return rows
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """Log-probability of every choice of every prompt, through the cascade."""
+        """Log-probability of every choice of every prompt, through the cascade; see `ChoiceRace` for those dropped."""
         run, rows = self.new_run(prompts[0]), self.rows(prompts, is_cancelled=lambda i: False)
         run.add(rows, room=1)
         scores = run.score({row: prompt.choices for row, prompt in zip(rows, prompts, strict=True)})
         return [scores[row] for row in rows]
 
     def score_alone(self, prompt: Prompt) -> list[float]:
-        """Log-probability of each choice, by a plain forward of prompt and choice."""
-        import torch
+        """The same for one prompt, by plain forwards of prompt and choice."""
+        module, ids = self.model.serving(prompt.lora), prompt.tokens.ids
+        first = _last_logprobs(module, ids, 1)[0]
+        race = ChoiceRace(prompt.choices, first, rules=prompt.rules)
+        for same in race.branches(range(len(prompt.choices))):
+            for k in same:
+                if race.can_win(k):
+                    head, *tail = prompt.choices[k]
+                    logprobs = _last_logprobs(module, [*ids, head, *tail[:-1]], len(tail))
+                    race.add(k, float(logprobs[range(len(tail)), tail].sum()), n_tokens=len(tail))
+        return race.scores
 
-        module = self.model.serving(prompt.lora)
-        scores = []
-        for choice in prompt.choices:
-            ids = torch.tensor([[*prompt.tokens.ids, *choice]], device=module.device)
-            logits = module(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(choice) - 1 : -1]
-            logprobs = torch.log_softmax(logits.double(), dim=-1)
-            scores.append(float(logprobs[range(len(choice)), list(choice)].sum()))
-        return scores
+
+def _last_logprobs(module: Any, ids: Sequence[int], n: int) -> Any:
+    """Log-probabilities behind each of the last `n` tokens, [n, V] in float64, by a plain forward of a model."""
+    import torch
+
+    tokens = torch.tensor([list(ids)], device=module.device)
+    takes_fewer = "logits_to_keep" in inspect.signature(module.forward).parameters
+    fewer = {"logits_to_keep": n} if takes_fewer else {}
+    logits = module(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **fewer).logits[0, -n:]
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def new_state(prompt: Prompt, *, is_cancelled: Callable[[], bool]) -> RowState:

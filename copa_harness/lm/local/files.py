@@ -133,17 +133,28 @@ def shaping_files(directory: Path) -> list[Path]:
 def _shaping_files(directory: Path) -> list[Path]:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights or not (directory / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        names = sorted(entry.name for entry in directory.iterdir())
         raise ConfigurationError(
-            f"got the folder {directory} with {found}; expected config.json and *.safetensors "
-            "(pickled weights such as pytorch_model.bin can run code when they are read, and are refused); remedy: "
-            "rewrite them with `model.save_pretrained(folder)`, which writes safetensors, or insist with "
-            "--copa-allow-pickled-weights or build_lm(..., allow_pickled_weights=True): they are then read once by "
-            "torch's restricted unpickler and kept as safetensors"
+            f"got the folder {directory} with {', '.join(names) or 'nothing'}; expected config.json and *.safetensors"
+            f"{_other_weights(directory, names)}"
         )
     files = [*weights, *(directory / name for name in SHAPING_FILES if (directory / name).is_file())]
     files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
     return files
+
+
+def _other_weights(directory: Path, names: Sequence[str]) -> str:
+    """What helps in a folder without safetensors that has weights in another format."""
+    if file := next((name for name in names if name.lower().endswith(".gguf")), None):
+        return f"; did you mean 'gguf:{directory / file}'?"
+    if not any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return ""
+    return (
+        " (pickled weights such as pytorch_model.bin can run code when they are read, and are refused); remedy: "
+        "rewrite them with `model.save_pretrained(folder)`, which writes safetensors, or insist with "
+        "--copa-allow-pickled-weights or build_lm(..., allow_pickled_weights=True): they are then read once by "
+        "torch's restricted unpickler and kept as safetensors"
+    )
 
 
 @dataclass(frozen=True, slots=True)

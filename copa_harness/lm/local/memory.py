@@ -1,7 +1,8 @@
 """How much memory a batch needs and how much there is, so that a batch too large is split before it is tried.
 
-Needs are upper estimates from a model's configuration: key-value states of prompt and answer, and the widest layer's
-intermediate values while the prompts are read. Also which exceptions say that memory did not suffice.
+Needs are upper estimates from a model's configuration: key-value states of prompt and answer, the widest layer's
+intermediate values while tokens are read, and logits. How many tokens go through the model at once follows from the
+same numbers and from the memory that is free. Also which exceptions say that memory did not suffice.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ BATCH_LIMIT_BYTES = 2 << 30
 FREE_SHARE = 0.8
 """Share of the free memory that one batch may take."""
 
+AT_ONCE_BYTES = 256 << 20
+"""Intermediate values, or logits, of the tokens that go through a model at once: with more it is no faster."""
+
+AT_ONCE_SHARE = 0.25
+"""Most of the free memory that those may take."""
+
+LEAST_READ, MOST_READ = 256, 8192
+"""Tokens at once with which even a small product is fast, and with which none gains any more."""
+
 _OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -27,16 +37,33 @@ _OUT_OF_MEMORY = (
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLimits:
+    """Most tokens, padding included, that go through a model at once, unless a single row has more.
+
+    Attributes:
+        read: where only a row's last token has logits.
+        scored: where every token has.
+    """
+
+    read: int = LEAST_READ
+    scored: int = LEAST_READ
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
     """Bytes per token of one row.
 
     Attributes:
         states: keys and values of all layers, for every token of prompt and answer.
         reading: intermediate values of one layer, for every token that is read at once.
+        mask: for every pair of a token that is read and one it may look at.
+        scores: logits and what is made of them, for every token that has any.
     """
 
     states: int
     reading: int
+    mask: int
+    scores: int
 
     @classmethod
     def of(cls, config: Any, *, item_bytes: int) -> Footprint:
@@ -49,9 +76,17 @@ class Footprint:
         return cls(
             states=2 * int(config.num_hidden_layers) * n_kv_heads * width * item_bytes,
             reading=(6 * hidden + 3 * int(inner) + 4 * n_heads * width) * item_bytes,
+            mask=(n_heads // n_kv_heads + 1) * item_bytes + 1,
+            scores=4 * int(config.vocab_size) * item_bytes,
         )
 
-    def batch_bytes(self, *, n_rows: int, n_shared: int, n_own: int, n_new: int) -> int:
+    def limits(self, free: int | None) -> TokenLimits:
+        """How many tokens go through the model at once with so many bytes free (None: unknown)."""
+        at_once = AT_ONCE_BYTES if free is None else min(AT_ONCE_BYTES, AT_ONCE_SHARE * free)
+        read = min(MOST_READ, max(LEAST_READ, int(at_once // self.reading)))
+        return TokenLimits(read, max(1, min(read, int(at_once // self.scores))))
+
+    def batch_bytes(self, *, n_rows: int, n_shared: int, n_own: int, n_new: int, limits: TokenLimits | None) -> int:
         """Bytes a batch needs at its peak.
 
         Args:
@@ -59,10 +94,23 @@ class Footprint:
             n_shared: tokens kept once for all of them.
             n_own: tokens of each row's prompt beyond those, padding included.
             n_new: tokens each row may generate.
+            limits: of what goes through the model at once; None where all of it does.
         """
+        n_together = n_rows if limits is None else min(n_rows, max(1, limits.read // max(1, n_own)))
         kept = (n_shared + n_rows * (n_own + n_new)) * self.states
-        mask = 6 * n_own * (n_own + n_new)
-        return kept + n_rows * (n_own * self.reading + mask) + n_shared * self.reading
+        read = max(n_shared, n_together * n_own) * self.reading
+        return kept + read + n_together * n_own * (n_own + n_new) * self.mask + n_rows * self.scores
+
+    def scoring_bytes(self, *, limits: TokenLimits, n_longest: int, n_branches: int = 0) -> int:
+        """Bytes that scoring continuations of up to `n_longest` tokens needs beyond their prompts.
+
+        Args:
+            limits: of what goes through the model at once.
+            n_longest: tokens of the longest.
+            n_branches: continuations that are read token by token together.
+        """
+        at_once = max(limits.scored, n_longest) * (self.states + self.reading + self.scores)
+        return at_once + n_branches * n_longest * self.states
 
 
 def free_bytes(device: Any) -> int | None:

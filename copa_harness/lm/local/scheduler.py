@@ -22,13 +22,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from copa_harness.errors import OutOfMemoryError, ProviderError
 from copa_harness.formatting import size
-from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, CascadeRun, Row, RowState
+from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, NEAR_CHOICE, SHORT_LIST, CascadeRun, Row, RowState
 from copa_harness.lm.local.executor import Answer, BatchExecutor, Prompt, lora_key
 from copa_harness.lm.local.memory import (
     BATCH_LIMIT_BYTES,
@@ -52,9 +52,6 @@ DEFAULT_WINDOW_S = 0.004
 
 IDLE_S = 2.0
 """Seconds without work after which the worker thread ends; the next job starts another."""
-
-NEAR_CHOICE = 1e-3
-"""Two continuations whose log-probabilities differ by less are scored again, alone."""
 
 REMEDY = (
     "remedy: fewer or shorter demonstrations, a smaller max_tokens, a smaller model or --copa-dtype=bfloat16, another "
@@ -312,29 +309,40 @@ class BatchGenerator:
         free = free_bytes(self.model.device)
         limit: float = BATCH_LIMIT_BYTES
         if free is not None:
-            limit = min(limit, FREE_SHARE * (free + (self._bytes(running) if running else 0)))
+            limit = min(limit, FREE_SHARE * (free + (self._bytes(running, free=free) if running else 0)))
         least = 0 if running else 1
         n = min(len(jobs), max(least, MAX_BATCH - len(running)))
         while n > least and (
             len(running) + n > min(job.company for job in [*running, *jobs[:n]])
-            or self._bytes([*running, *jobs[:n]]) > limit
+            or self._bytes([*running, *jobs[:n]], free=free) > limit
         ):
             n -= 1 if n < 8 else n // 8
         return jobs[:n]
 
-    def _bytes(self, jobs: Sequence[Job]) -> int:
-        """Upper estimate of what a batch of these jobs needs."""
-        prompts = [job.payload for job in jobs]
+    def _bytes(self, jobs: Sequence[Job], *, free: int | None) -> int:
+        """Upper estimate of what a batch of these jobs needs, where so many bytes are free."""
+        prompts, footprint = [job.payload for job in jobs], self.model.footprint
         keys = {self._executor.prefix_key(prompt) for prompt in prompts}
         kept_once = 0 if len(keys) == len(prompts) else sum(len(key[1]) for key in keys)
         longest = max(len(p.tokens.ids) for p in prompts)
         shortest_prefix = min((len(key[1]) for key in keys), default=0) if kept_once and self.cascades else 0
-        return self.model.footprint.batch_bytes(
-            n_rows=sum(max(1, len(prompt.choices)) for prompt in prompts),
+        limits = footprint.limits(free)
+        scores = bool(prompts[0].choices)
+        needed = footprint.batch_bytes(
+            n_rows=len(prompts) if self.cascades or not scores else 1,
             n_shared=kept_once,
             n_own=longest - shortest_prefix,
             n_new=min(FIRST_ROOM_TOKENS, max(prompt.rules.max_tokens for prompt in prompts)),
+            limits=limits if self.cascades else None,
         )
+        if scores:
+            n_most = max(len(prompt.choices) for prompt in prompts)
+            needed += footprint.scoring_bytes(
+                limits=limits,
+                n_longest=max(len(choice) for prompt in prompts for choice in prompt.choices),
+                n_branches=max(n_most, limits.scored) if n_most > SHORT_LIST else 0,
+            )
+        return needed
 
     # -- running them
 
@@ -456,7 +464,8 @@ class BatchGenerator:
         job.future.set_exception(failure)
 
     def _check_memory(self, job: Job) -> None:
-        needed, free = self._bytes([job]), free_bytes(self.model.device)
+        free = free_bytes(self.model.device)
+        needed = self._bytes([job], free=free)
         if free is not None and needed > FREE_SHARE * free:
             prompt = job.payload
             raise OutOfMemoryError(
@@ -478,19 +487,17 @@ class BatchGenerator:
         return answers
 
     def _score(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Log-probabilities of each prompt's choices; where the best two nearly tie, each is scored alone."""
+        """Log-probabilities of each prompt's choices; those that nearly tie for the best are scored again, alone."""
         prompts = [job.payload for job in jobs]
-        if not self.cascades:
-            alone = [self._executor.score_alone(prompt) for prompt in prompts]
-            return [Answer((), "", "stop", choice_scores=tuple(row)) for row in alone]
-        answers = []
-        for prompt, row in zip(prompts, self._executor.score(prompts), strict=True):
-            best = sorted(row, reverse=True)[:2]
-            near_tie = len(best) == 2 and best[0] - best[1] < NEAR_CHOICE
-            self.n_near_ties += near_tie
-            scores = self._executor.score_alone(prompt) if near_tie else row
-            answers.append(Answer((), "", "stop", choice_scores=tuple(scores)))
-        return answers
+        together = self._executor.score(prompts) if self.cascades else list(map(self._executor.score_alone, prompts))
+        for prompt, row in zip(prompts, together, strict=True):
+            near = [k for k, score in enumerate(row) if score > max(row) - NEAR_CHOICE]
+            if self.cascades and len(near) > 1:
+                self.n_near_ties += 1
+                alone = self._executor.score_alone(replace(prompt, choices=tuple(prompt.choices[k] for k in near)))
+                for k, score in zip(near, alone, strict=True):
+                    row[k] = score
+        return [Answer((), "", "stop", choice_scores=tuple(row)) for row in together]
 
 
 def _said(error: Exception) -> str:

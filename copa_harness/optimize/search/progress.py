@@ -16,19 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from copa_harness.evaluate.progress import EVERY_S, Urgent, ticking
 from copa_harness.formatting import counted, duration
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.budget.scope import Scope
 
 logger = logging.getLogger("copa_harness")
 
-EVERY_S = 15.0
-"""Seconds between two lines, unless something begins or ends."""
-
 
 def titled(title: str, write: Callable[[str], None] | None) -> Callable[[str], None] | None:
     """Where to write lines so that each begins with `title: `; None where nobody listens."""
-    return None if write is None else lambda line: write(f"{title}: {line}")
+    return None if write is None else lambda line: write(type(line)(f"{title}: {line}"))
 
 
 class Progress:
@@ -54,7 +52,8 @@ class Progress:
         self._lock = threading.Lock()
         self._phase, self._number, self._ceiling = "baseline", 0, math.inf
         self._scores: tuple[float | None, ...] = ()
-        self._doing = ""
+        self._rows: tuple[int, int] | None = None
+        self._doing, self._doing_since, self._elsewhere_s = "", 0.0, 0.0
 
     def trial(self, phase: str, number: int, *, scores: Sequence[float | None], ceiling: float = math.inf) -> None:
         """A trial has ended; says so when the last line is long enough ago.
@@ -71,6 +70,18 @@ class Progress:
     def at(self, phase: str, *, scores: Sequence[float | None], number: int = 0, ceiling: float = math.inf) -> None:
         """What is running now, for the lines that follow; as `trial`, and no trial for the number 0."""
         self._phase, self._number, self._scores, self._ceiling = phase, number, tuple(scores), ceiling
+        self._rows = None
+
+    def scoring(self, n: int) -> Callable[[object], None]:
+        """What is running scores so many rows; the function returned is to be called for each that is done."""
+        self._rows = (0, n)
+
+        def done(_: object) -> None:
+            with self._lock:
+                if self._rows is not None:
+                    self._rows = (self._rows[0] + 1, self._rows[1])
+
+        return done
 
     def tick(self) -> None:
         """A line on what is running, if the last one is long enough ago."""
@@ -80,35 +91,29 @@ class Progress:
                 return
             self._last = now
         trial = f"trial {self._number}, " if self._number else ""
-        calls = self._calls(min(self._ceiling, self._budget), now)
-        if self._doing:  # what takes the time is no call: their number says nothing of the time to go
-            calls = f"{calls.split(', at most')[0]}, {self._doing}"
-        self.say(f"{self._phase}: {trial}{incumbent_text(self._scores)}, {calls}")
+        state = incumbent_text(self._scores)
+        if self._rows is not None:
+            state = f"{self._rows[0]:,} of {counted(self._rows[1], 'row')}"
+        self.say(f"{self._phase}: {trial}{state}, {self._calls(now)}")
 
     def doing(self, what: str) -> None:
         """Something other than calls takes the time now, a training for instance; "" when it is over."""
-        self._doing = what
+        now = self._clock()
+        with self._lock:
+            if self._doing:
+                self._elsewhere_s += now - self._doing_since
+            self._doing, self._doing_since = what, now
 
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """While the block runs, lines come also when nothing ends."""
-        over = threading.Event()
-
-        def tick() -> None:
-            while not over.wait(min(1.0, self._every_s)):
-                self.tick()
-
-        thread = threading.Thread(target=tick, name="copa-progress", daemon=True)
-        thread.start()
-        try:
+        with ticking(self.tick, every_s=self._every_s):
             yield
-        finally:
-            over.set()
-            thread.join()
 
-    def say(self, text: str) -> None:
-        """One line, at once."""
+    def say(self, text: str, *, urgent: bool = False) -> None:
+        """One line, at once; an urgent one also where others are left out for coming too often."""
         line = " ".join(text.split())
+        line = Urgent(line) if urgent else line
         logger.info("%s", line)
         if self._write is not None:
             self._write(line)
@@ -117,13 +122,19 @@ class Progress:
     def _budget(self) -> float:
         return self._scope.budget.calls
 
-    def _calls(self, ceiling: float, now: float) -> str:
+    def _calls(self, now: float) -> str:
+        """Calls, time and what is known of the time to go; what takes long beside calls is no measure of calls."""
         used, spent_s = self._scope.charged_calls, now - self._started
-        if math.isinf(ceiling):
-            return f"{used:,} calls, {duration(spent_s, rough=True)}"
-        to_go = spent_s * max(0.0, ceiling - used) / used if used else math.nan
-        eta = "" if math.isnan(to_go) else f", at most about {duration(to_go, rough=True)} to go"
-        return f"{used:,} of {ceiling:,.0f} calls, {duration(spent_s, rough=True)}{eta}"
+        # What comes after the studies may use more than their share, but never more than the budget.
+        ceiling = min(self._ceiling, self._budget) if used <= self._ceiling else self._budget
+        of = "" if math.isinf(ceiling) else f" of {ceiling:,.0f}"
+        said = f"{used:,}{of} calls, {duration(spent_s, rough=True)}"
+        if self._doing:
+            return f"{said}, {self._doing}"
+        if not of or not used:
+            return said
+        to_go = (spent_s - self._elsewhere_s) * max(0.0, ceiling - used) / used
+        return f"{said}, at most about {duration(to_go, rough=True)} to go"
 
 
 def incumbent_text(scores: Sequence[float | None]) -> str:

@@ -188,11 +188,15 @@ class Validation:
             BudgetExhausted: The estimate was too low and the budget ended within the block, which is then forgotten.
             ProviderError: Several candidates in a row got no answer at all.
         """
+        self._run(candidate, self._next_block(candidate, against), allowance=allowance, phase=phase)
+        return self.scores(candidate)
+
+    def _run(self, candidate: Candidate, rows: Sequence[int], *, allowance: CallBudget, phase: Phase) -> None:
+        """Run the candidate on some of the examples; see `advance`."""
         row_scores = self._table.setdefault(candidate.key, {})
         self._candidates.setdefault(candidate.key, candidate)
-        rows = self._next_block(candidate, against)
         if not rows:
-            return self.scores(candidate)
+            return
         if not allowance.can_afford(len(rows) * self.calls_per_example(candidate)):
             raise OutOfCalls
         charged = allowance.scope.charged_calls
@@ -214,7 +218,7 @@ class Validation:
         self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
         # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
         dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
-        self._n_dead = self._n_dead + 1 if dead else 0
+        self._n_dead = self._n_dead + math.ceil(len(rows) / self.block_size) if dead else 0
         self._n_dead_rows = self._n_dead_rows + len(rows) if dead else 0
         if self._n_dead >= MAX_DEAD_CANDIDATES and self._n_dead_rows >= MIN_DEAD_ROWS:
             raise ProviderError(
@@ -223,7 +227,6 @@ class Validation:
             )
         self._note_unparsed(candidate, [run.result for run in runs])
         row_scores.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
-        return self.scores(candidate)
 
     def _note_unparsed(self, candidate: Candidate, results: Sequence[ExampleResult]) -> None:
         unparsed = [result for result in results if result.outcome == "unparsed"]
@@ -239,7 +242,7 @@ class Validation:
         return next_rows(incumbent, seen=seen, size=self.block_size)
 
     def complete(self, candidate: Candidate, *, allowance: CallBudget, phase: Phase) -> float:
-        """Score what is missing; the mean score.
+        """Score what is missing, in one piece, since nothing is decided in between; the mean score.
 
         Raises:
             OutOfCalls: The allowance does not suffice for all of it; nothing was run.
@@ -247,8 +250,9 @@ class Validation:
         """
         if not allowance.can_afford(self.cost_to_complete(candidate)):
             raise OutOfCalls
-        while not self.is_complete(candidate):
-            self.advance(candidate, allowance=allowance, phase=phase)
+        seen = self._table.get(candidate.key, {})
+        missing = [row for row in range(self.n) if row not in seen]
+        self._run(candidate, missing, allowance=allowance, phase=phase)
         return self.mean(candidate)
 
     def is_better(self, candidate: Candidate, incumbent: Candidate) -> bool:

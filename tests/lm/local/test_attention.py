@@ -66,20 +66,20 @@ def test_rows_behind_several_prefixes_get_the_logits_they_get_alone(architecture
     assert all((logits - torch.stack(alone)).abs().max() < 1e-4 for logits in together)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 20_000, 1 << 28])
+@pytest.mark.parametrize("n_at_once", [1, 5, 4096])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_continuations_have_the_log_probabilities_they_have_alone(architecture, n_bytes, models, monkeypatch):
+def test_continuations_have_the_log_probabilities_they_have_alone(architecture, n_at_once, models):
     import torch
 
-    from copa_harness.lm.local import decoding
     from copa_harness.lm.local.decoding import CascadeRun, LibraryReader, Row
+    from copa_harness.lm.local.memory import TokenLimits
 
-    monkeypatch.setattr(decoding, "SCORED_BYTES", n_bytes)
+    limits = TokenLimits(read=n_at_once, scored=n_at_once)
     model, draw = models(architecture), random.Random(6)
     tails = [[draw.randrange(10, 380) for _ in range(n)] for n in (7, 4, 1)]
     choices = [[[20], [21, 22, 23]], [[30, 31], [32], [33, 34]], [[40, 41, 42, 43], [40, 41], [42, 43]]]
     with torch.inference_mode():
-        run = CascadeRun(model.decoder or LibraryReader(model.model), device=model.device, pad_id=0)
+        run = CascadeRun(model.decoder or LibraryReader(model.model), device=model.device, pad_id=0, limits=limits)
         rows = [Row(tail) for tail in tails]
         run.add(rows, room=3)
         scores = run.score(dict(zip(rows, choices, strict=True)))
@@ -90,6 +90,42 @@ def test_continuations_have_the_log_probabilities_they_have_alone(architecture, 
                 assert score == pytest.approx(
                     sum(float(logprobs[s, t]) for s, t in zip(steps, choice, strict=True)), abs=1e-4
                 )
+
+
+@pytest.mark.parametrize("n_at_once", [1, 7, 4096])
+@pytest.mark.parametrize(("architecture", "temperature"), [("llama", 0.0), ("gpt2", 0.0), ("llama", 0.7)])
+def test_of_a_long_list_only_continuations_that_cannot_win_go_without_a_score(
+    architecture, temperature, n_at_once, models
+):
+    import torch
+
+    from copa_harness.lm.local.decoding import CascadeRun, DecodingRules, LibraryReader, Row, RowState
+    from copa_harness.lm.local.memory import TokenLimits
+
+    limits = TokenLimits(read=n_at_once, scored=n_at_once)
+    model, draw = models(architecture), random.Random(8)
+    rows = [
+        Row([draw.randrange(10, 380) for _ in range(n)], state=RowState(DecodingRules(1, temperature=temperature)))
+        for n in (6, 1, 9)
+    ]
+    starts = [[draw.randrange(10, 380) for _ in range(draw.randint(0, 2))] for _ in range(5)]
+    ends = [[draw.randrange(10, 380) for _ in range(draw.randint(1, 3))] for _ in range(40)]
+    choices = [[*draw.choice(starts), *end] for end in ends]
+    scores = {}
+    with torch.inference_mode():
+        run = CascadeRun(model.decoder or LibraryReader(model.model), device=model.device, pad_id=0, limits=limits)
+        run.add(rows, room=3)
+        scores = run.score(dict.fromkeys(rows, choices))
+        for row in rows:
+            alone = []
+            for choice in choices:
+                logprobs = model.model(torch.tensor([row.ids + choice])).logits[0].log_softmax(-1)
+                steps = range(len(row.ids) - 1, len(row.ids) - 1 + len(choice))
+                alone.append(sum(float(logprobs[s, t]) for s, t in zip(steps, choice, strict=True)))
+            kept = [k for k, score in enumerate(scores[row]) if score > float("-inf")]
+            assert [scores[row][k] for k in kept] == pytest.approx([alone[k] for k in kept], abs=1e-4)
+            assert max(alone) == pytest.approx(max(scores[row]), abs=1e-4)
+            assert (len(kept) < len(choices)) is (temperature == 0)
 
 
 @pytest.mark.parametrize("seed", range(4))

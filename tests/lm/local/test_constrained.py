@@ -82,6 +82,27 @@ def test_the_choice_and_its_scores_are_those_of_a_plain_forward(architecture, ma
     assert {one["token"]: pytest.approx(one["logprob"], abs=1e-3) for one in entry["top_logprobs"]} == sums
 
 
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_a_long_list_of_values_needs_little_more_memory_than_a_short_one(architecture, make_lm, monkeypatch):
+    values = tuple(f"{a} {b}" for a in ("red", "blue", "dark", "light", "pale") for b in range(10))
+    lm = make_lm(architecture=architecture, logprobs=True)
+    scheduler = lm.engine.generator
+    needed = []
+    whole = scheduler._bytes
+    monkeypatch.setattr(scheduler, "_bytes", lambda *a, **kw: needed.append(whole(*a, **kw)) or needed[-1])
+    labels = {}
+    for n in (2, 50):
+        program = dspy.Predict(
+            dspy.Signature("question -> label: str").with_updated_fields("label", Literal[values[:n]])
+        )
+        labels[n] = answers(program, lm, n=3)
+        assert {prediction.label for prediction in labels[n]} <= set(values)
+    assert max(needed) < 3 * min(needed)
+    for prediction in labels[50]:
+        scored = {one["token"]: one["logprob"] for one in prediction.logprobs["content"][0]["top_logprobs"]}
+        assert prediction.label == max(scored, key=scored.get)
+
+
 def test_free_reasoning_comes_before_the_chosen_label(make_lm):
     lm = make_lm()
     program = dspy.ChainOfThought(dspy.Signature("question -> label: Literal['red', 'blue']"))

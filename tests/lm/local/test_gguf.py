@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +208,11 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     assert "there is no file at" in refused(f"gguf:{tmp_path / 'none.gguf'}", tmp_path)
     assert "there is no file at" in refused(f"hf:{tmp_path / 'none.gguf'}", tmp_path)
     assert "a folder lies at" in refused(f"gguf:{tmp_path}", tmp_path)
+    assert "did you mean 'smollm2'?" in refused("gguf:SmolLM2.gguf", tmp_path)
+    (tmp_path / "there.gguf").touch()
+    assert f"did you mean 'gguf:{tmp_path / 'there.gguf'}'?" in refused(f"gguf:{tmp_path}", tmp_path)
+    (tmp_path / "config.json").touch()
+    assert f"did you mean 'gguf:{tmp_path / 'there.gguf'}'?" in refused(f"hf:{tmp_path}", tmp_path)
     assert "did you mean 'gguf:" in refused(str(tmp_path / "x" / "none.gguf"), tmp_path)
     assert "did you mean 'gguf:none.gguf'" in refused("none.gguf", tmp_path)
 
@@ -250,10 +257,27 @@ def test_a_model_without_a_chat_template_is_refused_unless_somebody_gives_one(tm
     assert build(f"gguf:{file}", tmp_path / "cache", chat_template=template)("zebra")
 
 
-def test_an_architecture_that_transformers_cannot_read_is_one_error_and_leaves_nothing(files, tmp_path):
-    content = files["F32"].read_bytes()
+def test_an_architecture_that_transformers_does_not_read_is_refused(files, tmp_path):
     place = tmp_path / "m.gguf"
-    place.write_bytes(content.replace(b"llama", b"lluma"))
+    place.write_bytes(files["F32"].read_bytes().replace(b"llama", b"lluma"))
+    assert "the architecture 'lluma'" in refused(f"gguf:{place}", tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(15, "Q8_K"), (99, "99")])
+def test_a_quantization_that_nobody_undoes_is_refused(kind, name, files, tmp_path):
+    content = bytearray(files["F32"].read_bytes())
+    named = b"blk.0.attn_q.weight"
+    place = content.index(named) + len(named)
+    struct.pack_into("<I", content, place + 4 + 8 * struct.unpack_from("<I", content, place)[0], kind)
+    (tmp_path / "m.gguf").write_bytes(content)
+    said = refused(f"gguf:{tmp_path / 'm.gguf'}", tmp_path)
+    assert re.search(rf"blk.0.attn_q.weight has a quantization that .* gguf does not undo \(.*{name}", said), said
+
+
+def test_what_transformers_cannot_read_after_all_is_one_error_and_leaves_nothing(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_files, "_USUAL", {"lluma"})
+    place = tmp_path / "m.gguf"
+    place.write_bytes(files["F32"].read_bytes().replace(b"llama", b"lluma"))
     lm = build(f"gguf:{place}", tmp_path / "cache")
     with pytest.raises(ConfigurationError, match=r"could not read the GGUF file.*lluma"):
         lm("zebra")

@@ -32,22 +32,73 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
     assert line == "p: trial 7, best 0.800 [0.61, 0.91] on 25 rows, 100 of 300 calls, 20 s, at most about 40 s to go"
 
 
-def test_while_weights_are_trained_the_time_to_go_is_the_trainings():
+def test_while_weights_are_trained_the_time_to_go_is_the_trainings_and_no_measure_of_calls_later():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
-        scope.charge("request")
+        for i in range(100):
+            scope.charge(f"request {i}")
         progress = Progress(scope, write=lines.append, clock=clock)
         progress.at("step 2: w", scores=[1.0] * 5)
-        with report_progress_to(progress.doing):
-            Training(16).step(1, 0.5)
-        clock.now += 20
-        progress.tick()
+        clock.now += 10
+        with report_progress_to(progress.doing), Training(16) as training:
+            clock.now += 20
+            progress.tick()
+            training.step(1, 0.5)
+            clock.now += 600
+            progress.tick()
         progress.doing("")
         clock.now += 20
         progress.tick()
-    assert lines[0].startswith("step 2: w: best 1.000 [")
-    assert " on 5 rows, 1 of 400 calls, 20 s, LoRA step 1 of 16, " in lines[0]
-    assert lines[1].endswith("s, at most about 4.4 h to go")
+    assert lines[0].endswith("100 of 400 calls, 30 s, LoRA step 0 of 16")
+    assert " on 5 rows, 100 of 400 calls, 10 min, LoRA step 1 of 16, " in lines[1]
+    assert lines[2].endswith("100 of 400 calls, 11 min, at most about 90 s to go".replace("90 s", "2 min"))
+
+
+def test_what_comes_after_a_study_is_held_to_the_budget_and_not_to_the_studys_share():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lines.append, clock=clock, every_s=0)
+        progress.at("p", scores=[1.0], number=3, ceiling=320)
+        for i in range(357):
+            scope.charge(f"request {i}")
+        progress.tick()
+    assert ", 357 of 400 calls, " in lines[0]
+
+
+def test_scoring_the_program_as_written_tells_its_rows():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lines.append, clock=clock, every_s=0)
+        done = progress.scoring(25)
+        for _ in range(14):
+            done(None)
+        progress.tick()
+        progress.at("p", scores=[1.0])
+        progress.tick()
+    assert lines[0].startswith("baseline: 14 of 25 rows, 0 of 400 calls, ")
+    assert lines[1].startswith("p: best 1.000 ")
+
+
+def test_every_part_of_a_run_is_named_while_it_runs(toy):
+    seen = []
+
+    class Named(Progress):
+        def at(self, phase, **more):
+            seen.append((phase, more.get("ceiling")))
+            super().at(phase, **more)
+
+    from copa_harness.optimize import copa
+
+    original, copa.Progress = copa.Progress, Named
+    try:
+        COPA(metric=toy.metric, strategy="p", budget=300, lm=toy.lm(), threads=4).compile(
+            toy.program(), trainset=toy.train, valset=toy.val
+        )
+    finally:
+        copa.Progress = original
+    names = list(dict.fromkeys(phase for phase, _ in seen))
+    assert names[:2] == ["baseline", "p"]
+    assert "last look" in names
 
 
 def test_lines_are_limited_by_time_and_not_by_trials():

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from copa_harness.errors import ConfigurationError, ContextOverflowError, ProviderError
+from copa_harness.evaluate.runner import run_examples
 from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.options import SearchOptions
@@ -45,6 +46,21 @@ def test_blocks_are_scored_in_one_fixed_order_and_remembered(toy, validation):
     again = Validation(toy.val, metric=toy.metric, threads=1, seed=0)
     assert again.ids == validation.ids
     assert Validation(toy.val, metric=toy.metric, threads=1, seed=1).ids != validation.ids
+
+
+def test_what_is_scored_without_a_race_goes_out_in_one_piece(toy, validation, monkeypatch):
+    sizes = []
+
+    def noted(program, examples, **settings):
+        sizes.append(len(examples))
+        return run_examples(program, examples, **settings)
+
+    monkeypatch.setattr("copa_harness.optimize.search.scoring.run_examples", noted)
+    candidate = Candidate.of(toy.program(), lm=toy.lm())
+    with open_scope("test") as scope:
+        validation.advance(candidate, allowance=unlimited(scope), phase=Phase.SEARCH)
+        validation.complete(candidate, allowance=unlimited(scope), phase=Phase.SEARCH)
+    assert sizes == [5, len(toy.val) - 5]
 
 
 def test_a_block_that_does_not_fit_is_not_begun(toy, validation):

@@ -36,6 +36,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 """Types of settings in a GGUF header."""
 
+_USUAL = frozenset({"llama", "qwen2", "qwen3", "gemma3"})
+"""Architectures that every transformers since 5.0 reads."""
+
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 _PASSING = frozenset({"transformers_version", "_model_name_or_path", "_name_or_path"})
@@ -126,7 +129,8 @@ def check_gguf(file: Path) -> GgufHeader:
             f"got the GGUF file {file}, one of {n_files} that make up a model; expected a single file; remedy: join "
             "them with llama.cpp's `llama-gguf-split --merge`"
         )
-    needed, there = header.data_start + _data_bytes(file, header), file.stat().st_size
+    _check_readable(file, header)
+    needed, there = header.data_start + _data_bytes(header), file.stat().st_size
     if there < needed:
         raise _broken(file, f"it has {there:,} bytes, and its tensors reach to {needed:,}")
     return header
@@ -218,19 +222,40 @@ class _Reader:
         return length
 
 
-def _data_bytes(file: Path, header: GgufHeader) -> int:
+def _check_readable(file: Path, header: GgufHeader) -> None:
+    """Refuse an architecture that transformers does not read, and a quantization that is not undone."""
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if header.architecture not in _USUAL:  # transformers takes a second to import, and a cached answer needs none
+        from transformers import integrations
+
+        known = {name.replace("_", "") for name in getattr(integrations, "GGUF_CONFIG_MAPPING", ())}
+        if known and header.architecture.replace("-", "").replace("_", "") not in known:
+            raise ConfigurationError(
+                f"got the GGUF file {file} of the architecture {header.architecture!r}, which the installed "
+                "transformers does not read from GGUF; remedy: the model's folder in safetensors, as 'hf:<path or id>'"
+            )
+    for kind, tensor in {tensor.kind: tensor for tensor in header.tensors}.items():
+        try:
+            known_kind = GGMLQuantizationType(kind)
+            dequantize(np.zeros(GGML_QUANT_SIZES[known_kind][1], np.uint8), known_kind)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigurationError(
+                f"got the GGUF file {file}, whose tensor {tensor.name} has a quantization that the installed package "
+                f"gguf does not undo ({error}); remedy: pip install -U gguf, or the model in another quantization, "
+                "such as Q8_0 or Q4_K_M"
+            ) from error
+
+
+def _data_bytes(header: GgufHeader) -> int:
     """Bytes from the first tensor to the end of the last."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     end = 0
     for tensor in header.tensors:
-        try:
-            n_block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
-        except (ValueError, KeyError) as error:
-            raise ConfigurationError(
-                f"got the GGUF file {file}, whose tensor {tensor.name} has the quantization {tensor.kind}, unknown to "
-                "the installed package gguf; remedy: pip install -U gguf, or the model in another quantization"
-            ) from error
+        n_block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
         end = max(end, tensor.offset + tensor.n_values // n_block * n_bytes)
     return end
 

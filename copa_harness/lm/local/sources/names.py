@@ -6,6 +6,7 @@ file is taken and no network is needed. The package is never imported.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -78,19 +79,28 @@ def named_place(name: str, *, option: str) -> tuple[Path | str, str]:
     if place and kind in ("hf", "gguf") and (kind == "gguf" or is_gguf(place)):
         if path.is_file():
             return path, ""
+        inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        meant = f"'gguf:{inside[0]}'" if inside else _meant_instead(place)
         raise ConfigurationError(
             f"got the {option} {name!r}: {'a folder lies' if path.is_dir() else 'there is no file'} at {place}; "
-            "expected a model in GGUF, or 'hf:' and a folder of transformers"
+            f"expected a model in GGUF, or 'hf:' and a folder of transformers{meant and f'; did you mean {meant}?'}"
         )
     if kind == "hf" and place and path.is_dir():
         return path, ""
     if kind == "hf" and _HUB_ID.fullmatch(place) and not place.startswith((".", "~")):
         return place, ""
+    meant = f"'hf:{path.parent}'" if path.is_file() else _meant_instead(place)
     raise ConfigurationError(
         f"got the {option} {name!r}: {place!r} is neither an existing folder nor a Hugging Face id; expected 'hf:' and "
         "a folder with config.json and *.safetensors, an id such as 'hf:HuggingFaceTB/SmolLM2-135M-Instruct', or "
-        "'gguf:' and a file"
+        f"'gguf:' and a file{meant and f'; did you mean {meant}?'}"
     )
+
+
+def _meant_instead(place: str) -> str:
+    """The short name that somebody may have meant by a place where nothing is; empty if none is near."""
+    near = difflib.get_close_matches(place.lower().removesuffix(".gguf"), SHORT_NAMES, n=1, cutoff=0.7)
+    return f"'{near[0]}'" if near else ""
 
 
 def _of_short_name(name: str) -> tuple[Path | str, str]:

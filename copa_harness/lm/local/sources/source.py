@@ -14,6 +14,7 @@ from pathlib import Path
 
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.local.chat_template import no_chat_template
+from copa_harness.lm.local.files import shaping_files
 from copa_harness.lm.local.sources.gguf import check_gguf, convert_gguf, is_gguf
 from copa_harness.lm.local.sources.pickled import PICKLED, convert_pickled
 
@@ -50,7 +51,7 @@ class ModelSource:
         """Refuse what is known to be of no use, from the files at hand.
 
         Raises:
-            ConfigurationError: no usable GGUF file, or no chat template.
+            ConfigurationError: no usable GGUF file, no weights in a folder, or no chat template.
         """
         path = Path(self.place).expanduser()
         if self.is_file:
@@ -58,6 +59,8 @@ class ModelSource:
                 self._need_template()
         elif path.is_dir():
             self._check_template(path)
+            if not (self.allows_pickled and any(path.glob(PICKLED))):
+                shaping_files(path)
         elif (cached := _cached(os.fspath(self.place), _SMALL)) is not None:
             self._check_template(cached)
 

@@ -1,0 +1,191 @@
+"""How far an evaluation is, in a line now and then, and an early word when its answers do not parse.
+
+    iris, none: 31 of 75 test examples, 0.419 so far, 2 unparsed, 61 s, about 87 s to go
+
+`run_examples` tells whoever listens (`telling`) of every example that is done. A line comes every `EVERY_S` seconds
+also while nothing ends: the first answers of a batch come together, and a job that says nothing is taken for dead.
+When most of the first answers do not parse that is said at once, with what they look like and what helps: nobody should
+wait for the end of a run to learn it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from copa_harness.formatting import counted, duration, number
+from copa_harness.results import ExampleResult
+
+if TYPE_CHECKING:
+    from copa_harness.lm.budget.scope import Scope
+
+logger = logging.getLogger("copa_harness")
+
+EVERY_S = 15.0
+"""Seconds between two lines, unless something begins or ends."""
+
+FIRST_ANSWERS = 10
+"""Answers after which it is said if most of them do not parse."""
+
+Listener = Callable[[ExampleResult], None]
+
+
+class Urgent(str):
+    """A line that whoever thins out lines of progress must not leave out."""
+
+    __slots__ = ()
+
+
+_listener: ContextVar[Listener | None] = ContextVar("copa_example_listener", default=None)
+
+_lines: ContextVar[Callable[[str], None] | None] = ContextVar("copa_lines", default=None)
+
+
+@contextmanager
+def telling(listener: Listener | None) -> Iterator[None]:
+    """Call `listener` for every example that is done in the block, from whatever thread ran it; None calls nobody."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def current_listener() -> Listener | None:
+    """Who is told of examples that are done."""
+    return _listener.get()
+
+
+@contextmanager
+def lines_to(write: Callable[[str], None] | None) -> Iterator[None]:
+    """Have evaluations in the block write their lines of progress there, besides the log; None keeps to the log."""
+    token = _lines.set(write)
+    try:
+        yield
+    finally:
+        _lines.reset(token)
+
+
+@contextmanager
+def ticking(tick: Callable[[], None], *, every_s: float) -> Iterator[None]:
+    """Call `tick` about once a second, and more often for a small `every_s`, from a thread, while the block runs."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(min(1.0, every_s)):
+            tick()
+
+    thread = threading.Thread(target=run, name="copa-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class EvaluationProgress:
+    """Says how far an evaluation is. A context manager, during which it is told of every example.
+
+    Args:
+        title: What is evaluated: `iris, none`.
+        n: Examples there are.
+        split: Of which split.
+        scope: Who pays for it, and counts the answers that are cut off.
+        warns: Whether to say so when most of the first answers do not parse.
+        every_s: Seconds between two lines.
+        clock: Monotonic seconds; a parameter for tests.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        n: int,
+        *,
+        split: str,
+        scope: Scope,
+        warns: bool = True,
+        every_s: float = EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._n, self._split, self._every_s, self._clock = title, n, split, every_s, clock
+        self._scope = scope
+        self._write = _lines.get()
+        self._lock = threading.Lock()
+        self._started = self._last = clock()
+        self._results: list[ExampleResult] = []
+        self._is_watching = warns
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Listen to the examples of the block, and write lines while it runs."""
+        with telling(self.done), ticking(self.tick, every_s=self._every_s):
+            yield
+
+    def done(self, result: ExampleResult) -> None:
+        """An example is done."""
+        with self._lock:
+            self._results.append(result)
+            unparsed = self._first_unparsed()
+        if unparsed:
+            n_truncated = self._scope.usage().truncated_calls
+            self._say(Urgent(f"{self._title}: {first_answers_text(unparsed, n_truncated=n_truncated)}"))
+
+    def _first_unparsed(self) -> list[ExampleResult]:
+        """The first answers, once, if most of them do not parse; nothing otherwise."""
+        if not self._is_watching:
+            return []
+        answered = [one for one in self._results if one.outcome != "provider_error"]
+        if len(answered) < FIRST_ANSWERS and len(self._results) < self._n:
+            return []
+        self._is_watching = False
+        return answered if 2 * sum(one.outcome == "unparsed" for one in answered) > len(answered) else []
+
+    def tick(self) -> None:
+        """A line, if the last one is long enough ago."""
+        now = self._clock()
+        with self._lock:
+            if now - self._last < self._every_s or len(self._results) >= self._n:
+                return
+            self._last, results = now, list(self._results)
+        self._say(f"{self._title}: {self._text(results, now - self._started)}")
+
+    def _text(self, results: list[ExampleResult], spent_s: float) -> str:
+        scores = [one.score for one in results if one.score is not None]
+        n_unparsed = sum(one.outcome == "unparsed" for one in results)
+        parts = [f"{len(results):,} of {counted(self._n, f'{self._split} example')}"]
+        if scores:
+            parts.append(f"{number(math.fsum(scores) / len(scores))} so far")
+        if n_unparsed:
+            parts.append(f"{n_unparsed:,} unparsed")
+        parts.append(duration(spent_s, rough=True))
+        if results:
+            parts.append(f"about {duration(spent_s / len(results) * (self._n - len(results)), rough=True)} to go")
+        return ", ".join(parts)
+
+    def _say(self, line: str) -> None:
+        (logger.warning if isinstance(line, Urgent) else logger.info)("%s", line)
+        if self._write is not None:
+            self._write(line)
+
+
+def first_answers_text(results: list[ExampleResult], *, n_truncated: int) -> str:
+    """That most of the first answers do not parse, what they look like and what helps.
+
+    Args:
+        results: Those that were answered.
+        n_truncated: Answers that were cut off so far.
+    """
+    from copa_harness.judge.explanations import unparsed_text, what_makes_answers_parse
+
+    n_unparsed = sum(one.outcome == "unparsed" for one in results)
+    return (
+        f"{n_unparsed} of the first {counted(len(results), 'answer')} do not parse; they look like "
+        f"{unparsed_text(results)}. What helps: {what_makes_answers_parse(n_truncated)}"
+    )
