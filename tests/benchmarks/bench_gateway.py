@@ -454,15 +454,16 @@ def real_server(n, rounds):
     def scored(example, prediction, trace=None):
         return 1.0
 
-    pairs, calls = [], {by_copa: set(), by_dspy: set()}
+    pairs, calls, cpu_ms = [], {by_copa: set(), by_dspy: set()}, {by_copa: [], by_dspy: []}
     with LlamaServer(lifetime_s=7200.0) as server:
         by_copa(server.url), by_dspy(server.url)
         for number in range(2 * rounds):
             took = {}
             for way in (by_copa, by_dspy) if number % 2 else (by_dspy, by_copa):
-                before, began = server.n_seen(), time.perf_counter()
+                before, began, began_cpu = server.n_seen(), time.perf_counter(), time.process_time()
                 way(server.url)
                 took[way] = time.perf_counter() - began
+                cpu_ms[way].append((time.process_time() - began_cpu) / n * 1e3)
                 calls[way].add(server.n_seen() - before)
             pairs.append((took[by_copa], took[by_dspy]))
             print(f"    copa {took[by_copa]:.2f} s, dspy.Evaluate {took[by_dspy]:.2f} s", flush=True)
@@ -472,7 +473,8 @@ def real_server(n, rounds):
     print(
         f"\n(g) {n} rows, {N_SLOTS} at once, against llama.cpp's server, medians of {len(pairs)}: copa {copa_s:.2f} s, "
         f"dspy.Evaluate {dspy_s:.2f} s; calls {sorted(calls[by_copa])} and {sorted(calls[by_dspy])}; "
-        f"dspy / copa {ratio:.2f} ({', '.join(f'{one:.2f}' for one in sorted(ratios))})",
+        f"dspy / copa {ratio:.2f} ({', '.join(f'{one:.2f}' for one in sorted(ratios))}); CPU ms per call here "
+        f"{statistics.median(cpu_ms[by_copa]):.1f} and {statistics.median(cpu_ms[by_dspy]):.1f}",
         flush=True,
     )
 
