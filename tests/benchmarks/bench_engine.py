@@ -10,7 +10,7 @@ prefix sharing; this package's stock path and cascade path, through the engine's
 requests; llama-cpp-python where it is installed (see `bench_engine_llama`). Beside each figure the floor: the
 arithmetic a method cannot avoid (FLOPs over the GEMM rate measured here), with the prefix computed once, or once per
 request where a method does so. Also a second LoRA adapter, bf16, evaluation through dspy, start-up. Answers are
-compared with one-by-one `generate`.
+compared with one-by-one `generate`. SmolLM2, a real model, beside llama.cpp's server: see `bench_engine_smollm2`.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; ratios are of medians over rounds in one run.
 """
@@ -38,6 +38,7 @@ os.environ["DSPY_CACHEDIR"] = f"{SCRATCH.name}/dspy"
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import bench_engine_llama  # noqa: E402
+import bench_engine_smollm2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -471,7 +472,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["2M", "100M"], choices=SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["speed", "adapters", "precision", "dspy", "start-up"])
+    parser.add_argument("--requests", type=int, default=64, help="of SmolLM2's shared prefix")
+    parser.add_argument("--only", choices=["speed", "adapters", "precision", "dspy", "start-up", "smollm2"])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     if options.quick:
@@ -495,6 +497,14 @@ def main() -> None:
                 figures[f"adapters {size} {n}"] = second_adapter(size, options.threads[0], rounds, n)
     if wanted("precision"):
         figures["precision"] = precision(options.sizes[-1], options.threads[-1])
+    if wanted("smollm2"):
+        figures["smollm2"] = bench_engine_smollm2.run(
+            scratch=Path(SCRATCH.name),
+            threads=options.threads,
+            rounds=options.rounds,
+            n_requests=options.requests,
+            gemm_gflops=gemm_gflops,
+        )
     if wanted("dspy"):
         figures["dspy"] = through_dspy(options.rounds)
     if options.json:
