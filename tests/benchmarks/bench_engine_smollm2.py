@@ -3,7 +3,7 @@
 Four loads, taken in turn by every contender, each figure the best of the rounds:
 
 * shared: prompts of 626 shared and 113 own tokens, 24 new ones, all requests at once;
-* unshared: 174 tokens in, 128 out, eight requests at once;
+* unshared: 174 tokens in, 128 out, all requests at once;
 * alone: the same, one request after the other;
 * labels: a classification prompt with three demonstrations, 24 new tokens, one request after the other.
 
@@ -78,7 +78,7 @@ def loads(tokenizer, turn, n_requests):
     template = ChatTemplate(tokenizer, name="smollm2")
     return {
         "shared": Load([ids[:626] + one[:113] for one in own], 626, 24, n_requests),
-        "unshared": Load([one[:174] for one in own[:N_SLOTS]], 0, 128, N_SLOTS),
+        "unshared": Load([one[:174] for one in own], 0, 128, n_requests),
         "alone": Load([one[:174] for one in own[-2:]], 0, 128, 1),
         "labels": Load([list(template.prompt(chat(question)).ids) for question in QUESTIONS], 0, 24, 1),
     }

@@ -50,8 +50,8 @@ STEP_TOKENS = 16
 FIRST_GUESS = 8
 """Tokens of a row's first guess."""
 
-LEAST_RIGHT = 0.25
-"""Share of guesses that must come true; one takes less than a quarter of a token's time where rows are few."""
+LEAST_RIGHT = 1 / 3
+"""Share of guesses that must come true: with eight rows one takes that much of a token's time, with fewer rows less."""
 
 SHORT_LIST = 16
 """Up to so many continuations of a row all get a score; of more, those that cannot win any more are dropped."""

@@ -77,7 +77,14 @@ def row_with(ids, *, temperature=0.0, max_tokens=50):
 def test_a_guess_is_what_followed_the_same_tokens_the_last_time():
     guesses = Guesses([1, 2, 3, 4, 1, 2, 5, 6, 7, 8])
     assert guesses.next(row_with([1, 2]), n_most=3) == [5, 6, 7]
-    assert guesses.next(row_with([1, 2, 5, 6]), n_most=9) == [7, 8, 1, 2, 5, 6]  # what the row itself has said counts too
+    assert guesses.next(row_with([1, 2, 5, 6]), n_most=9) == [
+        7,
+        8,
+        1,
+        2,
+        5,
+        6,
+    ]  # what the row itself has said counts too
     assert guesses.next(row_with([1, 2, 5, 6, 9]), n_most=9) == []
 
 
