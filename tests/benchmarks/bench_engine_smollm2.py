@@ -36,7 +36,7 @@ from copa_harness.lm.local.sources.source import ModelSource
 from copa_harness.lm.local.tokenizer import read_tokenizer
 
 N_SLOTS = 8
-TARGETS = {"shared": 3.5, "unshared": 2.0, "alone": 1.0, "labels": 1.0}
+TARGETS = {"labels": 1.0, "alone": 1.0, "shared": 3.5, "unshared": 2.0}
 FIELD = "Respond with `[[ ## intent ## ]]`, and then end with the marker for `[[ ## completed ## ]]`."
 ANSWERS = {
     "what is on my account": "balance",
@@ -104,9 +104,9 @@ def ours(generator, load):
 
 
 def one_by_one(model, load):
-    """transformers' `generate`, of two requests only."""
+    """transformers' `generate`, of one request only."""
     answers = []
-    for prompt in load.prompts[:2]:
+    for prompt in load.prompts[:1]:
         ids = torch.tensor([prompt])
         got = model.generate(
             ids,
@@ -135,12 +135,12 @@ class LlamaServer:
     def answers(self, load):
         def one(ids):
             return self._server.handle_completions(
-                {"prompt": ids, "n_predict": load.n_new, "temperature": 0.0, "ignore_eos": True, "cache_prompt": True}
+                {"prompt": ids, "max_tokens": load.n_new, "temperature": 0.0, "ignore_eos": True, "cache_prompt": True}
             )
 
         with ThreadPoolExecutor(min(load.at_once, N_SLOTS)) as pool:
             got = list(pool.map(one, load.prompts))
-        if wrong := [one for one in got if one["tokens_predicted"] != load.n_new]:
+        if wrong := [one for one in got if one["usage"]["completion_tokens"] != load.n_new]:
             raise RuntimeError(f"llama.cpp answered {wrong[0]}")
         return got
 
