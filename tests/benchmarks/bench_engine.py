@@ -527,7 +527,6 @@ def main() -> None:
             threads=options.threads,
             rounds=options.rounds,
             n_requests=options.requests,
-            gemm_gflops=gemm_gflops,
         )
     if options.only == "labels":
         figures["labels"] = long_list(options.threads[0], 8)

@@ -9,7 +9,7 @@ Four loads, taken in turn by every contender, each figure the best of the rounds
 
 Prompts are pieces of this repository's guides, others in every round, since llama.cpp keeps what it has read. It is the
 server in the wheel `xllamacpp` (AVX2), with 8 slots and its prompt cache, on the file's own Q4_1 and on Q8_0 made from
-it; everybody generates to the given number of tokens. The floor is that of `bench_engine.py`: FLOPs over the GEMM rate.
+it; everybody generates to the given number of tokens. The floor: FLOPs over the rate of large float32 products.
 
 Ratios are of CPU seconds: the processes of others stretch wall time, most of all where threads wait for each other.
 """
@@ -76,11 +76,12 @@ def loads(tokenizer, turn, n_requests):
         return [*turns, {"role": "user", "content": f"[[ ## text ## ]]\n{question}\n\n{FIELD}"}]
 
     template = ChatTemplate(tokenizer, name="smollm2")
+    labels = [template.prompt(chat(question)) for question in QUESTIONS]
     return {
         "shared": Load([ids[:626] + one[:113] for one in own], 626, 24, n_requests),
         "unshared": Load([one[:174] for one in own], 0, 128, n_requests),
         "alone": Load([one[:174] for one in own[-2:]], 0, 128, 1),
-        "labels": Load([list(template.prompt(chat(question)).ids) for question in QUESTIONS], 0, 24, 1),
+        "labels": Load([list(prompt.ids) for prompt in labels], labels[0].n_prefix, 24, 1),
     }
 
 
@@ -169,6 +170,17 @@ def write_q8_0(source: Path, target: Path) -> Path:
     return target
 
 
+def cpu_gflops(hidden, inner):
+    """Most multiply-adds of large float32 products per CPU second, times two, in 1e9."""
+    a, b, rates = torch.randn(512, hidden), torch.randn(hidden, inner), []
+    for _ in range(9):
+        began = time.process_time()
+        for _ in range(8):
+            a @ b
+        rates.append(8 * 2 * 512 * hidden * inner / (time.process_time() - began) / 1e9)
+    return max(rates)
+
+
 def floor_ms(config, load, rate):
     """Least CPU time per request in float32, a shared prefix computed once."""
     hidden, layers, width = (
@@ -187,9 +199,9 @@ def floor_ms(config, load, rate):
     return flops / len(load.prompts) / rate / 1e6
 
 
-def run(*, scratch: Path, threads, rounds, n_requests, gemm_gflops, file=None):
+def run(*, scratch: Path, threads, rounds, n_requests):
     """Figures by number of threads, load and contender: (wall ms, CPU ms) per request."""
-    place = file or os.environ.get("LLAMA_ARG_MODEL") or named_place("smollm2", option="language model")[0]
+    place = os.environ.get("LLAMA_ARG_MODEL") or named_place("smollm2", option="language model")[0]
     folder = ModelSource(Path(place), keep_in=scratch).directory()
     tokenizer = read_tokenizer(folder)
     work = [loads(tokenizer, turn, n_requests) for turn in range(rounds)]
@@ -210,10 +222,8 @@ def run(*, scratch: Path, threads, rounds, n_requests, gemm_gflops, file=None):
                 if not path.is_file():
                     write_q8_0(Path(place), path)
                 contenders[name] = LlamaServer(path, n_threads).answers
-        rate = max(
-            gemm_gflops(library.config.hidden_size, library.config.intermediate_size, rows) for rows in (64, 512)
-        )
-        print(f"\nSmolLM2, {n_threads} thread(s); GEMM {rate:.0f} GFLOP/s; per request: ms (CPU ms)")
+        rate = cpu_gflops(library.config.hidden_size, library.config.intermediate_size)
+        print(f"\nSmolLM2, {n_threads} thread(s); {rate:.0f} GFLOP per CPU second; per request: ms (CPU ms)")
         for kind, target in TARGETS.items():
             took = {name: [] for name in contenders}
             for load in (one[kind] for one in work):
@@ -223,7 +233,7 @@ def run(*, scratch: Path, threads, rounds, n_requests, gemm_gflops, file=None):
                     took[name].append(((time.perf_counter() - began) / n * 1e3, (time.process_time() - cpu) / n * 1e3))
             best = {name: tuple(map(min, zip(*own, strict=True))) for name, own in took.items()}
             figures[f"{n_threads} {kind}"] = best
-            floor = floor_ms(library.config, work[0][kind], rate) * n_threads
+            floor = floor_ms(library.config, work[0][kind], rate)
             said = ", ".join(f"{name} {wall:.0f} ({cpu:.0f})" for name, (wall, cpu) in best.items())
             others = [cpu for name, (_, cpu) in best.items() if name.startswith("llama")]
             ratio = min(others) / best["ours"][1] if others else float("nan")
