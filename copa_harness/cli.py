@@ -9,6 +9,7 @@ Loads the standard library only until a command asks for more, and never torch o
     copa baseline show iris/p
     copa baseline diff iris/none iris/p
     copa baseline bless suites/ -k iris
+    copa export .copa_cache/artifacts/<run> adapter.gguf --base model.gguf
 """
 
 from __future__ import annotations
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
             help="the cache directory of the runs (default: %(default)s here)",
         )
     _add_baseline_commands(rooms)
+    export = rooms.add_parser("export", help="write an artifact's LoRA adapter as a GGUF file, for llama.cpp")
+    export.set_defaults(run=_export)
+    export.add_argument("artifact", type=Path, help="the artifact's folder, as the report names it")
+    export.add_argument("file", type=Path, help="where to")
+    export.add_argument(
+        "--base", type=Path, metavar="GGUF", help="the base model in GGUF (default: the file it was trained on)"
+    )
     return parser
 
 
@@ -193,6 +201,19 @@ def _baseline_bless(options: argparse.Namespace) -> tuple[str, int]:
     command = [sys.executable, "-m", "pytest", "--copa-bless", *options.pytest_arguments]
     status = subprocess.run(command, check=False).returncode
     return ("", 0) if status == 0 else (f"copa: pytest ended with status {status}; see above for what was accepted", 1)
+
+
+def _export(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.lm.local.sources.gguf_lora import write_gguf_lora
+    from copa_harness.store.artifacts import load_artifact
+
+    artifact = load_artifact(options.artifact)
+    if artifact.lora_directory is None:
+        raise ConfigurationError(
+            f"got the artifact {options.artifact}, whose weights are the base model's; expected one with a LoRA adapter"
+        )
+    write_gguf_lora(artifact.lora_directory, options.file, base=options.base)
+    return f"written: {options.file}, {size(options.file.stat().st_size)}", 0
 
 
 def _baseline(name: str, directory: Path) -> Baseline:

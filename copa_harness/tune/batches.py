@@ -130,4 +130,4 @@ def training_bytes(config: Any) -> tuple[int, int]:
     text = config.get_text_config(decoder=True)
     hidden = int(text.hidden_size)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    return 4 * int(text.num_hidden_layers) * (12 * hidden + 5 * int(inner)), 3 * 4 * int(text.vocab_size)
+    return 4 * int(text.num_hidden_layers) * (10 * hidden + 4 * int(inner)), 3 * 4 * int(text.vocab_size)

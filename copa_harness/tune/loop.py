@@ -120,10 +120,9 @@ class Training:
         self._first_loss = math.nan
         self._epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
         self._held_out, self._general = held_out, general
-        bfloat16 = settings.precision == "bfloat16"
-        on_cpu = model.device.type == "cpu"
-        sped_up = speed_up(model, bfloat16=bfloat16) if on_cpu or not bfloat16 else 0
-        self._loss = BatchLoss(model, pad_id=pad_id, bfloat16=bfloat16 and not sped_up)
+        self._loss = BatchLoss(model, pad_id=pad_id, bfloat16=settings.precision == "bfloat16")
+        if settings.precision == "float32":
+            speed_up(model)
         self._rng = np.random.default_rng(settings.seed)
         self._trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = torch.optim.AdamW(

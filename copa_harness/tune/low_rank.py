@@ -6,9 +6,8 @@ as the products. Here, for z = A x (r numbers per token),
     forward     y = W x;  y += s B z                      (added by the product that makes it)
     backward    g = s B' dy;  dx = W' dy;  dx += A' g;  dA = g x';  dB = s dy z'
 
-The same arithmetic to rounding. In bfloat16 the products with W, which are nearly all of the work, take a bfloat16 copy
-of W and of what it is applied to; LoRA's own products, sums and everything between the layers stay in float32. Only the
-forward of one training's own module tree is replaced; weights, names and files stay peft's.
+The same arithmetic to rounding. Only the forward of one training's own module tree is replaced; weights, names and
+files stay peft's.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import functools
 from typing import Any
 
 
-def speed_up(model: Any, *, bfloat16: bool = False) -> int:
+def speed_up(model: Any) -> int:
     """Let every plain float32 LoRA layer of `model` compute as above; returns how many there were."""
     import peft
     import torch
@@ -25,8 +24,7 @@ def speed_up(model: Any, *, bfloat16: bool = False) -> int:
     n_layers = 0
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.Linear) and _is_plain(module, torch):
-            weight = module.base_layer.weight
-            module.forward = functools.partial(_forward, module, weight.to(torch.bfloat16) if bfloat16 else weight)
+            module.forward = functools.partial(_forward, module)
             n_layers += 1
     return n_layers
 
@@ -45,10 +43,11 @@ def _is_plain(layer: Any, torch: Any) -> bool:
     )
 
 
-def _forward(layer: Any, weight: Any, x: Any) -> Any:
+def _forward(layer: Any, x: Any) -> Any:
+    base = layer.base_layer
     first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     flat = x.reshape(-1, x.shape[-1])
-    y = _function().apply(flat, weight, layer.base_layer.bias, first, second, layer.scaling["default"])
+    y = _function().apply(flat, base.weight, base.bias, first, second, layer.scaling["default"])
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -61,8 +60,7 @@ def _function() -> Any:
         @staticmethod
         def forward(context: Any, x: Any, weight: Any, bias: Any, first: Any, second: Any, scale: float) -> Any:
             inner = x @ first.T
-            bias = None if bias is None else bias.to(weight.dtype)
-            y = torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+            y = torch.nn.functional.linear(x, weight, bias)
             y.addmm_(inner, second.T, alpha=scale)
             context.save_for_backward(x, inner, weight, first, second)
             context.scale = scale
@@ -74,7 +72,7 @@ def _function() -> Any:
             d_inner = dy @ (second * context.scale)
             dx = None
             if context.needs_input_grad[0]:
-                dx = (dy.to(weight.dtype) @ weight).to(dy.dtype)
+                dx = dy @ weight
                 dx.addmm_(d_inner, first)
             return dx, None, None, d_inner.T @ x, (dy.T @ inner).mul_(context.scale), None
 

@@ -10,7 +10,8 @@ prefix sharing; this package's stock path and cascade path, through the engine's
 requests; llama-cpp-python where it is installed (see `bench_engine_llama`). Beside each figure the floor: the
 arithmetic a method cannot avoid (FLOPs over the GEMM rate measured here), with the prefix computed once, or once per
 request where a method does so. Also a second LoRA adapter, bf16, evaluation through dspy, start-up. Answers are
-compared with one-by-one `generate`.
+compared with one-by-one `generate`. SmolLM2, a real model, beside llama.cpp's server: see `bench_engine_smollm2`.
+`--only labels`: answers out of 150 allowed values.
 
 Nothing is collected by pytest. Absolute figures depend on the machine; ratios are of medians over rounds in one run.
 """
@@ -38,6 +39,7 @@ os.environ["DSPY_CACHEDIR"] = f"{SCRATCH.name}/dspy"
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import bench_engine_llama  # noqa: E402
+import bench_engine_smollm2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -431,6 +433,29 @@ def through_dspy(rounds):
     return medians
 
 
+def long_list(threads, n_rows):
+    """Constrained answers with the 150 labels of CLINC150 (`COPA_CLINC150` names its file) on SmolLM2."""
+    from copa_harness.evaluate import evaluate
+    from copa_harness.lm.factory import build_lm
+    from copa_harness.lm.gateway import Gateway
+    from copa_harness.tasks import clinc150
+
+    torch.set_num_threads(threads)
+    task = clinc150(intents=150, n_train=150, n_val=150, n_test=n_rows)
+    name = f"gguf:{os.environ['LLAMA_ARG_MODEL']}" if "LLAMA_ARG_MODEL" in os.environ else "smollm2"
+    lm = build_lm(name, gateway=Gateway(cache=None), cache_dir=Path(SCRATCH.name), constrain=True)
+    lm.engine.generator  # loaded before the clock starts
+    with Peak() as peak:
+        began, cpu = time.perf_counter(), time.process_time()
+        evaluate(task.program, task.testset, metric=task.metric, split="test", lm=lm)
+        took = [(now - then) / n_rows for now, then in ((time.perf_counter(), began), (time.process_time(), cpu))]
+    print(
+        f"\n150 labels, {n_rows} rows, {threads} thread(s): {took[0]:.1f} s a row ({took[1]:.1f} CPU s), "
+        f"{peak.mb:.0f} MB beyond the model"
+    )
+    return {"seconds": took, "mb": peak.mb}
+
+
 START_UP = """
 import time; began = time.perf_counter()
 from pathlib import Path
@@ -471,7 +496,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["2M", "100M"], choices=SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["speed", "adapters", "precision", "dspy", "start-up"])
+    parser.add_argument("--requests", type=int, default=64, help="of SmolLM2's shared prefix")
+    parser.add_argument("--only", choices=["speed", "adapters", "precision", "dspy", "start-up", "smollm2", "labels"])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     if options.quick:
@@ -495,6 +521,15 @@ def main() -> None:
                 figures[f"adapters {size} {n}"] = second_adapter(size, options.threads[0], rounds, n)
     if wanted("precision"):
         figures["precision"] = precision(options.sizes[-1], options.threads[-1])
+    if wanted("smollm2"):
+        figures["smollm2"] = bench_engine_smollm2.run(
+            scratch=Path(SCRATCH.name),
+            threads=options.threads,
+            rounds=options.rounds,
+            n_requests=options.requests,
+        )
+    if options.only == "labels":
+        figures["labels"] = long_list(options.threads[0], 8)
     if wanted("dspy"):
         figures["dspy"] = through_dspy(options.rounds)
     if options.json:

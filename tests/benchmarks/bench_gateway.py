@@ -454,24 +454,27 @@ def real_server(n, rounds):
     def scored(example, prediction, trace=None):
         return 1.0
 
-    pairs, calls = [], {by_copa: set(), by_dspy: set()}
-    with LlamaServer() as server:
+    pairs, calls, cpu_ms = [], {by_copa: set(), by_dspy: set()}, {by_copa: [], by_dspy: []}
+    with LlamaServer(lifetime_s=7200.0) as server:
         by_copa(server.url), by_dspy(server.url)
         for number in range(2 * rounds):
             took = {}
             for way in (by_copa, by_dspy) if number % 2 else (by_dspy, by_copa):
-                before, began = server.n_seen(), time.perf_counter()
+                before, began, began_cpu = server.n_seen(), time.perf_counter(), time.process_time()
                 way(server.url)
                 took[way] = time.perf_counter() - began
+                cpu_ms[way].append((time.process_time() - began_cpu) / n * 1e3)
                 calls[way].add(server.n_seen() - before)
             pairs.append((took[by_copa], took[by_dspy]))
+            print(f"    copa {took[by_copa]:.2f} s, dspy.Evaluate {took[by_dspy]:.2f} s", flush=True)
     copa_s, dspy_s = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratios = [theirs / mine for mine, theirs in pairs]
     ratio = statistics.median(ratios)
     print(
         f"\n(g) {n} rows, {N_SLOTS} at once, against llama.cpp's server, medians of {len(pairs)}: copa {copa_s:.2f} s, "
         f"dspy.Evaluate {dspy_s:.2f} s; calls {sorted(calls[by_copa])} and {sorted(calls[by_dspy])}; "
-        f"dspy / copa {ratio:.2f} ({', '.join(f'{one:.2f}' for one in sorted(ratios))})",
+        f"dspy / copa {ratio:.2f} ({', '.join(f'{one:.2f}' for one in sorted(ratios))}); CPU ms per call here "
+        f"{statistics.median(cpu_ms[by_copa]):.1f} and {statistics.median(cpu_ms[by_dspy]):.1f}",
         flush=True,
     )
 
@@ -505,7 +508,7 @@ def main():
     if options.only in (None, "f"):
         store(500 if quick else 2000)
     if options.only in (None, "g"):
-        real_server(16, 1 if quick else 10)
+        real_server(16, 1 if quick else 5)
     SCRATCH.cleanup()
 
 

@@ -53,7 +53,7 @@ class LlamaServer:
         url: To give as `--copa-api-base`.
     """
 
-    def __init__(self, *, threads=2, lifetime_s=600.0):
+    def __init__(self, *, threads=1, lifetime_s=600.0):
         self._arguments = ["--model", str(model_file()), "--threads", str(threads), "--lifetime", str(lifetime_s)]
 
     def __enter__(self):
@@ -111,7 +111,7 @@ def main():
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lifetime", type=float, default=600.0)
     arguments = parser.parse_args()
     params = xllamacpp.CommonParams()

@@ -141,10 +141,14 @@ def test_a_short_name_that_cannot_be_had_says_both_ways_to_get_it(build, monkeyp
         lm("hello")
 
 
-def test_every_short_name_is_an_id_of_the_hub():
+def test_every_short_name_is_an_id_of_the_hub_and_stands_in_the_guide():
+    import copa_harness
     from copa_harness.lm.local.sources.names import SHORT_NAMES, is_local_name, named_place
 
+    guide = (Path(copa_harness.__file__).parent / "lm" / "local" / "README.md").read_text(encoding="utf-8")
     for name, model in SHORT_NAMES.items():
+        assert f"`{name}`" in guide
+        assert model.hub_id in guide
         assert is_local_name(name)
         assert named_place(f"hf:{model.hub_id}", option="m")[0] == model.hub_id
 

@@ -74,8 +74,7 @@ def servers():
 
 def test_a_real_server_gets_a_ceiling_and_a_stop_and_no_key_and_is_paid_once(servers, pytester, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    monkeypatch.setenv("OPENAI_API_KEY", "x")
-    for name in ("OPENAI_API_BASE", "OPENAI_BASE_URL"):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     pytester.makepyfile(test_suite=SUITE)
     with servers.LlamaServer() as server:

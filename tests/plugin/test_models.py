@@ -42,6 +42,15 @@ def test_weights(copa_run):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A random model; asking it imports, before pytester looks, what pytester would otherwise make Python forget."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=6)
+    engine = TransformersEngine(folder, name="warm", lora_dir=folder)
+    engine.complete(Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1)), seed=0)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("models", "lm", "why"),
     [
@@ -105,22 +114,20 @@ def test_a_wrong_file_is_one_usage_error_before_any_test(pytester):
     assert not (pytester.path / ".copa_cache").exists()
 
 
-def test_a_gguf_is_evaluated_trained_and_found_again_without_reading_it(pytester, tmp_path, monkeypatch):
-    folder = write_tiny_model(tmp_path / "tiny", seed=6)
+def test_a_gguf_is_evaluated_trained_and_found_again_without_being_rewritten(folder, pytester, tmp_path):
     file = write_tiny_gguf(tmp_path / "tiny.gguf", folder, quantization="Q8_0")
-    engine = TransformersEngine(folder, name="warm", lora_dir=tmp_path)
-    engine.complete(Request(model="warm", messages=(Message.user("zebra"),), config=Config(max_tokens=1)), seed=0)
     pytester.makepyfile(SUITE.format(models="gguf:*"))
+    # In a process of its own: pytester would make this one forget half of torch.
     options = (*STRICT, f"--copa-lm=gguf:{file}", "--copa-constrain", "--copa-device=cpu", "--copa-baseline-dir=b")
-    first = pytester.runpytest_inprocess(*options)
+    first = pytester.runpytest_subprocess(*options)
     first.stdout.fnmatch_lines([f"*gguf:{file}: LlamaForCausalLM, *own forward*answers*"])
     (kept,) = (pytester.path / ".copa_cache" / "safetensors").glob("tiny-*")
-    assert (kept / "model.safetensors").is_file()
+    written = (kept / "model.safetensors").stat().st_mtime_ns
     report = json.loads((pytester.path / "reports" / "latest.json").read_text())
     assert {row["lm"] for row in report["runs"] if "lm" in row} <= {f"gguf:{file}"}
-    monkeypatch.setattr("copa_harness.lm.local.sources.gguf._load", lambda *given: pytest.fail("read again"))
-    again = pytester.runpytest_inprocess(*options)
-    assert first.parseoutcomes() == again.parseoutcomes()
+    again = pytester.runpytest_subprocess(*options)
+    assert first.parseoutcomes() == again.parseoutcomes() == {"passed": 2}
+    assert (kept / "model.safetensors").stat().st_mtime_ns == written
 
 
 REAL = """
@@ -156,7 +163,7 @@ def test_a_real_model_is_evaluated_and_trained_and_the_second_run_pays_and_train
     pytester.makepyfile(REAL)
 
     def rows():
-        result = pytester.runpytest_inprocess(
+        result = pytester.runpytest_subprocess(
             *STRICT, "--copa-lm=smollm2", "--copa-device=cpu", "--copa-answer-tokens=24"
         )
         result.assert_outcomes(passed=2)

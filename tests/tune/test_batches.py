@@ -167,16 +167,6 @@ def test_the_total_loss_does_not_depend_on_the_batch_size(load):
     assert 0 < totals[0] < 2 * math.log(384) * sum(len(row.targets) for row in ROWS)
 
 
-def test_the_base_models_products_in_bfloat16_give_nearly_the_same_loss_and_gradients(load):
-    model = with_lora(load("qwen2"))  # its layers have biases
-    expected, gradients = loss_and_gradients(model, one_by_one(model))
-    speed_up(model, bfloat16=True)
-    got, others = loss_and_gradients(model, one_by_one(model))
-    assert got != expected
-    assert got == pytest.approx(expected, rel=1e-2)
-    assert torch.dist(others, gradients) < 0.05 * gradients.norm()
-
-
 def test_bfloat16_products_give_nearly_the_same_loss_in_float32(load):
     model = with_lora(load("llama"))
     exact, rounded = (BatchLoss(model, pad_id=0, bfloat16=on).sum(ROWS).detach() for on in (False, True))

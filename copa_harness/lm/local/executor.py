@@ -141,6 +141,7 @@ class BatchExecutor:
                     shared=(self.prefixes.states(key, read),) if is_shared else (),
                     lora=self.model.fused(prompt.lora) if is_mixed and prompt.lora else None,
                     state=new_state(prompt, is_cancelled=partial(is_cancelled, i)),
+                    text=prompt.tokens.ids,
                 )
             )
         return rows

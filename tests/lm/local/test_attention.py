@@ -157,6 +157,26 @@ def test_the_cascade_loop_and_the_librarys_generate_give_the_same_tokens(seed, t
     assert answers[True] == answers[False]
 
 
+@pytest.mark.parametrize("architecture", FITTING)
+def test_a_lone_row_repeats_itself_in_few_steps_and_gives_the_same_tokens(architecture, tmp_path, monkeypatch):
+    folder = write_tiny_model(tmp_path / "m", architecture=architecture, seed=3)
+    engine = TransformersEngine(folder, name="hf:tiny", lora_dir=tmp_path)
+    request = Request(
+        model="hf:tiny", messages=(Message.user("zebra field " * 6),), config=Config(max_tokens=48, logprobs=1)
+    )
+    answers, steps = {}, {}
+    for n_tokens in (16, 0):
+        monkeypatch.setattr("copa_harness.lm.local.decoding.STEP_TOKENS", n_tokens)
+        before = engine.generator.n_steps
+        answers[n_tokens] = engine.complete(request, seed=0)
+        steps[n_tokens] = engine.generator.n_steps - before
+    assert engine.generator.cascades
+    assert answers[16].text == answers[0].text
+    for one, other in zip(answers[16].logprobs, answers[0].logprobs, strict=True):
+        assert (one.token_id, one.logprob) == (other.token_id, pytest.approx(other.logprob, abs=1e-4))
+    assert steps[16] <= steps[0]
+
+
 def test_rope_that_depends_on_length_is_never_padded(tmp_path):
     import json
 

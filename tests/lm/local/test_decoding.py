@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from copa_harness.lm.local.decoding import DecodingRules, RowChooser, RowState, RowStopper
+from copa_harness.lm.local.decoding import DecodingRules, Guesses, RowChooser, RowState, RowStopper
 
 
 def choose(scores, rules, *, steps=1):
@@ -66,3 +66,45 @@ def test_a_row_ends_at_its_end_token_limit_or_stop_string():
 
 def test_a_row_nobody_waits_for_ends():
     assert stop([1, 2, 3], DecodingRules(5), is_cancelled=lambda: True).ids == [1]
+
+
+def row_with(ids, *, temperature=0.0, max_tokens=50):
+    row = RowState(DecodingRules(max_tokens, temperature=temperature))
+    row.ids = list(ids)
+    return row
+
+
+def test_a_guess_is_what_followed_the_same_tokens_the_last_time():
+    guesses = Guesses([1, 2, 3, 4, 1, 2, 5, 6, 7, 8])
+    assert guesses.next(row_with([1, 2]), n_most=3) == [5, 6, 7]
+    assert guesses.next(row_with([1, 2, 5, 6]), n_most=9) == [
+        7,
+        8,
+        1,
+        2,
+        5,
+        6,
+    ]  # what the row itself has said counts too
+    assert guesses.next(row_with([1, 2, 5, 6, 9]), n_most=9) == []
+
+
+def test_no_guess_where_none_may_be_used():
+    assert Guesses([]).next(row_with([1, 1, 1]), n_most=3) == []
+    assert Guesses([1, 2, 3, 1, 2]).next(row_with([], temperature=0.5), n_most=3) == []
+    assert Guesses([1, 2, 3, 1, 2]).next(row_with([], max_tokens=1), n_most=3) == []
+    assert Guesses([1, 2, 3, 1, 2]).next(row_with([]), n_most=0) == []
+
+
+def test_guesses_grow_as_they_come_true_and_pause_when_they_do_not():
+    guesses, row = Guesses([5, 6, *range(10, 40), 5, 6]), row_with([])
+    assert len(guesses.next(row, n_most=30)) == 8
+    guesses.note(n_guessed=8, n_right=8)
+    assert len(guesses.next(row, n_most=30)) == 16
+    guesses.note(n_guessed=16, n_right=3)
+    assert len(guesses.next(row, n_most=30)) == 16
+    guesses.note(n_guessed=16, n_right=0)
+    assert len(guesses.next(row, n_most=30)) == 8
+    for _ in range(9):
+        guesses.note(n_guessed=1, n_right=0)
+    assert guesses.next(row, n_most=30) == []
+    assert guesses.next(row_with([7, 8, 9, 10, 11, 12, 13]), n_most=30) == [14]  # four tokens alike are worth a try

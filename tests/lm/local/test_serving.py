@@ -125,7 +125,7 @@ def test_a_prompt_that_needs_more_memory_than_there_is_says_how_much(engine, mon
 
 def test_batches_are_split_to_what_memory_allows(engine, monkeypatch):
     expected = [engine.complete(request(f"case {i}"), seed=0).text for i in range(6)]
-    monkeypatch.setattr(engine.generator, "_bytes", len)  # a byte a row, and free for two
+    monkeypatch.setattr(engine.generator, "_bytes", lambda jobs, free: len(jobs))  # a byte a row, and free for two
     monkeypatch.setattr("copa_harness.lm.local.scheduler.free_bytes", lambda device: 2.5)
     before = engine.generator.n_batches
     with ThreadPoolExecutor(6) as pool:
