@@ -12,7 +12,7 @@ import transformers
 
 from copa_harness.lm.local.model import share_weights
 from copa_harness.testing.tiny_models import write_tiny_model
-from copa_harness.tune import LoraSettings, batches
+from copa_harness.tune import LoraSettings, batches, packing
 from copa_harness.tune.batches import BatchLoss, batches_of, training_bytes
 from copa_harness.tune.loop import add_lora
 from copa_harness.tune.low_rank import speed_up
@@ -85,6 +85,15 @@ def test_loss_and_gradients_of_a_batch_are_those_of_its_rows(architecture, load)
         assert got == pytest.approx(expected, rel=1e-5)
         assert torch.dist(others, gradients) < 1e-4 * gradients.norm()
     got, others = loss_and_gradients(model, [loss.sum(part) for part in loss.parts(ROWS, most_rows=2)])
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert torch.dist(others, gradients) < 1e-4 * gradients.norm()
+
+
+def test_packed_rows_give_the_same_without_pytorchs_kernel_for_cpus(load, monkeypatch):
+    model = with_lora(load("llama"))
+    expected, gradients = loss_and_gradients(model, one_by_one(model))
+    monkeypatch.setattr(packing, "KERNEL", "of no such name")
+    got, others = loss_and_gradients(model, [BatchLoss(model, pad_id=0).sum(ROWS)])
     assert got == pytest.approx(expected, rel=1e-5)
     assert torch.dist(others, gradients) < 1e-4 * gradients.norm()
 

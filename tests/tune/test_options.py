@@ -29,6 +29,8 @@ def test_a_large_model_takes_more_steps_in_fewer_passes(large):
     assert settings.epochs < LoraSettings().epochs
     assert suited(large, n_rows=40, with_demos=True)["epochs"] < settings.epochs
     assert settings.held_out_share == 0
+    assert suited(large, n_rows=10)["epochs"] > settings.epochs  # few rows are seen more often
+    assert suited(large, n_rows=0)
 
 
 def test_the_learning_rate_falls_with_the_hidden_size(tmp_path, large):
