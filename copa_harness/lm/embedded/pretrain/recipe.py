@@ -312,6 +312,17 @@ _SHOWING = dataclasses.replace(
         mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.8, 0, 0, 1, 0.1), vague=0.3),
     ),
 )
+_THINKING = dataclasses.replace(
+    _SHOWING,
+    rows=9,
+    tokens=448,
+    mix=dataclasses.replace(_SHOWN, reasoning=0.3),
+    partner=dataclasses.replace(
+        _OWN_SAYING,
+        gather=True,
+        mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.6, 0, 0, 1, 0.1), vague=0.3, reasoning=0.3),
+    ),
+)
 
 OWN_NAMES = Recipe(
     seed=0,
@@ -333,6 +344,7 @@ OWN_NAMES = Recipe(
         dataclasses.replace(_TYPES, name="long types", steps=120, rows=3, tokens=1400, slope=(0.012, 0.002)),
         dataclasses.replace(_SHOWING, name="showing", steps=480, slope=(0.12, 0.01)),
         dataclasses.replace(_SHOWING, name="long showing", steps=60, rows=3, tokens=1400, slope=(0.01, 0.002)),
+        dataclasses.replace(_THINKING, name="thinking", steps=260, slope=(0.07, 0.004)),
     ),
 )
 
