@@ -93,6 +93,7 @@ class Mix:
         name_weight: Loss weight of an output's name in a first turn; a quarter of it later.
         later_weight: Of a value's tokens after the first.
         next_weight: Of what follows a value: the next output's marker, or the end.
+        thought_weight: Of how a reasoning begins; 0 is a format token's.
         vague: Share of the outputs whose description says what the value means and not what it may be.
     """
 
@@ -119,6 +120,7 @@ class Mix:
     name_weight: float = 0.3
     later_weight: float = 0.3
     next_weight: float = 0.1
+    thought_weight: float = 0.0
     vague: float = 0.0
 
 
@@ -456,7 +458,7 @@ class Episode:
             spans.append(Span(name_at, at, naming, naming, naming=i == 0))
             if field == template.REASONING:
                 thought = at + (len("It looks like ") if supplied else 0)
-                spans.append(Span(at, thought))
+                spans.append(Span(at, thought, mix.thought_weight, mix.thought_weight))
                 if supplied:
                     spans.append(Span(thought, thought + len(label), 0.9, later, self.main))
                 spans.append(Span(thought + (len(label) if supplied else 0), at + len(value)))

@@ -323,6 +323,17 @@ _THINKING = dataclasses.replace(
         mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.6, 0, 0, 1, 0.1), vague=0.3, reasoning=0.3),
     ),
 )
+_SETTLING = dataclasses.replace(
+    _THINKING,
+    mix=dataclasses.replace(_SHOWN, reasoning=0.12, thought_weight=0.4),
+    partner=dataclasses.replace(
+        _OWN_SAYING,
+        gather=True,
+        mix=dataclasses.replace(
+            _spelt(_OWN_READ), kinds=(0.5, 0, 0, 1, 0.1), vague=0.3, reasoning=0.15, thought_weight=0.4
+        ),
+    ),
+)
 
 OWN_NAMES = Recipe(
     seed=0,
@@ -345,6 +356,8 @@ OWN_NAMES = Recipe(
         dataclasses.replace(_SHOWING, name="showing", steps=480, slope=(0.12, 0.01)),
         dataclasses.replace(_SHOWING, name="long showing", steps=60, rows=3, tokens=1400, slope=(0.01, 0.002)),
         dataclasses.replace(_THINKING, name="thinking", steps=260, slope=(0.07, 0.004)),
+        dataclasses.replace(_SETTLING, name="settling", steps=1080, slope=(0.15, 0.006)),
+        dataclasses.replace(_SETTLING, name="long settling", steps=100, rows=3, tokens=1400, slope=(0.006, 0.001)),
     ),
 )
 
