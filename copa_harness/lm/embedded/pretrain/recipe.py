@@ -278,22 +278,18 @@ def _spelt(mix: Mix) -> Mix:
     return dataclasses.replace(mix, n_outputs=(5, 3, 2), later_weight=0.7, next_weight=0.4)
 
 
-_SPELLING = dataclasses.replace(
-    _GATHER,
-    mix=_spelt(_SAID),
-    partner=dataclasses.replace(_OWN_SAYING, gather=True, mix=_spelt(_OWN_READ)),
-)
+def _gathering(mix: Mix, **changed: Any) -> Stage:
+    """As `_GATHER`, of another mix; ``changed`` is what its partner's mix, that of read rules, has of its own."""
+    partner = dataclasses.replace(_OWN_SAYING, gather=True, mix=dataclasses.replace(_spelt(_OWN_READ), **changed))
+    return dataclasses.replace(_GATHER, mix=mix, partner=partner)
+
+
+_SPELLING = _gathering(_spelt(_SAID))
 
 _TYPED = dataclasses.replace(
     _spelt(_SAID), kinds=(1.3, 0.15, 0.12, 0.25, 0.4), n_outputs=(6, 2, 1.5), output_kinds=(6, 1.2, 1.2), vague=0.3
 )
-_TYPES = dataclasses.replace(
-    _GATHER,
-    mix=_TYPED,
-    partner=dataclasses.replace(
-        _OWN_SAYING, gather=True, mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.3, 0, 0, 1, 0.15), vague=0.3)
-    ),
-)
+_TYPES = _gathering(_TYPED, kinds=(0.3, 0, 0, 1, 0.15), vague=0.3)
 _SHOWN = dataclasses.replace(
     _TYPED,
     kinds=(1.6, 0.2, 0.15, 0.15, 0.2),
@@ -301,49 +297,18 @@ _SHOWN = dataclasses.replace(
     n_classes=(1.2, 1.8, 0.5, 0.2, 0.1, 0.05, 0.05),
     spreads=(0.04, 0.13),
 )
-_SHOWING = dataclasses.replace(
-    _TYPES,
-    rows=6,
-    tokens=672,
-    mix=_SHOWN,
-    partner=dataclasses.replace(
-        _OWN_SAYING,
-        gather=True,
-        mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.8, 0, 0, 1, 0.1), vague=0.3),
-    ),
-)
-_THINKING = dataclasses.replace(
-    _SHOWING,
-    rows=9,
-    tokens=448,
-    mix=dataclasses.replace(_SHOWN, reasoning=0.3),
-    partner=dataclasses.replace(
-        _OWN_SAYING,
-        gather=True,
-        mix=dataclasses.replace(_spelt(_OWN_READ), kinds=(0.6, 0, 0, 1, 0.1), vague=0.3, reasoning=0.3),
-    ),
-)
-_SETTLING = dataclasses.replace(
-    _THINKING,
-    mix=dataclasses.replace(_SHOWN, reasoning=0.12, thought_weight=0.4),
-    partner=dataclasses.replace(
-        _OWN_SAYING,
-        gather=True,
-        mix=dataclasses.replace(
-            _spelt(_OWN_READ), kinds=(0.5, 0, 0, 1, 0.1), vague=0.3, reasoning=0.15, thought_weight=0.4
-        ),
-    ),
+_SHOWING = dataclasses.replace(_gathering(_SHOWN, kinds=(0.8, 0, 0, 1, 0.1), vague=0.3), rows=6, tokens=672)
+_THINKING = _gathering(dataclasses.replace(_SHOWN, reasoning=0.3), kinds=(0.6, 0, 0, 1, 0.1), vague=0.3, reasoning=0.3)
+_SETTLING = _gathering(
+    dataclasses.replace(_SHOWN, reasoning=0.12, thought_weight=0.4),
+    kinds=(0.5, 0, 0, 1, 0.1),
+    vague=0.3,
+    reasoning=0.15,
+    thought_weight=0.4,
 )
 
-OWN_NAMES = Recipe(
-    seed=0,
-    width=128,
-    n_layers=6,
-    n_heads=4,
-    feed_forward=320,
-    muon_rate=0.02,
-    adam_rate=3e-3,
-    warmup_steps=50,
+OWN_NAMES = dataclasses.replace(
+    FOUNDATION,
     decay_steps=1,
     stages=(
         Stage("names", 300, 9, 448, 0.4, 0.4, _OWN, name_layer=0, decide=True, rate=0.3, partner=_OWN_READING),
