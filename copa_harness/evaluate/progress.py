@@ -91,7 +91,7 @@ def ticking(tick: Callable[[], None], *, every_s: float) -> Iterator[None]:
 
 
 class EvaluationProgress:
-    """Says how far an evaluation is. A context manager, during which it is told of every example.
+    """Says how far an evaluation is: `following` is the block during which it is told of every example.
 
     Args:
         title: What is evaluated: `iris, none`.

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from copa_harness.errors import OutOfMemoryError, ProviderError
-from copa_harness.formatting import size
+from copa_harness.formatting import counted, size
 from copa_harness.lm.local.decoding import FIRST_ROOM_TOKENS, NEAR_CHOICE, SHORT_LIST, CascadeRun, Row, RowState
 from copa_harness.lm.local.executor import Answer, BatchExecutor, Prompt, lora_key
 from copa_harness.lm.local.memory import (
@@ -254,11 +254,11 @@ class BatchGenerator:
         """One line on the model, the path its batches take, and what was answered since loading."""
         path = "cascade" if self.cascades else "transformers generate"
         rows = (
-            f"{self.n_rows} answers, {self.n_row_steps / self.n_steps:.1f} at a time"
+            f"{counted(self.n_rows, 'answer')}, {self.n_row_steps / self.n_steps:.1f} at a time"
             if self.n_rows
             else "no answer yet"
         )
-        ties = f", {self.n_near_ties} near-ties looked at again alone" if self.n_near_ties else ""
+        ties = f", {counted(self.n_near_ties, 'near-tie')} looked at again alone" if self.n_near_ties else ""
         return f"{self.model.describe()}, {path}; {rows}{ties}"
 
     def arriving(self) -> AbstractContextManager[None]:
