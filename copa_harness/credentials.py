@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 MASK = "***"
 """What stands in place of a secret."""
@@ -62,6 +63,29 @@ def is_secret_key(key: str) -> bool:
 def mask_text(text: str) -> str:
     """The text with everything that looks like a credential (`sk-...`, `Bearer ...`) replaced."""
     return _SECRET_TEXT.sub(MASK, text)
+
+
+_SHOWN_AT_MOST = 9
+"""Characters in a row of a known secret that may show: the last four, as providers like to tell them, say nothing."""
+
+
+def mask_known(text: str, secrets: Iterable[str]) -> str:
+    """The text without these secrets: as they are, URL-encoded, or a longer piece of them.
+
+    Args:
+        text: What an endpoint said, say. Mask before anything is cut off: half a secret is not recognized elsewhere.
+        secrets: Any.
+    """
+    hidden = bytearray(len(text))
+    for form in {form for secret in secrets for form in (secret, quote(secret, safe=""), quote_plus(secret)) if form}:
+        size = min(len(form), _SHOWN_AT_MOST + 1)
+        for piece in {form[start : start + size] for start in range(len(form) - size + 1)}:
+            found = text.find(piece)
+            while found >= 0:
+                hidden[found : found + size] = b"\1" * size
+                found = text.find(piece, found + 1)
+    runs = itertools.groupby(zip(text, hidden, strict=True), key=lambda pair: pair[1])
+    return "".join(MASK if is_hidden else "".join(letter for letter, _ in run) for is_hidden, run in runs)
 
 
 def mask_secrets(value: Any) -> Any:

@@ -130,8 +130,8 @@ class _Call:
                 failure = engine_failure(error, model=self.request.model)
                 if isinstance(failure, ProviderError):
                     scope.note_failure(failure.kind, mask_text("".join(traceback.format_exception(error))))
-                    if failure.billed is not False:
-                        charge.lose()
+                if getattr(failure, "billed", False) is not False:
+                    charge.lose()
                 if failure is error:
                     raise
                 raise failure from error
@@ -267,7 +267,7 @@ def _refusal(response: Response, *, model: str) -> Refused | None:
     said = [part.text for part in response.message.parts if isinstance(part, RefusalPart)]
     if not said and response.finish_reason != "content_filter":
         return None
-    reason = " ".join(text for text in said if text) or response.message.text or "no reason given"
+    reason = mask_text(" ".join(text for text in said if text) or response.message.text or "no reason given")
     return Refused(
         f"the model refused to answer ({'content filter' if not said else 'refusal'}): {reason[:300]}; it would again, "
         "so the refusal is kept and not paid for twice",

@@ -370,6 +370,10 @@ def is_truncated(response: Response) -> bool:
     return bool(response.finish_reason == "length")
 
 
+MOST_TOKENS = 10**8
+"""More than any call can have; a provider that reports more does not count."""
+
+
 def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[Cost, Usage]:
     """What an answer cost, as an amount to settle and as usage to report.
 
@@ -381,8 +385,11 @@ def actual_cost(response: Response, usd: float | None, *, worst: Cost) -> tuple[
     given = response.usage
     input_tokens, output_tokens = given.input_tokens, given.output_tokens
     # Zero prompt tokens, or zero tokens for a text, is how servers that do not count fill the field.
-    known_input = input_tokens is not None and input_tokens > 0
-    known_output = output_tokens is not None and (output_tokens > 0 or not response.message.text)
+    known_input = input_tokens is not None and 0 < input_tokens <= MOST_TOKENS
+    known_output = output_tokens is not None and 0 <= output_tokens <= MOST_TOKENS
+    known_output = known_output and (output_tokens != 0 or not response.message.text)
+    if max(input_tokens or 0, output_tokens or 0) > MOST_TOKENS:
+        usd = None  # it was made of these numbers
     booked = Cost(
         1,
         input_tokens if known_input and input_tokens is not None else worst.input_tokens,

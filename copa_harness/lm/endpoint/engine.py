@@ -19,15 +19,16 @@ import json
 import math
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import dspy
-from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, UnsupportedFeatureError, Usage
-from dspy.utils.exceptions import LMError
+from dspy.lm15 import LM15Error, Request, Response, RouterConfig, TextPart, ThinkingPart, UnsupportedFeatureError, Usage
+from dspy.utils.exceptions import LMError, LMUnsupportedFeatureError
 
-from copa_harness.credentials import MASK, is_secret_key, mask_text
+from copa_harness.credentials import MASK, is_secret_key, mask_known, mask_text
 from copa_harness.errors import ConfigurationError
 from copa_harness.lm.budget.cost import Limits
 from copa_harness.lm.budget.prices import PriceList, listed_limits, use_shipped_prices
@@ -45,7 +46,16 @@ from copa_harness.lm.dspy_internals import (
 )
 from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PooledTransport
 from copa_harness.lm.engine import Capabilities, Engine
-from copa_harness.lm.provider_errors import AuthFailed, Malformed, engine_failure
+from copa_harness.lm.provider_errors import (
+    AuthFailed,
+    BillingFailed,
+    EngineError,
+    Malformed,
+    RateLimited,
+    ServerFailed,
+    UnexpectedEngineError,
+    engine_failure,
+)
 from copa_harness.lm.retry import AdaptiveConcurrency, RetryPolicy
 
 _NOT_IN_ANSWERS = frozenset({"api_key", "timeout", "azure_ad_token_provider", "headers", "extra_headers"})
@@ -140,12 +150,62 @@ class EndpointEngine(Engine):
         try:
             with dspy.context(send_stream=None):
                 result = execute(lm, prepare(lm, None, None, {"request": request}))
-        except Exception as error:
-            failure = engine_failure(error, model=request.model)
-            if not self._conceal(failure):
-                raise
-            raise failure from None  # the chain would print the secret
-        return result.typed(request, lm.model_type), result.cost
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is one of ours from here on
+            failure, cause = self._failure(error, request)
+            raise failure from cause
+        return self._checked(request, result.typed(request, lm.model_type)), result.cost
+
+    def _checked(self, request: Request, response: Response) -> Response:
+        """The answer, if it is one, without the key should it repeat that.
+
+        Raises:
+            ServerFailed: The provider tells of a failure inside the answer.
+            EngineError: The answer was cut off before it began.
+            Malformed: There is no text, nor anything else in place of one. A model that says nothing has answered.
+        """
+        choice = _choice_of(response.provider_data)
+        if choice is not None and (choice.get("error") or choice.get("finish_reason") == "error"):
+            said = choice.get("error") or "the answer broke off with finish_reason 'error'"
+            failure = ServerFailed(self._masked(f"the provider failed while it answered: {said}"), model=request.model)
+            failure.billed = None
+            raise failure
+        parts = response.message.parts
+        silent = not response.message.text and all(isinstance(part, (TextPart, ThinkingPart)) for part in parts)
+        if silent and response.finish_reason != "content_filter":
+            self._check_silence(request, response, choice)
+        key = str(self._template.kwargs.get("api_key") or os.environ.get(f"{self.name.upper()}_API_KEY") or "")
+        if len(key) < _SHORTEST_KEY or not any(key in getattr(part, "text", "") for part in parts):
+            return response
+        shown = (replace(p, text=p.text.replace(key, MASK)) if hasattr(p, "text") else p for p in parts)
+        return replace(response, message=replace(response.message, parts=tuple(shown)), logprobs=None)
+
+    def _check_silence(self, request: Request, response: Response, choice: dict[str, Any] | None) -> None:
+        if response.finish_reason == "length":
+            most = "the model's" if request.config.max_tokens is None else request.config.max_tokens
+            failure = EngineError(
+                f"the answer reached its ceiling of {most} tokens before it began (the model may think first); raise "
+                "--copa-answer-tokens, or max_tokens of the LM",
+                model=request.model,
+            )
+            failure.billed = True
+            raise failure
+        if response.provider_data is not None and "choices" in response.provider_data:
+            if choice is None:
+                raise self._malformed(request, response, "there are no choices in it")
+            content = (choice.get("message") or {}).get("content")
+            if not isinstance(content, (str, list)):
+                raise self._malformed(request, response, "there is no text in it")
+        if response.usage == Usage():
+            raise self._malformed(request, response, "neither an answer nor usage")
+
+    def _malformed(self, request: Request, body: bytes | Response, why: str) -> Malformed:
+        if isinstance(body, Response):
+            body = json.dumps(body.provider_data or {}, default=repr).encode()
+        begins = self._masked(body[:_LOOKED_AT].decode("utf-8", "replace"))[:_SHOWN]
+        return Malformed(
+            f"the provider's answer has not the shape of a completion ({self._masked(why)}); it begins {begins!r}",
+            model=request.model,
+        )
 
     def limits(self, model: str) -> Limits:
         """Prices and the longest answer, from the list DSPy ships."""
@@ -172,6 +232,22 @@ class EndpointEngine(Engine):
             params=frozenset(lm.supported_params),
         )
 
+    def _failure(self, error: Exception, request: Request) -> tuple[Exception, Exception | None]:
+        """What to raise in place of an error, and from what: no cause that would print a secret.
+
+        Whatever happens after a request left may be billed. Free is what carries the HTTP status of a failure, and what
+        never left.
+        """
+        failure: Any = engine_failure(error, model=request.model)
+        if isinstance(failure, _TOLD):  # without such a status it was told inside a success
+            is_free = failure.status is not None and failure.status >= 300
+        else:
+            is_free = not isinstance(failure, _UNFORESEEN)
+        if not is_free:
+            failure.billed = None
+        held = self._conceal(failure)
+        return failure, None if held or failure is error else error
+
     def _conceal(self, error: BaseException) -> bool:
         """Take credentials out of an error's message, and say where keys are read; whether it held a credential."""
         held = False
@@ -191,9 +267,7 @@ class EndpointEngine(Engine):
     def _masked(self, text: str) -> str:
         # Keys are mostly read from the environment, and may look like anything.
         keys = (value for name, value in os.environ.items() if len(value) > 7 and is_secret_key(name))
-        for secret in (*self._secrets, *sorted(keys, key=len, reverse=True)):
-            text = text.replace(secret, MASK)
-        return mask_text(text)
+        return mask_text(mask_known(text, (*self._secrets, *keys)))
 
     def _lm(self, model: str) -> dspy.LM:
         with self._lock:
@@ -261,8 +335,23 @@ def _is_secret_header(name: str) -> bool:
     return is_secret_key(name) or "key" in lowered or "cookie" in lowered or lowered == "user-agent"
 
 
-_UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
-"""What DSPy's reader raises on JSON that has not the shape of an answer."""
+_TOLD = (RateLimited, ServerFailed, BillingFailed, EngineError)
+"""Failures that a provider tells of."""
+
+_UNFORESEEN = (UnexpectedEngineError, LMUnsupportedFeatureError, MemoryError, Warning)
+"""Failures of which nobody knows how far the call got; answers with features that cannot be read are among them."""
+
+_SHORTEST_KEY = 12
+"""Shorter ones are words that an answer may hold."""
+
+_LOOKED_AT, _SHOWN = 2000, 200
+"""Of what is no answer: bytes in which secrets are looked for, and characters of them that a message shows."""
+
+
+def _choice_of(document: Any) -> dict[str, Any] | None:
+    """The one choice of an answer in OpenAI's shape, as it came; None where there is none."""
+    choices = document.get("choices") if isinstance(document, Mapping) else None
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +386,14 @@ class HttpEngine(EndpointEngine):
         route = self._route(request.model) if fast_path_enabled() else None
         if route is None:
             return super().complete_priced(request, seed=seed)
+        route.transport.forget()
         try:
             response = self._completed(route, request)
-        except UnsupportedFeatureError:  # raised before anything is sent
-            return super().complete_priced(request, seed=seed)
-        except Exception as error:
-            failure = engine_failure(error, model=request.model)
-            if not self._conceal(failure):
-                raise failure from error
-            raise failure from None  # the chain would print the secret
+        except Exception as error:  # noqa: BLE001 - as there
+            if isinstance(error, UnsupportedFeatureError) and route.transport.last_reply() is None:  # nothing was sent
+                return super().complete_priced(request, seed=seed)
+            failure, cause = self._failure(error, request)
+            raise failure from cause
         if self.limits(request.model).input_usd is None:
             return response, None
         return response, route.prices.price(response, request, model=request.model.partition("/")[2])
@@ -313,16 +401,28 @@ class HttpEngine(EndpointEngine):
     def _completed(self, route: _Route, request: Request) -> Response:
         try:
             response: Response = route.plain.complete(request) or route.engine.complete(request)
-        except _UNREADABLE as error:
+        except Exception as error:
             reply = route.transport.last_reply()
-            if reply is None or isinstance(error, LM15Error):
+            told = isinstance(error, LM15Error) and not isinstance(error, UnsupportedFeatureError)
+            if reply is None or reply[0] >= 300 or told:
                 raise
-            return _reread(route, request, reply[1], error)
-        empty = all(isinstance(part, TextPart) and not part.text for part in response.message.parts)
-        if empty and response.usage == Usage():
-            reply = route.transport.last_reply()
-            raise _malformed(request, b"" if reply is None else reply[1], "neither an answer nor usage")
-        return response
+            response = self._reread(route, request, reply[1], error)
+        return self._checked(request, response)
+
+    def _reread(self, route: _Route, request: Request, body: bytes, error: Exception) -> Response:
+        """The answer in `body` without its usage: impossible numbers there must not cost the answer.
+
+        Raises:
+            Malformed: It is no answer without the usage either.
+        """
+        provider, routed = route.engine._target(request)
+        try:
+            document = json.loads(body)
+            document.pop("usage")
+            adjusted: Response = provider.parse_response(routed, _Body(document))
+        except Exception:  # noqa: BLE001 - whatever ails a body that nobody can read
+            raise self._malformed(request, body, f"{type(error).__name__}: {error}") from error
+        return adjusted
 
     def _route(self, model: str) -> _Route | None:
         # The environment decides too, and may change: it is read each time, as for the fingerprint.
@@ -356,30 +456,6 @@ class HttpEngine(EndpointEngine):
         )
         engine = LM15Engine(config, model_type=lm.model_type)
         return _Route(engine, PlainChat(engine), transport, PriceList(provider))
-
-
-def _reread(route: _Route, request: Request, body: bytes, error: Exception) -> Response:
-    """The answer in `body` without its usage: impossible numbers there must not cost the answer.
-
-    Raises:
-        Malformed: It is no answer without the usage either.
-    """
-    provider, routed = route.engine._target(request)
-    try:
-        document = json.loads(body)
-        document.pop("usage")
-        adjusted: Response = provider.parse_response(routed, _Body(document))
-    except (*_UNREADABLE, LM15Error):
-        raise _malformed(request, body, f"{type(error).__name__}: {error}") from error
-    return adjusted
-
-
-def _malformed(request: Request, body: bytes, why: str) -> Malformed:
-    return Malformed(
-        f"the provider's answer has not the shape of a completion ({why}); it begins "
-        f"{body[:200].decode('utf-8', 'replace')!r}",
-        model=request.model,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -425,7 +425,7 @@ class PooledTransport:
             ReadError: The connection broke afterwards.
             ProviderTimedOut: The answer was not complete in time.
         """
-        self._replies.last = None
+        self.forget()
         limit_s = max(0.001, min(self.timeout_s, time_left_s()))
         status, reason, headers, body = _sent(self._addressed(request), limit_s)
         self._replies.last = (status, body)
@@ -444,6 +444,10 @@ class PooledTransport:
         parts = urlsplit(request.url)
         query = "&".join(filter(None, (parts.query, self._query)))
         return replace(request, url=urlunsplit(parts._replace(query=query)))
+
+    def forget(self) -> None:
+        """Have `last_reply` say None until something is received."""
+        self._replies.last = None
 
     def last_reply(self) -> tuple[int, bytes] | None:
         """Status and body of what this thread received last, None if its last request brought nothing."""

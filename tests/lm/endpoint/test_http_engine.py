@@ -22,6 +22,8 @@ from copa_harness.errors import (
     RefusalError,
     ServerFailureError,
 )
+from copa_harness.evaluate.runner import evaluate
+from copa_harness.lm.budget.ledger import whole_run
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.call_context import in_context, open_scope
 from copa_harness.lm.dspy_internals import SWITCH
@@ -315,3 +317,201 @@ def test_the_ceiling_holds_against_a_server_with_many_threads(make, stub, stubs)
         bought = sum(pool.map(ask, range(900)))
     assert bought == stub.n_requests == scope.usage().paid_calls < 900
     assert 2.7e-3 < scope.usage().usd <= 3e-3
+
+
+# -- whatever happens after a request left is paid
+
+
+def answered(stubs, *, choices=None, usage=None, **choice):
+    """The body of an answer whose only choice has these parts, or with these choices."""
+    body = stubs.completion(usage=usage or stubs.USAGE)
+    body["choices"][0] |= choice
+    return body if choices is None else {**body, "choices": body["choices"] * choices}
+
+
+def said(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.mark.parametrize("fast_path", ["1", "0"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda stubs: answered(stubs, choices=2),
+        lambda stubs: b"[" * 100_000,
+        lambda stubs: b'{"choices":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        lambda stubs: {"error": {"message": "the upstream is busy", "code": 429}},
+    ],
+    ids=["several choices", "deeply nested", "deeply nested choices", "an error told as a success"],
+)
+def test_what_cannot_be_read_is_paid_and_stays_under_the_ceiling(make, stub, stubs, body, fast_path, monkeypatch):
+    monkeypatch.setenv(SWITCH, fast_path)
+    stub.default = stubs.Reply(body=body(stubs))
+    lm = make()
+    with open_scope("t", budget=Budget(calls=5)) as scope:
+        for index in range(16):
+            with pytest.raises((dspy.utils.exceptions.LMError, BudgetExhausted)):
+                lm(f"question {index}")
+    assert stub.n_requests == scope.usage().paid_calls == scope.usage().failed_calls == scope.charged_calls == 5
+
+
+def test_several_choices_are_a_malformed_answer_and_asked_for_once_a_try(make, stub, stubs):
+    stub.replies = [stubs.Reply(body=answered(stubs, choices=2))]
+    with open_scope("t") as scope:
+        assert "7" in make(num_retries=1)("hi")[0]
+    assert (stub.n_requests, scope.usage().paid_calls, scope.failures) == (2, 2, {"malformed answer": 1})
+
+
+# -- what is no answer becomes no score
+
+
+@pytest.mark.parametrize("fast_path", ["1", "0"])
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (lambda stubs: answered(stubs, choices=0), MalformedAnswerError, "no choices"),
+        (lambda stubs: answered(stubs, message=said(None)), MalformedAnswerError, "no text"),
+        (lambda stubs: answered(stubs, message={"role": "assistant"}), MalformedAnswerError, "no text"),
+        (
+            lambda stubs: answered(stubs, message=said(None, reasoning_content="well, seven")),
+            MalformedAnswerError,
+            "no text",
+        ),
+        (
+            lambda stubs: answered(
+                stubs, message=said(""), finish_reason="error", error={"code": 502, "message": "upstream died"}
+            ),
+            ServerFailureError,
+            "upstream died",
+        ),
+        (
+            lambda stubs: answered(stubs, message=said("[[ ## ans"), finish_reason="error"),
+            ServerFailureError,
+            "broke off",
+        ),
+        (
+            lambda stubs: answered(stubs, message=said("", reasoning_content="well"), finish_reason="length"),
+            ProviderError,
+            "ceiling of 50 tokens before it began",
+        ),
+        (
+            lambda stubs: answered(stubs, message=said(None), finish_reason="length"),
+            ProviderError,
+            "--copa-answer-tokens",
+        ),
+    ],
+    ids=[
+        "no choices",
+        "null",
+        "no content",
+        "only thoughts",
+        "error in a choice",
+        "broken off",
+        "length",
+        "length, null",
+    ],
+)
+def test_what_is_no_answer_is_an_error_paid_and_not_kept(
+    make, stub, stubs, body, kind, message, fast_path, monkeypatch
+):
+    monkeypatch.setenv(SWITCH, fast_path)
+    stub.replies = [stubs.Reply(body=body(stubs))]
+    with open_scope("t") as scope, pytest.raises(kind, match=message):
+        make()("hi")
+    assert (scope.usage().paid_calls, scope.usage().failed_calls) == (1, 1)
+    assert "7" in make()("hi")[0]  # asked anew: nothing was stored
+    assert stub.n_requests == 2
+
+
+@pytest.mark.parametrize("fast_path", ["1", "0"])
+def test_a_model_that_says_nothing_has_answered(make, stub, stubs, fast_path, monkeypatch):
+    monkeypatch.setenv(SWITCH, fast_path)
+    stub.default = stubs.Reply(body=answered(stubs, message=said("")))
+    assert [make()("hi")[0] for _ in range(2)] == ["", ""]
+    assert stub.n_requests == 1
+
+
+def test_a_call_of_a_tool_needs_no_text(make, stub, stubs):
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    stub.replies = [
+        stubs.Reply(body=answered(stubs, message=said(None, tool_calls=[call]), finish_reason="tool_calls"))
+    ]
+    assert make()("hi")[0]["tool_calls"]
+
+
+def test_an_evaluation_with_such_answers_has_no_zeros(make, stub, stubs):
+    examples = [dspy.Example(question=str(index), answer="7").with_inputs("question") for index in range(4)]
+    stub.replies = [stubs.Reply(body=answered(stubs, choices=0))]
+    result = evaluate(
+        dspy.Predict("question -> answer"),
+        examples,
+        metric=lambda example, prediction: example.answer == prediction.answer,
+        split="test",
+        lm=make(),
+        threads=1,
+    )
+    assert (result.score, result.n_failed, result.n_unparsed) == (1.0, 1, 0)
+
+
+@pytest.mark.parametrize("fast_path", ["1", "0"])
+def test_token_counts_no_model_can_have_cost_the_worst_case_and_not_the_answer(
+    make, stub, stubs, tmp_path, fast_path, monkeypatch
+):
+    monkeypatch.setenv(SWITCH, fast_path)
+    usage = {"prompt_tokens": 10**20, "completion_tokens": 3, "total_tokens": 10**20 + 3}
+    stub.default = stubs.Reply(body=stubs.completion(usage=usage))
+    budget = Budget(usd=1.0, calls=50)
+    with whole_run(budget, directory=tmp_path, run_id="r") as ledger, open_scope("t", budget=Budget(usd=1.0)) as scope:
+        assert ["7" in make()(f"question {index}")[0] for index in range(3)] == [True] * 3
+        assert ledger.spent.calls == 3
+    assert (scope.usage().paid_calls, scope.usage().estimated_calls, stub.n_requests) == (3, 3, 3)
+    assert scope.usage().usd < 0.01
+    with open_scope("again", budget=Budget(usd=1.0)) as scope:
+        assert "7" in make()("question 1")[0]
+    assert stub.n_requests == 3
+
+
+# -- secrets
+
+
+def shown(caught, scope):
+    return str(caught.value) + repr(scope.first_failures) + "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        "x" * 185 + "KEY and more",  # cut in its middle, were it cut first
+        "the key KEY1 " + "y" * 300,
+        "authorization=Basic%20KEY",
+        "ending in TAIL",
+        "beginning with HEAD...",
+    ],
+)
+def test_echoes_of_a_key_are_masked_before_anything_is_cut(make, stub, stubs, echo, monkeypatch):
+    key = "plain/words+77 of a secret&key"
+    quoted = "plain%2Fwords%2B77%20of%20a%20secret%26key"
+    text = echo.replace("KEY", quoted if "%20" in echo else key).replace("TAIL", key[-14:]).replace("HEAD", key[:14])
+    for status, body in ((200, text.encode()), (401, json.dumps({"error": {"message": text}}).encode())):
+        stub.replies = [stubs.Reply(status, body=body)]
+        with open_scope("t") as scope, pytest.raises(ProviderError) as caught:
+            make(api_key=key)(f"hi {status}")
+        seen = shown(caught, scope)
+        assert not [seen for start in range(len(key) - 9) if key[start : start + 10] in seen]
+        assert not [seen for start in range(len(quoted) - 11) if quoted[start : start + 12] in seen]
+        assert "***" in seen
+
+
+def test_a_key_that_an_answer_repeats_is_neither_kept_nor_shown(make, stub, stubs, tmp_path):
+    stub.default = stubs.Reply(body=stubs.completion(f"you are Bearer {API_KEY}, are you not?"))
+    assert [make()("hi")[0] for _ in range(2)] == ["you are Bearer ***, are you not?"] * 2
+    assert stub.n_requests == 1
+    assert API_KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_refusal_that_repeats_a_key_is_masked_before_it_is_cut(make, stub, stubs):
+    text = "I will not, " + "x" * 275 + API_KEY
+    stub.default = stubs.Reply(body=stubs.completion(None, refusal=text))
+    with open_scope("t") as scope, pytest.raises(RefusalError) as caught:
+        make()("hi")
+    assert API_KEY[:10] not in shown(caught, scope)
