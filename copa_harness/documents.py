@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""In a text that names an object by where it lies, which says nothing."""
 
 
 def to_jsonable(value: Any, *, fallback: Callable[[Any], Any] | None = repr) -> Any:
@@ -225,12 +226,13 @@ def hash_json(value: Any) -> str:
     Raises:
         TypeError: for a value with neither a JSON form nor a `repr` that is the same in every process.
     """
-    return hashlib.sha256(canonical_json(value, fallback=_stable_repr).encode("utf-8")).hexdigest()
+    text = canonical_json(value, fallback=_stable_repr)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _stable_repr(value: Any) -> str:
     text, kind = repr(value), f"{type(value).__module__}.{type(value).__qualname__}"
-    if _ADDRESS.search(text):
+    if ADDRESS.search(text):
         raise TypeError(
             f"got a {kind}, whose only text is a memory address; expected a value that can be fingerprinted. Convert "
             "it to plain values, or give its class a __repr__ that shows its content."

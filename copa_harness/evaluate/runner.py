@@ -74,6 +74,11 @@ class ExampleRun:
     too_long: bool = False
 
 
+def users_adapter() -> Any:
+    """The prompt adapter that the user chose (`dspy.settings.adapter`), None for the default one."""
+    return dspy.settings.adapter
+
+
 def default_adapter() -> Any:
     """The prompt adapter of this context: the user's (`dspy.settings.adapter`), else a ChatAdapter.
 
@@ -81,7 +86,7 @@ def default_adapter() -> Any:
     a metered run must not pay twice for an answer that is simply wrong, unless it is asked to (`json_fallback`).
     """
     asks_again = current_context().json_fallback
-    return dspy.settings.adapter or prompt_adapter(use_json_adapter_fallback=asks_again)
+    return users_adapter() or prompt_adapter(use_json_adapter_fallback=asks_again)
 
 
 def program_lms(program: dspy.Module) -> tuple[Any, ...]:

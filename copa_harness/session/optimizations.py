@@ -1,7 +1,8 @@
 """Finished optimizations by everything their outcome depends on: the same optimization is never made twice.
 
-The key covers data, metric source, program, fingerprints of the models, strategy, budget, seed, search settings,
-package versions and this package's own source. An optimization is looked up in memory, then on disk, and only then
+The key covers data, metric and program with whatever they reach (`store/fingerprints.py`), the prompt adapter,
+fingerprints and settings of the models, strategy, budget, seed, search settings, package versions and this package's
+own source. An optimization is looked up in memory, then on disk, and only then
 made: under a lock, so that of several processes that need it one makes it and the others wait and find it done. One
 found on disk costs no call, no training step and no import of torch or Optuna.
 
@@ -264,17 +265,13 @@ class Optimizations:
 
 
 def program_fingerprint(program: dspy.Module) -> str:
-    """SHA-256 of a program: the source of its class and the state of its predictors, models left out."""
+    """SHA-256 of a program: its class, attributes and predictors, models left out, and the user's prompt adapter."""
     from copa_harness.documents import hash_json
+    from copa_harness.evaluate.runner import users_adapter
     from copa_harness.store.fingerprints import hash_source
 
-    state: Mapping[str, Any] = program.dump_state(json_mode=True)
-    bare = {
-        name: {key: value for key, value in part.items() if key != "lm"} if isinstance(part, Mapping) else part
-        for name, part in state.items()
-        if name != "lm"
-    }
-    return hash_json([hash_source(type(program)), bare])
+    adapter = users_adapter()
+    return hash_json([hash_source(program, models=False), None if adapter is None else hash_source(adapter)])
 
 
 def task_fingerprint(task: Task) -> str:
@@ -310,13 +307,14 @@ def fingerprints_of(task: Task, program: dspy.Module, lm: MeteredLM) -> dict[str
 def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> str:
     from copa_harness.documents import hash_json
     from copa_harness.report.provenance import versions
+    from copa_harness.store.fingerprints import hash_source
     from copa_harness.strategy import parse_strategy
 
     return hash_json(
         {
             "task": task_fingerprint(task),
             "lm": [lm.model, lm.fingerprint, lm.kwargs, lm.answer_tokens],
-            "own_lms": [[p.lm.model, getattr(p.lm, "fingerprint", None)] for p in task.program.predictors() if p.lm],
+            "own_lms": [hash_source(p.lm) for p in task.program.predictors() if p.lm],
             "trained": getattr(lm.engine, "weights_fingerprint", None),  # a copy of what a server runs
             "prompt_lm": prompt_lm and [prompt_lm.model, prompt_lm.fingerprint, prompt_lm.kwargs],
             "strategy": [str(step) for step in parse_strategy(settings.strategy)],

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import dspy
 import pytest
@@ -53,6 +54,61 @@ def test_a_cache_that_cannot_be_made_is_told_with_its_remedy_once(tmp_path: Path
     with pytest.raises(ConfigurationError, match=r"cache directory .* cannot be used: cannot create") as told:
         CopaSession(settings(tmp_path))
     assert str(told.value).count("--copa-cache-dir") == 1
+
+
+SCALE = {"hit": 1.0}
+
+
+def scaled(example, prediction, trace=None) -> float:
+    return SCALE["hit"] * float(example.answer == prediction.answer)
+
+
+class Sorter(dspy.Module):
+    def __init__(self, kind: type = str, limit: int = 1):
+        super().__init__()
+        self.limit = limit
+        self.sort = dspy.Predict(
+            dspy.Signature({"question": (str, dspy.InputField()), "answer": (kind, dspy.OutputField())})
+        )
+
+    def forward(self, **inputs):
+        return self.sort(**inputs)
+
+
+def with_model(temperature: float) -> Sorter:
+    program = Sorter()
+    program.sort.lm = dspy.LM("openai/m", temperature=temperature, api_key="k")
+    return program
+
+
+def key_of(folder: Path, program: dspy.Module) -> tuple[str, str]:
+    """The key of an optimization, and the fingerprint of what judges it."""
+    rows = [dspy.Example(question=f"q{i}", answer="yes").with_inputs("question") for i in range(12)]
+    task = Task("keyed", program, scaled, rows[:4], rows[4:8], rows[8:])
+    lm = ScriptedLM("yes", fingerprint="scripted")
+    key = optimizations._key(task, lm=lm, prompt_lm=None, settings=settings(folder))
+    return key, optimizations.fingerprints_of(task, program, lm)["metric"]
+
+
+def test_an_optimization_is_not_taken_for_one_of_another_program_model_or_prompt_adapter(tmp_path: Path) -> None:
+    keys = [key_of(tmp_path, Sorter()), key_of(tmp_path, Sorter())]
+    assert keys[0] == keys[1]
+    changed = [Sorter(limit=2), Sorter(Literal["yes", "no"]), Sorter(Literal["yes", "maybe"])]
+    changed += [with_model(0.0), with_model(1.0)]
+    keys += [key_of(tmp_path, program) for program in changed]
+    for adapter in (dspy.JSONAdapter(), dspy.ChatAdapter(use_native_function_calling=True)):
+        with dspy.context(adapter=adapter):
+            keys.append(key_of(tmp_path, Sorter()))
+    assert len({key for key, _ in keys}) == len(keys) - 1
+    assert len({metric for _, metric in keys}) == 1
+
+
+def test_a_metric_with_other_numbers_is_another_one(tmp_path: Path, monkeypatch) -> None:
+    before = key_of(tmp_path, Sorter())
+    monkeypatch.setitem(SCALE, "hit", 0.5)
+    after = key_of(tmp_path, Sorter())
+    assert before[0] != after[0]
+    assert before[1] != after[1]  # a baseline of the old one is not comparable
 
 
 def needing_it(folder: Path, *, doomed_after: int = 0):
