@@ -166,7 +166,7 @@ class _Description:
         mentioned = {
             name: self._of_global(function.__globals__[name], names, (*trail, name))
             for name in sorted(names & function.__globals__.keys())
-            if not _OTHER_NAMES.search(name)
+            if not (name.startswith("@") or _OTHER_NAMES.search(name))  # "@": what pytest writes into assertions
         }
         defaults = [function.__defaults__, function.__kwdefaults__]
         return ["function", function.__qualname__, source, closed_over, self._items(defaults, trail), mentioned]
