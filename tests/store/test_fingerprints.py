@@ -465,3 +465,15 @@ def test_the_fingerprint_does_not_depend_on_the_hash_seed(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
     assert len({answer(seed) for seed in range(1, 5)}) == 1
+
+
+def test_a_program_changes_with_the_functions_of_its_tools():
+    def acting(step):
+        def add(a: int, b: int) -> int:
+            """Add two numbers."""
+            return a + b + step
+
+        return dspy.ReAct("question -> answer", tools=[add])
+
+    assert hash_source(acting(0), models=False) == hash_source(acting(0), models=False)
+    assert hash_source(acting(0), models=False) != hash_source(acting(1), models=False)
