@@ -264,7 +264,7 @@ class Optimizations:
 
 
 def program_fingerprint(program: dspy.Module) -> str:
-    """SHA-256 of a program: the source of its class and the state of its predictors, models left out."""
+    """SHA-256 of a program: the source of its class and its tools, and the state of its predictors, models left out."""
     from copa_harness.documents import hash_json
     from copa_harness.store.fingerprints import hash_source
 
@@ -274,7 +274,14 @@ def program_fingerprint(program: dspy.Module) -> str:
         for name, part in state.items()
         if name != "lm"
     }
-    return hash_json([hash_source(type(program)), bare])
+    tools = {  # `dspy.ReAct` and its like; their descriptions stand in the instructions already
+        f"{name}.{key}": hash_source(tool.func)
+        for name, module in program.named_sub_modules()
+        if isinstance(found := getattr(module, "tools", None), Mapping)
+        for key, tool in found.items()
+        if callable(getattr(tool, "func", None))
+    }
+    return hash_json([hash_source(type(program)), bare, *([tools] if tools else [])])
 
 
 def task_fingerprint(task: Task) -> str:
