@@ -72,8 +72,9 @@ def _value(node: ast.AST) -> float:
     Raises:
         ValueError: It is none of those the tool takes.
     """
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value: float = node.value
+    value: float
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        value = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         value = _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -108,16 +109,17 @@ def agent(seed: int = 0, *, n_train: int = 24, n_val: int = 16, n_test: int = 32
     """
     import dspy
 
-    n_rows = {"testset": n_test, "trainset": n_train, "valset": n_val}  # test rows stay when others change
-    questions = _questions(np.random.default_rng(seed), sum(n_rows.values()))
-    rows = iter(dspy.Example(question=text, answer=str(total)).with_inputs("question") for text, total in questions)
-    splits = {name: [next(rows) for _ in range(n)] for name, n in n_rows.items()}
+    questions = _questions(np.random.default_rng(seed), n_test + n_train + n_val)
+    rows = [dspy.Example(question=text, answer=str(total)).with_inputs("question") for text, total in questions]
+    test, train, val = rows[:n_test], rows[n_test : n_test + n_train], rows[n_test + n_train :]  # test rows stay
     signature = dspy.Signature("question -> answer", "Say what a customer has to pay, as a number of dollars.")
     return Task(
         "agent",
         dspy.ReAct(signature, tools=[price_of, calculator], max_iters=max_iters),
         same_number,
-        **splits,
+        train,
+        val,
+        test,
         description="what articles of a price list cost, with two tools",
     )
 

@@ -1,4 +1,8 @@
-"""A shop assistant with two tools: `dspy.ReAct` on a local model, which is asked for tools in text."""
+"""A shop assistant with two tools: `dspy.ReAct` on a local model, which is asked for tools in text.
+
+Measured with smollm2 (135M): 16 of 16 answers do not parse, for it writes no arguments of a tool; so there is no
+threshold, and the test holds only that nothing failed on the way.
+"""
 
 import pytest
 
