@@ -18,6 +18,7 @@ from copa_harness.judge.flaky import flaky_report, min_pass_all
 from copa_harness.judge.intervals import group_labels, mean_interval, rows_to_settle
 from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import BLESS, JudgedRun, better_than, max_regression
+from copa_harness.judge.violations import max_violation_rate
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
 _ROUNDING = 1e-9
@@ -36,11 +37,12 @@ def judge(
         seed: of the resampling methods.
 
     Returns:
-        One answer per active gate, in the order errors, score, regression, opponent, repeats, spending. Empty
-        evaluations are errors, and so are those in which no answer parses.
+        One answer per active gate, in the order errors, score, regression, opponent, repeats, violations, spending.
+        Empty evaluations are errors, and so are those in which no answer parses.
 
     Raises:
-        ValueError: `max_calls` is set without `calls`, or another spending gate without `usage`.
+        ValueError: `max_calls` is set without `calls`, another spending gate without `usage`, or `max_violation_rate`
+            without `violations`.
     """
     answers: list[GateResult] = []
     evaluation = run.evaluation
@@ -63,6 +65,11 @@ def judge(
             single = {row.example_id: (row.score,) for row in evaluation.results}
             report = flaky_report(run.repeats or single, pass_score=pass_score)
             answers.append(min_pass_all(report, gates.min_pass_all))
+        if gates.max_violation_rate is not None:
+            if run.violations is None:
+                raise ValueError("got max_violation_rate without violations; expected what changed forms were answered")
+            most, errors = gates.max_violation_rate, gates.max_error_rate
+            answers.append(max_violation_rate(run.violations, most, max_error_rate=errors, seed=seed))
     answers.extend(judge_spending(run, gates))
     return tuple(answers)
 

@@ -68,6 +68,13 @@ class Gates:
     min_pass_all: float | None = _gate(
         None, check=SHARE, example="0.9", help="least share of test examples that pass every repeat (--copa-repeat)"
     )
+    max_violation_rate: float | None = _gate(
+        None,
+        check=SHARE,
+        example="0.1",
+        help="largest share of the test examples right as given that may be wrong in a form that should change nothing "
+        "(the search setting `perturbations`)",
+    )
     undecided_fails: bool = _gate(
         False, check=SWITCH, help="whether gates that are undecided or not comparable fail the test"
     )

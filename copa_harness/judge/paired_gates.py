@@ -17,6 +17,7 @@ from copa_harness.formatting import counted, number
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
 from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, scores_by_id
+from copa_harness.judge.violations import Violations
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
 COMPARED = ("data", "split", "metric")
@@ -60,6 +61,7 @@ class JudgedRun:
         opponent: what `better_than` names; None when there is no such result.
         calls: model calls charged to the run; needed by `max_calls`.
         usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
+        violations: what changed forms of its examples were answered; needed by `max_violation_rate`.
     """
 
     evaluation: EvaluationResult | None
@@ -71,6 +73,7 @@ class JudgedRun:
     opponent: Reference | None = None
     calls: float | None = None
     usage: Usage | None = None
+    violations: Violations | None = None
 
     def paired_with(self, reference: Reference) -> PairedScores:
         """Scores of the reference and of this run, for the examples in common."""

@@ -38,6 +38,7 @@ from copa_harness.optimize.step_budget import Choice, resolved
 from copa_harness.optimize.steps import execute
 from copa_harness.option_fields import check_names, options_of, values_of
 from copa_harness.results import Budget
+from copa_harness.robustness.perturbations import Forms
 from copa_harness.strategy import Step, parse_strategy
 
 logger = logging.getLogger("copa_harness")
@@ -143,8 +144,14 @@ class COPA(Teleprompter):
             check_metered(lm)
         steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
         observe = self.constraints.measured or self.preference is not None
+        forms = Forms(settings.perturbations, settings.seed, self.prompt_lm) if settings.robust else None
         whole = Validation(
-            validation_examples, metric=self.metric, threads=settings.threads, seed=settings.seed, observe=observe
+            validation_examples,
+            metric=self.metric,
+            threads=settings.threads,
+            seed=settings.seed,
+            observe=observe,
+            forms=forms,
         )
         validation, plan = plan_holdout(
             whole, candidate, steps, settings, n_training=len(train), calls=self.budget.calls
@@ -176,6 +183,8 @@ class COPA(Teleprompter):
                 finetune_data=self.finetune_data,
             )
             run = Run(context, scope=scope, journal=journal, progress=Progress(scope, write=self.on_progress))
+            if forms is not None:
+                run.note(f"robust: a row counts as the worst of itself and its forms {', '.join(forms.labels)}")
             if choice is not None:
                 run.note(str(choice), headline=True)
                 run.progress.say(str(choice))

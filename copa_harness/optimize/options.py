@@ -55,6 +55,12 @@ def check_groundings(names: Any) -> None:
         )
 
 
+def _check_perturbations(names: Any) -> None:
+    from copa_harness.robustness.perturbations import check_names
+
+    check_names(names)
+
+
 def _check_optimizer_kwargs(given: Any) -> None:
     from copa_harness.optimize.dspy_optimizers.kwargs import check_optimizer_kwargs
 
@@ -182,6 +188,18 @@ class SearchOptions:
     bare_share: float = _search(
         0.2, check=SHARE, help="share of the rows also rendered bare when rows carry demonstrations"
     )
+    robust: bool = _search(
+        False,
+        check=SWITCH,
+        help="whether a validation row counts as the worst of itself and its changed forms (`perturbations`), which "
+        "are asked and paid for like any other row",
+    )
+    perturbations: tuple[str, ...] = _search(
+        ("white_space", "field_order", "demo_order"),
+        check=words_check("a list, for instance ['typos', 'field_order']", meaning=_check_perturbations),
+        help="changes that should not change an answer, for `robust` and the gate max_violation_rate: the names in "
+        "[robustness](../robustness/README.md); one named twice gives two forms of a row",
+    )
     optimizer_kwargs: Mapping[str, Mapping[str, Any]] = _search(
         None,
         check=mapping_check(
@@ -213,6 +231,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         check_fields(self, "got {name}={value!r}; {problem}")
         object.__setattr__(self, "groundings", tuple(self.groundings))
+        object.__setattr__(self, "perturbations", tuple(self.perturbations))
         object.__setattr__(self, "optimizer_kwargs", dict(self.optimizer_kwargs or {}))
 
     def lora_settings(

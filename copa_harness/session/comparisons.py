@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.report.records import RunRecord
     from copa_harness.session.runs import ScoredEvaluation
+    from copa_harness.session.violations import FormMeter
     from copa_harness.store.baselines import Baseline
     from copa_harness.tasks.task import Task
 
 _EARLY = ("min_score", "max_regression", "better_than")
 """Gates that can be decided before all examples are evaluated."""
 
-ON_SCORES = (*_EARLY, "min_pass_all")
+ON_SCORES = (*_EARLY, "min_pass_all", "max_violation_rate")
 """Gates that mean nothing once test examples were seen, or when only some were evaluated."""
 
 
@@ -195,6 +196,7 @@ class GateContext:
         leakage: What of the split was seen.
         earlier: Runs of this session by strategy.
         settings: In force for this run.
+        forms: Measures changed forms of the examples; None before they are evaluated.
     """
 
     task: str
@@ -208,6 +210,7 @@ class GateContext:
     leakage: LeakageReport
     earlier: Mapping[str, EarlierRun]
     settings: Settings
+    forms: FormMeter | None = None
 
     def for_unplanned(self, test: str, asked: Mapping[str, Any]) -> GateContext:
         """This context with the error rate of comparisons that `check()` was given and nobody could count beforehand.
@@ -250,6 +253,8 @@ class GateContext:
         leaked = leakage_gate(self.leakage)
         rules = rules_of(gates, self.settings, on_scores=not leaked)
         run = self._judged_run(rules, evaluation, accepted=accepted)
+        if rules.max_violation_rate is not None and self.forms is not None:
+            run = replace(run, violations=self.forms.measured())
         answers = judge(replace(run, repeats=repeats or None), rules, seed=self.settings.seed)
         name = rules.better_than
         if name is None or run.opponent is not None:
@@ -276,7 +281,7 @@ class GateContext:
     ) -> tuple[SequentialAnswer, tuple[GateResult, ...]]:
         """What a watched evaluation came to, with the gates on spending."""
         answer = watch.finish(evaluation)
-        return answer, answer.gates + self.spending(evaluation, gates)
+        return answer, answer.gates + _left_out(gates) + self.spending(evaluation, gates)
 
     def spending(self, evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
         """The answers of the gates on what was spent."""
@@ -321,6 +326,14 @@ class GateContext:
         if name in self.earlier:
             return self.earlier[name]
         return accepted_opponent(rules.better_than, task=self.task, model=self.model, settings=self.settings)
+
+
+def _left_out(gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
+    """The gates that an evaluation in sequential mode cannot answer."""
+    if gates.get("max_violation_rate") is None:
+        return ()
+    message = "changed forms are asked of a whole test split only. Next: run without --copa-sequential."
+    return (GateResult(f"max_violation_rate={gates['max_violation_rate']:g}", Verdict.UNDECIDED, message, {}),)
 
 
 def _deferred(name: str, rules: Gates) -> GateResult:

@@ -81,7 +81,7 @@ def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -
 
 PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")
 
-_SHAPING = ("strategy.py", "lm", "evaluate", "tune", "optimize")
+_SHAPING = ("strategy.py", "lm", "evaluate", "tune", "optimize", "robustness")
 """Modules and rooms of this package that decide how an optimization runs."""
 
 
@@ -331,6 +331,8 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
 def _search_key(search: Mapping[str, Any]) -> dict[str, Any]:
     """Search options as keys hold them."""
     key = {name: asdict(value) if is_dataclass(value) else value for name, value in search.items()}  # type: ignore[arg-type]
+    if not key.get("robust"):
+        key.pop("perturbations", None)  # a gate's affair
     if "pass_score" in key:
         key["min_score"] = key.pop("pass_score")  # its name in `COPA` when the first keys were made
     return key

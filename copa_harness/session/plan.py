@@ -7,13 +7,15 @@ evaluation of the program as written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from copa_harness.results import Phase
 from copa_harness.session.evaluation import searches_both, split_of
 from copa_harness.session.options import Settings
+from copa_harness.session.violations import perturbations_of
 
 if TYPE_CHECKING:
     import dspy
@@ -87,8 +89,9 @@ def plan_run(
     """
     what = "program as written, test split"
     plain = plan_evaluation(task, task.program, lm, split="test", settings=settings, what=what, key=f"{key} none")
+    forms = _changed_forms(task, plain, settings, key=f"{key} {strategy} {settings.seed} forms")
     if strategy == "none":
-        return [plain]
+        return [plain, *forms]
     if finished is not None:
         n_asked = finished.result.charged_calls
         return [
@@ -103,6 +106,7 @@ def plan_run(
                 what=f"{strategy}, test split",
                 key=f"{finished.key} test",
             ),
+            *forms,
         ]
     budget = settings.budget
     n_more = 3 if searches_both(strategy) else 1
@@ -128,7 +132,20 @@ def plan_run(
             later.usd,
             f"{key} {strategy} {budget.name} {settings.seed} test",
         ),
+        *forms,
     ]
+
+
+def _changed_forms(task: Task, plain: PlanLine, settings: Settings, *, key: str) -> list[PlanLine]:
+    """What the gate `max_violation_rate` may take, if there is one: every test row in every form, and shrinking."""
+    if settings.gates.get("max_violation_rate") is None:
+        return []
+    from copa_harness.robustness.strategies import MAX_TRIES
+
+    n_evaluation = plain.calls + plain.cached
+    n_asked = n_evaluation * len(perturbations_of(settings)) + MAX_TRIES * n_evaluation / len(task.testset)
+    bound = _scaled(plain, math.ceil(n_asked))
+    return [replace(bound, what="changed forms of the test split (at most)", cached=0, key=key)]
 
 
 def plan_text(lines: Sequence[PlanLine]) -> str:

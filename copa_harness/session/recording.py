@@ -29,6 +29,7 @@ from copa_harness.session.evaluation import (
 from copa_harness.session.optimizations import Optimized, fingerprints_of
 from copa_harness.session.options import Settings, check_gates
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
+from copa_harness.session.violations import FormMeter
 
 if TYPE_CHECKING:
     import dspy
@@ -42,7 +43,14 @@ if TYPE_CHECKING:
 
 
 def finish_run(
-    task: Task, optimized: Optimized, *, base: MeteredLM, settings: Settings, history: RunHistory, test: str
+    task: Task,
+    optimized: Optimized,
+    *,
+    base: MeteredLM,
+    prompt_lm: MeteredLM | None,
+    settings: Settings,
+    history: RunHistory,
+    test: str,
 ) -> tuple[Entry, CopaRun]:
     """Measure an optimized program on the test split, hold it to its gates and record it.
 
@@ -50,6 +58,7 @@ def finish_run(
         task: What to measure on.
         optimized: The program, its model, and how it was found.
         base: The base model.
+        prompt_lm: Writes paraphrases, where a gate asks for them.
         settings: In force for this run, its gates among them.
         history: Earlier runs of the session; this one is added if it is complete.
         test: Id of the test that asked.
@@ -71,6 +80,8 @@ def finish_run(
         task, program, optimized.lm, split="test", strategy=strategy, settings=settings, watch=watch, warns=warns
     )
     evaluation = measured.evaluation
+    forms = FormMeter(task, program, optimized.lm, evaluation.results, settings, prompt_lm)
+    context = replace(context, forms=forms)
     judged = _judge(context, measured, gates, watch=watch)
     comparison, gained = None, _Gained()
     if evaluation.n == context.n_expected:
@@ -88,7 +99,7 @@ def finish_run(
         base=base,
         settings=settings,
         optimized=optimized,
-        more_phases=gained.phases,
+        more_phases=(*forms.phases, *gained.phases),
         gates=judged.answers,
         sequential=judged.sequential,
         attribution=gained.attribution,
@@ -197,20 +208,21 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
 def _second_judgement(
     context: GateContext, measured: Measured, judged: _Judged, *, gates: Mapping[str, Any], test: str
 ) -> Any:
-    """What answers the gates that `check()` is given."""
+    """What answers the gates that `check()` is given, and tells what it spent on that."""
 
-    def judge_again(asked: Mapping[str, Any]) -> tuple[GateResult, ...]:
+    def judge_again(asked: Mapping[str, Any]) -> tuple[tuple[GateResult, ...], tuple[PhaseRecord, ...]]:
         check_gates(asked, where="copa_run.check()")
         if judged.sequential is None:
-            judging = context.for_unplanned(test, asked)
+            judging, told = context.for_unplanned(test, asked), () if context.forms is None else context.forms.phases
             both = {**gates, **asked}
-            return judging.judged(measured.evaluation, both, repeats=measured.repeats, accepted=judged.accepted)
+            answers = judging.judged(measured.evaluation, both, repeats=measured.repeats, accepted=judged.accepted)
+            return answers, () if context.forms is None or told else context.forms.phases
         if decided := [name for name in asked if name in (*ON_SCORES, "max_error_rate")]:
             raise ConfigurationError(
                 f"copa_run.check(): got {', '.join(decided)} for an evaluation that stopped early, when the marker's "
                 f"gates were decided (--copa-sequential); expected gates on scores in the marker."
             )
-        return judged.answers + context.spending(measured.evaluation, asked)
+        return judged.answers + context.spending(measured.evaluation, asked), ()
 
     return judge_again
 

@@ -106,7 +106,7 @@ class CopaRun:
         from_disk: The optimization was found finished on disk and not run again.
         undecided_fails: Whether `check()` fails on gates that are undecided or not comparable.
         checked: Whether the test called `check()`.
-        judge_again: Answers gates that `check()` is given.
+        judge_again: Answers gates that `check()` is given, and tells what was spent on it.
     """
 
     record: RunRecord
@@ -117,7 +117,7 @@ class CopaRun:
     from_disk: bool = False
     undecided_fails: bool = False
     checked: bool = False
-    judge_again: Callable[[Mapping[str, Any]], tuple[GateResult, ...]] | None = None
+    judge_again: Callable[[Mapping[str, Any]], tuple[tuple[GateResult, ...], tuple[PhaseRecord, ...]]] | None = None
 
     @property
     def task(self) -> str:
@@ -240,8 +240,9 @@ class CopaRun:
         __tracebackhide__ = True
         self.checked = True
         if gates and self.judge_again is not None:
-            answers = self.judge_again(gates)
-            self.record = replace(self.record, gates=answers, verdict=overall(answers))
+            answers, spent = self.judge_again(gates)
+            phases = (*self.record.phases, *spent)
+            self.record = replace(self.record, gates=answers, verdict=overall(answers), phases=phases)
             self.undecided_fails = gates.get("undecided_fails", self.undecided_fails)
         if is_failure(self.verdict_so_far, undecided_fails=self.undecided_fails):
             raise AssertionError(self.describe())

@@ -24,6 +24,7 @@ from copa_harness.session.options import Settings
 from copa_harness.session.plan import plan_run
 from copa_harness.session.recording import cut_short_entry, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
+from copa_harness.session.violations import forms_of
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ class CopaSession:
         base = self._metered(lm, settings)
         strategy = canonical(settings.strategy)
         _refuse_what_was_seen(_checked(task), settings.gates)
+        if settings.gates.get("max_violation_rate") is not None:
+            forms_of(settings, prompt_lm)  # who is to write paraphrases is asked before anything is spent
         if self._history.as_written(task, base) is None and strategy != "none":
             # First of all: a broken metric or model shows here, before anything is spent on searching.
             self.evaluate(task, lm=base, settings=settings, test=test)
@@ -212,7 +215,15 @@ class CopaSession:
                     f"{settings.budget.calls:,.0f} calls of its own"
                 )
             with lines_to(self._on_progress):
-                entry, run = finish_run(task, optimized, base=base, settings=settings, history=self._history, test=test)
+                entry, run = finish_run(
+                    task,
+                    optimized,
+                    base=base,
+                    prompt_lm=prompt_lm,
+                    settings=settings,
+                    history=self._history,
+                    test=test,
+                )
         self._keep(entry, run)
         return run
 

@@ -10,6 +10,7 @@ from copa_harness.lazy_imports import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "agent": ["agent"],
         "clinc150": ["clinc150"],
         "staged": ["staged_wine"],
         "tabular": ["breast_cancer", "exact_match", "iris", "wine"],

@@ -128,12 +128,19 @@ def request_messages(request: Request) -> list[dict[str, str]]:
     """The messages of a DSPy request as role and text; `developer` counts as `system`.
 
     Raises:
-        ProviderError: the request holds what a local text model cannot take (images, tools, a response format).
+        ConfigurationError: the request carries tools or a response format, and so would every other of the program.
+        ProviderError: the request holds what a local text model cannot take (images).
     """
-    if request.tools or request.config.response_format is not None:
-        raise ProviderError(
-            f"got a request with tools or a response format for {request.model}; expected text messages only; "
-            "remedy: use dspy.ChatAdapter without native function calling"
+    if request.tools:
+        raise ConfigurationError(
+            f"got a request with native tools= for {request.model}; a model in this process takes text only; remedy: "
+            "let DSPy write the tools into the prompt, as dspy.ReAct does, and dspy.ChatAdapter does for dspy.Tool "
+            "fields unless it has use_native_function_calling=True"
+        )
+    if request.config.response_format is not None:
+        raise ConfigurationError(
+            f"got a request with a response format for {request.model}; a model in this process writes free text; "
+            "remedy: use dspy.ChatAdapter without response_format=, or constrain=True for Literal, enum and bool fields"
         )
     messages: list[dict[str, str]] = []
     if request.system is not None:

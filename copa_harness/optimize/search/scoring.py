@@ -7,13 +7,17 @@ again. Before a block is started the allowance is asked whether it can be finish
 Costs are measured while the examples are scored, from what was stored with every answer when it was bought; a replayed
 run sees the same numbers. An answer may take several calls (stages, retries); all of them count. Seconds are those of
 the calls one after another, as they were when bought.
+
+In a robust search a row's score is the worst of the row itself and its changed forms (`robustness.perturbations`).
+Forms of a row that cannot get worse are not asked. A form without an answer leaves the row without a score: a failure
+of the provider is no weakness of a candidate.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +27,7 @@ import numpy as np
 from copa_harness.errors import ProviderError
 from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
-from copa_harness.evaluate.runner import default_adapter, raise_if_nothing_worked, run_examples
+from copa_harness.evaluate.runner import ExampleRun, default_adapter, raise_if_nothing_worked, run_examples
 from copa_harness.judge.explanations import unparsed_text
 from copa_harness.lm.call_context import Observed, observing
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
@@ -31,6 +35,7 @@ from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.racing import FULL, estimated_difference, mean_score, next_rows, paired_differences
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import ExampleResult, Phase
+from copa_harness.robustness.perturbations import Forms
 
 logger = logging.getLogger("copa_harness")
 
@@ -51,6 +56,7 @@ class Validation:
         seed: Of the order; the order is stratified, so every block has about the whole's mix of labels.
         block_size: Examples per block; default a quarter of the split, at least 5 and at most 32.
         observe: Measure what answers cost (see `cost`); a little slower.
+        forms: Changed forms of every row, of which the worst counts; None scores rows as they are.
     """
 
     def __init__(
@@ -62,7 +68,9 @@ class Validation:
         seed: int,
         block_size: int | None = None,
         observe: bool = False,
+        forms: Forms | None = None,
     ) -> None:
+        self.forms = forms
         self._seed, self._given_block_size = seed, block_size
         order = stratified_order(strata_of(examples), np.random.default_rng([seed, 202]))
         ids = example_ids(examples)
@@ -96,6 +104,7 @@ class Validation:
             seed=self._seed,
             block_size=self._given_block_size,
             observe=self._observe,
+            forms=self.forms,
         )
 
     @property
@@ -106,10 +115,16 @@ class Validation:
     def calls_per_example(self, candidate: Candidate) -> int:
         """An estimate from above: the most calls an example took so far, judges in the metric included.
 
-        At least one per predictor, and two while DSPy's ChatAdapter may ask a second time in JSON.
+        At least one per predictor, and two while DSPy's ChatAdapter may ask a second time in JSON; once more for every
+        changed form.
         """
         retries = 2 if getattr(default_adapter(), "use_json_adapter_fallback", False) else 1
-        return max(len(candidate.parts) * retries, self._calls_per_example)
+        return max(len(candidate.parts) * retries * self._asked_per_row, self._calls_per_example)
+
+    @property
+    def _asked_per_row(self) -> int:
+        """How often a row is asked at most: once, and once more in every form."""
+        return 1 + (0 if self.forms is None else len(self.forms.names))
 
     def scores(self, candidate: Candidate) -> tuple[float | None, ...]:
         """The candidate's score on every example in the fixed order; None where it has none (yet)."""
@@ -200,22 +215,18 @@ class Validation:
         if not allowance.can_afford(len(rows) * self.calls_per_example(candidate)):
             raise OutOfCalls
         charged = allowance.scope.charged_calls
+        program, examples = candidate.program(), {row: self.examples[row] for row in rows}
         with observing() if self._observe else nullcontext() as observer:
-            runs = run_examples(
-                candidate.program(),
-                [self.examples[row] for row in rows],
-                metric=self.metric,
-                split="validation",
-                phase=phase,
-                threads=self.threads,
-                ids=tuple(self.ids[row] for row in rows),
-            )
+            runs = self._asked(program, examples, phase=phase)
+            worst = {row: run.result.score for row, run in zip(rows, runs, strict=True)}
+            in_all = [*runs, *self._asked_in_forms(program, worst, phase=phase)]
         if self._calls_per_example == 0:  # the student failing throughout is a broken task, a candidate a bad candidate
             raise_if_nothing_worked(runs, split="validation")
         if observer is not None:
-            self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(runs))
+            self._costs[candidate.key] = self.cost(candidate).plus(observer.seen, n_answers=len(in_all))
         mean_charged = math.ceil((allowance.scope.charged_calls - charged) / len(runs))
-        self._calls_per_example = max(1, self._calls_per_example, mean_charged, *(len(run.trace) for run in runs))
+        most = self._asked_per_row * max(len(run.trace) for run in in_all)
+        self._calls_per_example = max(1, self._calls_per_example, mean_charged, most)
         # A prompt too long for the model is the candidate's fault; any other failure of a whole block the provider's.
         dead = all(run.result.outcome == "provider_error" and not run.too_long for run in runs)
         self._n_dead = self._n_dead + math.ceil(len(rows) / self.block_size) if dead else 0
@@ -225,8 +236,39 @@ class Validation:
                 f"no answer from the model for {self._n_dead} candidates in a row; the last error: "
                 f"{runs[0].result.error}"
             )
-        self._note_unparsed(candidate, [run.result for run in runs])
-        row_scores.update((row, run.result.score) for row, run in zip(rows, runs, strict=True))
+        self._note_unparsed(candidate, [run.result for run in in_all])
+        row_scores.update(worst)
+
+    def _asked(
+        self, program: dspy.Module, examples: Mapping[int, dspy.Example], *, phase: Phase
+    ) -> tuple[ExampleRun, ...]:
+        return run_examples(
+            program,
+            list(examples.values()),
+            metric=self.metric,
+            split="validation",
+            phase=phase,
+            threads=self.threads,
+            ids=tuple(self.ids[row] for row in examples),
+        )
+
+    def _asked_in_forms(
+        self, program: dspy.Module, worst: dict[int, float | None], *, phase: Phase
+    ) -> list[ExampleRun]:
+        """Ask rows that could still get worse in every form, and keep each row's worst score in `worst`."""
+        if self.forms is None:
+            return []
+        found: list[ExampleRun] = []
+        rows = [row for row, score in worst.items() if score]
+        for form in self.forms.of(program, [self.examples[row] for row in rows]):
+            changed = {rows[i]: example for i, example in form.rows.items() if worst[rows[i]]}
+            if changed:
+                runs = self._asked(form.program, changed, phase=phase)
+                for row, run in zip(changed, runs, strict=True):
+                    score, before = run.result.score, worst[row]
+                    worst[row] = None if score is None or before is None else min(score, before)
+                found += runs
+        return found
 
     def _note_unparsed(self, candidate: Candidate, results: Sequence[ExampleResult]) -> None:
         unparsed = [result for result in results if result.outcome == "unparsed"]

@@ -301,8 +301,11 @@ def test_a_path_that_is_no_model_is_a_clear_error(tmp_path):
 def test_what_a_local_model_cannot_take_is_refused_instead_of_ignored(engine):
     message = Message.user("x")
     tool = FunctionTool(name="f", description="d", parameters={"type": "object", "properties": {}})
-    with pytest.raises(ProviderError, match="tools"):
+    with pytest.raises(ConfigurationError, match=r"native tools= .*remedy: let DSPy write the tools into the prompt"):
         engine.complete(Request(model="hf:tiny", messages=(message,), tools=(tool,)), seed=0)
+    json = Config(response_format={"type": "json_object"})
+    with pytest.raises(ConfigurationError, match="response format"):
+        engine.complete(Request(model="hf:tiny", messages=(message,), config=json), seed=0)
     for name, value in (("probabilities", "required"), ("frequency_penalty", 1.0)):
         with pytest.raises(ProviderError, match=name):
             engine.complete(Request(model="hf:tiny", messages=(message,), config=Config(**{name: value})), seed=0)

@@ -1,0 +1,21 @@
+"""Iris, asked in other forms: the order of its four lengths and the blanks around them should not change a flower."""
+
+import pytest
+
+from copa_harness.tasks import iris
+
+pytestmark = pytest.mark.copa(models="embedded", perturbations=["field_order", "white_space"])
+
+
+VIOLATIONS = 0.9
+"""Measured: .76 of the flowers right as given (order .66, blanks .34); weights learn one layout. 181 calls in all."""
+
+
+@pytest.fixture(scope="module")
+def copa_task():
+    return iris(n_train=24, n_val=12, n_test=30)
+
+
+@pytest.mark.copa(strategy="w", max_violation_rate=VIOLATIONS)
+def test_weights(copa_run):
+    copa_run.check()
