@@ -174,13 +174,14 @@ def _search(passages: Sequence[str], *, n_passages: int) -> Callable[[object], l
     from dspy.predict.parameter import Parameter
 
     def words(text: str) -> list[str]:
-        return bm25s.tokenize([text], token_pattern=r"\w+", return_ids=False, show_progress=False)[0]  # type: ignore[no-any-return]
+        (found,) = bm25s.tokenize([text], token_pattern=r"\w+", return_ids=False, show_progress=False)
+        return list(found)
 
     index = bm25s.BM25()
     index.index([words(passage) for passage in passages], show_progress=False)
     digest = hash_json(list(passages))
 
-    class Search(Parameter):  # type: ignore[misc]
+    class Search(Parameter):
         """A part of the program's state: other passages make another program, whose results are kept apart."""
 
         def __call__(self, query: object) -> list[str]:

@@ -1,15 +1,18 @@
 """What the fields of a record hold, as lines of the instruction: counted in the rows, written by a prompt LM."""
 
 import enum
+import json
 from types import SimpleNamespace
 
 import dspy
 import pytest
 from pydantic import BaseModel, Field
 
+from copa_harness import COPA
 from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.propose.field_descriptions import (
+    HEADING,
     counted,
     described_fields,
     descriptions_in,
@@ -18,9 +21,11 @@ from copa_harness.optimize.propose.field_descriptions import (
 )
 from copa_harness.optimize.propose.instructions import rule_based
 from copa_harness.optimize.propose.proposer import propose_instructions
+from copa_harness.optimize.result import apply_state
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.step_budget import CallBudget
+from copa_harness.tasks import order_emails
 from tests.optimize.conftest import context_of
 
 
@@ -123,3 +128,23 @@ def test_a_prompt_lm_describes_the_fields_and_only_those_there_are():
         assert "price" not in text
     shown = next(m[-1]["content"] for m in asked if "[[ ## field_descriptions ## ]]" in m[0]["content"])
     assert 'parts.name: as printed; for example "wheel"' in shown
+
+
+def test_a_search_chooses_them_where_they_help_and_the_result_can_be_stored():
+    task = order_emails(n_train=8, n_val=8, n_test=8)
+    rows = {e.text: e.record for split in (task.trainset, task.valset, task.testset) for e in split}
+
+    def answer(messages):
+        record = next(record for text, record in rows.items() if text in messages[-1]["content"])
+        shown = "null where the text does not say" in messages[0]["content"]
+        return {"record": (record if shown else record.model_copy(update={"customer": "?"})).model_dump_json()}
+
+    lm = ScriptedLM(answer)
+    copa = COPA(metric=task.metric, strategy="p", budget=150, lm=lm, max_demos=2, adoption_p=1.0)
+    program = copa.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
+    result = program.copa_result
+    assert (result.score_before, result.score_after) == (0.75, 1.0)
+    assert HEADING in program.predictors()[0].signature.instructions
+    stored = json.loads(json.dumps(result.state))
+    restored = apply_state(task.program, stored, lm=lm)
+    assert restored(**task.testset[0].inputs()).record == task.testset[0].record
