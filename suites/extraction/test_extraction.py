@@ -9,7 +9,7 @@ import pytest
 
 from copa_harness.tasks import order_emails
 
-pytestmark = pytest.mark.copa(models="!embedded", answer_tokens=160)
+pytestmark = pytest.mark.copa(models="smollm2, hf:*, gguf:*", constrain=True, answer_tokens=160)
 
 
 @pytest.fixture(scope="module")

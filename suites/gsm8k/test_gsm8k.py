@@ -10,7 +10,7 @@ import pytest
 from copa_harness.errors import TaskError
 from copa_harness.tasks import gsm8k
 
-pytestmark = pytest.mark.copa(models="!embedded")
+pytestmark = pytest.mark.copa(models="smollm2, hf:*, gguf:*", constrain=True, answer_tokens=256)
 
 
 @pytest.fixture(scope="module")

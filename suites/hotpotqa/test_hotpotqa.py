@@ -10,13 +10,13 @@ import pytest
 from copa_harness.errors import TaskError
 from copa_harness.tasks import hotpotqa
 
-pytestmark = pytest.mark.copa(models="!embedded")
+pytestmark = pytest.mark.copa(models="smollm2, hf:*, gguf:*", constrain=True, answer_tokens=96)
 
 
 @pytest.fixture(scope="module")
 def copa_task():
     try:
-        return hotpotqa(n_train=20, n_val=12, n_test=24, n_passages=2, metric="f1")
+        return hotpotqa(n_train=20, n_val=10, n_test=20, n_passages=2, metric="f1")
     except TaskError as error:
         pytest.skip(str(error))
 

@@ -158,11 +158,12 @@ def report(records: list[dict[str, Any]], options: argparse.Namespace, *, n_cell
         if {r["task"] for r in found} == set(options.tasks):
             scores = [[x for r in found if r["task"] == task for x in r["test"]] for task in options.tasks]
             means.append([strategy, f"{sum(sum(s) / len(s) for s in scores) / len(scores):.3f}"])
-    headers = ["task", "strategy", "n", "test [95 % interval]", "unparsed", "validation", "calls", "tokens"]
+    headers = ["task", "strategy", "n", "test [95 % interval]", "unparsed", "validation", "calls", "tokens paid"]
     headers += ["train steps", "seconds", "ended"]
     heading = (
         f"{options.model}, {options.calls} distinct calls per optimization, seeds {' '.join(map(str, options.seeds))}: "
-        f"{len(records)} of {n_cells} cells; calls, tokens, steps and seconds are those of the optimizations alone"
+        f"{len(records)} of {n_cells} cells; calls are distinct ones of the "
+        "optimizations alone; cells share answers, so tokens, steps and seconds are what each added"
     )
     parts = [heading, tabulate(table, headers=headers, disable_numparse=True, stralign="right")]
     if means:
