@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BUDGET ?= light
+SUITES ?= suites/
 LM     ?=
 ARGS   ?=
 
@@ -16,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo 'options: ARGS="-k iris" for pytest, LM=smollm2, BUDGET=medium, PYTHON=python3.11, VENV=.venv'
+	@echo 'options: ARGS="-k iris" for pytest, SUITES="suites/iris suites/wine", LM=smollm2, BUDGET=medium, PYTHON=python3.11, VENV=.venv'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "==> creating $(VENV) and installing copa-harness (once; a few minutes)"
@@ -36,8 +37,8 @@ suites: $(VENV)/.installed  ## the main job: improve and gate the real tasks; re
 ifneq ($(LM),)
 	@$(INSTALL_MODEL)
 endif
-	@echo "==> pytest suites/ --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM) )$(ARGS)"
-	@$(BIN)/python -m pytest suites/ --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM)) $(ARGS)
+	@echo "==> pytest $(SUITES) --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM) )$(ARGS)"
+	@$(BIN)/python -m pytest $(SUITES) --copa-budget=$(BUDGET) $(if $(LM),--copa-lm=$(LM)) $(ARGS)
 
 test: lint types unit  ## lint, types, architecture and unit tests
 

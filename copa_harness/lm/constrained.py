@@ -1,8 +1,9 @@
-"""Constrained answers, the asking side: which output fields of a call have a closed list of allowed values.
+"""Constrained answers, the asking side: which output fields a call has, and the closed lists of allowed values.
 
-A field typed `Literal[...]`, as an enum or as `bool` has one. The list travels inside the request, in
-`config.extensions`, so it is part of the cache key; an engine that can constrain its answers (`can_constrain`) reads it
-there. The fields are those of the `dspy.Predict` that is running, in `dspy.ChatAdapter`'s layout.
+A field typed `Literal[...]`, as an enum or as `bool` has such a list; of the others the layout alone is given. Fields
+and lists travel inside the request, in `config.extensions`, so they are part of the cache key; an engine that can
+constrain its answers (`can_constrain`) reads them there. The fields are those of the `dspy.Predict` that is running, in
+`dspy.ChatAdapter`'s layout.
 """
 
 from __future__ import annotations
@@ -45,24 +46,10 @@ def output_fields(signature: Any) -> tuple[OutputField, ...]:
     return tuple(OutputField(name, choices_of(field.annotation)) for name, field in signature.output_fields.items())
 
 
-def nothing_to_constrain(program: dspy.Module, lm: object) -> bool:
-    """Whether constrained answers are asked for, and no field of the program that they concern has a list of values.
-
-    Args:
-        program: Its predictors' own models win.
-        lm: The model of the others.
-    """
-    models = [(predictor, predictor.lm or lm) for predictor in program.predictors()] or [(None, lm)]
-    concerned = [predictor for predictor, model in models if getattr(model, "constrain", False)]
-    return bool(concerned) and not any(
-        field.choices for predictor in concerned if predictor for field in output_fields(predictor.signature)
-    )
-
-
 def constraint_of_call(
     messages: Sequence[Mapping[str, Any]] | None, settings: MutableMapping[str, Any], *, label_scores: bool
 ) -> tuple[OutputField, ...] | None:
-    """The output fields of the predictor that is calling; None when none of them has a list of allowed values.
+    """The output fields of the predictor that is calling; None for a call that is a program's own.
 
     Args:
         messages: Of the call.
@@ -70,15 +57,13 @@ def constraint_of_call(
         label_scores: Whether they are (see `CallContext`).
 
     Raises:
-        ConfigurationError: It has one, and the prompt is not in `dspy.ChatAdapter`'s layout.
+        ConfigurationError: The prompt is not in `dspy.ChatAdapter`'s layout.
     """
     callers = dspy.settings.caller_modules or [None]
     predictor = callers[-1]
     if messages is None or not isinstance(predictor, dspy.Predict):
         return None  # a program's own call of the model has no fields
     fields = output_fields(predictor.signature)
-    if all(field.choices is None for field in fields):
-        return None
     if not in_chat_layout(messages, [field.name for field in fields]):
         adapter = type(dspy.settings.adapter).__name__ if dspy.settings.adapter else "an unknown prompt adapter"
         raise ConfigurationError(

@@ -223,8 +223,8 @@ class Settings:
     constrain: bool = _given_or_marked(
         False,
         check=SWITCH,
-        help="output fields typed Literal, enum or bool get the likeliest allowed value instead of a generated text; "
-        "local models only",
+        help="the layout of answers is given: output fields typed Literal, enum or bool get the likeliest allowed "
+        "value, others are generated under their names; local models only",
     )
     answer_tokens: int | None = _given_or_marked(
         None,

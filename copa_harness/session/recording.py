@@ -32,8 +32,6 @@ from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import FormMeter
 
 if TYPE_CHECKING:
-    import dspy
-
     from copa_harness.judge.attribution import Attribution
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
@@ -107,7 +105,7 @@ def finish_run(
     )
     where = f"{task.name}, {strategy}"
     notes = (
-        *notes_of(measured, program, optimized.lm),
+        *notes_of(measured),
         *gained.notes,
         *(f"{where}: {said}" for said in optimized.result.headlines),
         *_over_long(record.phases, where=where),
@@ -351,23 +349,10 @@ def cut_short_entry(
     return Entry(test=test, record=record)
 
 
-def notes_of(measured: Measured, program: dspy.Module, lm: MeteredLM) -> tuple[str, ...]:
-    """What the summary has to say about an evaluation beyond its score.
-
-    Args:
-        measured: The evaluation.
-        program: What was run.
-        lm: Model of every predictor without one.
-    """
-    from copa_harness.lm.constrained import nothing_to_constrain
-
+def notes_of(measured: Measured) -> tuple[str, ...]:
+    """What the summary has to say about an evaluation beyond its score."""
     evaluation = measured.evaluation
     notes = []
-    if nothing_to_constrain(program, lm):
-        notes.append(
-            f"{evaluation.task}: constrain: no output field of {type(program).__name__} has a list of allowed "
-            "values (Literal, enum, bool); answers are generated."
-        )
     if evaluation.usage.truncated_calls:
         notes.append(f"{evaluation.title}: {truncated_text(evaluation.usage)}")
     if measured.n_metric_calls:

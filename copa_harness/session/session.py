@@ -169,7 +169,7 @@ class CopaSession:
             groups=groups or {},
             gates=too_many_errors(measured.evaluation, settings.gates),
         )
-        notes = notes_of(measured, program or task.program, lm)
+        notes = notes_of(measured)
         self._keep(Entry(test=test, record=record, failures=measured.failures, notes=notes, comparison=comparison))
         return measured.evaluation
 

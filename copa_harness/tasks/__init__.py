@@ -11,7 +11,12 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "agent": ["agent"],
+        "classification": ["classification"],
         "clinc150": ["clinc150"],
+        "extraction": ["extraction"],
+        "gsm8k": ["gsm8k"],
+        "hotpotqa": ["hotpotqa"],
+        "order_emails": ["order_emails"],
         "staged": ["staged_wine"],
         "tabular": ["breast_cancer", "exact_match", "iris", "wine"],
         "task": ["Task"],

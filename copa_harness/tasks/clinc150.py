@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from copa_harness.errors import TaskError
+from copa_harness.tasks.rows import draw_evenly, from_hub
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def clinc150(
     seen: set[str] = set()
     splits = []
     for split, n_rows in (("test", n_test), ("train", n_train), ("val", n_val)):  # test rows stay when others change
-        drawn = _draw(rows[split], labels, n_rows, seen=seen, rng=rng, split=split)
+        drawn = draw_evenly(rows[split], labels, n_rows, seen=seen, rng=rng, what=f"clinc150: {split}")
         splits.append([dspy.Example(text=text, intent=intent).with_inputs("text") for text, intent in drawn])
     test, train, val = splits
     fields = {
@@ -139,20 +140,8 @@ def _from_hub() -> Rows:
     Raises:
         TaskError: `datasets` is not installed, or the data set is neither cached nor reachable.
     """
-    ways = (
-        f"expected a file: path=... or the environment variable {FILE_VARIABLE} with data_small.json of "
-        "https://github.com/clinc/oos-eval; or `pip install datasets` and a network"
-    )
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise TaskError(f"clinc150: no file was named, and the package datasets is not installed; {ways}") from error
-    try:
-        loaded = load_dataset("clinc/clinc_oos", "small")
-    except Exception as error:
-        raise TaskError(
-            f"clinc150: clinc/clinc_oos could not be loaded ({type(error).__name__}: {error}); {ways}"
-        ) from error
+    file = f"path=... or the environment variable {FILE_VARIABLE} with data_small.json of github.com/clinc/oos-eval"
+    loaded = from_hub("clinc/clinc_oos", "small", task="clinc150", file=file)
     names = loaded["train"].features["intent"].names
     return {
         ours: [(row["text"], OUT_OF_SCOPE if names[row["intent"]] == "oos" else names[row["intent"]]) for row in part]
@@ -173,33 +162,3 @@ def _labels(rows: Rows, intents: int | Sequence[str], *, out_of_scope: bool) -> 
         if len(chosen) < 2:
             raise TaskError(f"clinc150: got {len(chosen)} intents; expected at least 2")
     return (*chosen, OUT_OF_SCOPE) if out_of_scope else tuple(chosen)
-
-
-def _draw(
-    rows: Sequence[tuple[str, str]],
-    labels: Sequence[str],
-    n_rows: int,
-    *,
-    seen: set[str],
-    rng: np.random.Generator,
-    split: str,
-) -> list[tuple[str, str]]:
-    """So many rows, the labels taken in turn; what was drawn before is out, and what is drawn is noted in `seen`."""
-    by_label: dict[str, list[tuple[str, str]]] = {label: [] for label in labels}
-    for text, intent in rows:
-        if intent in by_label and text.casefold() not in seen:
-            by_label[intent].append((text, intent))
-    for found in by_label.values():
-        rng.shuffle(found)
-    drawn: list[tuple[str, str]] = []
-    while len(drawn) < n_rows and any(by_label.values()):
-        for label in labels:
-            while by_label[label] and len(drawn) < n_rows:
-                text, intent = by_label[label].pop()
-                if text.casefold() not in seen:
-                    seen.add(text.casefold())
-                    drawn.append((text, intent))
-                    break
-    if len(drawn) < n_rows:
-        raise TaskError(f"clinc150: asked for {n_rows} {split} rows of {len(labels)} intents; there are {len(drawn)}")
-    return [drawn[i] for i in rng.permutation(len(drawn))]

@@ -82,13 +82,6 @@ def test_constrained_answers_always_parse_and_the_report_says_so(suite, pytester
     assert all(run["label"].endswith(", constrained") for run in report["runs"])
 
 
-def test_where_no_field_has_a_list_of_values_the_summary_says_so_once(suite, pytester):
-    (pytester.path / "test_suite.py").write_text(SUITE.replace("Literal['red', 'blue']", "str"))
-    said = "colour: constrain: no output field of Predict has a list of allowed values"
-    assert suite("--copa-constrain").stdout.str().count(said) == 1
-    assert suite("-k", "test_all_parse").stdout.str().count(said) == 0
-
-
 def test_an_endpoint_cannot_be_constrained(pytester):
     pytester.makepyfile(SUITE)
     result = pytester.runpytest_inprocess(*STRICT, "--copa-lm=openai/gpt-4o-mini", "--copa-constrain")

@@ -74,7 +74,7 @@ def test_the_metric_forgives_case_and_blanks(file):
         ({"intents": ("alarm", "tax")}, "unknown intents tax"),
         ({"intents": 1}, "expected 2 to 3"),
         ({"intents": ("alarm",)}, "at least 2"),
-        ({"n_test": 99}, "asked for 99 test rows of 3 intents; there are 24"),
+        ({"n_test": 99}, "clinc150: test: asked for 99 rows of 3 labels; there are 24"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(file, change, words):

@@ -93,3 +93,9 @@ def test_an_unknown_form_or_too_many_rows_are_refused():
 @pytest.mark.parametrize(("answer", "score"), [("setosa", 1.0), (" Setosa\n", 1.0), ("virginica", 0.0), (None, 0.0)])
 def test_the_metric_forgives_case_and_outer_spaces_only(answer, score):
     assert exact_match(dspy.Example(answer="setosa"), dspy.Prediction(answer=answer)) == score
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_iris_can_be_split_into_thirds_as_in_the_paper(seed):
+    task = iris(seed, n_train=50, n_val=50, n_test=50)
+    assert (len(task.trainset), len(task.valset), len(task.testset)) == (50, 50, 50)

@@ -1,6 +1,7 @@
 """Constrained answers, the answering side: free fields are generated, listed ones chosen by log-probability.
 
-The answer is written field by field in `dspy.ChatAdapter`'s layout. The headers are given, not generated. A field with
+The answer is written field by field in `dspy.ChatAdapter`'s layout. The headers are given, not generated. A free field
+ends where the model begins another header, and takes no more than its share of the tokens that are left. A field with
 allowed values gets the one whose text, up to and including the header that follows, has the highest log-probability
 
     score(c) = sum over tokens of log p(token | prompt, answer so far, tokens before),
@@ -82,11 +83,12 @@ def answer_constrained(
     text, n_output = "", 0
     finish: Literal["stop", "length"] = "stop"
     choices: list[Choice] = []
+    n_free = sum(field.choices is None for field in fields)
     followers = [field.name for field in fields[1:]] + [COMPLETED]
     for position, (field, follower) in enumerate(zip(fields, followers, strict=True)):
         text += _header(field.name)
         if field.choices is None:
-            left = rules.max_tokens - n_output
+            left, n_free = (rules.max_tokens - n_output) // n_free, n_free - 1
             if left > 0:
                 tokens = _behind(prompt, chat.ids(prompt_text + text))
                 free = replace(

@@ -1,4 +1,4 @@
-"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows."""
+"""Instructions that need no model: the plain one, with the labels, with a rule learned from rows, with its fields."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import dspy
 
+from copa_harness.optimize.propose.field_descriptions import counted, with_descriptions
 from copa_harness.optimize.propose.rules import learn_rules
 from copa_harness.optimize.propose.schema import columns_of, labelled_field, text_of
 from copa_harness.optimize.search.space import InstructionOption
@@ -41,7 +42,7 @@ def rule_based(
     seed: int,
     row_weights: Sequence[float] | None = None,
 ) -> tuple[Proposal, ...]:
-    """The plain instruction and what the data add to it without any model: rules in words, and the labels.
+    """The plain instruction and what the data add to it without any model: rules, labels, what the fields hold.
 
     Args:
         predictor: The predictor's name.
@@ -52,6 +53,8 @@ def rule_based(
         row_weights: How much each row counts for one more rule, which is left out when it reads like the others.
     """
     proposals = [Proposal(InstructionOption("plain", plain), "plain")]
+    if fields := counted(signature, trainset):
+        proposals.append(Proposal(InstructionOption("fields", with_descriptions(plain, fields)), "fields"))
     field = labelled_field(predictor, signature, trainset)
     if field is None or not field.categories:
         return tuple(proposals)

@@ -18,6 +18,14 @@ from dspy.utils.exceptions import AdapterParseError, LMConfigurationError, LMErr
 from copa_harness.evaluate.runner import default_adapter
 from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.demos import labelled_demos
+from copa_harness.optimize.propose.field_descriptions import (
+    DescribeFields,
+    counted,
+    described_fields,
+    descriptions_in,
+    with_descriptions,
+    without_descriptions,
+)
 from copa_harness.optimize.propose.render import (
     MAX_SHOWN,
     Failure,
@@ -167,6 +175,8 @@ class InstructionWriter:
     ) -> tuple[InstructionOption, ...]:
         n, bandit, generator = self.settings.n_proposed, self.memory.bandit, self.memory.generator()
         ways = ["written", "reflected"] if self.failures.get(predictor) else ["written"]
+        fields_of_answer = described_fields(self._predictors[predictor].signature)
+        ways += ["fields"] if fields_of_answer else []
         temperatures = [f"{temperature:g}" for temperature in TEMPERATURES]
         chosen = zip(
             bandit.choose("instruction", ways, n=n, generator=generator),
@@ -183,6 +193,10 @@ class InstructionWriter:
             arms = [f"instruction: {way}", f"temperature: {temperature}"]
             if way == "reflected":
                 text = self._asked(allowance, ReviseInstruction, config, **self._mistakes(predictor, current, i))
+            elif way == "fields":
+                fields = self._fields(predictor, current, fields_of_answer, i)
+                written = descriptions_in(self._asked(allowance, DescribeFields, config, **fields), fields_of_answer)
+                text = with_descriptions(current, written)
             else:
                 arms += [f"grounding: {grounding}", f"tip: {tip}"]
                 fields = self._grounds(predictor, current, grounding, tip, allowance)
@@ -238,6 +252,21 @@ class InstructionWriter:
         if right := self._examples(predictor, 3):
             fields["right_answers"] = right
         return {**fields, "mistakes": "\n\n".join(failure.text for failure in shown)}
+
+    def _fields(self, predictor: str, current: str, known: Mapping[str, str], turn: int) -> dict[str, str]:
+        """The fields of `DescribeFields` that have something to say."""
+        known = {**known, **counted(self._predictors[predictor].signature, self.context.trainset)}
+        known |= descriptions_in(current, known)
+        fields = {
+            "program_step": self._step(predictor),
+            "current_instruction": without_descriptions(current),
+            "record_fields": "\n".join(f"{path}: {text}" for path, text in known.items()),
+        }
+        if examples := self._examples(predictor, 3):
+            fields["step_examples"] = examples
+        if self.failures.get(predictor):
+            fields["mistakes"] = self._mistakes(predictor, current, turn)["mistakes"]
+        return fields
 
     def _grounds(self, predictor: str, current: str, grounding: str, tip: str, allowance: CallBudget) -> dict[str, str]:
         """The fields of `ProposeInstruction` that a grounding shows and that have something to say."""

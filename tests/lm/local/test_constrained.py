@@ -169,9 +169,18 @@ def test_several_candidates_of_one_call_are_all_allowed_values(make_lm):
         assert set(program(question="zebra", config={"n": 5}).completions.label) <= {"red", "blue"}
 
 
-def test_a_program_without_lists_and_a_bare_call_are_answered_freely(make_lm):
+def test_a_bare_call_is_answered_freely(make_lm):
     lm, free = make_lm(), make_lm(constrain=False)
     assert lm("zebra") == free("zebra")
+
+
+def test_free_texts_share_the_tokens_of_an_answer_and_parse_as_their_layout_is_given(make_lm):
+    program = dspy.ChainOfThought("question -> answer")
+    with pytest.raises(dspy.utils.exceptions.AdapterParseError):
+        program(question="zebra", lm=make_lm(constrain=False))
+    predictions = answers(program, make_lm())
+    assert all(prediction.reasoning and prediction.answer for prediction in predictions)
+    assert len({prediction.answer for prediction in predictions}) > 1
 
 
 def test_another_prompt_layout_is_refused(make_lm):
