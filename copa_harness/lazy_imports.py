@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -33,4 +34,11 @@ def attach(
         setattr(sys.modules[package], name, value)
         return value
 
+    if same := {name for name, module in home_of.items() if name == module}:
+        # Importing a module sets it in its package, where it would hide the function of the same name.
+        class Package(ModuleType):
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, getattr(value, name, value) if name in same else value)
+
+        sys.modules[package].__class__ = Package
     return load, lambda: sorted({*vars(sys.modules[package]), *names}), names

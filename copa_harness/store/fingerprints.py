@@ -240,6 +240,8 @@ class _Description:
             left_out = _RUNTIME | {"demos"} if self._models else _RUNTIME | {"demos", "lm"}
             demos = [self._of_example(dict(demo), trail) for demo in getattr(value, "demos", ())]
             return ["program", self.of(type(value), trail), demos, self._attributes(value, trail, left_out=left_out)]
+        if callable(getattr(value, "dump_state", None)):  # another of DSPy's parameters
+            return ["state", self.of(type(value), trail), self.of(value.dump_state(), trail)]
         if _is_array(value):
             return self._of_array(value, trail)
         if hasattr(value, "columns") and callable(getattr(value, "to_dict", None)):  # a table of pandas or polars
