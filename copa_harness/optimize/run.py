@@ -311,13 +311,16 @@ class Run:
             self.scope = whole
 
     def share(self, step: Step, later: Sequence[Step]) -> CallBudget:
-        """Equal shares for this and every later step that searches, after weights steps have what they need."""
+        """Equal shares for this and every later step that searches, after weights steps have what they need.
+
+        That is their bare weights in full, and those behind the best prompts under two sets of demonstrations.
+        """
         weights_cost = 3 * self.full_score_cost
         if step.kind is StepKind.WEIGHTS:
             searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
             return CallBudget(self.scope, math.inf) if not searching else self.capped(weights_cost)
         wanted = weights_cost * sum(s.kind is StepKind.WEIGHTS for s in later)
-        reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
+        reserved = min(float(wanted), 0.5 * self.scope.remaining_calls) if wanted else 0.0
         if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for the holdout rows
             reserved += min(self.full_score_cost, 0.1 * self.scope.remaining_calls)
         searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)

@@ -315,7 +315,8 @@ def _serve(run: Run, allowance: CallBudget, tuned: Sequence[Trained], found: Can
         own = DemoSet("found", best.demos) if best.demos else NO_DEMOS
         demos[name] = (own, NO_DEMOS, DemoSet("fresh", fresh) if fresh else own)
     best_instructions = {f"{name}.instruction": "found" for name in instructions}
-    plan = [(one, 0) for one in tuned] + [(tuned[-1], -1)] * (n_demos > 0)
+    # Last the bare weights behind demonstrations, which rarely serve them: few calls may be left.
+    plan = [(tuned[-1], 0)] + [(tuned[-1], -1)] * (n_demos > 0) + [(one, 0) for one in tuned[:-1]]
     starts: list[Point] = [
         {WEIGHTS: weights_choice(one.prompts).name, **best_instructions}
         | {f"{name}.demos": sets[which].name for name, sets in demos.items()}
