@@ -3,8 +3,8 @@
 **Finalists** (`finalists_of`, `chosen`). The best of many candidates scored on the same rows is partly the luckiest:
 among those within a row or two of one another the order says nothing more. So the finalists are scored on other rows,
 and the search's rows, on which they were selected, count half (`SEARCH_WEIGHT`). Other rows are validation rows held
-back, where there are enough (see `adoption`), else training rows that no finalist shows. The latter are no evidence of
-how good a program is, since weights and rules may come from them, but they tell finalists apart.
+back, where there are enough (see `adoption`), else training rows that no finalist shows or was trained on. The latter
+are no evidence of how good a program is, since rules may come from them, but they tell finalists apart.
 
 Measured on development tasks (4 tasks, 3 splits, 25 validation rows, 400 calls; mean test score): p .841 before, .864
 with 26 training rows; joint .887 and .908; p -> w -> p .916 and .915.
@@ -52,7 +52,12 @@ N_DRAWS = 9_999
 
 
 def finalists_of(
-    validation: Validation, candidates: Sequence[Candidate], best: Candidate, *, reference: Candidate
+    validation: Validation,
+    candidates: Sequence[Candidate],
+    best: Candidate,
+    *,
+    reference: Candidate,
+    part: Candidate | None = None,
 ) -> tuple[Candidate, ...]:
     """The incumbent, and the best others: fully scored, not clearly worse, and not below the reference.
 
@@ -61,6 +66,7 @@ def finalists_of(
         candidates: Who may be returned.
         best: The incumbent.
         reference: The program as written.
+        part: Of the others the one that comes first, whatever its place.
     """
     others = {one.key: one for one in candidates if one.key != best.key and validation.is_complete(one)}
     ranked = sorted(others.values(), key=lambda one: (-validation.mean(one), one.size))
@@ -70,6 +76,8 @@ def finalists_of(
         if validation.difference(one, best) >= -MAX_ERRORS_BEHIND * validation.standard_error(one, best) - 1e-9
         and validation.difference(one, reference) >= -1e-9
     ]
+    if part is not None:
+        close.sort(key=lambda one: one.key != part.key)
     return (best, *close[: N_FINALISTS - 1])
 
 

@@ -122,8 +122,8 @@ class SearchOptions:
     max_demos: int = _search(
         9,
         check=COUNT,
-        help="demonstrations in the largest sets proposed, and those that weights are tuned behind when the program "
-        "has none yet but a prompt step follows; 0 proposes none",
+        help="demonstrations in the largest sets proposed, and those that a small model's weights are tuned behind "
+        "when the program has none yet but a prompt step follows; 0 proposes none",
     )
     n_demo_sets: int | None = _search(
         None,

@@ -40,7 +40,7 @@ from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
 from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.search_context import SearchContext
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, share_of, step_scope
-from copa_harness.optimize.weights import Trained, WeightsJob, train_weights
+from copa_harness.optimize.weights import Trained, WeightsJob, train_weights, weights_jobs
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
@@ -71,6 +71,7 @@ class Run:
         scope: Where calls are charged; while steps are taken less than the whole budget (`reserving`).
         incumbent: The best program so far.
         memory: What its trials taught.
+        trained: Its trainings, in order.
         phases: What was spent, in order.
         notes: Sentences worth telling, in order.
         headlines: Those of them that are printed in the terminal as well.
@@ -86,6 +87,7 @@ class Run:
         self.journal, self.progress = journal, progress or Progress(scope)
         self.incumbent = context.student
         self.memory = SearchMemory(seed=context.settings.seed)
+        self.trained: list[Trained] = []
         self.phases: list[PhaseRecord] = []
         self.notes: list[str] = []
         self.headlines: list[str] = []
@@ -94,7 +96,6 @@ class Run:
         self._last_search = ""
         self._n_searched = self._n_proposals = 0
         self._elsewhere: set[str] = set()  # candidates that DSPy's optimizers evaluated
-        self._tuned: Trained | None = None
         self._past: dict[str, dict[str, float]] = defaultdict(dict)  # best score by predictor and instruction
 
     @property
@@ -200,7 +201,7 @@ class Run:
             "no head-room": "no head-room",
             "no answer parses": "no answer of any candidate parses",
             "search space exhausted": "every combination was tried",
-            "trials": counted(self.settings.max_trials, "trial"),
+            "trials": "as many trials as there may be",
             "budget": "its share of the calls was used",
             "perfect score": "perfect score",
         }
@@ -310,13 +311,16 @@ class Run:
             self.scope = whole
 
     def share(self, step: Step, later: Sequence[Step]) -> CallBudget:
-        """Equal shares for this and every later step that searches, after weights steps have what they need."""
+        """Equal shares for this and every later step that searches, after weights steps have what they need.
+
+        That is their bare weights in full, and those behind the best prompts under two sets of demonstrations.
+        """
         weights_cost = 3 * self.full_score_cost
         if step.kind is StepKind.WEIGHTS:
             searching = sum(s.kind is not StepKind.WEIGHTS for s in later)
             return CallBudget(self.scope, math.inf) if not searching else self.capped(weights_cost)
         wanted = weights_cost * sum(s.kind is StepKind.WEIGHTS for s in later)
-        reserved = min(float(wanted), 0.4 * self.scope.remaining_calls) if wanted else 0.0
+        reserved = min(float(wanted), 0.5 * self.scope.remaining_calls) if wanted else 0.0
         if any(s.kind is StepKind.ENSEMBLE for s in later):  # asks nothing new, but for the holdout rows
             reserved += min(self.full_score_cost, 0.1 * self.scope.remaining_calls)
         searching = sum(s.kind not in (StepKind.WEIGHTS, StepKind.ENSEMBLE) for s in later)
@@ -352,48 +356,67 @@ class Run:
             first_rollout=first,
         )
 
-    def train(self, *, demos_ahead: bool, keep: bool = False) -> Trained:
-        """Tuned weights for the incumbent's prompts; see `train_weights`.
+    @property
+    def plain(self) -> Candidate:
+        """The program as written, required texts appended."""
+        return self.constraints.completed_candidate(self.student)
 
-        Args:
-            demos_ahead: Whether a step that searches demonstrations follows.
-            keep: Whether later prompt steps offer these weights and their checkpoints.
-        """
-        n_calls = len(self.context.trainset) * self.validation.calls_per_example(self.incumbent)
-        can_afford_traces = n_calls <= self.scope.remaining_calls
+    def weights_jobs(self, *, demos_ahead: bool) -> tuple[WeightsJob, ...]:
+        """The trainings that are worth doing now, see `weights.weights_jobs`."""
+        return weights_jobs(self.context, self.plain, self.incumbent, demos_ahead=demos_ahead)
+
+    def train(self, job: WeightsJob) -> Trained:
+        """Tuned weights, which later prompt steps offer too, with their checkpoints; see `train_weights`."""
         try:
             with report_progress_to(self.progress.doing):
-                trained = train_weights(WeightsJob(self.context, self.incumbent, demos_ahead, can_afford_traces))
+                trained = train_weights(job, best=self.incumbent)
         finally:
             self.progress.doing("")
-        if keep:
-            self._tuned = trained
+        if all(one.prompts.key != trained.prompts.key for one in self.trained):
+            self.trained.append(trained)
         return trained
 
-    def tuned_choices(self) -> tuple[WeightsChoice, ...]:
-        """Tuned weights the incumbent does not use: a prompt step may still show what they are good for."""
-        if self._tuned is None or self._tuned.lms == self.incumbent.lms:
-            return ()
-        choice = weights_choice(self.incumbent.with_lms(self._tuned.lms))
-        return () if choice.name == weights_choice(self.incumbent).name else (choice,)
+    def weights_choices(self) -> tuple[WeightsChoice, ...]:
+        """All tuned weights of this run, the latest first, and the weights as given."""
+        tuned = [weights_choice(one.prompts) for one in reversed(self.trained)]
+        return (*tuned, weights_choice(self.student))
 
     def checkpoint_choices(self) -> tuple[WeightsChoice, ...]:
-        """Other epochs of the last training."""
-        lms = () if self._tuned is None else self._tuned.lms
-        return checkpoint_choices(self.incumbent, lms, n=self.settings.n_checkpoints)
+        """Other epochs of the run's trainings."""
+        n = self.settings.n_checkpoints
+        return tuple(choice for one in self.trained for choice in checkpoint_choices(one.prompts, one.lms, n=n))
+
+    def trained_on(self, candidate: Candidate) -> frozenset[int]:
+        """Places of the training examples a candidate's weights may have learned from: all where that is not known."""
+        if weights_choice(candidate).name == weights_choice(self.student).name:
+            return frozenset()
+        if not self.trained:
+            return frozenset(range(len(self.context.trainset)))
+        return frozenset.union(*(one.rows for one in self.trained))
 
     # -- searching
 
     def search(
-        self, space: Space, allowance: CallBudget, *, phase: Phase, name: str, starts: Sequence[Point] = ()
+        self,
+        space: Space,
+        allowance: CallBudget,
+        *,
+        phase: Phase,
+        name: str,
+        starts: Sequence[Point] = (),
+        max_trials: int | None = None,
     ) -> str:
-        """Run one study and adopt its best; why it stopped."""
+        """Run one study, of all the trials there may be or of fewer, and adopt its best; why it stopped."""
         space = space.with_instructions(self.constraints.completed) if self.constraints.required_text else space
         outcome = search(
             space,
             validation=self.validation,
             allowance=allowance,
-            settings=replace(self.settings, seed=1000 * self.settings.seed + self._n_searched),
+            settings=replace(
+                self.settings,
+                seed=1000 * self.settings.seed + self._n_searched,
+                max_trials=max_trials or self.settings.max_trials,
+            ),
             phase=phase,
             starts=starts,
             name=name,

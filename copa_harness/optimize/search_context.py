@@ -17,6 +17,7 @@ from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import ExampleRun, run_examples
 from copa_harness.optimize.constraints import Constraints
 from copa_harness.optimize.options import SearchOptions
+from copa_harness.optimize.rollouts import Rollouts
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.results import Phase
@@ -38,6 +39,7 @@ class SearchContext:
         teacher: Program whose traces demonstrations are bootstrapped from, with the student's predictors; None for the
             incumbent's own.
         finetune_data: Rows ``{"messages": [...]}`` to train on instead of rows made from the training examples.
+        rollouts: What programs answered on training examples so far.
     """
 
     student: Candidate
@@ -49,6 +51,7 @@ class SearchContext:
     prompt_lm: Any = None
     teacher: dspy.Module | None = None
     finetune_data: Sequence[Mapping[str, Any]] | None = None
+    rollouts: Rollouts = field(default_factory=Rollouts, compare=False)
 
     def plain_instruction(self, predictor: str) -> str:
         """The student's own instruction, required texts appended: what labels and rules are added to."""
@@ -65,20 +68,23 @@ class SearchContext:
         return len(self.trainset) if math.isinf(n) else min(len(self.trainset), int(n))
 
     def run_on_training(
-        self, program: dspy.Module, examples: Sequence[dspy.Example], *, phase: Phase
+        self, program: dspy.Module, rows: Sequence[int], *, phase: Phase, candidate: Candidate | None
     ) -> tuple[ExampleRun, ...]:
-        """Run a program on training examples; that all of them fail is no error.
+        """Run a program on training examples and keep what came out; that all of them fail is no error.
 
         Args:
             program: Any program.
-            examples: Some of the training examples.
+            rows: Places of the examples in the training set.
             phase: Stamped on the calls; in `Phase.BOOTSTRAP` the metric sees the trace.
+            candidate: What the program was made of; None for a teacher.
         """
-        return run_examples(
+        runs = run_examples(
             program,
-            examples,
+            [self.trainset[row] for row in rows],
             metric=self.metric,
             split="train",
             phase=phase,
             threads=self.settings.threads,
         )
+        self.rollouts.note(program, candidate, rows, runs)
+        return runs

@@ -22,6 +22,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -40,17 +41,17 @@ from copa_harness.optimize.run import NO_ANSWER_PARSES
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import (
     NO_DEMOS,
+    WEIGHTS,
     DemoSet,
     InstructionOption,
     Point,
     Space,
     WeightsChoice,
-    checkpoint_choices,
     weights_choice,
 )
 from copa_harness.optimize.search.study import PERFECT
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, Replays
-from copa_harness.optimize.weights import Trained
+from copa_harness.optimize.weights import Trained, WeightsJob
 from copa_harness.results import Phase
 from copa_harness.strategy import Step, StepKind
 
@@ -132,8 +133,7 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
     allowance = run.share(step, later)
     try:
         if step.kind is StepKind.WEIGHTS:
-            demos_ahead = any(s.kind is not StepKind.WEIGHTS for s in later)
-            _weights(run, allowance, demos_ahead=demos_ahead, is_all=run.n_steps == 1 and not later)
+            _weights(run, allowance, later=later)
         elif step.kind is StepKind.PROMPTS:
             _prompts(run, allowance)
         elif step.kind is StepKind.ALTERNATE:
@@ -152,14 +152,17 @@ def _take(run: Run, step: Step, later: Sequence[Step]) -> None:
 
 
 def _prompts(run: Run, allowance: CallBudget) -> None:
-    """Studies over instructions and demonstrations, and over the other weights of a training before it."""
-    tuned = run.tuned_choices()
+    """Studies over instructions and demonstrations, and over the other weights there are, those as given too."""
     own = weights_choice(run.incumbent)
+    others = [choice for choice in run.weights_choices() if choice.name != own.name]
 
     def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
-        return starting_points(instructions, demos, weights=(own, *tuned))
+        return starting_points(instructions, demos, weights=(own, *others))
 
-    search_in_rounds(run, allowance, name="p", choices=[*tuned, *run.checkpoint_choices()], first_starts=starts)
+    def weights() -> Sequence[WeightsChoice]:
+        return [*others, *run.checkpoint_choices()]
+
+    search_in_rounds(run, allowance, name="p", weights=weights, first_starts=starts)
 
 
 def search_in_rounds(
@@ -167,7 +170,7 @@ def search_in_rounds(
     allowance: CallBudget,
     *,
     name: str,
-    choices: Sequence[WeightsChoice],
+    weights: Callable[[], Sequence[WeightsChoice]],
     first_starts: Callable[[InstructionSets, DemoSets], Sequence[Point]],
 ) -> None:
     """Search instructions, demonstrations and weights in `n_rounds` studies.
@@ -179,7 +182,7 @@ def search_in_rounds(
         run: Proposes, searches and adopts.
         allowance: Calls of all rounds together.
         name: Of the first study; later ones are numbered.
-        choices: Weights beside the incumbent's.
+        weights: Asked in every round, after its proposals: the weights beside the incumbent's.
         first_starts: Points the first study begins with, from its proposals.
     """
     n_rounds = run.settings.n_rounds
@@ -191,6 +194,7 @@ def search_in_rounds(
         share = half if number < n_rounds and half.can_afford(MIN_FULL_SCORES * cost) else allowance
         demos = run.demo_options(share)
         instructions = run.instruction_options(share)
+        choices = weights()
         starts = first_starts(instructions, demos) if number == 1 else _fresh_starts(instructions, demos)
         space = Space.around(run.incumbent, weights=choices, instructions=instructions, demos=demos)
         title = name if number == 1 else f"{name}, round {number}"
@@ -267,59 +271,75 @@ def _alternate(run: Run, allowance: CallBudget) -> None:
 # -- weights
 
 
-def _weights(run: Run, allowance: CallBudget, *, demos_ahead: bool, is_all: bool) -> None:
-    """Train, then adopt the tuned weights under whichever prompt serves them best, if that is not worse.
+def _weights(run: Run, allowance: CallBudget, *, later: Sequence[Step]) -> None:
+    """Train, and adopt tuned weights under whichever prompts they serve best, if that is not worse.
 
-    Where there is nothing to train on the program stays as it is, unless weights are all that was asked for.
+    The bare training's weights are scored under the prompts as written, always and in full: what `w` alone finds. What
+    else there is, other weights and the best prompts so far, races within this step's share. Where there is nothing to
+    train on the program stays as it is, unless weights are all that was asked for.
     """
-    if is_all:
-        trained: Trained | None = run.train(demos_ahead=demos_ahead, keep=True)
-    else:
-        trained = _trained(run, demos_ahead=demos_ahead, otherwise="the weights stay as they are", keep=True)
-    if trained is None:
+    demos_ahead = any(step.kind is not StepKind.WEIGHTS for step in later)
+    is_all = run.n_steps == 1 and not later
+    found, whole = run.incumbent, CallBudget(run.scope, math.inf)
+    tuned: list[Trained] = []
+    for job in run.weights_jobs(demos_ahead=demos_ahead):
+        otherwise = "" if is_all and not tuned else "the weights stay as they are"
+        trained = _trained(run, job, otherwise=otherwise)
+        if trained is None:
+            continue
+        run.note(f"w: {trained.note}")
+        if not tuned:
+            run.validation.complete(trained.prompts, allowance=whole, phase=Phase.WEIGHTS)
+            run.adopt(trained.prompts, what="w: tuned weights")
+        tuned.append(trained)
+    if tuned and run.score < PERFECT:
+        _serve(run, allowance, tuned, found, is_last=not later)
+
+
+def _serve(run: Run, allowance: CallBudget, tuned: Sequence[Trained], found: Candidate, *, is_last: bool) -> None:
+    """Race a step's weights under the best prompts before it and behind fresh demonstrations, in one study.
+
+    The last step's study goes on to the other combinations; else what follows shall have its share.
+    """
+    instructions: dict[str, Sequence[InstructionOption]] = {}
+    demos: dict[str, Sequence[DemoSet]] = {}
+    n_demos = tuned[-1].n_demos
+    predictors = zip(run.plain.parts, found.parts, run.plain.template.named_predictors(), strict=True)
+    for i, (plain, best, (name, predictor)) in enumerate(predictors):
+        instructions[name] = (
+            InstructionOption("found", best.instruction),
+            InstructionOption("plain", plain.instruction),
+        )
+        generator = np.random.default_rng([run.settings.seed, run.n_steps, i, 707])
+        fresh = random_demos(labelled_demos(predictor.signature, run.context.trainset), n_demos, generator)
+        own = DemoSet("found", best.demos) if best.demos else NO_DEMOS
+        demos[name] = (own, NO_DEMOS, DemoSet("fresh", fresh) if fresh else own)
+    best_instructions = {f"{name}.instruction": "found" for name in instructions}
+    # Last the bare weights behind demonstrations, which rarely serve them: few calls may be left.
+    plan = [(tuned[-1], 0)] + [(tuned[-1], -1)] * (n_demos > 0) + [(one, 0) for one in tuned[:-1]]
+    starts: list[Point] = [
+        {WEIGHTS: weights_choice(one.prompts).name, **best_instructions}
+        | {f"{name}.demos": sets[which].name for name, sets in demos.items()}
+        for one, which in plan
+    ]
+    weights = [weights_choice(one.prompts) for one in tuned]
+    space = Space.around(run.incumbent, weights=weights, instructions=instructions, demos=demos)
+    if all(run.validation.is_complete(space.candidate(start)) for start in starts):
         return
-    run.note(f"w: {trained.note}")
-    whole = CallBudget(run.scope, math.inf)
-    best: Candidate | None = None
-    for candidate in _serving_prompts(run, trained):
-        # The first prompt is always tried; further ones only within this step's share.
-        if best is not None and not allowance.can_afford(run.validation.cost_to_complete(candidate)):
-            break
-        run.validation.complete(candidate, allowance=whole, phase=Phase.WEIGHTS)
-        logger.info("w: tuned weights, %d demonstrations: %.3f", candidate.n_demos, run.validation.mean(candidate))
-        if best is None or _goes_before(run, candidate, best):
-            best = candidate
-    if best is not None:
-        run.adopt(best, what="w: tuned weights")
+    max_trials = None if is_last else len(starts) + 1
+    run.search(space, allowance, phase=Phase.WEIGHTS, name="w", starts=starts, max_trials=max_trials)
 
 
-def _serving_prompts(run: Run, trained: Trained) -> list[Candidate]:
-    """The incumbent's prompts on the tuned weights; fresh demonstrations as in training; none."""
-    tuned = run.incumbent.with_lms(trained.lms)
-    found = [tuned]
-    if trained.n_demos:
-        fresh: dict[str, tuple[Any, ...]] = {}
-        for i, (name, predictor) in enumerate(run.incumbent.template.named_predictors()):
-            generator = np.random.default_rng([run.settings.seed, run.n_steps, i, 707])
-            labelled = labelled_demos(predictor.signature, run.context.trainset)
-            if demos := random_demos(labelled, trained.n_demos, generator):
-                fresh[name] = demos
-        found.append(tuned.with_demos(fresh))
-        found.append(tuned.with_demos({part.predictor: NO_DEMOS.demos for part in tuned.parts}))
-    return list({candidate.key: candidate for candidate in found}.values())
+def _trained(run: Run, job: WeightsJob, *, otherwise: str) -> Trained | None:
+    """Tuned weights, or None and a note where there is nothing to train on or the training went astray.
 
-
-def _goes_before(run: Run, candidate: Candidate, best: Candidate) -> bool:
-    """Whether a candidate is to be preferred: what keeps the limits to what does not, then the better one."""
-    breaks, best_breaks = run.forbids(candidate) is not None, run.forbids(best) is not None
-    return run.validation.is_better(candidate, best) if breaks == best_breaks else best_breaks
-
-
-def _trained(run: Run, *, demos_ahead: bool, otherwise: str, keep: bool = False) -> Trained | None:
-    """Tuned weights, or None and a note where there is nothing to train on or the training went astray."""
+    Without a word of what happens otherwise that is an error.
+    """
     try:
-        return run.train(demos_ahead=demos_ahead, keep=keep)
+        return run.train(job)
     except (NoTrainingRowsError, TrainingDivergedError) as error:
+        if not otherwise:
+            raise
         text = f"no weights were trained, {otherwise}: {error}"
         if text not in run.notes:
             run.note(text, headline=True)
@@ -327,28 +347,42 @@ def _trained(run: Run, *, demos_ahead: bool, otherwise: str, keep: bool = False)
         return None
 
 
-def _joint(run: Run, allowance: CallBudget) -> None:
-    """One study over weights and prompts at once.
+def _in_turn(first: Sequence[Point], second: Sequence[Point]) -> list[Point]:
+    """One of the first, one of the second, and so on."""
+    return [point for pair in zip_longest(first, second) for point in pair if point is not None]
 
-    Weights to choose from: as they are, tuned behind demonstrations, tuned bare, and checkpoints of both trainings.
+
+def _joint(run: Run, allowance: CallBudget) -> None:
+    """Studies over weights and prompts at once.
+
+    Weights to choose from: as they are, tuned bare, tuned behind demonstrations, and checkpoints of both trainings.
+    Behind demonstrations a small model is trained at once, a large one before the second round, if the best program of
+    the first shows some. First of all the bare weights are tried under the prompts as written, which is what `w` alone
+    finds; then what `p` would begin with, and other prompts on the tuned weights, in turn.
     """
-    choices: list[WeightsChoice] = []
-    others: list[WeightsChoice] = []
-    for demos_ahead in (True, False):
-        trained = _trained(run, demos_ahead=demos_ahead, otherwise="prompts are searched without such weights")
-        if trained is None:
-            continue
-        run.note(f"joint: {trained.note}")
-        choices.append(weights_choice(run.incumbent.with_lms(trained.lms)))
-        others.extend(checkpoint_choices(run.incumbent, trained.lms, n=run.settings.n_checkpoints))
+    trained: list[Trained] = []
+
+    def weights() -> Sequence[WeightsChoice]:
+        for job in run.weights_jobs(demos_ahead=not trained):
+            if any(bool(one.n_demos) == bool(job.n_demos) for one in trained):
+                continue
+            one = _trained(run, job, otherwise="prompts are searched without such weights")
+            if one is not None:
+                run.note(f"joint: {one.note}")
+                trained.append(one)
+        return [*(weights_choice(one.prompts) for one in trained), *run.checkpoint_choices()]
 
     def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
-        first = {f"{name}.demos": sets[0].name for name, sets in demos.items()}
-        bare = {f"{name}.demos": NO_DEMOS.name for name in demos}
-        tuned = [{"weights": choices[0].name, **first}, {"weights": choices[-1].name, **bare}] if choices else []
-        return [*tuned, *starting_points(instructions, demos)]
+        first: list[Point] = []
+        tuned: list[Point] = []
+        for one in trained:
+            points = starting_points(instructions, demos, weights=(weights_choice(one.prompts),))
+            shown, bare = points[: len(points) // 2], points[len(points) // 2 :]
+            first.append(shown[0] if one.n_demos else bare[0])
+            tuned.extend(_in_turn(shown, bare))
+        return [*first, *_in_turn(starting_points(instructions, demos), tuned)]
 
-    search_in_rounds(run, allowance, name="joint", choices=[*choices, *others], first_starts=starts)
+    search_in_rounds(run, allowance, name="joint", weights=weights, first_starts=starts)
 
 
 # -- DSPy's optimizers

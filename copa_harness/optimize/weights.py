@@ -1,10 +1,23 @@
-"""The weights step: rows rendered with the prompts that will be served, and a LoRA adapter trained on them.
+"""The weights step: which trainings are done, on which rows, and the LoRA adapters that come out.
 
 A LoRA trained long on bare prompts loses the use of demonstrations, and one trained with demonstrations collapses
-without them; so the rows follow what is to come. With demonstrations in the incumbent, or a prompt step still ahead,
-every row is rendered behind demonstrations drawn anew for every epoch, and a fifth of the rows (`bare_share`) bare as
-well: enough that the search can still try short prompts on the tuned weights, too few to teach it to ignore
-demonstrations. Otherwise all rows are bare. What was chosen is written into the adapter's manifest (`served_with`).
+without them. What serves a program better is seen only by trying, and a training costs no call; so a step trains more
+than once (`weights_jobs`):
+
+* **bare, always**: the prompts as written, without demonstrations. It is the same training whatever the strategy, so
+  every strategy that tunes weights has what `w` alone has, and the adapter is made once.
+* **behind the best prompts so far**, where they are others: with their instructions, and behind as many demonstrations.
+* **behind demonstrations yet to be found**, where a prompt step follows, for a small model only: a large one pays for
+  each pass over such rows, which are ten times as long, with minutes.
+
+Rows with demonstrations show others in every epoch, and a fifth of them (`bare_share`) comes bare as well: enough that
+the search can still try short prompts on such weights. The setting `demonstrations` of the training overrules this:
+`keep` leaves the bare training out where there is another, `drop` trains without demonstrations only. What was chosen
+is written into the adapter's manifest (`served_with`).
+
+**Rows** come from the user (`finetune_data`), from gold answers where the examples hold those of every predictor, and
+else from what programs answered on training examples before (`rollouts`), at no further call. Where too few of these
+passed, the best program so far is run on the rows without one, as far as half of the calls left pays for.
 """
 
 from __future__ import annotations
@@ -14,28 +27,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import dspy
 import numpy as np
 
 from copa_harness.errors import ConfigurationError, NoTrainingRowsError, TrainingError
-from copa_harness.evaluate.metrics import call_metric
 from copa_harness.evaluate.runner import default_adapter
+from copa_harness.formatting import counted
 from copa_harness.lm.call_context import current_scope
-from copa_harness.optimize.propose.schema import is_fully_labelled
+from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
+from copa_harness.optimize.search.space import NO_DEMOS
+from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
     from copa_harness.optimize.options import SearchOptions
+    from copa_harness.optimize.rollouts import Rollout
     from copa_harness.optimize.search_context import SearchContext
     from copa_harness.tune.options import LoraSettings
-    from copa_harness.tune.rows import RowDemos, TrainingRow
+    from copa_harness.tune.rows import PredictorCall, RowDemos, TrainingRow
     from copa_harness.tune.trainer import LoraAdapter
 
 logger = logging.getLogger("copa_harness")
 
 LEFT_OUT = "and were left out"
 """How the clause of a phase's note ends that tells of rows too long to be trained on."""
+
+ENOUGH_ROLLOUTS = 12
+"""Training examples with a passing run from which on (or from half of the examples on) no further call is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +62,13 @@ class WeightsJob:
 
     Attributes:
         context: Training examples, or rows to train on instead; how to train, and the seed.
-        incumbent: Whose prompts are served and whose models are tuned.
-        demos_ahead: Whether a step that searches demonstrations follows.
-        can_afford_traces: Whether the budget pays for a pass over the training examples.
+        prompts: Whose prompts the rows are rendered with, and whose models are tuned.
+        n_demos: Demonstrations per row; 0 for bare rows.
     """
 
     context: SearchContext
-    incumbent: Candidate
-    demos_ahead: bool
-    can_afford_traces: bool
+    prompts: Candidate
+    n_demos: int = 0
 
     @property
     def settings(self) -> SearchOptions:
@@ -64,63 +80,113 @@ class WeightsJob:
         """Of the demonstrations drawn, and of the training when `settings.lora` is not given."""
         return self.context.settings.seed
 
-    @property
-    def n_demos(self) -> int:
-        """Demonstrations per row; 0 for bare rows."""
-        if self.settings.lora_settings(with_demos=False, seed=0).demonstrations == "drop":
-            return 0
-        wanted = self.incumbent.n_demos or (self.settings.max_demos if self.demos_ahead else 0)
-        return max(0, min(wanted, len(self.context.trainset) - 1))
-
-    @property
-    def n_epochs(self) -> int:
-        """Passes over the rows."""
-        return self.lora(self.incumbent.lms[0], with_demos=self.n_demos > 0).epochs
-
-    def lora(self, lm: Any, *, with_demos: bool) -> LoraSettings:
-        """How to train a model on rows with or without demonstrations."""
+    def lora(self, lm: Any, *, n_rows: int) -> LoraSettings:
+        """How to train a model on so many examples."""
         own: Mapping[str, Any] = {}
+        with_demos = self.n_demos > 0
         if takes_lora(lm):
             from copa_harness.tune.dspy_provider import suited_to
 
-            n_rows = len(self.context.finetune_data or self.context.trainset)
             own = suited_to(lm, n_rows=n_rows, with_demos=with_demos)
         return self.settings.lora_settings(with_demos=with_demos, seed=self.seed, suited=own)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Tuned weights: one model per predictor, how many demonstrations the rows carried, and a sentence about it."""
+    """Tuned weights.
 
-    lms: tuple[Any, ...]
+    Attributes:
+        prompts: As in the job, on the tuned weights.
+        n_demos: Demonstrations per row.
+        rows: Places of the training examples they come from, or that were looked at for them.
+        note: A sentence about the training.
+    """
+
+    prompts: Candidate
     n_demos: int
+    rows: frozenset[int]
     note: str
+
+    @property
+    def lms(self) -> tuple[Any, ...]:
+        """The tuned models, one per predictor."""
+        return self.prompts.lms
+
+
+def weights_jobs(
+    context: SearchContext, plain: Candidate, best: Candidate, *, demos_ahead: bool
+) -> tuple[WeightsJob, ...]:
+    """The trainings of a step, the bare one first; see the top of this module.
+
+    Args:
+        context: How to train.
+        plain: The program as written, on the models that are tuned.
+        best: The best program so far; its prompts are what counts.
+        demos_ahead: Whether demonstrations are still searched.
+    """
+    bare = plain.with_demos({part.predictor: NO_DEMOS.demos for part in plain.parts})
+    if context.finetune_data is not None:
+        return (WeightsJob(context, plain),)
+    kept = context.settings.lora_settings(with_demos=True, seed=0).demonstrations
+    ahead = context.settings.max_demos if demos_ahead and all(map(_is_small, plain.lms)) else 0
+    n_demos = max(0, min(best.n_demos or ahead, len(context.trainset) - 1)) if kept != "drop" else 0
+    found = best.with_lms(plain.lms)
+    first, second = WeightsJob(context, bare), WeightsJob(context, found, n_demos)
+    if n_demos == 0 and found.with_demos({part.predictor: () for part in found.parts}).key == bare.key:
+        return (first,)
+    return (second,) if kept == "keep" and n_demos else (first, second)
+
+
+def _is_small(lm: Any) -> bool:
+    if not takes_lora(lm):
+        return False
+    from copa_harness.tune.dspy_provider import is_large_model
+
+    return not is_large_model(lm)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What rows are made of.
+
+    Attributes:
+        rows: Places of the training examples, those included of whom nothing was good enough.
+        n_examples: Examples that rows come from.
+        text: Where they come from, and what that cost.
+        calls: By predictor; None for gold answers.
+    """
+
+    rows: frozenset[int]
+    n_examples: int
+    text: str
+    calls: Mapping[str, Sequence[PredictorCall]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows by predictor, the demonstrations they carry, and what `served_with` says of them."""
+    """Rows by predictor, what they are made of, the demonstrations they carry, and what `served_with` says of them."""
 
     by_predictor: Mapping[str, Sequence[TrainingRow]]
+    source: _Source
     n_demos: int
-    source: str
     served_with: str
 
 
-def train_weights(job: WeightsJob) -> Trained:
-    """Fine-tune every model of the incumbent on rows rendered with its prompts.
+def train_weights(job: WeightsJob, *, best: Candidate) -> Trained:
+    """Fine-tune every model of the job on rows rendered with its prompts.
 
-    Rows come from the user (`finetune_data`) if given, from gold labels when the examples hold every field of every
-    predictor, and else from traces of training examples the program got right.
+    Args:
+        job: What is trained, and behind which prompts.
+        best: The best program so far: it is run on training examples where rows are still to be made.
 
     Raises:
         NoTrainingRowsError: There are no rows to train on.
         ConfigurationError: A model cannot be fine-tuned.
     """
-    for lm in job.incumbent.lms:
+    for lm in job.prompts.lms:
         _check_tunable(lm)
-    rows = _rows(job)
-    if not any(rows.by_predictor.values()):
+    made = _rows(job, best)
+    if not any(made.by_predictor.values()):
         raise NoTrainingRowsError(
             "got no rows to fine-tune on: no training example was answered well enough; give labels for every output, "
             "finetune_data=..., or a strategy that begins with 'p'"
@@ -130,42 +196,46 @@ def train_weights(job: WeightsJob) -> Trained:
     steps_before, n_rows = scope.usage().train_steps, 0
     found: list[str] = []
     with scope.phase(Phase.WEIGHTS):
-        for lm in job.incumbent.lms:
+        for lm in job.prompts.lms:
             name = model_name(lm)
             if name in tuned:
                 continue
-            served = [part.predictor for part in job.incumbent.parts if model_name(part.lm) == name]
-            own = [row for predictor in served for row in rows.by_predictor[predictor]]
-            tuned[name], clauses = _fine_tuned(lm, own, job, rows) if own else (lm, [])
+            served = [part.predictor for part in job.prompts.parts if model_name(part.lm) == name]
+            own = [row for predictor in served for row in made.by_predictor[predictor]]
+            tuned[name], clauses = _fine_tuned(lm, own, job, made) if own else (lm, [])
             n_rows += len(own)
             found += clauses
     n_steps = scope.usage().train_steps - steps_before
     note = "; ".join(
-        [f"{n_rows} rows from {rows.source}, served with {rows.served_with}", f"{n_steps} training steps", *found]
+        [f"{n_rows} rows from {made.source.text}, served with {made.served_with}", f"{n_steps} training steps", *found]
     )
     logger.info("weights: %s", note)
-    return Trained(tuple(tuned[model_name(lm)] for lm in job.incumbent.lms), rows.n_demos, note)
+    lms = tuple(tuned[model_name(lm)] for lm in job.prompts.lms)
+    return Trained(job.prompts.with_lms(lms), made.n_demos, made.source.rows, note)
 
 
-def _rows(job: WeightsJob) -> _Rows:
+def _rows(job: WeightsJob, best: Candidate) -> _Rows:
     from copa_harness.tune.rows import RowDemos, TrainingRow
 
-    names = [part.predictor for part in job.incumbent.parts]
+    names = [part.predictor for part in job.prompts.parts]
+    everything = frozenset(range(len(job.context.trainset)))
     if job.context.finetune_data is not None:
         given = [TrainingRow.from_chat(row) for row in job.context.finetune_data]
         by_predictor: dict[str, Sequence[TrainingRow]] = dict.fromkeys(names, ())
         by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
-        return _Rows(by_predictor, 0, "the user", "as in the rows")
-    program = job.incumbent.program()
-    signatures = [predictor.signature for _, predictor in program.named_predictors()]
-    labelled = all(is_fully_labelled(signature, job.context.trainset) for signature in signatures)
-    source = "gold labels" if labelled else "passing traces"
-    bare, n_examples = _rendered(job, program, labelled, demos=RowDemos("none", seed=job.seed))
-    n_demos = max(0, min(job.n_demos, n_examples - 1))
+        return _Rows(by_predictor, _Source(everything, len(given), "the user"), 0, "as in the rows")
+    signatures = [predictor.signature for _, predictor in job.prompts.template.named_predictors()]
+    if all(is_fully_labelled(signature, job.context.trainset) for signature in signatures):
+        source = _Source(everything, len(everything), "gold labels (no calls)")
+    else:
+        source = _passing_runs(job, best)
+    bare = _rendered(job, source, demos=RowDemos("none", seed=job.seed))
+    n_demos = max(0, min(job.n_demos, source.n_examples - 1))
     if n_demos < 1:
-        return _Rows(bare, 0, source, "none")
-    demos = RowDemos("resample", seed=job.seed, n_demos=n_demos, n_variants=job.n_epochs)
-    rows, _ = _rendered(job, program, labelled, demos=demos)
+        return _Rows(bare, source, 0, "none")
+    n_epochs = job.lora(job.prompts.lms[0], n_rows=source.n_examples).epochs
+    demos = RowDemos("resample", seed=job.seed, n_demos=n_demos, n_variants=n_epochs)
+    rows = _rendered(job, source, demos=demos)
     keep = job.settings.lora_settings(with_demos=True, seed=0).demonstrations == "keep"
     share = 0.0 if keep else job.settings.bare_share
     generator = np.random.default_rng([job.seed, 505])
@@ -173,42 +243,65 @@ def _rows(job: WeightsJob) -> _Rows:
     for name in names:
         added = [
             replace(bare[name][int(i)], variant=variant)
-            for variant in range(job.n_epochs)
+            for variant in range(n_epochs)
             for i in sorted(generator.permutation(len(bare[name]))[: round(share * len(bare[name]))])
         ]
         mixed[name] = [*rows[name], *added]
-    return _Rows(mixed, n_demos, source, demos.served_with + (f" + none:{share:g}" if share else ""))
+    return _Rows(mixed, source, n_demos, demos.served_with + (f" + none:{share:g}" if share else ""))
 
 
-def _rendered(
-    job: WeightsJob, program: dspy.Module, labelled: bool, *, demos: RowDemos
-) -> tuple[dict[str, tuple[TrainingRow, ...]], int]:
-    """Rows by predictor, and how many examples they come from. Tracing twice costs the calls of once (cached)."""
-    from copa_harness.tune.rows import render_rows
-    from copa_harness.tune.traces import rows_from_traces
+def _rendered(job: WeightsJob, source: _Source, *, demos: RowDemos) -> dict[str, tuple[TrainingRow, ...]]:
+    from copa_harness.tune.rows import render_calls, render_rows
 
-    adapter = default_adapter()
-    if labelled:
-        rows = render_rows(program, job.context.trainset, demos=demos, adapter=adapter)
-        return rows, len(job.context.trainset)
-    if not job.can_afford_traces:
+    program, adapter = job.prompts.program(), default_adapter()
+    if source.calls is None:
+        return render_rows(program, job.context.trainset, demos=demos, adapter=adapter)
+    return {
+        name: render_calls(predictor, source.calls[name], demos=demos, adapter=adapter) if source.calls[name] else ()
+        for name, predictor in program.named_predictors()
+    }
+
+
+def _passing_runs(job: WeightsJob, best: Candidate) -> _Source:
+    """Whole runs that passed, one for each training example that has one; more are made where those are too few."""
+    context, scope = job.context, current_scope()
+    charged, known = scope.charged_calls, _passing(context)
+    if len(known) < min(ENOUGH_ROLLOUTS, (len(context.trainset) + 1) // 2):
+        known = _with_more_runs(context, best, known)
+    paid = scope.charged_calls - charged
+    names = [part.predictor for part in job.prompts.parts]
+    calls = {name: [call for one in known for call in one.calls(name)] for name in names}
+    n_examples = min((len(own) for own in calls.values() if own), default=0)
+    programs = {"" if one.candidate is None else one.candidate.key for one in known}
+    text = (
+        f"passing runs of {counted(len(programs), 'program')} on {counted(len(known), 'training row')} "
+        f"({counted(paid, 'call') if paid else 'no further calls'})"
+    )
+    return _Source(context.rollouts.rows, n_examples, text, calls)
+
+
+def _passing(context: SearchContext) -> tuple[Rollout, ...]:
+    return context.rollouts.passing(context.settings.pass_score, worth=context.validation.mean)
+
+
+def _with_more_runs(context: SearchContext, best: Candidate, known: Sequence[Rollout]) -> tuple[Rollout, ...]:
+    """With runs of the best program on examples that no run passed on, unless it gets nothing right on validation."""
+    if context.validation.mean(best) <= 0:
+        return tuple(known)
+    scope, passed = current_scope(), {one.row for one in known}
+    n = context.n_affordable(best, CallBudget(scope, np.inf).remaining / 2)
+    if n < 1:
+        if known:
+            return tuple(known)
         raise NoTrainingRowsError(
-            "the budget does not pay for a pass over the training examples, which the weights step needs here; "
+            "the budget does not pay for running training examples, which the weights step needs here; "
             "raise the budget, or give finetune_data=..."
         )
-    with current_scope().phase(Phase.BOOTSTRAP), dspy.context(adapter=adapter, disable_history=True):
-        traced = rows_from_traces(
-            program,
-            job.context.trainset,
-            metric=lambda example, prediction, trace: call_metric(
-                job.context.metric, example, prediction=prediction, trace=trace
-            ),
-            demos=demos,
-            pass_score=job.settings.pass_score,
-            adapter=adapter,
-            threads=job.context.settings.threads,
-        )
-    return traced.rows, traced.n_passed
+    order = stratified_order(strata_of(context.trainset), np.random.default_rng([context.settings.seed, 404]))
+    missing = [row for row in order if row not in passed][:n]
+    if missing:
+        context.run_on_training(best.program(), missing, phase=Phase.BOOTSTRAP, candidate=best)
+    return _passing(context)
 
 
 def _check_tunable(lm: Any) -> None:
@@ -237,7 +330,7 @@ def _fine_tuned(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Ro
 def _lora(lm: Any, rows: Sequence[TrainingRow], job: WeightsJob, made: _Rows) -> LoraAdapter:
     from copa_harness.tune.dspy_provider import train_lora
 
-    lora = job.lora(lm, with_demos=made.n_demos > 0)
+    lora = replace(job, n_demos=made.n_demos).lora(lm, n_rows=made.source.n_examples)
     kept, held_out = list(rows), []
     n_held_out = round((lora.held_out_share or job.settings.held_out_share) * len(rows))
     if n_held_out:

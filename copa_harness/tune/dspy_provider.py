@@ -17,7 +17,7 @@ from dspy.clients.provider import Provider, TrainingJob
 from copa_harness.errors import ConfigurationError, TrainingError
 from copa_harness.lm.endpoint.vllm import VllmEngine
 from copa_harness.tune.checkpoints import is_finished
-from copa_harness.tune.options import LoraSettings, suited
+from copa_harness.tune.options import LoraSettings, is_large, suited
 from copa_harness.tune.rows import TrainingRow
 from copa_harness.tune.trainer import LoraAdapter, LoraTrainer
 
@@ -140,6 +140,11 @@ def attach_provider(lm: MeteredLM, *, directory: Path | None = None, settings: L
 def suited_to(lm: MeteredLM, *, n_rows: int, with_demos: bool) -> Mapping[str, Any]:
     """Settings by name that suit the base of `lm`, see `suited`."""
     return suited(_weights_of(_trainable(lm)).directory, n_rows=n_rows, with_demos=with_demos)
+
+
+def is_large_model(lm: MeteredLM) -> bool:
+    """Whether the base of `lm` is large, see `options.is_large`."""
+    return is_large(_weights_of(_trainable(lm)).directory)
 
 
 def finetune(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,12 +92,17 @@ def rows_from_traces(
         for predictor, inputs, prediction in trace if kind == "passed" else ():
             if id(predictor) not in names:
                 continue  # made on the fly inside the program: nothing to fine-tune it by
-            signature = predictor.signature
-            given = filled_inputs(signature, inputs)
-            outputs = {field: prediction[field] for field in signature.output_fields}
-            calls[names[id(predictor)]].append(PredictorCall(given, outputs, {**given, **outputs}))
+            calls[names[id(predictor)]].append(call_of(predictor, inputs, prediction))
     rows = {name: render_calls(predictors[name], own, demos=demos, adapter=adapter) for name, own in calls.items()}
     return TraceRows(rows, counts["passed"], counts["wrong"], counts["unparsed"], counts["failed"], errors)
+
+
+def call_of(predictor: Any, inputs: Mapping[str, Any], prediction: Any) -> PredictorCall:
+    """A step of a trace as a call that rows are rendered from."""
+    signature = predictor.signature
+    given = filled_inputs(signature, inputs)
+    outputs = {field: prediction[field] for field in signature.output_fields}
+    return PredictorCall(given, outputs, {**given, **outputs})
 
 
 def _run_one(

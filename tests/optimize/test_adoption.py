@@ -214,3 +214,67 @@ def test_limits_hold_on_rows_held_back_too(toy):
     bare = words(toy.program())
     program = optimized(toy, lm, val=rows, constraints={"max_prompt_tokens": bare + 20})
     assert words(program) <= bare + 20
+
+
+# -- a whole and its parts
+
+
+def joint(toy, *, gains, strategy="joint", **settings):
+    """Right on 4 of 16 rows as written, on 10 with tuned weights, on more with demonstrations too."""
+    rows = toy.val
+    by_input = {(row.size, row.weight): i for i, row in enumerate(rows)}
+
+    def answers(messages, model):
+        last = messages[-1]["content"]
+        key = field(last, "size"), field(last, "weight")
+        i = by_input.get(key)
+        tuned, shown = "@" in model, len(messages) > 2
+        right = i is None or i < 4 or (tuned and i < (10 + gains if shown else 10))
+        row = rows[i] if i is not None else next(one for one in toy.train if (one.size, one.weight) == key)
+        return {"kind": right_or_wrong(row, right)}
+
+    lm = ScriptedLM(answers, fingerprint=lambda model: model, provider=toy.provider)
+    return optimized(toy, lm, strategy=strategy, budget=400, **settings)
+
+
+@pytest.mark.parametrize("strategy", ["joint", "w -> p"])
+def test_weights_alone_are_returned_where_prompts_add_no_more_than_chance_explains(toy, strategy):
+    program = joint(toy, gains=1, strategy=strategy)
+    assert "@" in program.lm.model
+    assert program.demos == []
+    (line,) = [line for line in program.copa_result.headlines if line.startswith("weights alone are returned")]
+    assert "+0.062 over them on validation (1 better, 0 worse, p = 0.5)" in line
+    assert program.copa_result.score_after == 10 / 16
+
+
+@pytest.mark.parametrize("strategy", ["joint", "w -> p"])
+def test_prompts_on_tuned_weights_are_returned_where_they_beat_weights_alone_beyond_chance(toy, strategy):
+    program = joint(toy, gains=4, strategy=strategy)
+    assert "@" in program.lm.model
+    assert program.demos
+    assert program.copa_result.score_after == 14 / 16
+
+
+def test_without_a_test_the_best_on_validation_is_returned(toy):
+    assert joint(toy, gains=1, adoption_p=1.0).copa_result.score_after == 11 / 16
+
+
+def test_training_rows_that_weights_were_trained_on_tell_no_finalists_apart(toy):
+    result = joint(toy, gains=4).copa_result
+    (note,) = [note for note in result.notes if "told apart by validation alone" in note]
+    assert "of 24 training rows 0 are shown by none of them and were not trained on" in note
+    assert not any("last look" in phase.phase for phase in result.phases)
+
+
+def test_after_a_perfect_score_the_calls_left_tell_finalists_apart_on_training_rows(toy):
+    def is_right(row, messages):
+        n_demos = len(messages) // 2 - 1
+        if n_demos == 2:
+            return row in toy.val  # perfect for the search, worthless beyond it
+        return row is not toy.val[3] if n_demos else row in toy.val[:8]
+
+    program = optimized(toy, scripted([*toy.val, *toy.train], is_right), budget=200, n_demo_sets=3, max_demos=3)
+    result = program.copa_result
+    assert len(program.demos) in (1, 3)
+    assert any("training rows none of them was made from: 1.000 -> 0.000" in note for note in result.notes)
+    assert result.charged_calls <= 200

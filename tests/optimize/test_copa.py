@@ -174,21 +174,21 @@ def test_weights_that_make_it_worse_are_not_adopted(toy):
     assert any("not adopted" in note for note in program.copa_result.notes)
 
 
-def test_rows_carry_demonstrations_when_prompts_are_searched_afterwards(toy):
-    result = optimized(toy, "w -> p", lm=tunable(toy)).copa_result
-    (rows,) = toy.provider.trained
-    lengths = {len(row["messages"]) for row in rows}
-    assert lengths == {3, 3 + 2 * 9}
-    assert any("resample:9 + none:0.2" in note for note in result.notes)
-    assert [phase.phase for phase in result.phases] == ["baseline", "1: w", "2: p"]
+def test_weights_are_trained_bare_and_behind_the_demonstrations_found(toy):
+    result = optimized(toy, "p -> w", lm=tunable(toy), budget=300).copa_result
+    bare, behind = toy.provider.trained
+    assert {len(row["messages"]) for row in bare} == {3}
+    assert {len(row["messages"]) for row in behind} > {3}
+    assert any("served with resample:" in note and "none:0.2" in note for note in result.notes)
+    assert [phase.phase for phase in result.phases][:3] == ["baseline", "1: p", "2: w"]
 
 
 def test_prompts_after_weights_are_searched_on_the_tuned_model(toy):
     lm = tunable(toy)
-    program = optimized(toy, "w -> p", lm=lm)
+    optimized(toy, "w -> p", lm=lm)
     tuned = [request for request in lm.requests if "@" in request.model]
-    assert len(tuned) > 3 * len(toy.val)
-    assert "@" in program.lm.model
+    assert len(tuned) > len(toy.val)
+    assert any(len(request.messages) > 2 for request in tuned)
 
 
 def test_rows_given_by_the_user_are_used_as_they_are(toy):

@@ -43,10 +43,13 @@ def manifests(folder: Path):
     return [manifest for manifest in found if manifest["kind"] == "lora"]
 
 
-def test_a_lora_adapter_is_trained_and_says_what_it_is_served_with(toy, tiny_lm, tmp_path):
+def served_with(folder: Path):
+    return sorted(manifest["served_with"] for manifest in manifests(folder))
+
+
+def test_a_small_model_is_trained_bare_and_behind_demonstrations_to_come(toy, tiny_lm, tmp_path):
     result = optimized(toy, tiny_lm(), "w -> p").copa_result
-    (manifest,) = manifests(tmp_path / "loras")
-    assert "resample:2 + none:0.2" in json.dumps(manifest)
+    assert served_with(tmp_path / "loras") == ["none", "resample:2 + none:0.2"]
     assert result.usage.train_steps > 0
     assert result.phases[1].usage.train_steps == result.usage.train_steps
 
@@ -56,6 +59,35 @@ def test_weights_alone_are_trained_on_bare_prompts(toy, tiny_lm, tmp_path):
     (manifest,) = manifests(tmp_path / "loras")
     assert '"served_with": "none"' in json.dumps(manifest)
     assert program.lm.model.startswith("hf:tiny@")
+
+
+@pytest.mark.parametrize("strategy", ["joint", "p -> w", "w -> p", "p -> w -> p"])
+def test_every_strategy_that_tunes_weights_makes_the_training_of_weights_alone(strategy, toy, tiny_lm, tmp_path):
+    alone = optimized(toy, tiny_lm(), "w", adoption_p=1.0).lm.model
+    before = set((tmp_path / "loras").glob("*"))
+    lm = tiny_lm()
+    asked = []
+    real = lm.engine.complete
+    lm.engine.complete = lambda request, *rest, **more: (asked.append(request), real(request, *rest, **more))[1]
+    optimized(toy, lm, strategy)
+    served = [request for request in asked if request.model == alone]
+    assert len([request for request in served if len(request.messages) == 1]) >= 4, "not scored under the plain prompt"
+    trained = {folder.name for folder in set((tmp_path / "loras").glob("*")) - before}
+    assert alone.split("@")[1] not in "".join(trained)
+
+
+def test_a_large_model_is_trained_behind_demonstrations_once_the_best_program_shows_some(
+    toy, tiny_lm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(options, "LARGE_FROM", 1)
+    optimized(toy, tiny_lm(), "w -> p")
+    assert served_with(tmp_path / "loras") == ["none"]
+    shown = toy.program()
+    shown.demos = toy.train[:2]
+    COPA(metric=toy.metric, strategy="w", lm=tiny_lm(), budget=60, lora={"epochs": 2, "rank": 2}).compile(
+        shown, trainset=toy.train[:8], valset=toy.val[:4]
+    )
+    assert served_with(tmp_path / "loras") == ["none", "none", "resample:2 + none:0.2"]
 
 
 def test_the_same_training_is_never_done_twice(toy, tiny_lm):
@@ -98,15 +130,17 @@ def test_a_large_model_gets_settings_of_its_own_and_the_notes_say_what_it_forgot
 
 
 @pytest.mark.parametrize(
-    ("demonstrations", "served_with", "n_rows"),
-    [("mix", "resample:2 + none:0.2", 20), ("keep", "resample:2", 16), ("drop", "none", 8)],
+    ("demonstrations", "trained"),
+    [
+        ("mix", [("none", 8), ("resample:2 + none:0.2", 20)]),
+        ("keep", [("resample:2", 16)]),
+        ("drop", [("none", 8)]),
+    ],
 )
-def test_demonstrations_are_mixed_into_the_rows_kept_or_dropped(
-    demonstrations, served_with, n_rows, toy, tiny_lm, tmp_path
-):
+def test_demonstrations_are_mixed_into_the_rows_kept_or_dropped(demonstrations, trained, toy, tiny_lm, tmp_path):
     optimized(toy, tiny_lm(), "w -> p", lora={"rank": 2, "epochs": 2, "demonstrations": demonstrations})
-    (manifest,) = manifests(tmp_path / "loras")
-    assert (manifest["served_with"], manifest["n_rows"]) == (served_with, n_rows)
+    found = [(manifest["served_with"], manifest["n_rows"]) for manifest in manifests(tmp_path / "loras")]
+    assert sorted(found) == trained
 
 
 def test_rows_left_out_for_their_length_are_told_in_the_notes(toy, tiny_lm):

@@ -167,9 +167,10 @@ def bootstrapped_demos(
     if n < 1:
         return {}
     order = stratified_order(strata_of(context.trainset), np.random.default_rng([*seed, 404]))[:n]
-    examples = [context.trainset[i] for i in order]
     program = context.teacher or incumbent.program()
-    runs = context.run_on_training(program, examples, phase=Phase.BOOTSTRAP)
+    candidate = incumbent if context.teacher is None else None
+    runs = context.run_on_training(program, order, phase=Phase.BOOTSTRAP, candidate=candidate)
+    examples = [context.trainset[i] for i in order]
     demos = traced_demos(program, examples, runs, min_score=context.settings.pass_score)
     logger.info("bootstrap: %d of %d traces pass", max((len(found) for found in demos.values()), default=0), n)
     return demos
@@ -280,9 +281,10 @@ def probe_instructions(
     settings, n = context.settings, context.n_affordable(incumbent, allowance.remaining * TRANSFER_SHARE)
     if not settings.transfer or not unprobed or not memory.bandit.knows("demos") or n < MIN_PROBED:
         return
-    examples = [context.trainset[i] for i in stratified_order(strata_of(context.trainset), generator)[:n]]
-    program = incumbent.with_demos({part.predictor: () for part in incumbent.parts}).program()
-    runs = context.run_on_training(program, examples, phase=Phase.DEMOS)
+    order = stratified_order(strata_of(context.trainset), generator)[:n]
+    bare = incumbent.with_demos({part.predictor: () for part in incumbent.parts})
+    program = bare.program()
+    runs = context.run_on_training(program, order, phase=Phase.DEMOS, candidate=bare)
     predictors = dict(program.named_predictors())
     for part in unprobed:
         fields = tuple(predictors[part.predictor].signature.input_fields)

@@ -47,7 +47,7 @@ def find_failures(
     if not order or not allowance.can_afford(len(order) * context.validation.calls_per_example(incumbent)):
         return {}
     examples, program = [context.trainset[i] for i in order], incumbent.program()
-    runs = context.run_on_training(program, examples, phase=Phase.INSTRUCTIONS)
+    runs = context.run_on_training(program, order, phase=Phase.INSTRUCTIONS, candidate=incumbent)
     found: dict[str, list[Failure]] = {}
     for example, run in zip(examples, runs, strict=True):
         if run.result.score is None or run.result.score >= settings.pass_score:
