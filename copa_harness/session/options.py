@@ -33,6 +33,7 @@ from copa_harness.option_fields import (
     Option,
     Place,
     check_arguments,
+    choice_check,
     option,
     options_in,
     options_of,
@@ -169,7 +170,14 @@ class Settings:
         check=PATH,
         default_words="reports in the rootdir",
         metavar="DIR",
-        help="latest.json, latest.md and numbered copies",
+        help="latest.html, latest.json, comment.md and numbered copies",
+    )
+    report: str = _given(
+        "short",
+        check=choice_check("short", "full"),
+        metavar="short|full",
+        help="what the terminal shows at the end: one table and what needs attention, or (also by -v) every table; the "
+        "page always has all",
     )
     baseline_dir: Path = _given(
         Path("baselines"),

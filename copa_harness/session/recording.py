@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from copa_harness.judge.attribution import Attribution
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.report.examples import RunDetails
     from copa_harness.report.records import RunRecord
     from copa_harness.store.baselines import Baseline
     from copa_harness.tasks.task import Task
@@ -119,6 +120,14 @@ def finish_run(
         failures=measured.failures,
         notes=notes,
         comparison=comparison,
+        details=details_of(
+            measured,
+            task=task,
+            program=program,
+            before=None if strategy == "none" else history.as_written(task, base),
+            fingerprints=context.fingerprints,
+            trials=[{**trial, "n_validation": optimized.result.n_validation} for trial in optimized.result.trials],
+        ),
         not_accepted=_why_not_accepted(evaluation) if settings.bless else "",
     )
     return entry, run
@@ -288,6 +297,42 @@ def record_of(
         seed=settings.seed,
         repeats=measured.repeats,
         **more,
+    )
+
+
+def details_of(
+    measured: Measured,
+    *,
+    task: Task,
+    program: dspy.Module,
+    before: ScoredEvaluation | None,
+    fingerprints: Mapping[str, str],
+    trials: Sequence[Mapping[str, Any]] = (),
+) -> RunDetails:
+    """What the page shows of an evaluation.
+
+    Args:
+        measured: The evaluation.
+        task: Whose program as written the prompts are compared with.
+        program: What was run.
+        before: The program as written on the same split; None for that program itself.
+        fingerprints: Of data, split, metric, program and lm.
+        trials: What the search tried.
+    """
+    from copa_harness.evaluate.prompts import prompt_texts
+    from copa_harness.report.examples import MAX_PROMPT, TRIAL_KEYS, RunDetails, examples_shown, text_of
+
+    texts = [
+        {name: text_of(text, most=MAX_PROMPT) for name, text in prompt_texts(one).items()}
+        for one in (task.program, program)
+    ]
+    return RunDetails(
+        examples=examples_shown(measured.evaluation, before),
+        n_examples=measured.evaluation.n,
+        prompts_before=texts[0],
+        prompts_after=texts[1],
+        trials=tuple({name: trial.get(name) for name in TRIAL_KEYS} for trial in trials),
+        fingerprints=dict(fingerprints),
     )
 
 
