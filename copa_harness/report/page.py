@@ -29,6 +29,9 @@ TEMPLATE = "page.html.jinja"
 MAX_WORDS = 400
 """Of a changed passage; longer ones are compared by line only."""
 
+CONTEXT = 3
+"""Lines shown before and after a change."""
+
 CURVE_WIDTH, CURVE_HEIGHT = 640, 200
 
 
@@ -92,7 +95,10 @@ class RunShown:
     def prompts(self) -> list[tuple[str, list[tuple[str, str]], str]]:
         """Per predictor its name, what changed in its prompt, and the prompt as it is sent."""
         before = self.details.prompts_before
-        return [(name, changes(before.get(name, ""), text), text) for name, text in self.details.prompts_after.items()]
+        return [
+            ({"self": "the program"}.get(name, name), folded(changes(before.get(name, ""), text)), text)
+            for name, text in self.details.prompts_after.items()
+        ]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -223,6 +229,21 @@ def changes(before: str, after: str) -> list[tuple[str, str]]:
     if before == after:
         return []
     return _merged(_changes(before.splitlines(keepends=True), after.splitlines(keepends=True), by_word=True))
+
+
+def folded(pieces: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pieces with all but `CONTEXT` lines on either side of a change folded into a line that says how many."""
+    found: list[tuple[str, str]] = []
+    for index, (kind, text) in enumerate(pieces):
+        lines = text.splitlines(keepends=True)
+        head, tail = (CONTEXT if index else 0), (CONTEXT if index < len(pieces) - 1 else 0)
+        n_folded = len(lines) - head - tail
+        if kind != "same" or n_folded <= CONTEXT:
+            found.append((kind, text))
+            continue
+        found += [("same", "".join(lines[:head])), ("folded", f"[{n_folded} lines as before]\n")]
+        found.append(("same", "".join(lines[len(lines) - tail :])))
+    return [(kind, text) for kind, text in found if text]
 
 
 def _changes(before: Sequence[str], after: Sequence[str], *, by_word: bool) -> list[tuple[str, str]]:

@@ -40,7 +40,8 @@ MAX_COMMENT = 60_000
 
 def plain_markdown(text: str) -> str:
     """Text on one line, with what Markdown or HTML would read as markup escaped."""
-    return re.sub(r"([<>*`\[\]\\|@#]|\b_|_\b)", r"\\\1", visible(" ".join(text.split())))
+    escaped = re.sub(r"([<>*`\[\]\\|]|\b_|_\b)", r"\\\1", visible(" ".join(text.split())))
+    return re.sub(r"([@#])(?=\w)", r"\1<!-- -->", escaped)  # names and numbers become links after Markdown is read
 
 
 def headline(runs: Sequence[RunRecord], *, told: Told) -> str:

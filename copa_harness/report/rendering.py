@@ -46,7 +46,7 @@ def draw(
     if style == "html":
         return str(tabulate(rows, headers=list(headers), tablefmt="html", colalign=alignment, disable_numparse=True))
     if style == "markdown":
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        cells = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
         return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
     # The header goes in as a row: tabulate widens every column by two for a header of its own.
     wrapped = [[_wrapped(cell) if wrap and i < n_text else cell for i, cell in enumerate(row)] for row in rows]
