@@ -163,7 +163,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """
     config = session.config
     state = config.stash.get(STATE, None)
-    if state is None or config.option.collectonly or hasattr(config, "workerinput"):
+    if config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    if state is not None or config.pluginmanager.hasplugin("dsession"):
+        _run_base(config)
+    if state is None:
         return
     from copa_harness.errors import ConfigurationError
     from copa_harness.session.models import Models, check_names
@@ -171,6 +175,29 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     try:
         check_names(state.settings)
         Models(state.settings).close()
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _run_base(config: pytest.Config) -> None:
+    """The suite of the commit that this one is to be compared with, if one was named.
+
+    Raises:
+        pytest.UsageError: There is no such commit, or its suite cannot be run.
+    """
+    from copa_harness.errors import ConfigurationError
+
+    try:
+        settings = settings_of(config)
+        if settings.against is None or settings.plan or is_disabled(config):
+            return
+        from copa_harness.session.against import named, run_base
+
+        terminal = config.pluginmanager.getplugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(f"copa: first the suite of {named(settings)}, to compare with")
+        invocation = config.invocation_params
+        run_base(settings, arguments=[str(one) for one in invocation.args], directory=invocation.dir)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -84,6 +84,7 @@ class Told:
         remarks: What a person should know and could overlook.
         n_refused: Evaluations and tests that the session's ceilings cut short.
         against: What was compared with, for the first line of a comment; empty for the accepted baselines.
+        tables: (title, HTML) of tables beside those of the runs.
     """
 
     details: Mapping[int, RunDetails] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Told:
     remarks: tuple[str, ...] = ()
     n_refused: int = 0
     against: str = ""
+    tables: tuple[tuple[str, str], ...] = ()
 
     @property
     def trials(self) -> list[Mapping[str, Any]]:

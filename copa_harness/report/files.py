@@ -42,7 +42,7 @@ def gates_to_read(runs: Sequence[RunRecord], *, width: int = 0) -> str:
     return "\n".join(blocks)
 
 
-_NUMBERED = re.compile(r"(\d{4,})\.json")
+NUMBERED = re.compile(r"(\d{4,})\.json")
 
 _MAX_TRIES = 1000
 
@@ -112,7 +112,7 @@ def _write_numbered(folder: Path, text: str) -> Path:
     temporary = write_atomic(temporary_name(folder / "numbered.json"), text)
     try:
         number = 1 + max(
-            (int(match[1]) for name in os.listdir(folder) if (match := _NUMBERED.fullmatch(name))), default=0
+            (int(match[1]) for name in os.listdir(folder) if (match := NUMBERED.fullmatch(name))), default=0
         )
         for candidate in range(number, number + _MAX_TRIES):
             path = folder / f"{candidate:04d}.json"

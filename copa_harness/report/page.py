@@ -163,7 +163,7 @@ def page_html(runs: Sequence[RunRecord], *, environment: Mapping[str, Any], told
         shown=shown,
         totals=totals(runs),
         worst=[one for one in shown if one.is_open],
-        tables=all_tables(runs, style="html"),
+        tables=(*told.tables, *all_tables(runs, style="html")),
         receipt=receipt_table(receipt(runs, trials=told.trials, n_refused=told.n_refused), style="html"),
         environment=environment,
         notes=(*told.remarks, *told.notes),

@@ -15,6 +15,7 @@ from copa_harness.errors import CopaError
 from copa_harness.formatting import ceiling, counted, number
 from copa_harness.judge.gates import is_failure, overall
 from copa_harness.results import Verdict
+from copa_harness.session.against import compared, named
 from copa_harness.session.comparisons import settle
 from copa_harness.session.entries import Entry, from_row
 from copa_harness.session.options import Settings
@@ -107,7 +108,8 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     records, failed_late = settle(entries, settings=settings)
     notes = list(dict.fromkeys(note for entry in entries for note in entry.notes))
     asides = list(dict.fromkeys(aside for entry in entries for aside in entry.asides))
-    remarks = [*_unchecked(entries), *failed_late]
+    unchecked = _unchecked(entries)
+    remarks = [*unchecked, *failed_late]
     failures = _failures(entries)
     notes += _failed_attempts(failures)
     suite, suite_fails = _over_suite(records)
@@ -119,25 +121,36 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     notes += _spent(settings)
     n_cut = max(sum(record.cut_short for record in records), tests.n_refused)
     remarks += _cut_short(n_cut)
+    beside = None if settings.against is None else compared(settings, records)
+    notes += () if beside is None else beside.notes
     evaluated = [entry for entry in entries if entry.record is not None]
     told = Told(
         details={place: entry.details for place, entry in enumerate(evaluated) if entry.details is not None},
         notes=(*notes, *asides),
         remarks=tuple(remarks),
         n_refused=n_cut,
+        against="" if beside is None else named(settings),
+        tables=() if beside is None or not beside.page else ((f"against {named(settings)}", beside.page),),
     )
     written, problems = _written(records, failures, settings=settings, told=told)
     found = annotations_of(records, locations=tests.locations, failed=tests.failed)
     return Report(
         summary=summary_table(records),
-        tables=all_tables(records),
+        tables=(
+            *all_tables(records),
+            *(() if beside is None or not beside.table else ((f"against {named(settings)}", beside.table),)),
+        ),
         gates=gates_to_read(records),
         totals=totals(records),
         notes=tuple(notes),
         asides=tuple(asides),
         remarks=(*remarks, *problems),
         written=written,
-        exit_status=FAILED if suite_fails or failed_late else BUDGET_EXHAUSTED if n_cut else 0,
+        exit_status=FAILED
+        if suite_fails or failed_late or (unchecked and beside is not None)
+        else BUDGET_EXHAUSTED
+        if n_cut
+        else 0,
         annotations=tuple(one.command() for one in found),
     )
 
