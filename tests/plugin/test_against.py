@@ -109,7 +109,6 @@ def test_a_worse_branch_fails_and_the_comment_says_it_in_its_first_line(reposito
 
 
 def test_an_unchanged_branch_pays_nothing_and_is_one_line(repository):
-    repository.runpytest_subprocess(*STRICT).assert_outcomes(passed=1)
     result = repository.runpytest_subprocess(*STRICT, "--copa-against=merge-base")
     assert result.ret == 0
     result.stdout.fnmatch_lines(["runs: 1 pass; 0 calls paid, 46 from the cache, *"])
