@@ -134,6 +134,7 @@ def test_a_worse_branch_ends_with_status_1_an_annotation_and_a_comment_that_begi
     assert "Worse than merge-base" in summary
     assert api.written == [("POST", "/repos/some/body/issues/7/comments", "Bearer secret")]
     page = (repository.path / "reports" / "latest.html").read_text()
+    assert ">40 got worse</button>" in page
     assert "What did not pass" in page
     assert 'class="ex' in page
 

@@ -32,11 +32,14 @@ TRIAL_KEYS = ("study", "outcome", "n", "score", "n_validation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleShown:
-    """One example after the optimization, beside the program as written; empty texts where there is nothing to show."""
+    """One example after the optimization, beside the program as written and the accepted result, of which only scores
+    are known; empty texts where there is nothing to show.
+    """
 
     id: str
     score: float | None
     before: float | None = None
+    accepted: float | None = None
     outcome: str = "ok"
     inputs: str = ""
     expected: str = ""
@@ -46,11 +49,16 @@ class ExampleShown:
     labels: str = ""
 
     @property
+    def reference(self) -> float | None:
+        """What it is compared with: the accepted result, else the program as written."""
+        return self.before if self.accepted is None else self.accepted
+
+    @property
     def change(self) -> str:
         """`worse`, `better` or `same`; `same` too where one of the two scores is missing."""
-        if self.score is None or self.before is None or self.score == self.before:
+        if self.score is None or self.reference is None or self.score == self.reference:
             return "same"
-        return "worse" if self.score < self.before else "better"
+        return "worse" if self.score < self.reference else "better"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,25 +112,29 @@ class Told:
 NOTHING_TOLD = Told()
 
 
-def examples_shown(after: EvaluationResult, before: EvaluationResult | None) -> tuple[ExampleShown, ...]:
+def examples_shown(
+    after: EvaluationResult, before: EvaluationResult | None, *, accepted: Mapping[str, float | None] | None = None
+) -> tuple[ExampleShown, ...]:
     """The examples of an evaluation, those that got worse first, then the better ones, then the wrong ones.
 
     Args:
         after: What was evaluated.
         before: The program as written on the same split; None for that program itself.
+        accepted: Scores of the accepted result by example id, if there is one.
     """
     known = {} if before is None else {row.example_id: row for row in before.results}
-    shown = [_shown(row, known.get(row.example_id)) for row in after.results]
+    shown = [_shown(row, known.get(row.example_id), (accepted or {}).get(row.example_id)) for row in after.results]
     rank = {"worse": 0, "better": 1, "same": 2}
     shown.sort(key=lambda row: (rank[row.change], -1.0 if row.score is None else row.score))
     return tuple(shown[:MAX_EXAMPLES])
 
 
-def _shown(row: ExampleResult, before: ExampleResult | None) -> ExampleShown:
+def _shown(row: ExampleResult, before: ExampleResult | None, accepted: float | None) -> ExampleShown:
     return ExampleShown(
         id=row.example_id,
         score=row.score,
         before=None if before is None else before.score,
+        accepted=accepted,
         outcome=row.outcome,
         inputs=_fields(row.inputs),
         expected=_fields(row.expected),

@@ -101,6 +101,11 @@ class RunShown:
         ]
 
     @property
+    def has_accepted(self) -> bool:
+        """Whether examples are compared with the accepted result."""
+        return any(row.accepted is not None for row in self.details.examples)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Examples by what a reader filters for."""
         rows = self.details.examples

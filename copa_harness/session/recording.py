@@ -125,6 +125,7 @@ def finish_run(
             task=task,
             program=program,
             before=None if strategy == "none" else history.as_written(task, base),
+            accepted=_accepted_scores(task, strategy, base, settings=settings),
             fingerprints=context.fingerprints,
             trials=[{**trial, "n_validation": optimized.result.n_validation} for trial in optimized.result.trials],
         ),
@@ -306,6 +307,7 @@ def details_of(
     task: Task,
     program: dspy.Module,
     before: ScoredEvaluation | None,
+    accepted: Mapping[str, float | None] | None = None,
     fingerprints: Mapping[str, str],
     trials: Sequence[Mapping[str, Any]] = (),
 ) -> RunDetails:
@@ -316,6 +318,7 @@ def details_of(
         task: Whose program as written the prompts are compared with.
         program: What was run.
         before: The program as written on the same split; None for that program itself.
+        accepted: Scores of the accepted result by example id, if the run is compared with it.
         fingerprints: Of data, split, metric, program and lm.
         trials: What the search tried.
     """
@@ -327,13 +330,24 @@ def details_of(
         for one in (task.program, program)
     ]
     return RunDetails(
-        examples=examples_shown(measured.evaluation, before),
+        examples=examples_shown(measured.evaluation, before, accepted=accepted),
         n_examples=measured.evaluation.n,
         prompts_before=texts[0],
         prompts_after=texts[1],
         trials=tuple({name: trial.get(name) for name in TRIAL_KEYS} for trial in trials),
         fingerprints=dict(fingerprints),
     )
+
+
+def _accepted_scores(
+    task: Task, strategy: str, base: MeteredLM, *, settings: Settings
+) -> Mapping[str, float | None] | None:
+    from copa_harness.store.baselines import load_baseline
+
+    if settings.bless or settings.gates.get("max_regression") is None:
+        return None
+    found = load_baseline(settings.baseline_dir, task=task.name, name=baseline_name(strategy, base.model))
+    return None if found is None else found.scores
 
 
 def cut_short_entry(

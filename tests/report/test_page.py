@@ -73,6 +73,14 @@ def test_examples_that_got_worse_come_first():
     assert {row.change for row in examples_shown(AFTER, None)} == {"same"}
 
 
+def test_where_there_is_an_accepted_result_examples_are_compared_with_it():
+    shown = examples_shown(AFTER, BEFORE, accepted={"e1": 1.0, "e3": 0.0})
+    assert {row.id: row.change for row in shown} == {"e0": "worse", "e1": "same", "e2": "same", "e3": "better"}
+    text = page(told=Told(details={1: replace(DETAILS, examples=shown)}))
+    assert "Compared with the accepted result." in text
+    assert "Score of the accepted result 0.000, as written 1.000, now 1.000." in text
+
+
 def test_long_texts_are_cut_in_the_middle_and_credentials_are_masked():
     text = text_of("a" * MAX_CHARACTERS + "z" * MAX_CHARACTERS)
     assert text.startswith("aaa")
