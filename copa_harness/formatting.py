@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+"""What a terminal or a browser obeys instead of showing: escape sequences, marks of direction, blanks of no width."""
+
+
+def visible(text: str) -> str:
+    """A text of somebody else's as it really is: what would be obeyed and not seen is named instead (`<U+001B>`)."""
+    return _UNSEEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def number(value: float | None, *, signed: bool = False) -> str:

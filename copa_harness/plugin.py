@@ -7,10 +7,12 @@ has been collected (one that carries the `copa` marker or asks for a `copa_*` fi
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -32,9 +34,12 @@ from copa_harness.fixtures import (
     copa_task,
     with_comparisons,
 )
-from copa_harness.formatting import counted
+from copa_harness.formatting import counted, visible
 from copa_harness.pytest_options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
 from copa_harness.session.options import marker_arguments
+
+if TYPE_CHECKING:
+    from copa_harness.session.finish import Report, Tests
 
 __all__ = [
     "copa_base_lm",
@@ -158,7 +163,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """
     config = session.config
     state = config.stash.get(STATE, None)
-    if state is None or config.option.collectonly or hasattr(config, "workerinput"):
+    if config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    if state is not None or config.pluginmanager.hasplugin("dsession"):
+        _run_base(config)
+    if state is None:
         return
     from copa_harness.errors import ConfigurationError
     from copa_harness.session.models import Models, check_names
@@ -166,6 +175,29 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     try:
         check_names(state.settings)
         Models(state.settings).close()
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _run_base(config: pytest.Config) -> None:
+    """The suite of the commit that this one is to be compared with, if one was named.
+
+    Raises:
+        pytest.UsageError: There is no such commit, or its suite cannot be run.
+    """
+    from copa_harness.errors import ConfigurationError
+
+    try:
+        settings = settings_of(config)
+        if settings.against is None or settings.plan or is_disabled(config):
+            return
+        from copa_harness.session.against import named, run_base
+
+        terminal = config.pluginmanager.getplugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(f"copa: first the suite of {named(settings)}, to compare with")
+        invocation = config.invocation_params
+        run_base(settings, arguments=[str(one) for one in invocation.args], directory=invocation.dir)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -189,6 +221,10 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Shows errors of this package as one paragraph, and what was measured beside a failed test."""
     report = yield
+    report.copa_test = _is_copa(item)
+    if report.when == "call" and report.copa_test:
+        item.user_properties.extend(_properties(item))
+        report.user_properties = list(item.user_properties)
     if call.excinfo is not None and _is_copa(item) and _is_refusal(call.excinfo.value):
         # Neither passed nor failed: there was not enough to spend to find out.
         path, line, _ = item.reportinfo()
@@ -208,6 +244,30 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         descriptions = [run.describe() for run in item.stash.get(RUNS, [])]
         report.sections.extend(("copa", text) for text in dict.fromkeys(descriptions) if text not in said)
     return report
+
+
+def _properties(item: pytest.Item) -> list[tuple[str, object]]:
+    """What JUnit's file and others say of a test's runs: score, interval, n, verdict, calls, dollars."""
+    from copa_harness.session.runs import CopaRun
+
+    found: list[tuple[str, object]] = []
+    for run in item.stash.get(RUNS, []):
+        evaluation = run.evaluation if isinstance(run, CopaRun) else run
+        usage = run.record.usage if isinstance(run, CopaRun) else run.usage
+        interval = evaluation.interval
+        told = {
+            "task": evaluation.task,
+            "strategy": evaluation.strategy,
+            "score": f"{float(evaluation.score):.6g}",
+            "interval": f"{interval.low:.6g} {interval.high:.6g}",
+            "n": evaluation.n,
+            "calls": usage.paid_calls,
+            "usd": f"{usage.usd:.6g}",
+        }
+        if isinstance(run, CopaRun):
+            told["verdict"] = run.verdict.value
+        found += [(f"copa_{name}", value) for name, value in told.items()]
+    return found
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -265,30 +325,66 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if rows:
         from copa_harness.session.finish import finish
 
-        report = finish(rows, settings=settings_of(config), n_refused=config.stash.get(N_REFUSED, 0))
+        report = finish(rows, settings=settings_of(config), tests=_tests(config))
         config.stash[REPORT] = report
         if report.exit_status and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = report.exit_status
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints the tables when copa tests ran."""
-    report = config.stash.get(REPORT, None)
-    if report is None:
-        return
-    terminalreporter.section("copa")
-    for title, table in report.tables:
-        terminalreporter.write_line(f"{title}:", bold=True)
-        for line in table.splitlines():
-            terminalreporter.write_line(line)
-        terminalreporter.write_line("")
+def _tests(config: pytest.Config) -> Tests:
+    """What pytest knows of the copa tests of all processes."""
+    from copa_harness.session.finish import Tests
+
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    reports = [one for some in getattr(terminal, "stats", {}).values() for one in some]
+    ours = [one for one in reports if getattr(one, "copa_test", False)]
+    return Tests(
+        n_refused=config.stash.get(N_REFUSED, 0),
+        locations={one.nodeid: (one.location[0], (one.location[1] or 0) + 1) for one in ours},
+        failed={one.nodeid: _why(one) for one in ours if one.failed},
+    )
+
+
+def _why(report: pytest.TestReport) -> str:
+    """Why a test failed: the message of its error, without the traceback."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return crash.message if crash is not None else str(report.longrepr)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """Prints what came of the copa tests; a reason for the exit status that no test gives is the very last."""
+    try:
+        return (yield)
+    finally:
+        report = config.stash.get(REPORT, None)
+        if report is not None:
+            _print(terminalreporter, report, is_full=_is_full(config))
+
+
+def _is_full(config: pytest.Config) -> bool:
+    return config.get_verbosity() > 0 or settings_of(config).report == "full"
+
+
+def _print(terminal: pytest.TerminalReporter, report: Report, *, is_full: bool) -> None:
+    terminal.section("copa")
+    for title, table in report.tables if is_full else ():
+        terminal.write_line(f"{title}:", bold=True)
+        _write(terminal, table, "")
+    _write(terminal, report.summary, "")
     if report.gates:
-        terminalreporter.write_line("gates that did not pass:", bold=True)
-        terminalreporter.write_line(report.gates)
-        terminalreporter.write_line("")
-    for note in report.notes:
-        terminalreporter.write_line(note)
+        terminal.write_line("gates that did not pass:", bold=True)
+        _write(terminal, report.gates, "")
+    _write(terminal, *report.notes, *(report.asides if is_full else ()))
     for remark in report.remarks:
-        terminalreporter.write_line(remark, red=True)
-    where = f"; report: {report.written}" if report.written else ""
-    terminalreporter.write_line(f"runs: {report.verdicts}{where}")
+        terminal.write_line(visible(remark), red=True)
+    _write(terminal, report.totals)
+    if report.written:
+        _write(terminal, f"report: {report.written}")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        _write(terminal, *report.annotations)
+
+
+def _write(terminal: pytest.TerminalReporter, *texts: str) -> None:
+    for line in (line for text in texts for line in text.split("\n")):
+        terminal.write_line(visible(line))

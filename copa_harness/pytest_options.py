@@ -75,7 +75,12 @@ def settings_of(config: pytest.Config) -> Settings:
         ConfigurationError: A value cannot be used; the message names its source.
     """
     given = {one.name: setting for one in _all_options() if (setting := _given(config, one)) is not None}
-    return Settings.from_given(given, root=config.rootpath, worker=worker_number(config), run_id=run_id(config))
+    settings = Settings.from_given(given, root=config.rootpath, worker=worker_number(config), run_id=run_id(config))
+    if settings.against is None:
+        return settings
+    from copa_harness.session.against import aimed
+
+    return aimed(settings)
 
 
 def run_id(config: pytest.Config) -> str:

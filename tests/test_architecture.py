@@ -56,6 +56,7 @@ HEAVY = {
     "optuna": ("optimize/search/", "optimize/dspy_optimizers/"),
     "hypothesis": ("robustness/",),
     "tabulate": ("report/rendering",),
+    "jinja2": ("report/page", "lm/local"),
     "pytest": ("plugin", "fixtures", "pytest_options", "testing/engine_contract"),
     "_pytest": (),
     "sklearn": ("tasks/", "optimize/", "lm/embedded/pretrain"),

@@ -1,4 +1,4 @@
-"""The report: run records, the tables made of them, and the files they are written to.
+"""The report: run records, the tables made of them, the page, and the files they are written to.
 
 Names are loaded on first use; tabulate is imported only to draw a table.
 """
@@ -11,8 +11,10 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "provenance": ["environment"],
-        "files": ["ReportPaths", "gates_to_read", "verdict_counts", "write_reports"],
+        "examples": ["RunDetails", "Told"],
+        "files": ["ReportPaths", "gates_to_read", "write_reports"],
         "records": ["RunRecord", "as_reported"],
+        "summary": ["summary_table", "totals", "verdict_counts"],
         "tables": ["all_tables", "compare_table", "copa_table", "failure_table", "phase_table"],
     },
 )

@@ -25,7 +25,7 @@ MAX_FLAKY_SHOWN = 10
 """Unstable examples shown per run; latest.json has all repeats."""
 
 TERMINAL_ARMS = 2
-"""Arms shown per family and run in the terminal, the best first; latest.md shows all."""
+"""Arms shown per family and run in the terminal, the best first; the page shows all."""
 
 _CELL_NAMES = {
     "base_plain": "base, plain prompts",

@@ -1,4 +1,4 @@
-"""The report on disk: latest.json for tools, a numbered copy for comparison later, latest.md for people.
+"""The report on disk: latest.html for people, latest.json for tools, a numbered copy to compare with, comment.md.
 
 `latest.*` are replaced as a whole; the numbered copy (0001.json, 0002.json, ...) takes the next free number even when
 several processes write at once. A folder that cannot be written is one `CopaError`; whoever called still has the
@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.atomic_files import temporary_name, write_atomic
-from copa_harness.credentials import mask_secrets, mask_text
+from copa_harness.credentials import mask_secrets
 from copa_harness.documents import pretty_json, to_jsonable
 from copa_harness.errors import CopaError
-from copa_harness.formatting import counted
 from copa_harness.judge.explanations import format_gates
+from copa_harness.report.examples import NOTHING_TOLD, Told
+from copa_harness.report.page import page_html
+from copa_harness.report.pull_request import comment_text
 from copa_harness.report.records import RunRecord, as_reported
-from copa_harness.report.tables import all_tables
 from copa_harness.results import SCHEMA, Verdict
-
-
-def verdict_counts(runs: Sequence[RunRecord]) -> str:
-    """`3 pass, 1 fail, 2 undecided`."""
-    counts = {verdict: sum(run.verdict is verdict for run in runs) for verdict in Verdict}
-    return ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
 
 
 def gates_to_read(runs: Sequence[RunRecord], *, width: int = 0) -> str:
@@ -47,26 +42,7 @@ def gates_to_read(runs: Sequence[RunRecord], *, width: int = 0) -> str:
     return "\n".join(blocks)
 
 
-def markdown_gates(runs: Sequence[RunRecord]) -> list[str]:
-    """Every gate of every run as nested Markdown list items."""
-    lines = []
-    for run in runs:
-        if not run.gates:
-            continue
-        where = f" (`{run.test}`)" if run.test else ""
-        lines.append(f"- **{run.verdict.value}** {run.task}, {run.strategy}{where}")
-        for gate in run.gates:
-            verdict = gate.verdict.value if gate.verdict is Verdict.PASS else f"**{gate.verdict.value}**"
-            lines.append(f"  - {verdict} `{gate.gate}`: {mask_text(plain_markdown(gate.message))}")
-    return lines
-
-
-def plain_markdown(text: str) -> str:
-    """Text on one line, with what Markdown would read as markup escaped."""
-    return re.sub(r"([<*`\[\]\\]|\b_|_\b)", r"\\\1", " ".join(text.split()))
-
-
-_NUMBERED = re.compile(r"(\d{4,})\.json")
+NUMBERED = re.compile(r"(\d{4,})\.json")
 
 _MAX_TRIES = 1000
 
@@ -77,70 +53,49 @@ class ReportPaths:
 
     latest_json: Path
     numbered_json: Path
-    latest_markdown: Path
+    page: Path
+    comment: Path
 
 
 def write_reports(
-    directory: Path, runs: Sequence[RunRecord], *, environment: Mapping[str, Any] | None = None
+    directory: Path,
+    runs: Sequence[RunRecord],
+    *,
+    environment: Mapping[str, Any] | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> ReportPaths:
-    """Write latest.json, its numbered copy and latest.md.
+    """Write latest.json, its numbered copy, latest.html and comment.md.
 
     Args:
         directory: the report folder; created when missing.
         runs: the records, in the order of the report. Absolute artifact paths are written relative to `directory`.
         environment: what to say about versions, machine, seed and budget (see `provenance`).
+        told: what the session has to say beyond its records.
 
     Raises:
         CopaError: the folder cannot be written or the disk is full. Earlier reports are intact.
     """
     folder = Path(directory)
     placed = [replace(run, artifact=_relative(run.artifact, folder)) for run in runs]
+    made_in = mask_secrets(to_jsonable(environment or {}))
     document = {
         "schema": SCHEMA,
-        "environment": mask_secrets(to_jsonable(environment or {})),
+        "environment": made_in,
         "runs": [as_reported(run) for run in placed],
     }
     text = pretty_json(document)
     try:
         numbered = _write_numbered(folder, text)
         latest = write_atomic(folder / "latest.json", text)
-        markdown = write_atomic(folder / "latest.md", markdown_report(placed, environment=environment or {}))
+        page = write_atomic(folder / "latest.html", page_html(placed, environment=made_in, told=told))
+        comment = write_atomic(folder / "comment.md", comment_text(placed, environment=made_in, told=told))
     except OSError as error:
         raise CopaError(
             f"the report could not be written to {folder} ({error.strerror or error}); the results stand as "
             f"printed. Next: free some space or choose a writable folder with --copa-report-dir, then run again "
             f"(answers are cached)."
         ) from error
-    return ReportPaths(latest, numbered, markdown)
-
-
-def markdown_report(runs: Sequence[RunRecord], *, environment: Mapping[str, Any]) -> str:
-    """The report as GitHub Markdown: tables, gates, environment."""
-    lines = [
-        "# copa-harness report",
-        "",
-        f"{counted(len(runs), 'run')}: {verdict_counts(runs)}." if runs else "No runs.",
-    ]
-    for title, table in all_tables(runs, style="markdown"):
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table]
-    if gate_lines := markdown_gates(runs):
-        lines += ["", "## Gates", "", *gate_lines]
-    if environment:
-        lines += ["", "## Environment", "", *_environment_lines(mask_secrets(to_jsonable(environment)))]
-    return "\n".join(lines) + "\n"
-
-
-def _environment_lines(environment: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, value in environment.items():
-        if isinstance(value, Mapping):
-            # Tracebacks are for latest.json; here a count is enough.
-            value = ", ".join(
-                f"{key} {item.get('count', '')}" if isinstance(item, Mapping) else f"{key} {item}"
-                for key, item in value.items()
-            )
-        lines.append(f"- {name.replace('_', ' ')}: {plain_markdown(str(value))}")
-    return lines
+    return ReportPaths(latest, numbered, page, comment)
 
 
 def _relative(artifact: str, folder: Path) -> str:
@@ -157,7 +112,7 @@ def _write_numbered(folder: Path, text: str) -> Path:
     temporary = write_atomic(temporary_name(folder / "numbered.json"), text)
     try:
         number = 1 + max(
-            (int(match[1]) for name in os.listdir(folder) if (match := _NUMBERED.fullmatch(name))), default=0
+            (int(match[1]) for name in os.listdir(folder) if (match := NUMBERED.fullmatch(name))), default=0
         )
         for candidate in range(number, number + _MAX_TRIES):
             path = folder / f"{candidate:04d}.json"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from html import escape
 from typing import Literal
 
+from copa_harness.formatting import visible
 from copa_harness.results import Interval
 
-Style = Literal["terminal", "markdown"]
+Style = Literal["terminal", "markdown", "html"]
 
 MAX_WIDTH = 120
 """Columns of a terminal that a line of explanation may fill."""
@@ -40,8 +42,11 @@ def draw(
 
     n_right = len(headers) - n_text - last_text
     alignment = ["left"] * n_text + ["right"] * n_right + ["left"] * last_text
+    rows = [[visible(cell) for cell in row] for row in rows]
+    if style == "html":
+        return str(tabulate(rows, headers=list(headers), tablefmt="html", colalign=alignment, disable_numparse=True))
     if style == "markdown":
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        cells = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
         return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
     # The header goes in as a row: tabulate widens every column by two for a header of its own.
     wrapped = [[_wrapped(cell) if wrap and i < n_text else cell for i, cell in enumerate(row)] for row in rows]
@@ -64,6 +69,8 @@ def _wrapped(text: str) -> str:
 
 def with_notes(table: str, notes: Sequence[str], *, style: Style) -> str:
     """A table, if there is one, with lines of explanation below it."""
+    if style == "html":
+        return "\n".join([*([table] if table else []), *(f"<p>{escape(visible(note))}</p>" for note in notes)])
     if style == "markdown":
         return "\n\n".join([*([table] if table else []), *notes])
     lines = [

@@ -1,4 +1,4 @@
-"""The tables of the terminal summary and of latest.md: what weights and prompts gained, what it cost, how it ended.
+"""The tables of the terminal summary and of the page: what weights and prompts gained, what it cost, how it ended.
 
 Numbers stand right-aligned with their unit in the header, beside every mean stand n and its interval, differences are
 signed, and a missing value is '-'. Each function returns text without a final newline, or "" when it has no rows.

@@ -12,6 +12,7 @@ from typing import Any
 
 from copa_harness.credentials import mask_secrets
 from copa_harness.documents import from_json, to_json
+from copa_harness.report.examples import RunDetails
 from copa_harness.report.records import RunRecord
 from copa_harness.session.evaluation import FailedCalls
 from copa_harness.session.plan import PlanLine
@@ -46,6 +47,8 @@ class Entry:
         not_accepted: Why it must not become one though the session is blessed; empty if it may.
         failures: Attempts at a call that failed, by kind.
         notes: Sentences for the summary.
+        asides: Sentences for whoever asks for the full summary.
+        details: What the page shows of the run beyond its record.
         comparison: For other runs to compare with; None unless it is a whole test split of a named strategy.
         checked: Whether the test called `copa_run.check()`; None where there was no run to check.
         undecided_fails: Whether its gates fail when they are undecided or not comparable.
@@ -58,6 +61,8 @@ class Entry:
     baseline: Baseline | None = None
     failures: Mapping[str, FailedCalls] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    asides: tuple[str, ...] = ()
+    details: RunDetails | None = None
     comparison: ComparisonBasis | None = None
     checked: bool | None = None
     undecided_fails: bool = False

@@ -7,7 +7,7 @@ leaves the old baselines as they were.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from copa_harness.errors import CopaError
 from copa_harness.formatting import ceiling, counted, number
 from copa_harness.judge.gates import is_failure, overall
 from copa_harness.results import Verdict
+from copa_harness.session.against import compared, named
 from copa_harness.session.comparisons import settle
 from copa_harness.session.entries import Entry, from_row
 from copa_harness.session.options import Settings
@@ -22,6 +23,7 @@ from copa_harness.session.plan import plan_text
 from copa_harness.session.runs import is_deferred
 
 if TYPE_CHECKING:
+    from copa_harness.report.examples import Told
     from copa_harness.report.records import RunRecord
     from copa_harness.store.baselines import Baseline
 
@@ -32,67 +34,124 @@ BUDGET_EXHAUSTED = 6
 """Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What the terminal shows.
 
     Attributes:
-        tables: (title, text) of every table that has something to say.
+        summary: The one table that everybody sees.
+        tables: (title, text) of every table that has something to say, for whoever asks for them.
         gates: Gates that did not pass, under their runs; empty when all passed.
-        verdicts: How many runs passed, failed, are undecided.
+        totals: How many runs passed, failed, are undecided, and what they cost.
         notes: What is good to know.
+        asides: What is good to know for whoever asks for more.
         remarks: What a person should know and could overlook.
-        written: Path of the report file for people, relative to the root if it lies below; empty when not written.
+        written: Path of the page, relative to the root if it lies below; empty when not written.
         exit_status: What the session must end with when its tests alone would make it a success; 0 for success.
+        annotations: Commands for GitHub, where it reads the output.
     """
 
-    tables: tuple[tuple[str, str], ...]
-    gates: str
-    verdicts: str
-    notes: tuple[str, ...]
-    remarks: tuple[str, ...]
-    written: str
+    summary: str
+    tables: tuple[tuple[str, str], ...] = ()
+    gates: str = ""
+    totals: str
+    notes: tuple[str, ...] = ()
+    asides: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    written: str = ""
     exit_status: int = 0
+    annotations: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why the session ends with `exit_status`; empty for success."""
+        return "; ".join(self.remarks) if self.exit_status else ""
 
 
-def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, n_refused: int = 0) -> Report:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tests:
+    """What the report says of tests, beside their runs.
+
+    Attributes:
+        n_refused: Tests that ended because the session's ceilings refused a call.
+        locations: Path from the root and line, from 1, by test id.
+        failed: Why copa tests failed, by test id.
+    """
+
+    __test__ = False  # pytest is not to collect it
+
+    n_refused: int = 0
+    locations: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_TESTS = Tests()
+
+
+def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Tests = NO_TESTS) -> Report:
     """Writes the report files and, if the session is blessed, the baselines; draws the tables.
 
     Args:
         rows: From every process of the session, in any order (see `entries`).
         settings: Where to write, and what to say about seed and budget.
-        n_refused: Tests that ended because the session's ceilings refused a call.
+        tests: What else is known of the tests.
     """
-    from copa_harness.report.files import gates_to_read, verdict_counts
+    from copa_harness.report.examples import Told
+    from copa_harness.report.files import gates_to_read
+    from copa_harness.report.pull_request import annotations_of
+    from copa_harness.report.summary import summary_table, totals
     from copa_harness.report.tables import all_tables
 
     entries = sorted((from_row(row) for row in rows), key=lambda entry: entry.order)
     if plans := [entry.plan for entry in entries if entry.plan is not None]:
-        table = ("what a run would pay", plan_text(plans))
-        return Report((table,), "", "plan only, nothing was run", (), (), "")
+        return Report(summary=f"what a run would pay:\n{plan_text(plans)}", totals="runs: plan only, nothing was run")
     records, failed_late = settle(entries, settings=settings)
     notes = list(dict.fromkeys(note for entry in entries for note in entry.notes))
-    remarks = [*_unchecked(entries), *failed_late]
+    asides = list(dict.fromkeys(aside for entry in entries for aside in entry.asides))
+    unchecked = _unchecked(entries)
+    remarks = [*unchecked, *failed_late]
     failures = _failures(entries)
     notes += _failed_attempts(failures)
     suite, suite_fails = _over_suite(records)
-    (remarks if suite_fails else notes).extend(suite)
+    (remarks if suite_fails else asides).extend(suite)
     if settings.bless:
         accepted, problems = accept_baselines(entries, directory=settings.baseline_dir)
         notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
         remarks += [*(entry.not_accepted for entry in entries if entry.not_accepted), *problems]
     notes += _spent(settings)
-    n_cut = max(sum(record.cut_short for record in records), n_refused)
+    n_cut = max(sum(record.cut_short for record in records), tests.n_refused)
     remarks += _cut_short(n_cut)
-    written, problems = _written(records, failures, settings=settings)
+    beside = None if settings.against is None else compared(settings, records)
+    notes += () if beside is None else beside.notes
+    evaluated = [entry for entry in entries if entry.record is not None]
+    told = Told(
+        details={place: entry.details for place, entry in enumerate(evaluated) if entry.details is not None},
+        notes=(*notes, *asides),
+        remarks=tuple(remarks),
+        n_refused=n_cut,
+        against="" if beside is None else named(settings),
+        tables=() if beside is None or not beside.page else ((f"against {named(settings)}", beside.page),),
+    )
+    written, problems = _written(records, failures, settings=settings, told=told)
+    found = annotations_of(records, locations=tests.locations, failed=tests.failed)
     return Report(
-        tables=all_tables(records),
+        summary=summary_table(records),
+        tables=(
+            *all_tables(records),
+            *(() if beside is None or not beside.table else ((f"against {named(settings)}", beside.table),)),
+        ),
         gates=gates_to_read(records),
-        verdicts=verdict_counts(records),
+        totals=totals(records),
         notes=tuple(notes),
+        asides=tuple(asides),
         remarks=(*remarks, *problems),
         written=written,
-        exit_status=FAILED if suite_fails or failed_late else BUDGET_EXHAUSTED if n_cut else 0,
+        exit_status=FAILED
+        if suite_fails or failed_late or (unchecked and beside is not None)
+        else BUDGET_EXHAUSTED
+        if n_cut
+        else 0,
+        annotations=tuple(one.command() for one in found),
     )
 
 
@@ -231,20 +290,27 @@ def _cut_short(n_cut: int) -> list[str]:
     ]
 
 
-def _written(records: Sequence[RunRecord], failures: Mapping[str, Any], *, settings: Settings) -> tuple[str, list[str]]:
-    """Where the report for people was written, and why it was not."""
+def _written(
+    records: Sequence[RunRecord], failures: Mapping[str, Any], *, settings: Settings, told: Told
+) -> tuple[str, list[str]]:
+    """Where the page was written, and what could not be written."""
     from copa_harness.report.files import write_reports
     from copa_harness.report.provenance import environment
+    from copa_harness.report.pull_request import append_summary
 
     more: dict[str, Any] = {"failed_calls": failures} if failures else {}
     if settings.constrain:
         more["constrained"] = True
     made_in = environment(root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more)
     try:
-        paths = write_reports(settings.report_dir, records, environment=made_in)
+        paths = write_reports(settings.report_dir, records, environment=made_in, told=told)
     except CopaError as error:
         return "", [str(error)]
-    return _shown(paths.latest_markdown, settings.root), []
+    try:
+        append_summary(paths.comment)
+    except OSError as error:
+        return _shown(paths.page, settings.root), [f"the job's summary (GITHUB_STEP_SUMMARY) was not written: {error}"]
+    return _shown(paths.page, settings.root), []
 
 
 def _shown(path: Path, root: Path) -> str:

@@ -33,6 +33,7 @@ from copa_harness.option_fields import (
     Option,
     Place,
     check_arguments,
+    choice_check,
     option,
     options_in,
     options_of,
@@ -169,7 +170,14 @@ class Settings:
         check=PATH,
         default_words="reports in the rootdir",
         metavar="DIR",
-        help="latest.json, latest.md and numbered copies",
+        help="latest.html, latest.json, comment.md and numbered copies",
+    )
+    report: str = _given(
+        "short",
+        check=choice_check("short", "full"),
+        metavar="short|full",
+        help="what the terminal shows at the end: one table and what needs attention, or (also by -v) every table; the "
+        "page always has all",
     )
     baseline_dir: Path = _given(
         Path("baselines"),
@@ -250,6 +258,15 @@ class Settings:
         False, check=SWITCH, help="evaluate examples in a random order and stop as soon as the gates are decided"
     )
     disable: bool = _given(False, check=SWITCH, help="skip every copa test")
+    against: str | None = option(
+        None,
+        check=text_check("a git ref, or merge-base"),
+        default_words="the accepted baselines",
+        metavar="REF",
+        help="run the suite of that commit (merge-base: where this branch left the main one) with the same cache and "
+        "seed, and compare every run with it; max_regression=0.05 where no gate says otherwise",
+        places=Place.COMMAND_LINE | Place.ENVIRONMENT,
+    )
     bless: bool = option(
         False,
         check=SWITCH,
@@ -303,6 +320,10 @@ class Settings:
         )
         forced = frozenset(name for name, setting in given.items() if name in own or setting.overrules_marker)
         settings = cls(root=root, gates=gates, search=search, worker=worker, run_id=run_id, forced=forced, **own)
+        if settings.against is not None and settings.bless:
+            raise ConfigurationError(
+                "--copa-against compares with another commit, --copa-bless accepts results; expected one of the two."
+            )
         if settings.sequential and (settings.bless or settings.repeat > 1):
             other = (
                 "--copa-bless needs the scores of all examples"

@@ -32,9 +32,12 @@ from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import FormMeter
 
 if TYPE_CHECKING:
+    import dspy
+
     from copa_harness.judge.attribution import Attribution
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.report.examples import RunDetails
     from copa_harness.report.records import RunRecord
     from copa_harness.store.baselines import Baseline
     from copa_harness.tasks.task import Task
@@ -128,6 +131,15 @@ def finish_run(
         failures=measured.failures,
         notes=notes,
         comparison=comparison,
+        details=details_of(
+            measured,
+            task=task,
+            program=program,
+            before=None if strategy == "none" else history.as_written(task, base),
+            accepted=_accepted_scores(task, strategy, base, settings=settings),
+            fingerprints=context.fingerprints,
+            trials=[{**trial, "n_validation": optimized.result.n_validation} for trial in optimized.result.trials],
+        ),
         not_accepted=_why_not_accepted(evaluation) if settings.bless else "",
     )
     return entry, run
@@ -299,6 +311,55 @@ def record_of(
         repeats=measured.repeats,
         **more,
     )
+
+
+def details_of(
+    measured: Measured,
+    *,
+    task: Task,
+    program: dspy.Module,
+    before: ScoredEvaluation | None,
+    accepted: Mapping[str, float | None] | None = None,
+    fingerprints: Mapping[str, str],
+    trials: Sequence[Mapping[str, Any]] = (),
+) -> RunDetails:
+    """What the page shows of an evaluation.
+
+    Args:
+        measured: The evaluation.
+        task: Whose program as written the prompts are compared with.
+        program: What was run.
+        before: The program as written on the same split; None for that program itself.
+        accepted: Scores of the accepted result by example id, if the run is compared with it.
+        fingerprints: Of data, split, metric, program and lm.
+        trials: What the search tried.
+    """
+    from copa_harness.evaluate.prompts import prompt_texts
+    from copa_harness.report.examples import MAX_PROMPT, TRIAL_KEYS, RunDetails, examples_shown, text_of
+
+    texts = [
+        {name: text_of(text, most=MAX_PROMPT) for name, text in prompt_texts(one).items()}
+        for one in (task.program, program)
+    ]
+    return RunDetails(
+        examples=examples_shown(measured.evaluation, before, accepted=accepted),
+        n_examples=measured.evaluation.n,
+        prompts_before=texts[0],
+        prompts_after=texts[1],
+        trials=tuple({name: trial.get(name) for name in TRIAL_KEYS} for trial in trials),
+        fingerprints=dict(fingerprints),
+    )
+
+
+def _accepted_scores(
+    task: Task, strategy: str, base: MeteredLM, *, settings: Settings
+) -> Mapping[str, float | None] | None:
+    from copa_harness.store.baselines import load_baseline
+
+    if settings.bless or settings.gates.get("max_regression") is None:
+        return None
+    found = load_baseline(settings.baseline_dir, task=task.name, name=baseline_name(strategy, base.model))
+    return None if found is None else found.scores
 
 
 def cut_short_entry(

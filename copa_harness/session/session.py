@@ -22,7 +22,7 @@ from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
 from copa_harness.session.options import Settings
 from copa_harness.session.plan import plan_run
-from copa_harness.session.recording import cut_short_entry, finish_run, notes_of, record_of
+from copa_harness.session.recording import cut_short_entry, details_of, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import forms_of
 from copa_harness.tasks.task import Task
@@ -157,8 +157,9 @@ class CopaSession:
                 warns=self._history.parses(task, base),
             )
         groups, comparison = groups_of(task, split), None
+        fingerprints = fingerprints_of(task, program or task.program, lm) if split == "test" else {}
+        before = self._history.as_written(task, base) if split == "test" and strategy != "none" else None
         if strategy == "none" and split == "test":
-            fingerprints = fingerprints_of(task, task.program, lm)
             comparison = self._history.remember(task, lm, measured.evaluation, fingerprints=fingerprints, groups=groups)
         record = record_of(
             measured,
@@ -170,7 +171,18 @@ class CopaSession:
             gates=too_many_errors(measured.evaluation, settings.gates),
         )
         notes = notes_of(measured)
-        self._keep(Entry(test=test, record=record, failures=measured.failures, notes=notes, comparison=comparison))
+        details = details_of(
+            measured, task=task, program=program or task.program, before=before, fingerprints=fingerprints
+        )
+        entry = Entry(
+            test=test,
+            record=record,
+            failures=measured.failures,
+            notes=notes,
+            comparison=comparison,
+            details=details,
+        )
+        self._keep(entry)
         return measured.evaluation
 
     def run(
@@ -271,7 +283,7 @@ class CopaSession:
         """The entries as plain JSON types; which models were loaded is told with the first evaluation."""
         entries = self.entries
         if entries and entries[0].record is not None:
-            entries[0] = replace(entries[0], notes=(*entries[0].notes, *self.models.served()))
+            entries[0] = replace(entries[0], asides=(*entries[0].asides, *self.models.served()))
         return [to_row(entry) for entry in entries]
 
     def _keep(self, entry: Entry, run: CopaRun | None = None) -> None:

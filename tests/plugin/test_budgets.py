@@ -98,10 +98,10 @@ def test_ceilings_of_the_session_cut_short_with_an_outcome_and_status_of_their_o
             "*--copa-total-budget*",
             "the whole session paid 10 of 10 calls",
             "budget exhausted: 2 evaluations or tests were cut short*",
-            "runs: 2 undecided; report: *",
-            "*1 passed, 2 budget exhausted*",
+            "runs: 2 undecided; *",
         ]
     )
+    result.stdout.fnmatch_lines(["*1 passed, 2 budget exhausted*"])
     assert n_paid(folder) == 10
     assert [(run["score"], run["verdict"], run["exhausted"]) for run in latest(folder)["runs"]] == [
         (None, "undecided", True)

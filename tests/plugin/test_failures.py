@@ -199,11 +199,12 @@ def test_workers_share_the_cache_and_the_controller_writes_one_report_in_order(f
     folder.makepyfile(test_suite=SUITE)
     result = folder.runpytest_subprocess(*STRICT, "-n", "2")
     result.assert_outcomes(passed=3)
-    result.stdout.fnmatch_lines(["*weights, prompts, and both*", "runs: *; report: reports/latest.md"])
+    result.stdout.fnmatch_lines(["*task*strategy*score*", "runs: *", "report: reports/latest.html"])
     assert sorted(path.name for path in (folder.path / "reports").iterdir()) == [
         "0001.json",
+        "comment.md",
+        "latest.html",
         "latest.json",
-        "latest.md",
     ]
     tests = [run["test"].split("::")[1] for run in latest(folder)]
     assert tests == sorted(tests, key=["test_base", "test_prompts", "test_alternating"].index)

@@ -70,7 +70,7 @@ def suite(folder, pytester):
 
 
 def test_constrained_answers_always_parse_and_the_report_says_so(suite, pytester):
-    free = suite()
+    free = suite("--copa-report=full")
     free.assert_outcomes(passed=1, failed=1)  # the marker's test passes: its answers are constrained
     free.stdout.fnmatch_lines(["*tiny: LlamaForCausalLM,*float32 on cpu*cascade; 8 answers, * at a time"])
     constrained = suite("--copa-constrain")

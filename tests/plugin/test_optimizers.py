@@ -144,7 +144,7 @@ def test_auto_says_in_terminal_and_report_what_it_chose_and_why(suite, pytester)
     result.assert_outcomes(passed=1)
     said = "auto: p -> w -> p, because 24 labelled examples, a model that can be tuned"
     assert said in result.stdout.str() + result.stderr.str()
-    assert said in (pytester.path / "reports" / "latest.md").read_text()
+    assert said in (pytester.path / "reports" / "latest.json").read_text()
 
 
 def test_limits_and_a_preference_are_kept_through_the_marker_and_told(suite, pytester):
@@ -160,5 +160,5 @@ def test_limits_and_a_preference_are_kept_through_the_marker_and_told(suite, pyt
         assert "Be brief." in program["signature"]["instructions"]
         assert program["demos"] == []  # the shortest of all
         assert run["front"]
-    told = (pytester.path / "reports" / "latest.md").read_text()
+    told = (pytester.path / "reports" / "latest.json").read_text()
     assert "shortest" in told or "prompt tokens" in told

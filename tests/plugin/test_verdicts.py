@@ -343,7 +343,7 @@ def test_an_evaluation_can_stop_as_soon_as_its_gates_are_decided(pytester, suite
             with pytest.raises(Exception, match="expected gates on scores in the marker"):
                 copa_run.check(min_score=0.6)
         """
-    result = suite(source, "--copa-sequential", "--copa-threads=4")
+    result = suite(source, "--copa-sequential", "--copa-threads=4", "-v")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["copa: *stopping early*", "saved by stopping early:"])
     run = latest(pytester)["runs"][1]
@@ -398,7 +398,7 @@ def test_comparisons_of_a_suite_share_one_error_rate(suite):
             copa_run.check()
         """
     suite(source, "--copa-bless").assert_outcomes(passed=3)
-    result = suite(source)
+    result = suite(source, "-v")
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["3 regression gates, Holm-corrected*0 failed."])
 

@@ -10,7 +10,8 @@ from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import JudgedRun
 from copa_harness.judge.sequential.stopping import SequentialJudge
 from copa_harness.report.details import attribution_table, flaky_table, ranking_table, sequential_table
-from copa_harness.report.files import markdown_report
+from copa_harness.report.examples import NOTHING_TOLD
+from copa_harness.report.page import page_html
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
 from copa_harness.results import EvaluationResult, ExampleResult, Usage
@@ -123,7 +124,7 @@ def test_findings_survive_the_trip_through_json():
         assert from_json(RunRecord, json.loads(json.dumps(to_json(one), allow_nan=False))) == one
 
 
-@pytest.mark.parametrize("style", ["terminal", "markdown"])
+@pytest.mark.parametrize("style", ["terminal", "html"])
 def test_every_finding_is_among_all_tables(style):
     _, run = early_record()
     runs = [
@@ -141,9 +142,9 @@ def test_every_finding_is_among_all_tables(style):
         assert title in titles
 
 
-def test_the_markdown_report_has_them_too():
+def test_the_page_has_them_too():
     _, run = early_record()
-    assert "## Saved by stopping early" in markdown_report([run], environment={})
+    assert "<summary>saved by stopping early</summary>" in page_html([run], environment={}, told=NOTHING_TOLD)
 
 
 def test_long_explanations_are_wrapped_to_the_width_of_a_terminal():

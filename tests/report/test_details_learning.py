@@ -68,7 +68,7 @@ def test_one_optimization_shared_by_two_tests_is_told_once():
 
 def test_the_terminal_shows_the_best_arms_and_the_page_all():
     learned = [arm("demos", f"way {i}", 0.5 - i / 10) for i in range(4)] + [arm("tip", "short", 0.0)]
-    terminal, page = (learned_table([run(learned=tuple(learned))], style=style) for style in ("terminal", "markdown"))
+    terminal, page = (learned_table([run(learned=tuple(learned))], style=style) for style in ("terminal", "html"))
     assert "way 1" in terminal
     assert "way 2" not in terminal
     assert "short" in terminal

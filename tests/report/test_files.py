@@ -10,10 +10,13 @@ import pytest
 from copa_harness.errors import CopaError
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.report import files
-from copa_harness.report.files import gates_to_read, markdown_report, verdict_counts, write_reports
+from copa_harness.report.files import gates_to_read, write_reports
 from copa_harness.report.provenance import environment, git_commit, versions
 from copa_harness.report.records import RunRecord, as_reported
+from copa_harness.report.summary import verdict_counts
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Usage, Verdict
+
+WRITTEN = ["0001.json", "comment.md", "latest.html", "latest.json"]
 
 
 def record(**more):
@@ -23,10 +26,10 @@ def record(**more):
     return RunRecord.from_evaluation(evaluation, **arguments)
 
 
-def test_a_report_is_latest_json_a_numbered_copy_and_latest_md(tmp_path):
+def test_a_report_is_a_page_a_comment_latest_json_and_a_numbered_copy(tmp_path):
     first = write_reports(tmp_path / "reports", [record()], environment={"seed": 0})
     second = write_reports(tmp_path / "reports", [record()])
-    assert sorted(os.listdir(tmp_path / "reports")) == ["0001.json", "0002.json", "latest.json", "latest.md"]
+    assert sorted(os.listdir(tmp_path / "reports")) == [*WRITTEN[:1], "0002.json", *WRITTEN[1:]]
     assert (first.numbered_json.name, second.numbered_json.name) == ("0001.json", "0002.json")
     assert second.latest_json.read_text() == second.numbered_json.read_text()
 
@@ -94,17 +97,7 @@ def test_a_full_disk_is_one_error_and_the_earlier_report_is_intact(tmp_path, mon
         write_reports(tmp_path, [record(task="wine")])
     monkeypatch.setattr(os, "fsync", real)
     assert (tmp_path / "latest.json").read_text() == before
-    assert sorted(os.listdir(tmp_path)) == ["0001.json", "latest.json", "latest.md"]
-
-
-def test_the_markdown_has_tables_gates_and_environment():
-    gate = GateResult("min_score=0.9", Verdict.FAIL, "got *0.5* <b>\nexpected 0.9")
-    text = markdown_report([record(gates=(gate,))], environment={"seed": 0, "versions": {"dspy": "3.4.1"}})
-    assert "| iris" in text
-    assert "- **fail** iris, none (`t::x`)" in text
-    assert "  - **fail** `min_score=0.9`: got \\*0.5\\* \\<b> expected 0.9" in text
-    assert "- seed: 0" in text
-    assert "- versions: dspy 3.4.1" in text
+    assert sorted(os.listdir(tmp_path)) == WRITTEN
 
 
 def test_a_report_without_runs_is_still_a_report(tmp_path):
@@ -113,7 +106,7 @@ def test_a_report_without_runs_is_still_a_report(tmp_path):
 
 def test_credentials_in_the_environment_are_masked(tmp_path):
     paths = write_reports(tmp_path, [], environment={"OPENAI_API_KEY": "abcdef", "seed": 1})
-    for path in (paths.latest_json, paths.latest_markdown):
+    for path in (paths.latest_json, paths.page, paths.comment):
         assert "abcdef" not in path.read_text()
 
 
@@ -164,9 +157,3 @@ def test_importing_a_room_loads_nothing_heavy(room):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout.strip() == "[]"
-
-
-def test_the_page_for_people_counts_failed_calls_and_leaves_tracebacks_to_the_json():
-    failed = {"provider": {"count": 3, "first": "Traceback (most recent call last)"}}
-    page = markdown_report([], environment={"failed_calls": failed})
-    assert "- failed calls: provider 3\n" in page

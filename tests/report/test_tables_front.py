@@ -49,12 +49,12 @@ def test_the_front_shows_every_programs_score_and_cost_and_which_was_returned():
 
 def test_what_an_optimization_did_stands_in_the_file_and_not_in_the_terminal():
     records = [run(notes=("p: 3 candidates of 9, stopped: budget", "w: tuned weights adopted"))]
-    assert "w: tuned weights adopted" in story_table(records, style="markdown")
+    assert "w: tuned weights adopted" in story_table(records, style="html")
     assert story_table(records) == ""
 
 
 def test_both_survive_json_and_are_told_once_when_tests_share_an_optimization():
     records = [from_json(RunRecord, to_json(run(front=FRONT, notes=("said",)))) for _ in range(2)]
-    tables = dict(all_tables(records, style="markdown"))
+    tables = dict(all_tables(records, style="html"))
     assert tables["score and cost"].count("returned") == 1
     assert tables["what the optimizations did"].count("said") == 1

@@ -6,7 +6,7 @@ from copa_harness.report.records import RunRecord
 from copa_harness.results import GateResult, Interval, Verdict
 from copa_harness.session.entries import Entry, to_row
 from copa_harness.session.evaluation import FailedCalls
-from copa_harness.session.finish import BUDGET_EXHAUSTED, FAILED, finish
+from copa_harness.session.finish import BUDGET_EXHAUSTED, FAILED, Tests, finish
 from copa_harness.session.options import Settings
 
 
@@ -49,7 +49,7 @@ def test_what_holm_finds_beyond_the_single_gates_fails_the_session(settings):
 def test_gates_that_stay_undecided_over_the_suite_fail_nothing(settings):
     report = finish([row("a", drop(0.04)), row("b", drop(0.4))], settings=settings)
     assert report.exit_status == 0
-    assert report.notes[0].startswith("2 regression gates")
+    assert report.asides[0].startswith("2 regression gates")
 
 
 def test_a_failure_over_the_suite_outranks_a_budget_that_ended(settings):
@@ -68,4 +68,4 @@ def test_failed_attempts_of_all_processes_are_summed_by_kind(settings):
 
 
 def test_tests_that_were_refused_outside_any_evaluation_count_as_cut_short(settings):
-    assert finish([row("a")], settings=settings, n_refused=2).exit_status == BUDGET_EXHAUSTED
+    assert finish([row("a")], settings=settings, tests=Tests(n_refused=2)).exit_status == BUDGET_EXHAUSTED

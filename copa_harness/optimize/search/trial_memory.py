@@ -114,7 +114,7 @@ class SearchMemory:
                 found = (value - level, *found[1:])
             features = self.features_of(candidate, reference)
             if len(self.records) < MAX_RECORDS:
-                self.records.append(_record(name, features, found, outcome))
+                self.records.append(_record(name, features, found, outcome, level=level))
             if found is None or candidate.key == reference.key:
                 continue
             gain, variance, n = found
@@ -226,13 +226,14 @@ def _set_key(demos: Sequence[Any]) -> str:
 
 
 def _record(
-    study: str, features: Mapping[str, int], found: tuple[float, float, int] | None, outcome: str
+    study: str, features: Mapping[str, int], found: tuple[float, float, int] | None, outcome: str, *, level: float
 ) -> dict[str, Any]:
     gain, variance, n = found if found is not None else (None, None, 0)
     return {
         "study": study,
         "outcome": outcome,
         "n": n,
+        "score": None if gain is None else round(level + gain, 4),
         "gain": None if gain is None else round(gain, 4),
         "sd": None if variance is None else round(float(np.sqrt(variance)), 4),
         "arms": dict(features),
