@@ -198,8 +198,11 @@ def _endpoint_lm(
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
         lm_kwargs["api_base"] = api_base
-        if spec.startswith("openai/") and not os.environ.get("OPENAI_API_KEY") and is_own_network(api_base):
-            lm_kwargs.setdefault("api_key", NO_KEY)
+        if is_own_network(api_base):
+            # llama.cpp, vLLM and Ollama sample when nothing is said, and all of them take 0; models elsewhere may not.
+            lm_kwargs.setdefault("temperature", 0.0)
+            if spec.startswith("openai/") and not os.environ.get("OPENAI_API_KEY"):
+                lm_kwargs.setdefault("api_key", NO_KEY)
     if key := os.environ.get(_KEYS.get(spec.partition("/")[0], "")):
         lm_kwargs.setdefault("api_key", key)
     try:

@@ -1,5 +1,6 @@
 """From a name to a model, with one clear error for every name that means nothing."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,13 @@ def test_a_server_of_ones_own_needs_no_key_and_is_the_same_server_with_one(build
     monkeypatch.setenv("OPENAI_API_KEY", "of-the-environment")
     assert sent() == "Bearer of-the-environment"
     assert len(fingerprints) == 1
+
+
+def test_a_server_of_ones_own_is_asked_greedily_and_others_as_they_please(build, stub, no_gateways):
+    build("openai/m", api_base=stub.url)("hello")
+    build("openai/m", api_base=stub.url, temperature=0.7)("hello")
+    assert [json.loads(body)["temperature"] for *_, body in stub.requests] == [0.0, 0.7]
+    assert build("openai/gpt-4o-mini").kwargs["temperature"] is None
 
 
 @pytest.mark.parametrize(

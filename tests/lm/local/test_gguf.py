@@ -284,6 +284,18 @@ def test_what_transformers_cannot_read_after_all_is_one_error_and_leaves_nothing
     assert [entry for entry in (tmp_path / "cache" / "safetensors").iterdir() if entry.is_dir()] == []
 
 
+def test_a_damaged_vocabulary_is_one_error_whatever_the_tokenizer_raises(files, tmp_path):
+    damaged = tmp_path / "damaged.gguf"
+    content = files["F32"].read_bytes()
+    word = struct.pack("<Q", 2) + b"er"
+    assert content.count(word)
+    # merges then name a token that is not there
+    damaged.write_bytes(content.replace(word, struct.pack("<Q", 2) + b"@@"))
+    with pytest.raises(ConfigurationError, match=r"could not read the GGUF file.*its vocabulary makes no tokenizer"):
+        convert_gguf(damaged, keep_in=tmp_path / "kept")
+    assert [entry for entry in (tmp_path / "kept").iterdir() if entry.is_dir()] == []
+
+
 def test_tensors_that_are_missing_are_not_filled_with_noise(files, tmp_path):
     content = files["F32"].read_bytes()
     place = tmp_path / "m.gguf"

@@ -307,7 +307,7 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
         (Path(folder) / "model.gguf").symlink_to(file.resolve())
         given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(folder, **given)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
+        tokenizer = _tokenizer(folder, **given)
         if hasattr(transformers, "GgufConfig"):  # else weights of some architectures stay quantized
             given["quantization_config"] = transformers.GgufConfig(gguf_file="model.gguf", dequantize=True)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -318,6 +318,17 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
         what = ", ".join(lost[:3]) or str(report["error_msgs"][0])
         raise ValueError(f"the architecture {header.architecture!r} is not filled by its tensors: {what}")
     return model, tokenizer
+
+
+def _tokenizer(folder: str, **given: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **given)
+    except BaseException as error:  # tokenizers raises a bare Exception, and where its Rust code panics not even that
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its vocabulary makes no tokenizer: {error}") from error
 
 
 def _scaled_rotary(file: Path, header: GgufHeader, config: Any) -> dict[str, Any]:
