@@ -119,6 +119,7 @@ def test_a_gguf_is_evaluated_trained_and_found_again_without_being_rewritten(fol
     pytester.makepyfile(SUITE.format(models="gguf:*"))
     # In a process of its own: pytester would make this one forget half of torch.
     options = (*STRICT, f"--copa-lm=gguf:{file}", "--copa-constrain", "--copa-device=cpu", "--copa-baseline-dir=b")
+    options = (*options, "--copa-report=full")
     first = pytester.runpytest_subprocess(*options)
     first.stdout.fnmatch_lines([f"*gguf:{file}: LlamaForCausalLM, *own forward*answers*"])
     (kept,) = (pytester.path / ".copa_cache" / "safetensors").glob("tiny-*")

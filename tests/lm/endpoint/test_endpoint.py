@@ -113,7 +113,8 @@ def test_a_program_runs_against_the_endpoint_and_its_rerun_asks_nothing(lm, serv
 
 def test_only_what_the_user_set_is_sent(lm, server):
     lm("hi")
-    assert set(server.bodies[0]) <= {"model", "messages", "n"}
+    assert set(server.bodies[0]) <= {"model", "messages", "n", "temperature"}
+    assert server.bodies[0]["temperature"] == 0.0  # a server of one's own
     lm.copy(temperature=0.5, max_tokens=9)("hi", rollout_id=3, n=2)
     assert len(server.bodies) == 3
     assert server.bodies[1]["temperature"] == 0.5
