@@ -102,7 +102,7 @@ def test_a_suite_improves_a_served_model_and_the_second_run_asks_and_trains_noth
     first = latest(pytester)
     assert (first[0]["score"], first[1]["score"]) == (0.0, 1.0)
     assert any(phase["usage"]["train_steps"] > 0 for phase in first[1]["phases"])
-    assert len(stub.loaded) == 2  # trained on plain prompts, and behind those found
+    assert len(stub.loaded) == 2  # bare, and behind demonstrations, since prompts follow
 
     n_before = stub.n_requests
     stub.restart()
