@@ -13,7 +13,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -79,6 +79,12 @@ def to_jsonable(value: Any, *, fallback: Callable[[Any], Any] | None = repr) -> 
 def _key(key: Any) -> str:
     plain = key.value if isinstance(key, Enum) else key
     return plain if isinstance(plain, str) else json.dumps(to_jsonable(plain), sort_keys=True)
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """A digest of texts, whatever their order; "" for none."""
+    text = " ".join(sorted(parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 
 
 def to_json(record: DataclassInstance) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pytest
@@ -227,30 +229,33 @@ def copa_run(
     return run
 
 
-def with_comparisons(
-    settings: Settings, said: Mapping[pytest.Item, Mapping[str, Any]], *, one_of_many: bool
-) -> Settings:
-    """The settings with all gates that compare runs example by example: they share one error rate.
+def families_of(settings: Settings, said: Mapping[pytest.Item, Mapping[str, Any]]) -> dict[pytest.Item, dict[str, int]]:
+    """How many gates of a suite ask the same question as a test's: they share one error rate.
 
-    Gates of a marker, of the ini file and those that the test's own code gives to `check()` are counted before
-    anything runs. What is asked for in other ways is a second family, with as many members as there are such tests.
+    A suite is a folder. Gates of a marker, of the ini file and those that the test's own code gives to `check()` are
+    counted, before anything runs and before `-k` takes anything away.
 
     Args:
         settings: Of the session.
         said: The marker's arguments by test.
-        one_of_many: Whether other processes run tests of this session too.
     """
-    planned: dict[str, frozenset[str]] = {}
+    declared: dict[pytest.Item, frozenset[str]] = {}
     for item, arguments in said.items():
         if {"copa_run", "request"} & set(getattr(item, "fixturenames", ())):
             gates = settings.merged(**arguments).gates
             code = getattr(getattr(item, "function", None), "__code__", None)
             asked = comparisons_in(code) if code is not None else frozenset()
-            planned[item.nodeid] = asked | {name for name in COMPARING if gates.get(name) is not None}
-    return replace(
-        settings,
-        n_comparisons=max(1, sum(map(len, planned.values()))),
-        n_unplanned=max(1, len(planned)),
-        planned=planned,
-        one_of_many=one_of_many,
-    )
+            declared[item] = asked | {name for name in COMPARING if gates.get(name) is not None}
+    suites: dict[Path, Counter[str]] = {}
+    for item, names in declared.items():
+        suites.setdefault(item.path.parent, Counter()).update([*names, ""])
+    return {
+        item: {name: suites[item.path.parent][name if name in names else ""] for name in COMPARING}
+        for item, names in declared.items()
+    }
+
+
+def is_whole_suite(folder: Path, config: pytest.Config) -> bool:
+    """Whether the command line asks for all tests of a folder, not for a file or a test in it."""
+    asked = [config.invocation_params.dir / argument for argument in config.args if "::" not in argument]
+    return any(folder.is_relative_to(path.resolve()) for path in asked if path.is_dir())

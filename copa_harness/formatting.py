@@ -22,6 +22,11 @@ def number(value: float | None, *, signed: bool = False) -> str:
     return text.replace("-0.000", "0.000").replace("+0.000", "0.000") if float(text) == 0 else text
 
 
+def probability(value: float) -> str:
+    """`p = 0.021`, `p < 0.0001`: two digits, and no more zeros than mean something."""
+    return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
+
+
 def counted(n: int, noun: str) -> str:
     """`1 example`, `75 examples`."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -11,6 +11,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ from copa_harness.fixtures import (
     copa_run,
     copa_session,
     copa_task,
-    with_comparisons,
+    families_of,
+    is_whole_suite,
 )
 from copa_harness.formatting import counted, visible
 from copa_harness.pytest_options import RUN_ID, add_options, is_disabled, marker_text, run_id, settings_of
@@ -75,12 +77,25 @@ def _is_copa(item: pytest.Item) -> bool:
     return item.get_closest_marker("copa") is not None or bool(_fixture_names(item))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Reads settings and markers of the copa tests that are left after deselection.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Any:
+    """Reads settings and markers of the copa tests that are left after deselection; the others count, too.
 
     Raises:
         pytest.UsageError: An option or a marker argument cannot be used.
+    """
+    collected = [item for item in items if _is_copa(item)]
+    yield
+    _read_markers(config, items, collected)
+
+
+def _read_markers(config: pytest.Config, items: list[pytest.Item], collected: list[pytest.Item]) -> None:
+    """Gives every copa test its settings.
+
+    Args:
+        config: Of pytest.
+        items: What will run.
+        collected: The copa tests there were before any was deselected.
     """
     copa_items = [item for item in items if _is_copa(item)]
     if not copa_items:
@@ -97,19 +112,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except ConfigurationError as error:
         refused = {item.nodeid: str(error) for item in copa_items}
     else:
-        said = {}
-        for item in copa_items:
+        said, chosen = {}, set(copa_items)
+        for item in dict.fromkeys((*copa_items, *collected)):
             try:
                 said[item] = _marker_arguments(item)
             except ConfigurationError as error:
-                refused[item.nodeid] = f"{item.nodeid}: {error}"
+                if item in chosen:
+                    refused[item.nodeid] = f"{item.nodeid}: {error}"
         skipped = {item: why for item in said if (why := settings.merged(**said[item]).why_skipped) is not None}
         for item, why in skipped.items():
             item.add_marker(pytest.mark.skip(reason=why))
             del said[item]
-        settings = with_comparisons(settings, said, one_of_many=hasattr(config, "workerinput"))
-        for item, arguments in said.items():
-            item.stash[TEST_SETTINGS] = settings.merged(**arguments)
+        skipped = {item: why for item, why in skipped.items() if item in chosen}
+        settings = replace(settings, one_of_many=hasattr(config, "workerinput"))
+        families = families_of(settings, said)
+        for item in chosen.intersection(said):
+            item.stash[TEST_SETTINGS] = replace(
+                settings.merged(**said[item]),
+                families=families.get(item, {}),
+                is_whole_suite=is_whole_suite(item.path.parent, config),
+            )
         order = {item.nodeid: n for n, item in enumerate(items)}
         config.stash[STATE] = State(settings, order=order, skipped=Counter(skipped.values()))
     if refused and hasattr(config, "workerinput"):
@@ -383,6 +405,10 @@ def _print(terminal: pytest.TerminalReporter, report: Report, *, is_full: bool) 
         _write(terminal, f"report: {report.written}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         _write(terminal, *report.annotations)
+    for reason in report.reasons:
+        terminal.write_line(visible(f"exit status {report.exit_status}: {reason}"), red=True)
+    for verdict, count in report.open_runs.items():  # into pytest's own last line, where a person looks
+        terminal.stats[verdict] = [object()] * count
 
 
 def _write(terminal: pytest.TerminalReporter, *texts: str) -> None:

@@ -161,6 +161,8 @@ class ExampleResult:
 
     `label_scores`: of constrained answers, by output field (of all predictors), every allowed value's log-probability.
     `answer`: what the model wrote where that could not be parsed, its first characters.
+    `requests`: digest of everything that was asked for it, by program and metric: rendered requests, decoding settings
+    and what answers them. Equal digests ask the same of the same weights.
     """
 
     example_id: str
@@ -172,6 +174,7 @@ class ExampleResult:
     error: str | None = None
     label_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     answer: str = ""
+    requests: str = ""
 
 
 @dataclass(frozen=True, slots=True)

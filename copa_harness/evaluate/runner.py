@@ -34,6 +34,7 @@ from dspy.utils.exceptions import (
 )
 
 from copa_harness.credentials import mask_text
+from copa_harness.documents import digest_of
 from copa_harness.errors import (
     ConfigurationError,
     ContextOverflowError,
@@ -240,6 +241,16 @@ def _run_one(
     program: dspy.Module, example: dspy.Example, name: str, *, metric: Metric, arity: int, trace_to_metric: bool
 ) -> ExampleRun:
     """One example, never raising an ordinary exception: failures become outcomes."""
+    asked: list[str] = []
+    with in_context(requests=asked):
+        run = _attempted(program, example, name, metric=metric, arity=arity, trace_to_metric=trace_to_metric)
+    # In order of the keys: a program's own threads ask in any order.
+    return replace(run, result=replace(run.result, requests=digest_of(asked)))
+
+
+def _attempted(
+    program: dspy.Module, example: dspy.Example, name: str, *, metric: Metric, arity: int, trace_to_metric: bool
+) -> ExampleRun:
     inputs = input_values(example)
     expected = {key: value for key, value in example.items() if key not in inputs}
     trace: list[Any] = []

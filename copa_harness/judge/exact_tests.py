@@ -1,4 +1,4 @@
-"""Tests of a mean that hold at their stated size for every distribution, however few or skewed the rows.
+"""Tests of a mean: those that hold at their size for every distribution, however few or skewed the rows, and one more.
 
 Symbols: n rows, d_i in [low, high] one row's value, delta their true mean, delta_0 the value it is tested against;
 for right/wrong pairs g gained, l lost, q the true share lost, q + delta_0 the true share gained.
@@ -11,10 +11,13 @@ for right/wrong pairs g gained, l lost, q the true share lost, q + delta_0 the t
   observed values and one unseen value at the far end of the range get random weights (uniform on the simplex); the
   p-value is the share of weightings whose mean reaches delta_0. For right/wrong values it is Clopper-Pearson's.
   It needs no symmetry, so it holds where sign exchanges around a margin and the bootstrap do not.
+* enough rows with spread: the t test with a correction for skewness, which is approximate and says so. Gaffke's has
+  half its power where changes are small, for it must allow that the next row falls from 1 to 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -65,19 +68,41 @@ def exact_share_p_value(
     observed = float(tango_statistic(gained, lost, n, difference=difference))
     if n > MANY_PAIRS:
         return float(stats.norm.sf(observed))
-    each_lost = np.arange(n + 1)
-    least_gained = _least_gained(observed, n, difference=difference)
-    low, high = _moved_region(gained + lost, n)
+    region = least_gained(observed, n, difference=difference)
+    return greatest_level(region, n, difference=difference, moved=gained + lost)
+
+
+def greatest_level(region: NDArray[np.int64], n: int, *, difference: float, moved: int) -> float:
+    """The greatest probability of a rejection region under a true `difference`, whatever share of the pairs moves.
+
+    Args:
+        region: for each number lost 0..n, the least number gained that is in it (see `least_gained`).
+        n: all pairs.
+        difference: the true difference, -1..1.
+        moved: pairs that moved, which confine that share.
+    """
+    low, high = _moved_region(moved, n)
     shares_moved = np.linspace(max(low, abs(difference)), max(high, abs(difference)), _GRID)
-    shares_lost = np.clip((shares_moved - difference) / 2, 0.0, 1.0)[:, None]
+    return float(min(1.0, region_probability(region, n, difference=difference, moved=shares_moved).max() + GAMMA))
+
+
+def region_probability(
+    region: NDArray[np.int64], n: int, *, difference: float, moved: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Probability of a region of `least_gained` for every share of the pairs that may truly move, summed exactly."""
+    from scipy import stats
+
+    each_lost = np.arange(n + 1)
+    shares_lost = np.clip((moved - difference) / 2, 0.0, 1.0)[:, None]
     shares_gained = np.clip(shares_lost + difference, 0.0, 1.0)
     rest = np.maximum(1.0 - shares_lost, 1e-300)
     weights = stats.binom.pmf(each_lost, n, shares_lost)
-    tails = stats.binom.sf(least_gained - 1, n - each_lost, np.minimum(shares_gained / rest, 1.0))
-    return float(min(1.0, (weights * tails).sum(axis=1).max() + GAMMA))
+    tails = stats.binom.sf(region - 1, n - each_lost, np.minimum(shares_gained / rest, 1.0))
+    probability: NDArray[np.float64] = (weights * tails).sum(axis=1)
+    return probability
 
 
-def _least_gained(observed: float, n: int, *, difference: float) -> NDArray[np.int64]:
+def least_gained(observed: float, n: int, *, difference: float) -> NDArray[np.int64]:
     """For each number lost 0..n, the least number gained whose statistic reaches the observed one.
 
     The statistic grows with the number gained, so bisection finds it; n - lost + 1 stands for "never".
@@ -162,11 +187,29 @@ def clustered_bounded_p_value(
     )
 
 
-def clustered_row_variance(differences: NDArray[np.float64], labels: Sequence[str]) -> float:
-    """Variance of one example's difference that, over N independent examples, gives the clustered standard error."""
-    groups = grouped(differences, labels)
-    n_groups = groups.sizes.size
-    if n_groups < 2:
+def skewed_t_p_value(
+    values: NDArray[np.float64], sizes: NDArray[np.float64], *, mean: float, alternative: Literal["less", "greater"]
+) -> float:
+    """P-value of a true mean of `mean` by the t test with Johnson's correction for skewness: approximate, not exact.
+
+    Args:
+        values: one number per independent row, or the total of one group of rows.
+        sizes: rows per value. Groups make it the cluster-robust t test of the mean over rows.
+        mean: the true mean of a row under the null hypothesis.
+        alternative: "greater" asks whether the true mean is above `mean`, "less" whether it is below.
+
+    Source: Johnson (1978), J. Am. Stat. Assoc. 73:536. A plain t test passes a few large losses among many small gains
+    in 11 % of runs at 5 %; corrected, it does not.
+    """
+    from scipy import stats
+
+    if alternative == "less":
+        return skewed_t_p_value(-values, sizes, mean=-mean, alternative="greater")
+    away = (values - mean * sizes) / sizes.mean()
+    n, distance, spread = away.size, float(away.mean()), float(away.std(ddof=1))
+    if spread <= _TIE:
         return 1.0
-    mean = float(groups.totals.sum()) / groups.n
-    return float(((groups.totals - mean * groups.sizes) ** 2).sum() * n_groups / (n_groups - 1) / groups.n)
+    third = float(((away - distance) ** 3).mean())
+    corrected = distance + third / (6 * n * spread**2) + third * distance**2 / (3 * spread**4)
+    # The correction is not monotone in the distance: it may only take away.
+    return float(stats.t.sf(min(distance, corrected) / spread * math.sqrt(n), n - 1))

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from copa_harness.documents import digest_of
 from copa_harness.formatting import counted, number
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
@@ -137,13 +138,14 @@ def merge_repeats(
 def _merged(rows: Sequence[ExampleResult], mean: float | None) -> ExampleResult:
     """The row of the worst repeat with the mean score: its answer is the one worth reading."""
     scored = [row for row in rows if row.score is not None]
+    requests = digest_of(row.requests for row in rows if row.requests)
     if not scored or mean is None:
-        return rows[0]
+        return replace(rows[0], requests=requests)
     worst = min(scored, key=lambda row: row.score if row.score is not None else math.inf)
     lost = len(rows) - len(scored)
     note = f"{lost} of {len(rows)} repeats have no score" if lost else worst.error
     outcome: Outcome = "unparsed" if mean == 0 and worst.outcome == "unparsed" else "ok"
-    return replace(worst, score=mean, outcome=outcome, error=note)
+    return replace(worst, score=mean, outcome=outcome, error=note, requests=requests)
 
 
 def _in_order(evaluation: EvaluationResult, ids: Sequence[str]) -> list[ExampleResult]:

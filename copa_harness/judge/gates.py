@@ -53,14 +53,14 @@ def judge(
         answers.append(_error_rate(evaluation, gates.max_error_rate))
         answers.extend(answers_parse(evaluation))
     if evaluation is not None and complete:
-        alpha, note = gates.alpha_each, gates.correction
+        alpha = gates.alpha
         if gates.min_score is not None:
             answers.append(_min_score(evaluation, gates.min_score, groups=run.groups, seed=seed))
         if gates.max_regression is not None:
             margin = gates.max_regression
-            answers.append(max_regression(run, margin=margin, alpha=alpha, bless=bless, note=note, seed=seed))
+            answers.append(max_regression(run, margin=margin, alpha=alpha, bless=bless, seed=seed))
         if gates.better_than is not None:
-            answers.append(better_than(run, name=gates.better_than, alpha=alpha, note=note, seed=seed))
+            answers.append(better_than(run, name=gates.better_than, alpha=alpha, seed=seed))
         if gates.min_pass_all is not None:
             single = {row.example_id: (row.score,) for row in evaluation.results}
             report = flaky_report(run.repeats or single, pass_score=pass_score)

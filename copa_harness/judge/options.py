@@ -11,7 +11,6 @@ from functools import partial
 from copa_harness.option_fields import (
     AMOUNT,
     COUNT,
-    POSITIVE,
     SHARE,
     SWITCH,
     Place,
@@ -81,22 +80,6 @@ class Gates:
     alpha: float = _ours(
         0.05, check=number_check(0, 0.5), example="0.05", help="error rate of each statistical decision"
     )
-    n_comparisons: int = _ours(
-        1, check=POSITIVE, help="paired gates in the suite; each is held to alpha / n_comparisons"
-    )
 
     def __post_init__(self) -> None:
         check_fields(self, "gate {name}={value!r}: {problem}")
-
-    @property
-    def alpha_each(self) -> float:
-        """The error rate each paired gate is held to."""
-        return self.alpha / self.n_comparisons
-
-    @property
-    def correction(self) -> str:
-        """How the error rate is shared, as a sentence; "" when it is not."""
-        if self.n_comparisons == 1:
-            return ""
-        each = f"{self.alpha_each:.2g}: {self.alpha:g}"
-        return f"(Held to an error rate of {each} shared by {self.n_comparisons} comparisons in this suite.)"

@@ -1,19 +1,23 @@
 """The paired gates: no drop below an accepted baseline (`max_regression`), a gain over another result (`better_than`).
 
 First whether the two sides may be compared at all (same data, split and metric), then the test of `noninferiority`,
-then the sentence that says what was found and what to do. `max_regression` tests against the margin that is allowed.
-`better_than` tests without one: a pass needs the gain to be shown, not just measured; a loss that is shown fails;
-anything between is undecided, with the examples it would take and the smallest gain these could have shown.
+then the sentence that says what was found and what to do. A run whose every request, weight and decoding setting is
+the baseline's, answered again the same way, has nothing to test and passes. `better_than` tests without a margin: a
+pass needs the gain to be shown, not just measured; a loss that is shown fails; anything between is undecided.
+
+Gates of one suite that ask the same question share the error rate of failing (`JudgedRun.families`): with k of them
+each fails at alpha / k. A suite fails under Holm's correction exactly when its smallest p-value does so, and the later
+steps of Holm's would only make a gate's verdict depend on which others were run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
 from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, scores_by_id
@@ -22,9 +26,6 @@ from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
 COMPARED = ("data", "split", "metric")
 """Fingerprints that must agree with the baseline's before scores may be compared."""
-
-SYSTEM = ("program", "lm")
-"""Fingerprints of what is judged: when both agree, and all scores, nothing has changed."""
 
 
 class Reference(Protocol):
@@ -62,6 +63,9 @@ class JudgedRun:
         calls: model calls charged to the run; needed by `max_calls`.
         usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
         violations: what changed forms of its examples were answered; needed by `max_violation_rate`.
+        is_identical: whether every request, weight and decoding setting is the baseline's, and the answers are
+            deterministic or replayed.
+        families: by the name of a paired gate, how many gates of its suite ask the same question; 1 where not told.
     """
 
     evaluation: EvaluationResult | None
@@ -74,6 +78,8 @@ class JudgedRun:
     calls: float | None = None
     usage: Usage | None = None
     violations: Violations | None = None
+    is_identical: bool = False
+    families: Mapping[str, int] = field(default_factory=dict)
 
     def paired_with(self, reference: Reference) -> PairedScores:
         """Scores of the reference and of this run, for the examples in common."""
@@ -86,52 +92,49 @@ BLESS = "run it once with --copa-bless and commit the file it writes"
 
 
 def max_regression(
-    run: JudgedRun, *, margin: float, alpha: float, bless: str = BLESS, note: str = "", seed: int = 0
+    run: JudgedRun, *, margin: float, alpha: float, bless: str = BLESS, alpha_fail: float | None = None, seed: int = 0
 ) -> GateResult:
     """Hold a run to "no drop of more than `margin` below the baseline".
 
     Args:
-        run: a complete one; without a baseline it is undecided, and the answer says how to make one.
+        run: a complete one; without a baseline it is not comparable, and the answer says how to make one.
         margin: the largest acceptable drop, 0..1.
-        alpha: error rate of either decision.
+        alpha: error rate of a pass, and of a failure of all gates of the suite together.
         bless: how to accept this run as baseline, a clause for the message.
-        note: a sentence to put after the message, such as the correction `alpha` already holds.
+        alpha_fail: error rate of a failure; by default this gate's share of `alpha`.
         seed: of the resampling methods.
     """
     gate, baseline = f"max_regression={margin:g}", run.baseline
     if baseline is None:
         message = f"there is no baseline to compare with yet. Next: if these scores are acceptable, {bless}."
-        return GateResult(gate, Verdict.UNDECIDED, message, {"baseline": None})
+        return GateResult(gate, Verdict.NOT_COMPARABLE, message, {"baseline": None})
     named = f"baseline {_named(baseline)}"
     pairs = run.paired_with(baseline)
     if changed_parts(baseline, run.fingerprints) or not pairs.ids:
         next_step = f"if the change is intended, {bless}; otherwise restore what changed"
         return _not_comparable(gate, named, run, baseline, next_step=next_step, seed=seed)
-    answer = noninferiority(pairs, margin=margin, alpha=alpha, seed=seed)
+    if run.is_identical:
+        return _identical(gate, named, pairs)
+    family = run.families.get("max_regression", 1)
+    failing = alpha / family if alpha_fail is None else alpha_fail
+    answer = noninferiority(pairs, margin=margin, alpha=alpha, alpha_fail=failing, seed=seed)
     unpaired = pairs.n_only_before + pairs.n_only_after
     missing = f" {counted(unpaired, 'example')} scored on one side only could not be compared." if unpaired else ""
-    ours, theirs = run.fingerprints, baseline.fingerprints
-    same = all(part in ours and ours[part] == theirs.get(part) for part in SYSTEM)
-    if same and not answer.paired.n_better and not answer.paired.n_worse:
-        message = (
-            f"nothing changed since {named}: the same program and model, and the same score on all "
-            f"{counted(answer.paired.n, 'example')}."
-        )
-        return GateResult(gate, Verdict.PASS, message + missing, gate_numbers(answer, pairs))
-    measured = _measured(answer, named, expected=f"a drop of at most {answer.margin:g}")
-    message = f"{measured} {_meaning(answer, alpha=alpha, bless=bless)}{missing}"
-    message += f" {note}" if note else ""
-    return GateResult(gate, answer.verdict, message, gate_numbers(answer, pairs))
+    meaning = _meaning(answer, failing=failing, shared=_shared(family, "regression", alpha), bless=bless)
+    message = f"{_measured(answer, named)} {meaning}{missing}"
+    return GateResult(gate, answer.verdict, message, gate_numbers(answer, pairs) | {"family": family})
 
 
-def better_than(run: JudgedRun, *, name: str, alpha: float, note: str = "", seed: int = 0) -> GateResult:
+def better_than(
+    run: JudgedRun, *, name: str, alpha: float, alpha_fail: float | None = None, seed: int = 0
+) -> GateResult:
     """Hold a run to "better than its opponent".
 
     Args:
         run: a complete one; without an opponent it is undecided.
         name: how the gate calls the opponent.
-        alpha: error rate of either decision.
-        note: a sentence to put after the message.
+        alpha: error rate of a pass, and of a failure of all such gates of the suite together.
+        alpha_fail: error rate of a failure; by default this gate's share of `alpha`.
         seed: of the resampling methods.
     """
     gate, opponent = f"better_than={name}", run.opponent
@@ -145,15 +148,18 @@ def better_than(run: JudgedRun, *, name: str, alpha: float, note: str = "", seed
     if changed_parts(opponent, run.fingerprints) or not pairs.ids:
         next_step = f"run {name} again on what is tested now"
         return _not_comparable(gate, _named(opponent), run, opponent, next_step=next_step, seed=seed)
-    answer = noninferiority(pairs, margin=0.0, alpha=alpha, seed=seed)
-    message = f"{_measured(answer, _named(opponent), expected='a gain')} {_meaning_of_better(answer, name)}"
-    message += f" {note}" if note else ""
+    family = run.families.get("better_than", 1)
+    failing = alpha / family if alpha_fail is None else alpha_fail
+    answer = noninferiority(pairs, margin=0.0, alpha=alpha, alpha_fail=failing, seed=seed)
+    if answer.verdict is Verdict.PASS and float(number(answer.paired.difference)) == 0:
+        answer = replace(answer, verdict=Verdict.UNDECIDED)
+    meaning = _meaning_of_better(answer, name, shared=_shared(family, "better_than", alpha))
     # The gain is what is tested here: a loss must not be counted as a regression gate of the suite.
-    numbers: dict[str, Any] = gate_numbers(answer, pairs)
+    numbers: dict[str, Any] = gate_numbers(answer, pairs) | {"family": family}
     numbers["p_better"] = numbers.pop("p_not_worse")
     numbers["p_loss"] = numbers.pop("p_worse")
     numbers.pop("p_any_drop")
-    return GateResult(gate, answer.verdict, message, numbers)
+    return GateResult(gate, answer.verdict, f"{_measured(answer, _named(opponent))} {meaning}", numbers)
 
 
 def changed_parts(baseline: Reference, fingerprints: Mapping[str, str]) -> list[str]:
@@ -169,48 +175,66 @@ def _named(reference: Reference) -> str:
     return reference.name + (f" ({reference.origin})" if reference.origin else "")
 
 
-def _measured(answer: Noninferiority, named: str, *, expected: str) -> str:
+def _identical(gate: str, named: str, pairs: PairedScores) -> GateResult:
+    moved = sum(old != new for old, new in zip(pairs.before, pairs.after, strict=True))
+    message = f"identical requests: prompts, weights and decoding of all {counted(len(pairs.ids), 'example')} are those"
+    message += f" of {named}, so there is nothing to test."
+    if moved:
+        message += f" (The answers vary all the same: {counted(moved, 'example')} scored differently.)"
+    return GateResult(gate, Verdict.PASS, message, {"identical": True, "n": len(pairs.ids), "n_moved": moved})
+
+
+def _measured(answer: Noninferiority, named: str) -> str:
     paired = answer.paired
     in_groups = f" in {counted(paired.n_groups, 'group')}" if paired.n_groups else ""
     return (
-        f"got {number(paired.difference, signed=True)} against {named}, expected {expected}; "
-        f"{counted(paired.n, 'paired example')}{in_groups}, {paired.n_better} better, {paired.n_worse} worse, "
-        f"{interval_text(paired.interval, signed=True)}, {paired.method} p = {paired.p_value:.2g}."
+        f"{number(paired.difference, signed=True)} against {named}: {paired.n_better} better, {paired.n_worse} worse "
+        f"of {counted(paired.n, 'example')}{in_groups} ({interval_text(paired.interval, signed=True)})."
     )
 
 
-def _meaning(answer: Noninferiority, *, alpha: float, bless: str) -> str:
+def _shared(family: int, kind: str, alpha: float) -> str:
+    """What a p-value of a failure is held to, as a clause, where the gate is one of several."""
+    return "" if family == 1 else f", held to {alpha / family:.2g}: one of {family} {kind} gates of this suite"
+
+
+def _meaning(answer: Noninferiority, *, failing: float, shared: str, bless: str) -> str:
     """What the verdict means and what to do, after the numbers."""
-    smallest = answer.smallest_visible_drop
-    seen = (
-        f"The smallest drop these examples could have shown to exceed it (80 % power) is {number(smallest)}."
-        if smallest <= 1
-        else "So few examples cannot show any drop to exceed it."
-    )
+    margin, any_drop = answer.margin, probability(answer.p_any_drop)
     if answer.verdict is Verdict.PASS:
-        return f"A drop of more than {answer.margin:g} is ruled out (p = {answer.p_not_worse:.2g}). {seen}"
+        if margin == 0:
+            return f"A gain is shown ({probability(answer.p_not_worse)}; {answer.method})."
+        return f"A drop of {margin:g} or more is ruled out ({probability(answer.p_not_worse)}; {answer.method})."
     if answer.verdict is Verdict.FAIL:
+        allowed = f", and it is no smaller than the {margin:g} allowed" if margin else ""
+        proven = margin > 0 and answer.p_worse <= failing
+        beyond = f" Proven beyond the margin ({probability(answer.p_worse)})." if proven else ""
         return (
-            f"The drop is real and larger than allowed (p = {answer.p_worse:.2g}). Next: look at the worst "
-            f"examples; if the change is intended, {bless}."
+            f"The drop is not chance ({any_drop}{shared}){allowed}.{beyond} Next: look at the examples that got worse; "
+            f"if the change is intended, {bless}."
         )
-    state = (
-        f"It did drop (p = {answer.p_any_drop:.2g}), but whether by more than {answer.margin:g} is open."
-        if answer.p_any_drop <= alpha
-        else "Neither a drop beyond the margin nor its absence is shown."
-    )
-    if answer.rows_to_decide is None and answer.margin == 0:
-        needed = "Next: a margin of 0 is passed only by an improvement; allow a small drop (max_regression=0.05)."
-    elif answer.rows_to_decide is None:
-        needed = (
-            "The difference sits on the margin, so no number of examples would decide it. Next: choose another margin."
+    if margin == 0:
+        return (
+            f"Neither a drop nor a gain is shown. {_visible(answer, 'drop')} Next: allow a small drop "
+            f"(max_regression=0.05), for a margin of 0 is passed only by an improvement."
         )
+    confidence = f"{100 * answer.paired.interval.level / 2 + 50:g} %"
+    said = f"At most {number(answer.most_lost)} can have been lost ({confidence})"
+    if answer.rows_to_decide is None:
+        said += "; no number of examples one would collect decides it. Next: choose a wider margin."
     else:
-        needed = (
-            f"Next: about {counted(answer.rows_to_decide, 'example')} would decide it, if the difference stays as it is"
-        )
-        needed += "; a margin of 0 is passed only by an improvement." if answer.margin == 0 else "."
-    return f"{state} {needed} {seen}"
+        said += f"; about {counted(answer.rows_to_decide, 'example')} would decide it, if nothing changed. "
+        said += "Next: add test examples, or allow a larger drop."
+    if answer.p_any_drop <= failing:
+        said = f"It did drop ({any_drop}), by less than the {margin:g} allowed as far as measured. {said}"
+    return said
+
+
+def _visible(answer: Noninferiority, what: str) -> str:
+    smallest = answer.smallest_visible_drop
+    if smallest is None or math.isinf(smallest):
+        return f"So few examples cannot show any {what}."
+    return f"So many examples show a {what} of {number(smallest)} in 80 % of runs."
 
 
 def _not_comparable(
@@ -244,7 +268,7 @@ def _not_comparable(
         message += (
             f" For orientation: on the {counted(common.n, 'example')} in common the difference is "
             f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)}, "
-            f"{common.method} p = {common.p_value:.2g})."
+            f"{common.method} {probability(common.p_value)})."
         )
     message += f" Next: {next_step}."
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
@@ -253,6 +277,7 @@ def _not_comparable(
 def gate_numbers(answer: Noninferiority, pairs: PairedScores) -> dict[str, Any]:
     """The numbers behind a paired gate, for its details; examples that got worse come worst first."""
     paired = answer.paired
+    smallest = math.inf if answer.smallest_visible_drop is None else answer.smallest_visible_drop
     drops = [
         (old - new, name) for name, old, new in zip(pairs.ids, pairs.before, pairs.after, strict=True) if new < old
     ]
@@ -269,32 +294,27 @@ def gate_numbers(answer: Noninferiority, pairs: PairedScores) -> dict[str, Any]:
         "p_worse": answer.p_worse,
         "p_not_worse": answer.p_not_worse,
         "p_any_drop": answer.p_any_drop,
+        "decided_by": answer.method,
         "n_groups": paired.n_groups,
         "rows_to_decide": answer.rows_to_decide,
-        "smallest_visible_drop": None if math.isinf(answer.smallest_visible_drop) else answer.smallest_visible_drop,
+        "smallest_visible_drop": None if math.isinf(smallest) else smallest,
     }
 
 
-def _meaning_of_better(answer: Noninferiority, name: str) -> str:
+def _meaning_of_better(answer: Noninferiority, name: str, *, shared: str) -> str:
     if answer.verdict is Verdict.PASS:
-        return f"The gain is shown (p = {answer.p_not_worse:.2g})."
+        return f"The gain is shown ({probability(answer.p_not_worse)}; {answer.method})."
     if answer.verdict is Verdict.FAIL:
         return (
-            f"It is worse, and not by chance (p = {answer.p_any_drop:.2g}). Next: use {name}, or look at the examples "
-            f"that got worse."
+            f"It is worse, and not by chance ({probability(answer.p_any_drop)}{shared}). Next: use {name}, or look at "
+            f"the examples that got worse."
         )
-    if answer.paired.difference <= 0 or answer.rows_to_decide is None:
+    if float(number(answer.paired.difference)) <= 0:
         return (
             f"No gain was measured. Next: use {name}, which is no worse and already there, or give the optimizer more "
             f"budget."
         )
-    smallest = answer.smallest_visible_drop
-    seen = (
-        f" The smallest gain these examples could have shown (80 % power) is {number(smallest)}."
-        if math.isfinite(smallest)
-        else ""
-    )
     return (
-        f"The gain may be chance (p = {answer.p_not_worse:.2g}). Next: about "
-        f"{counted(answer.rows_to_decide, 'example')} would decide it, if it stays as it is.{seen}"
+        f"The gain may be chance ({probability(answer.p_not_worse)}). {_visible(answer, 'gain')} Next: more test "
+        f"examples, or more budget for the optimizer."
     )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,17 +85,23 @@ class PairedScores:
 
 def scores_by_id(evaluation: EvaluationResult | Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
     """Scores under their example id; a repeated id (a duplicated example) gets `#2`, `#3`, ... in order."""
-    rows = (
-        [(row.example_id, row.score) for row in evaluation.results]
-        if isinstance(evaluation, EvaluationResult)
-        else list(evaluation)
-    )
-    scores: dict[str, float | None] = {}
+    if isinstance(evaluation, EvaluationResult):
+        return by_id(evaluation, "score")
+    return _numbered(evaluation)
+
+
+def by_id(evaluation: EvaluationResult, attribute: str) -> dict[str, Any]:
+    """An attribute of every example's result, under ids as `scores_by_id` has them."""
+    return _numbered((row.example_id, getattr(row, attribute)) for row in evaluation.results)
+
+
+def _numbered(rows: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     seen: dict[str, int] = {}
-    for example_id, score in rows:
+    for example_id, value in rows:
         seen[example_id] = seen.get(example_id, 0) + 1
-        scores[example_id if seen[example_id] == 1 else f"{example_id}#{seen[example_id]}"] = score
-    return scores
+        found[example_id if seen[example_id] == 1 else f"{example_id}#{seen[example_id]}"] = value
+    return found
 
 
 def pair_up(

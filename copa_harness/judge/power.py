@@ -1,37 +1,149 @@
-"""With which probability a true drop is found: power of the paired right/wrong gates.
+"""What so many rows can decide: chances of the regression gate to pass and to fail, and the rows that takes.
 
-Symbols: n paired examples, d the share that disagrees, delta = the true drop, so a share (d + delta) / 2 is lost and
-(d - delta) / 2 gained; the number that moves is Binomial(n, d), and given it the gains are binomial too.
+Symbols: n paired examples, d the share on which the runs disagree, delta = the true drop, so a share (d + delta) / 2 is
+lost and (d - delta) / 2 gained; m the margin.
 
-The fixed gate is the exact McNemar test; its power is summed, not simulated. The sequential gate has no such formula
-and is simulated from a seed. How many examples a drop takes: `noninferiority.rows_to_decide`. Source: Connor (1987),
-Biometrics 43:207.
+    pass    the exact unconditional test refutes a drop of m or more, at alpha
+    fail    the exact unconditional test refutes "no drop" at its share of alpha, and the observed drop is at least m
+
+Right/wrong scores: both are sums over all outcomes, nothing is simulated; the tests' critical values are those for a
+share d that moves. Graded scores: the t test's formula, on whole groups where there are any. What stopping early costs
+(`sequential_power`) is simulated from a seed.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from copa_harness.judge.paired_tests import tango_statistic
+from copa_harness.judge.exact_tests import greatest_level, least_gained, region_probability
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
-from copa_harness.judge.sequential.betting import FRACTIONS
+
+POWER = 0.8
+"""Probability with which "would decide it" and "could be seen" are meant."""
+
+MANY_ROWS = 20_000
+"""Beyond this, "no number of rows one would collect"."""
+
+MANY_EXACT = 1_000
+"""Beyond this the formula is right to a few percent, and the exact search takes seconds."""
+
+_STEP = 1.03
+"""From one number of rows that is looked at to the next."""
+
+
+def chance_to_pass(n: int, *, disagreement: float, margin: float, drop: float = 0.0, alpha: float = 0.05) -> float:
+    """Probability that the gate passes.
+
+    Args:
+        n: paired examples, at least 1.
+        disagreement: share of examples on which the runs differ, drop..1.
+        margin: allowed drop, 0..1.
+        drop: true drop; negative for a gain.
+        alpha: one-sided error rate.
+
+    Raises:
+        ValueError: for a drop larger than the disagreement, or shares outside 0..1.
+    """
+    _check(n, drop, disagreement)
+    region = _region(n, -min(margin, 1 - 1e-9), round(disagreement * n), alpha)
+    return _probability(region, n, drop=-drop, disagreement=disagreement)
+
+
+def chance_to_fail(n: int, *, disagreement: float, drop: float, margin: float = 0.0, alpha: float = 0.05) -> float:
+    """Probability that the gate fails; the same arguments.
+
+    Args:
+        n: paired examples, at least 1.
+        disagreement: share of examples on which the runs differ, drop..1.
+        drop: true drop.
+        margin: allowed drop, 0..1.
+        alpha: error rate of this gate, its share of what the gates of a suite have together.
+    """
+    _check(n, drop, disagreement)
+    # The same test with gains and losses exchanged; the observed drop is at least the margin.
+    region = _region(n, 0.0, round(disagreement * n), alpha)
+    least = math.ceil(margin * n - 1e-9)
+    return _probability(np.maximum(region, np.arange(n + 1) + least), n, drop=drop, disagreement=disagreement)
+
+
+def rows_to_pass(*, disagreement: float, margin: float, alpha: float = 0.05) -> int | None:
+    """Rows at which an unchanged program passes in 80 % of runs; None when out of reach, as for a margin of 0.
+
+    Args:
+        disagreement: share of examples on which the runs differ, 0..1.
+        margin: allowed drop, 0..1.
+        alpha: one-sided error rate.
+    """
+
+    def enough(n: int) -> bool:
+        return chance_to_pass(n, disagreement=disagreement, margin=margin, alpha=alpha) >= POWER
+
+    if margin <= 0:
+        return None
+    guess = max(rows_for_t(math.sqrt(disagreement), margin=margin, alpha=alpha), math.log(alpha) / math.log1p(-margin))
+    n = max(2, math.ceil(guess - 1e-9))
+    if n > MANY_EXACT:
+        return n if n <= MANY_ROWS else None
+    while not enough(n):
+        n = math.ceil(n * _STEP)
+    while n > 2 and enough(fewer := math.floor(n / _STEP)):
+        n = fewer
+    return n
+
+
+def rows_for_t(spread: float, *, margin: float, alpha: float = 0.05) -> float:
+    """Rows, or groups, at which a t test passes an unchanged program in 80 % of runs.
+
+    Args:
+        spread: standard deviation of one row's difference, or of a group's per row.
+        margin: allowed drop, above 0.
+        alpha: one-sided error rate.
+    """
+    from statistics import NormalDist
+
+    quantile = NormalDist().inv_cdf
+    return ((quantile(1 - alpha) + quantile(POWER)) * spread / margin) ** 2
+
+
+def drop_to_see(n: int, *, disagreement: float, margin: float = 0.0, alpha: float = 0.05) -> float:
+    """The smallest true drop that `n` rows fail in 80 % of runs; infinite when they see none.
+
+    Args:
+        n: paired examples, at least 1.
+        disagreement: share of examples on which the runs differ when nothing is lost, 0..1; a drop moves as many.
+        margin: allowed drop, 0..1.
+        alpha: error rate of this gate.
+    """
+
+    def seen(drop: float) -> bool:
+        moved = max(drop, disagreement)
+        return chance_to_fail(n, disagreement=moved, drop=drop, margin=margin, alpha=alpha) >= POWER
+
+    if not seen(1.0):
+        return math.inf
+    low, high = 0.0, 1.0
+    while high - low > 0.001:
+        middle = (low + high) / 2
+        low, high = (low, middle) if seen(middle) else (middle, high)
+    return high
+
 
 N_SIMULATIONS = 1_000
 """Runs behind a simulated power: good to about 1.5 points."""
 
-_MOST_LOOKS = 1_000
-
 
 @dataclass(frozen=True, slots=True)
 class SequentialPower:
-    """What stopping early buys and costs, for one true drop.
+    """What stopping early buys and costs, for one true drop of right/wrong scores.
 
     Attributes:
-        fixed: power of the exact test on all rows.
-        sequential: power of looking after every row, with the final look.
+        fixed: chance to fail when all rows are looked at once.
+        sequential: chance to fail when one looks after every row.
         mean_rows: rows used on average.
     """
 
@@ -40,98 +152,61 @@ class SequentialPower:
     mean_rows: float
 
 
-def mcnemar_power(n: int, *, drop: float, disagreement: float, alpha: float = 0.05) -> float:
-    """Probability that the exact one-sided McNemar test shows a true drop.
-
-    Args:
-        n: paired examples, at least 1.
-        drop: true drop, 0..disagreement.
-        disagreement: share of examples on which the runs differ, 0..1.
-        alpha: one-sided error rate.
-
-    Raises:
-        ValueError: for a drop larger than the disagreement, or shares outside 0..1.
-    """
-    _check(n, drop, disagreement)
-    if disagreement == 0:
-        return 0.0
-    from scipy import stats
-
-    moved = np.arange(n + 1)
-    weights = stats.binom.pmf(moved, n, disagreement)
-    return float((weights * stats.binom.cdf(_most_gained(n, alpha), moved, (1 - drop / disagreement) / 2)).sum())
-
-
 def sequential_power(
     n: int, *, drop: float, disagreement: float, margin: float = 0.0, alpha: float = 0.05, seed: int = 0
 ) -> SequentialPower:
-    """Power of the sequential regression gate against a true drop, by simulation, beside that of the fixed one.
-
-    Without a margin the exact test is looked at after every row (`sequential.alpha_spending`); with one, half
-    of alpha is spent on looking, half on the exact test of all rows at the end (`sequential.monitors`).
+    """The chance to fail with `--copa-sequential`, by simulation, beside that of the gate on all rows.
 
     Args:
         n: rows on offer, at least 1.
         drop: true drop, 0..disagreement.
         disagreement: share of examples on which the runs differ, 0..1.
         margin: allowed drop, 0..1.
-        alpha: one-sided error rate.
+        alpha: error rate of this gate.
         seed: of the simulation.
     """
     _check(n, drop, disagreement)
-    from scipy import stats
-
-    n_looks = min(n, _MOST_LOOKS)
-    rng = np.random.default_rng(seed)
-    n_runs = N_SIMULATIONS if margin > 0 or n <= 300 else N_SIMULATIONS // 4
-    draws = rng.random((n_runs, n_looks))
+    n_runs = N_SIMULATIONS if n <= 300 else N_SIMULATIONS // 4
+    draws = np.random.default_rng(seed).random((n_runs, n))
     differences = np.where(draws < (disagreement + drop) / 2, -1, np.where(draws < disagreement, 1, 0))
-    if margin == 0:
-        watched = SpendingSignTest(n_looks, alpha=alpha, n_runs=n_runs)
-        for row in range(n_looks):
-            watched.add(differences[:, row])
-        lost, gained = (differences < 0).sum(axis=1), (differences > 0).sum(axis=1)
-        fixed = float((gained <= _most_gained(n_looks, alpha)[lost + gained]).mean())
-        found = watched.rejected_at <= n_looks
-        return SequentialPower(fixed, float(found.mean()), float(np.minimum(watched.rejected_at, n).mean()))
-    # Wealth depends on counts only: log factors of a loss, a gain and an unmoved row, per betting fraction.
-    fractions = np.asarray(FRACTIONS)
-    room = 1.0 + margin
-    by_kind = {value: np.log1p(fractions * (-value - margin) / room) for value in (-1, 0, 1)}
-    lost, gained = np.cumsum(differences < 0, axis=1), np.cumsum(differences > 0, axis=1)
-    same = np.arange(1, n_looks + 1) - lost - gained
-    wealth = np.zeros(differences.shape)
-    for index in range(fractions.size):
-        logs = lost * by_kind[-1][index] + gained * by_kind[1][index] + same * by_kind[0][index]
-        wealth += np.exp(np.minimum(logs, 700.0)) / fractions.size
-    crossed = wealth >= 2 / alpha
-    stopped = crossed.any(axis=1)
-    rows = np.where(stopped, crossed.argmax(axis=1) + 1, n)
-    moved = lost[:, -1] + gained[:, -1]
-    at_end = gained[:, -1] <= _most_gained(n_looks, alpha / 2)[moved]
-    at_end_fixed = gained[:, -1] <= _most_gained(n_looks, alpha)[moved]
-    statistic = tango_statistic(gained[:, -1], lost[:, -1], n_looks, difference=-margin)
-    at_end &= statistic <= stats.norm.ppf(alpha / 2)
-    at_end_fixed &= statistic <= stats.norm.ppf(alpha)
-    return SequentialPower(float(at_end_fixed.mean()), float((stopped | at_end).mean()), float(rows.mean()))
+    watched = SpendingSignTest(n, alpha=alpha, n_runs=n_runs)
+    for row in range(n):
+        watched.add(differences[:, row])
+    rows = np.arange(1, n + 1)
+    fell = (watched.rejected_at[:, None] <= rows) & (differences.cumsum(axis=1) <= -margin * rows + 1e-9)
+    stopped = np.where(fell.any(axis=1), fell.argmax(axis=1) + 1, n)
+    fixed = chance_to_fail(n, disagreement=disagreement, drop=drop, margin=margin, alpha=alpha)
+    return SequentialPower(fixed, float(fell.any(axis=1).mean()), float(stopped.mean()))
 
 
-def _most_gained(n: int, alpha: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """For 0..n moved rows, the greatest number gained at which McNemar's test shows a drop; -1 where none does."""
-    from scipy import stats
+@lru_cache(maxsize=256)
+def _region(n: int, difference: float, moved: int, alpha: float) -> NDArray[np.int64]:
+    """For each number lost 0..n, the least number gained at which the exact test rejects "at most `difference`"."""
+    from statistics import NormalDist
 
-    moved = np.arange(n + 1)
-    most = stats.binom.ppf(alpha, moved, 0.5)
-    most = np.where(np.isnan(most), 0, most)
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = np.where(
-        stats.binom.cdf(most, moved, 0.5) <= alpha, most, most - 1
-    )
-    return np.where(moved == 0, -1.0, found)
+    def region(critical: float) -> NDArray[np.int64]:
+        return least_gained(critical, n, difference=difference)
+
+    def is_valid(critical: float) -> bool:
+        return greatest_level(region(critical), n, difference=difference, moved=min(moved, n)) <= alpha
+
+    low = max(0.0, NormalDist().inv_cdf(1 - alpha) - 0.1)  # the asymptotic test is hardly ever too careful
+    high = low + 1.0
+    while high < 1e3 and not is_valid(high):
+        low, high = high, 2 * high
+    while high - low > 2e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_valid(middle) else (middle, high)
+    return region(high)
+
+
+def _probability(region: NDArray[np.int64], n: int, *, drop: float, disagreement: float) -> float:
+    return float(region_probability(region, n, difference=drop, moved=np.array([disagreement]))[0])
 
 
 def _check(n: int, drop: float, disagreement: float) -> None:
-    if n < 1 or math.isnan(drop) or not 0 <= drop <= disagreement <= 1:
+    if n < 1 or math.isnan(drop) or not abs(drop) <= disagreement + 1e-12 or disagreement > 1:
         raise ValueError(
-            f"got n={n}, drop={drop}, disagreement={disagreement}; expected n >= 1 and 0 <= drop <= disagreement <= 1 "
-            f"(a drop of x moves at least a share x of the examples)"
+            f"got n={n}, drop={drop}, disagreement={disagreement}; expected n >= 1 and a drop of at most the "
+            f"disagreement, which is at most 1 (a drop of x moves at least a share x of the examples)"
         )

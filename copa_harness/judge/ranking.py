@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from copa_harness.formatting import counted, number
 from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
-from copa_harness.judge.multiple_testing import holm_adjusted
 from copa_harness.judge.paired_tests import (
     PairedScores,
     gained_and_lost,
@@ -158,6 +157,24 @@ def compare_strategies(
         rows=tuple(sorted(rows, key=lambda row: (row.rank, -row.score, row.strategy))),
         friedman_p=_friedman(ranks),
     )
+
+
+def holm_adjusted(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's step-down adjusted p-values, in the order given.
+
+    Raises:
+        ValueError: for a p-value outside 0..1.
+
+    Source: Holm (1979); equal to `statsmodels.stats.multitest.multipletests(method="holm")`.
+    """
+    if any(math.isnan(p) or not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"got p-values {[p for p in p_values if not 0 <= p <= 1]}; expected numbers in 0..1")
+    adjusted = [0.0] * len(p_values)
+    greatest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = greatest
+    return tuple(adjusted)
 
 
 def _ranks(table: Mapping[str, NDArray[np.float64]], labels: Mapping[str, _Labels]) -> NDArray[np.float64]:

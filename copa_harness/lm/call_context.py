@@ -75,6 +75,7 @@ class CallContext:
         completions: How many of the call's completions have arrived.
         time_left_s: Seconds the budget leaves it.
         json_fallback: Whether a program asks again in JSON when an answer does not parse; outside of calls only.
+        requests: Collects the cache keys of what is asked, for whoever wants to know whether two runs ask the same.
         gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
     """
 
@@ -90,13 +91,14 @@ class CallContext:
     time_left_s: float = math.inf
     gives_way: bool = False
     json_fallback: bool = False
+    requests: list[str] | None = None
 
     def for_call(
         self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False
     ) -> CallContext:
         """The same for one call; written out, since `replace` takes longer than the rest of what a call needs here."""
         around = (self.scope, self.phase, self.repeat, self.dry_run, self.observer, self.label_scores)
-        return CallContext(*around, rollout_id, fields, Completions(), gives_way=gives_way)
+        return CallContext(*around, rollout_id, fields, Completions(), gives_way=gives_way, requests=self.requests)
 
 
 SETTING = "copa_context"

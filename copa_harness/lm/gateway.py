@@ -187,6 +187,8 @@ class Gateway:
         model, dry_run = request.model, context.dry_run
         fingerprint = engine.fingerprint(model)
         key = request_key(request, rollout_id=context.rollout_id, candidate=candidate, fingerprint=fingerprint)
+        if context.requests is not None:
+            context.requests.append(key)
         call = _Call(engine, request, context, scope_of(context), fingerprint, key, candidate)
         # What follows a new request is likely new as well: it is looked up once, when nobody else can buy it.
         found = self._replay(call, on_disk=dry_run is not None or not self._new_of_late)

@@ -52,6 +52,7 @@ class RunRecord:
         repeats: scores of every repeat per example id, when the examples were answered several times.
         groups: group by example id, where examples share one: paired comparisons keep them together.
         label_scores: of constrained answers, by example id and output field: every allowed value's log-probability.
+        requests: digest per example id of what was asked (`ExampleResult.requests`).
         gates: the gates' answers.
         verdict: of all gates together.
         usage: everything the run spent.
@@ -83,6 +84,7 @@ class RunRecord:
     repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     label_scores: Mapping[str, Any] = field(default_factory=dict)
+    requests: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[GateResult, ...] = ()
     verdict: Verdict = Verdict.PASS
     usage: Usage = field(default_factory=Usage)
@@ -162,6 +164,7 @@ class RunRecord:
                 "n_unparsed": sum(row.outcome == "unparsed" for row in rows),
                 "n_provider_errors": sum(row.outcome == "provider_error" for row in rows),
                 "n_metric_errors": sum(row.outcome == "metric_error" for row in rows),
+                "requests": {row.example_id: row.requests for row in rows if row.requests},
                 "label_scores": {row.example_id: row.label_scores for row in rows if row.label_scores},
                 "verdict": overall(more.get("gates", ())),
             }

@@ -57,12 +57,11 @@ def canonical(name: str) -> str:
         return name
 
 
-def rules_of(gates: Mapping[str, Any], settings: Settings, *, on_scores: bool = True) -> Gates:
+def rules_of(gates: Mapping[str, Any], *, on_scores: bool = True) -> Gates:
     """Gates by name as `judge` wants them.
 
     Args:
         gates: Values by name.
-        settings: How many comparisons share the error rate.
         on_scores: False leaves out the gates on scores, which mean nothing once examples were seen.
 
     Raises:
@@ -71,7 +70,7 @@ def rules_of(gates: Mapping[str, Any], settings: Settings, *, on_scores: bool = 
     from copa_harness.judge.options import Gates
 
     kept = {name: value for name, value in gates.items() if on_scores or name not in ON_SCORES}
-    return Gates(**kept, n_comparisons=max(1, settings.n_comparisons))
+    return Gates(**kept)
 
 
 def leakage_gate(report: LeakageReport) -> tuple[GateResult, ...]:
@@ -212,28 +211,13 @@ class GateContext:
     settings: Settings
     forms: FormMeter | None = None
 
-    def for_unplanned(self, test: str, asked: Mapping[str, Any]) -> GateContext:
-        """This context with the error rate of comparisons that `check()` was given and nobody could count beforehand.
-
-        Those counted share one error rate; these share another among all tests that could ask for one. So each of
-        the two families raises a false alarm in at most alpha of sessions, and Holm's correction at the end holds
-        them to alpha together.
-
-        Args:
-            test: Id of the test that asks.
-            asked: Gates it gave.
-        """
-        known = self.settings.planned.get(test, frozenset(COMPARING))
-        if known.issuperset(name for name in COMPARING if asked.get(name) is not None):
-            return self
-        return replace(self, settings=replace(self.settings, n_comparisons=self.settings.n_unplanned))
-
     def judged(
         self,
         evaluation: EvaluationResult,
         gates: Mapping[str, Any],
         *,
         repeats: Mapping[str, tuple[float | None, ...]],
+        is_settled: bool = False,
         accepted: Baseline | None = None,
     ) -> tuple[GateResult, ...]:
         """The gates' answers, the leakage check's first if it has something to say.
@@ -242,6 +226,7 @@ class GateContext:
             evaluation: All examples of the split.
             gates: Values by name.
             repeats: Scores of every repeat by example id, if there are any.
+            is_settled: Whether asking the same again can only answer the same.
             accepted: This run as the baseline it is about to become, when it is being blessed.
 
         Raises:
@@ -251,15 +236,15 @@ class GateContext:
         from copa_harness.judge.gates import judge
 
         leaked = leakage_gate(self.leakage)
-        rules = rules_of(gates, self.settings, on_scores=not leaked)
-        run = self._judged_run(rules, evaluation, accepted=accepted)
+        rules = rules_of(gates, on_scores=not leaked)
+        run = self._judged_run(rules, evaluation, is_settled=is_settled, accepted=accepted)
         if rules.max_violation_rate is not None and self.forms is not None:
             run = replace(run, violations=self.forms.measured())
-        answers = judge(replace(run, repeats=repeats or None), rules, seed=self.settings.seed)
+        answers = self._required(judge(replace(run, repeats=repeats or None), rules, seed=self.settings.seed))
         name = rules.better_than
         if name is None or run.opponent is not None:
             return leaked + answers
-        open_until_the_end = _deferred(name, rules)
+        open_until_the_end = _deferred(name, rules, family=run.families.get("better_than", 1))
         return leaked + tuple(
             open_until_the_end if answer.gate == open_until_the_end.gate else answer for answer in answers
         )
@@ -268,7 +253,7 @@ class GateContext:
         """What decides how many examples are needed; None when no gate can be decided early."""
         from copa_harness.judge.sequential.stopping import SequentialJudge
 
-        rules = rules_of(gates, self.settings)
+        rules = rules_of(gates)
         if leakage_gate(self.leakage) or not any(gates.get(name) is not None for name in _EARLY):
             return None
         run = self._judged_run(rules, None)
@@ -281,7 +266,8 @@ class GateContext:
     ) -> tuple[SequentialAnswer, tuple[GateResult, ...]]:
         """What a watched evaluation came to, with the gates on spending."""
         answer = watch.finish(evaluation)
-        return answer, answer.gates + _left_out(gates) + self.spending(evaluation, gates)
+        answers = self._required(answer.gates) + _left_out(gates)
+        return answer, answers + self.spending(evaluation, gates)
 
     def spending(self, evaluation: EvaluationResult, gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
         """The answers of the gates on what was spent."""
@@ -289,29 +275,52 @@ class GateContext:
         from copa_harness.judge.paired_gates import JudgedRun
 
         run = JudgedRun(evaluation, calls=self.calls, usage=self.usage)
-        return judge_spending(run, rules_of(gates, self.settings))
+        return judge_spending(run, rules_of(gates))
 
     def _judged_run(
-        self, rules: Gates, evaluation: EvaluationResult | None, *, accepted: Baseline | None = None
+        self,
+        rules: Gates,
+        evaluation: EvaluationResult | None,
+        *,
+        is_settled: bool = False,
+        accepted: Baseline | None = None,
     ) -> JudgedRun:
         from copa_harness.judge.paired_gates import JudgedRun
 
+        accepted = accepted or self._baseline(rules)
+        # As the baseline recorded them: the verdict of a test that runs alone is that of the whole suite.
+        recorded = {} if accepted is None else accepted.families
+        families = {name: max(recorded.get(name, 1), self.settings.families.get(name, 1)) for name in COMPARING}
         return JudgedRun(
             evaluation,
             n_expected=self.n_expected,
             fingerprints=self.fingerprints,
             groups=self.groups,
-            baseline=accepted or self._baseline(rules),
+            baseline=accepted,
             opponent=self._opponent(rules),
             calls=self.calls,
             usage=self.usage,
+            is_identical=is_settled and evaluation is not None and _asks_the_same(evaluation, accepted),
+            families=families,
         )
 
-    def _baseline(self, rules: Gates) -> Reference | None:
-        """The accepted baseline of the same strategy on the same model."""
+    def _required(self, answers: tuple[GateResult, ...]) -> tuple[GateResult, ...]:
+        """The same, `max_regression` failed where it compares nothing and that must not pass unseen."""
+        if not self.settings.needs_baselines:
+            return answers
+        why = "It fails here, for nothing was compared (copa_missing_baseline=pass lets it pass)."
+        return tuple(
+            replace(answer, verdict=Verdict.FAIL, message=f"{answer.message} {why}")
+            if answer.verdict is Verdict.NOT_COMPARABLE and answer.gate.startswith("max_regression")
+            else answer
+            for answer in answers
+        )
+
+    def _baseline(self, rules: Gates) -> Baseline | None:
+        """The accepted baseline of the same strategy on the same model, where a gate compares."""
         from copa_harness.store.baselines import load_baseline
 
-        if rules.max_regression is None:
+        if not any(getattr(rules, name) is not None for name in COMPARING):
             return None
         name = baseline_name(self.strategy, self.model)
         return load_baseline(self.settings.baseline_dir, task=self.task, name=name)
@@ -336,10 +345,18 @@ def _left_out(gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
     return (GateResult(f"max_violation_rate={gates['max_violation_rate']:g}", Verdict.UNDECIDED, message, {}),)
 
 
-def _deferred(name: str, rules: Gates) -> GateResult:
+def _asks_the_same(evaluation: EvaluationResult, accepted: Baseline | None) -> bool:
+    """Whether every example's requests, weights and decoding settings are those of the baseline."""
+    from copa_harness.judge.paired_tests import by_id
+
+    now = by_id(evaluation, "requests")
+    return accepted is not None and all(now.values()) and now == accepted.requests
+
+
+def _deferred(name: str, rules: Gates, *, family: int) -> GateResult:
     """A `better_than` gate whose other side may still come, from a later test or from another process."""
     message = f"open until the session ends: no run of {name!r} is known here yet, another test may still bring one."
-    details = {DEFERRED: True, "name": name, "alpha": rules.alpha_each, "note": rules.correction}
+    details = {DEFERRED: True, "name": name, "alpha": rules.alpha, "family": family}
     return GateResult(f"better_than={name}", Verdict.UNDECIDED, message, details)
 
 
@@ -392,12 +409,12 @@ def _settled(index: int, waiting: GateResult, evaluated: Evaluated, *, settings:
         fingerprints=entry.comparison.fingerprints,
         groups=entry.comparison.groups,
         opponent=_opponent_of(name, index, evaluated, settings=settings),
+        families={"better_than": waiting.details["family"]},
     )
     return better_than(
         run,
         name=name,
         alpha=waiting.details["alpha"],
-        note=waiting.details["note"],
         seed=settings.seed if record.seed is None else record.seed,
     )
 

@@ -54,12 +54,15 @@ class Measured:
         repeats: Scores of every repeat by example id; empty without repeats.
         phases: What was spent: by the program, and by the metric if it asked a model.
         failures: Attempts at a call that failed, by kind.
+        is_settled: Whether asking the same again can only answer the same: the models are deterministic, or every
+            answer was replayed.
     """
 
     evaluation: ScoredEvaluation
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     phases: tuple[PhaseRecord, ...] = ()
     failures: Mapping[str, FailedCalls] = field(default_factory=dict)
+    is_settled: bool = False
 
     @property
     def n_metric_calls(self) -> int:
@@ -154,7 +157,8 @@ def measure(
     if hidden is not None:
         result = replace(result, usage=result.usage - hidden)
     evaluation = ScoredEvaluation.of(result, task=task.name, strategy=strategy)
-    return Measured(evaluation, repeats, _phases(evaluation, hidden), _failures(scope))
+    is_settled = not (hidden and hidden.paid_calls) and not (evaluation.usage.paid_calls and _varies(program, lm))
+    return Measured(evaluation, repeats, _phases(evaluation, hidden), _failures(scope), is_settled)
 
 
 def evaluation_phase(evaluation: ScoredEvaluation) -> PhaseRecord:

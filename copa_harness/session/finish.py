@@ -6,6 +6,7 @@ leaves the old baselines as they were.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
 
 FAILED = 1
-"""Exit status when the suite fails though no test did: Holm's correction, or a comparison made at the end."""
+"""Exit status when the suite fails though no test did: by a comparison that could only be made at the end."""
 
 BUDGET_EXHAUSTED = 6
 """Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
+
+_OPEN = (Verdict.UNDECIDED, Verdict.NOT_COMPARABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class Report:
         remarks: What a person should know and could overlook.
         written: Path of the page, relative to the root if it lies below; empty when not written.
         exit_status: What the session must end with when its tests alone would make it a success; 0 for success.
+        reasons: Why it is not 0, a sentence each.
+        open_runs: How many runs are undecided and how many not comparable, where any are.
         annotations: Commands for GitHub, where it reads the output.
     """
 
@@ -60,12 +65,9 @@ class Report:
     remarks: tuple[str, ...] = ()
     written: str = ""
     exit_status: int = 0
+    reasons: tuple[str, ...] = ()
+    open_runs: Mapping[str, int] = field(default_factory=dict)
     annotations: tuple[str, ...] = ()
-
-    @property
-    def reason(self) -> str:
-        """Why the session ends with `exit_status`; empty for success."""
-        return "; ".join(self.remarks) if self.exit_status else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,25 +111,24 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     notes = list(dict.fromkeys(note for entry in entries for note in entry.notes))
     asides = list(dict.fromkeys(aside for entry in entries for aside in entry.asides))
     unchecked = _unchecked(entries)
-    remarks = [*unchecked, *failed_late]
+    failed_late += unchecked if settings.against is not None else ()
+    remarks = [] if settings.against is not None else unchecked
     failures = _failures(entries)
     notes += _failed_attempts(failures)
-    suite, suite_fails = _over_suite(records)
-    (remarks if suite_fails else asides).extend(suite)
     if settings.bless:
         accepted, problems = accept_baselines(entries, directory=settings.baseline_dir)
         notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
         remarks += [*(entry.not_accepted for entry in entries if entry.not_accepted), *problems]
     notes += _spent(settings)
     n_cut = max(sum(record.cut_short for record in records), tests.n_refused)
-    remarks += _cut_short(n_cut)
+    reasons = (*failed_late, *_cut_short(n_cut))
     beside = None if settings.against is None else compared(settings, records)
     notes += () if beside is None else beside.notes
     evaluated = [entry for entry in entries if entry.record is not None]
     told = Told(
         details={place: entry.details for place, entry in enumerate(evaluated) if entry.details is not None},
         notes=(*notes, *asides),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *reasons),
         n_refused=n_cut,
         against="" if beside is None else named(settings),
         tables=() if beside is None or not beside.page else ((f"against {named(settings)}", beside.page),),
@@ -146,11 +147,9 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
         asides=tuple(asides),
         remarks=(*remarks, *problems),
         written=written,
-        exit_status=FAILED
-        if suite_fails or failed_late or (unchecked and beside is not None)
-        else BUDGET_EXHAUSTED
-        if n_cut
-        else 0,
+        exit_status=FAILED if failed_late else BUDGET_EXHAUSTED if reasons else 0,
+        reasons=reasons,
+        open_runs=Counter(record.verdict.value for record in records if record.verdict in _OPEN),
         annotations=tuple(one.command() for one in found),
     )
 
@@ -187,17 +186,6 @@ def _failed_attempts(failures: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"attempts at calls that failed, those a retry mended included: {counts}; the first traceback of each "
         f"kind is in latest.json"
     ]
-
-
-def _over_suite(records: Sequence[RunRecord]) -> tuple[list[str], bool]:
-    """What Holm's correction says of all regression gates together, and whether it fails what no test failed."""
-    from copa_harness.judge.multiple_testing import holm_over_suite, suite_text
-
-    gates = [(f"{record.test} ({record.task}, {record.strategy})", gate) for record in records for gate in record.gates]
-    comparisons = holm_over_suite(gates)
-    found_later = any(row.corrected is Verdict.FAIL and row.verdict is not Verdict.FAIL for row in comparisons)
-    text = suite_text(comparisons)
-    return [text] if text else [], found_later
 
 
 def accept_baselines(entries: Iterable[Entry], *, directory: Path) -> tuple[list[tuple[Path, str]], list[str]]:

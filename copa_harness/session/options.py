@@ -12,6 +12,7 @@ The pytest plugin imports this module to register the options, so it loads nothi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ from copa_harness.strategy import parse_strategy
 from copa_harness.tune.options import LoraSettings
 
 COMPARING = ("max_regression", "better_than")
-"""Gates that compare example by example; those of a suite share one error rate."""
+"""Gates that compare example by example; those of a suite that ask the same question share one error rate."""
 
 
 def comparisons_in(code: Any) -> frozenset[str]:
@@ -103,9 +104,9 @@ class Settings:
         root: Directory that relative paths are relative to (pytest's rootdir).
         gates: Gates by name: those of the marker, and the ini file's where it says nothing.
         search: Search options that somebody gave, by name; what is left to `COPA` is not among them.
-        n_comparisons: Gates of the session that compare example by example; they share one error rate.
-        n_unplanned: Tests that may ask `check()` for a comparison nobody announced; those share one as well.
-        planned: Comparing gates that are counted in `n_comparisons`, by test id.
+        families: By the name of a comparing gate, how many of it the test's suite (its folder) declares; of one that
+            the test does not declare, how many tests there are, for any of them could ask `check()` for it.
+        is_whole_suite: Whether the suite's folder was collected as a whole, whatever `-k` left of it.
         one_of_many: Whether other processes run tests of this session too.
         worker: This process's number among those of the session, from 0; None if it is the only one.
         run_id: The same in every process of the session, another in every session.
@@ -185,6 +186,14 @@ class Settings:
         default_words="baselines in the rootdir",
         metavar="DIR",
         help="accepted results, one file per task and strategy",
+    )
+    missing_baseline: str | None = _given(
+        None,
+        check=Check(lambda value: value in ("fail", "pass"), "'fail' or 'pass'"),
+        default_words="fail if the environment says CI=true, else pass",
+        metavar="WHAT",
+        help="what becomes of a test whose max_regression has no baseline, or one of other data: it fails, or passes "
+        "with the verdict undecided or not comparable",
     )
     device: str | None = _given(
         None,
@@ -283,9 +292,8 @@ class Settings:
     )
     gates: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
-    n_comparisons: int = 1
-    n_unplanned: int = 1
-    planned: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    families: Mapping[str, int] = field(default_factory=dict)
+    is_whole_suite: bool = True
     one_of_many: bool = False
     worker: int | None = None
     run_id: str = "run"
@@ -359,6 +367,13 @@ class Settings:
             return None
         said = f"not meant for {self.lm}" if is_unmeant else f"meant for {' or '.join(meant)}, not for {self.lm}"
         return f"{said} (models={self.models!r}); --copa-models='*' runs them all the same"
+
+    @property
+    def needs_baselines(self) -> bool:
+        """Whether a test fails that has nothing to compare itself with though it asks for it."""
+        if self.bless or self.missing_baseline is not None:
+            return not self.bless and self.missing_baseline == "fail"
+        return os.environ.get("CI", "").lower() in ("true", "1")
 
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""

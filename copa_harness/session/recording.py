@@ -122,7 +122,7 @@ def finish_run(
         lm=optimized.lm,
         from_disk=optimized.from_disk,
         undecided_fails=bool(gates.get("undecided_fails")),
-        judge_again=_second_judgement(context, measured, judged, gates=gates, test=test),
+        judge_again=_second_judgement(context, measured, judged, gates=gates),
     )
     entry = Entry(
         test=test,
@@ -180,7 +180,9 @@ def _judge(
         sequential, answers = context.finished(watch, evaluation, gates)
         return _Judged(answers, sequential=sequential)
     accepted = _baseline_of(context, measured) if context.settings.bless and not evaluation.nothing_parses else None
-    answers = context.judged(evaluation, gates, repeats=measured.repeats, accepted=accepted)
+    answers = context.judged(
+        evaluation, gates, repeats=measured.repeats, is_settled=measured.is_settled, accepted=accepted
+    )
     return _Judged(answers, accepted=accepted)
 
 
@@ -203,7 +205,7 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
     from copa_harness.report.provenance import git_commit, versions
     from copa_harness.store.baselines import Baseline
 
-    return Baseline.from_evaluation(
+    accepted = Baseline.from_evaluation(
         measured.evaluation,
         task=context.task,
         name=baseline_name(context.strategy, context.model),
@@ -213,19 +215,35 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
         created=datetime.date.today().isoformat(),
         repeats=measured.repeats,
     )
+    return replace(accepted, families=_families(context))
 
 
-def _second_judgement(
-    context: GateContext, measured: Measured, judged: _Judged, *, gates: Mapping[str, Any], test: str
-) -> Any:
+def _families(context: GateContext) -> dict[str, int]:
+    """How many gates of the suite ask the same question; a part of it that is blessed takes over what is known."""
+    from copa_harness.store.baselines import list_baselines
+
+    families = dict(context.settings.families)
+    if not context.settings.is_whole_suite:
+        for entry in list_baselines(context.settings.baseline_dir, task=context.task):
+            known = {} if entry.baseline is None else entry.baseline.families
+            families |= {name: max(known[name], families.get(name, 1)) for name in known}
+    return families
+
+
+def _second_judgement(context: GateContext, measured: Measured, judged: _Judged, *, gates: Mapping[str, Any]) -> Any:
     """What answers the gates that `check()` is given, and tells what it spent on that."""
 
     def judge_again(asked: Mapping[str, Any]) -> tuple[tuple[GateResult, ...], tuple[PhaseRecord, ...]]:
         check_gates(asked, where="copa_run.check()")
         if judged.sequential is None:
-            judging, told = context.for_unplanned(test, asked), () if context.forms is None else context.forms.phases
-            both = {**gates, **asked}
-            answers = judging.judged(measured.evaluation, both, repeats=measured.repeats, accepted=judged.accepted)
+            told = () if context.forms is None else context.forms.phases
+            answers = context.judged(
+                measured.evaluation,
+                {**gates, **asked},
+                repeats=measured.repeats,
+                is_settled=measured.is_settled,
+                accepted=judged.accepted,
+            )
             return answers, () if context.forms is None or told else context.forms.phases
         if decided := [name for name in asked if name in (*ON_SCORES, "max_error_rate")]:
             raise ConfigurationError(

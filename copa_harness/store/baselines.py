@@ -44,8 +44,12 @@ _HEAD = (
     "created",
     "fingerprints",
     "versions",
+    "families",
 )
 """What stands above the examples, in this order."""
+
+_BY_EXAMPLE = {"repeats": "repeats", "outcome": "outcomes", "requests": "requests"}
+"""What else an example's row may hold, by its key there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class Baseline:
         commit: the commit it was made at; may be empty.
         created: ISO date; may be empty.
         repeats: scores of every repeat per example id, when the examples were answered several times.
+        requests: digest per example id of what was asked (`ExampleResult.requests`); empty in older files.
+        families: how many gates of its suite ask the same question, by the gate's name; empty in older files.
     """
 
     task: str
@@ -81,6 +87,8 @@ class Baseline:
     commit: str = ""
     created: str = ""
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    requests: Mapping[str, str] = field(default_factory=dict)
+    families: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def origin(self) -> str:
@@ -131,6 +139,11 @@ class Baseline:
             commit=commit,
             created=created,
             repeats={example_id: tuple(several) for example_id, several in (repeats or {}).items()},
+            requests={
+                example_id: row.requests
+                for example_id, row in zip(scores, evaluation.results, strict=True)
+                if row.requests
+            },
         )
 
 
@@ -151,16 +164,14 @@ def save_baseline(directory: Path, baseline: Baseline) -> Path:
     document["interval"] |= {name: round(getattr(baseline.interval, name), 6) for name in ("low", "high")}
     for name in ("fingerprints", "versions"):
         document[name] = dict(sorted(document[name].items()))
-    by_example = {name: document.pop(name) for name in ("scores", "repeats", "outcomes")}
+    by_example = {name: document.pop(name) for name in ("scores", *_BY_EXAMPLE.values())}
     document = {"schema": SCHEMA, "kind": KIND, "n": len(baseline.scores)} | document
     head = mask_secrets({name: document[name] for name in _HEAD})
     rows = [
         json.dumps(
             {"id": example_id, "score": score}
             | {
-                key: by_example[name][example_id]
-                for key, name in (("repeats", "repeats"), ("outcome", "outcomes"))
-                if example_id in by_example[name]
+                key: by_example[name][example_id] for key, name in _BY_EXAMPLE.items() if example_id in by_example[name]
             },
             ensure_ascii=False,
             allow_nan=False,
@@ -250,9 +261,10 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
         scores[row["id"]] = None if row["score"] is None else float(row["score"])
     if len(scores) != document["n"]:
         raise ValueError(f"{len(scores)} examples where {document['n']} are announced")
-    outcomes = {row["id"]: row["outcome"] for row in document["examples"] if "outcome" in row}
-    repeats = {row["id"]: row["repeats"] for row in document["examples"] if "repeats" in row}
-    return from_json(Baseline, {**document, "scores": scores, "outcomes": outcomes, "repeats": repeats})
+    others = {
+        name: {row["id"]: row[key] for row in document["examples"] if key in row} for key, name in _BY_EXAMPLE.items()
+    }
+    return from_json(Baseline, {**document, "scores": scores, **others})
 
 
 def _slug(text: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from bench_gates import ALPHA, any_drop, mcnemar_p_values, sequential, two_points
 
-from copa_harness.judge.power import mcnemar_power
+from copa_harness.judge.power import chance_to_fail
 
 LOGS = Path(__file__).with_name("gate_logs.json")
 SIZES = (50, 100, 200, 500)
@@ -84,7 +84,7 @@ def cells(rng, *, runs):
                     found["a rise", n].append(judged(drawn) | {"d": disagreement})
                     continue
                 case = next(f"{100 * a:.0f}-{100 * b:.0f} points lost" for a, b in BINS if a <= -truth < b or b == 0.4)
-                promised = mcnemar_power(n, drop=-truth, disagreement=disagreement)
+                promised = chance_to_fail(n, drop=-truth, disagreement=disagreement)
                 found[case, n].append(judged(drawn) | {"d": disagreement, "promised": promised})
     return found
 

@@ -46,6 +46,7 @@ def test_one_or_two_examples_decide_nothing_and_the_message_says_what_would(n, o
     ids = [f"e{i}" for i in range(n)]
     gate = regression(dict.fromkeys(ids, old), dict.fromkeys(ids, new))
     assert gate.verdict is Verdict.UNDECIDED
+    assert "would decide it" in gate.message
     assert "Next:" in gate.message
     assert "nan" not in gate.message
     assert "inf " not in gate.message

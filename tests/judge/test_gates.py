@@ -116,9 +116,9 @@ def test_a_ceiling_without_a_count_is_a_mistake_of_the_caller():
         judge(JudgedRun(evaluation([1])), Gates(max_calls=400))
 
 
-def test_without_a_baseline_regression_is_undecided_and_says_how_to_bless():
+def test_without_a_baseline_nothing_is_compared_and_the_message_says_how_to_bless():
     result = only(judge(JudgedRun(evaluation([1] * 5)), Gates(max_regression=0.05)), "max_regression")
-    assert result.verdict is Verdict.UNDECIDED
+    assert result.verdict is Verdict.NOT_COMPARABLE
     assert "--copa-bless" in result.message
 
 
@@ -133,23 +133,33 @@ def run_against(before, after, *, margin=0.05, theirs=None, ours=None):
 def test_a_clear_loss_fails_and_names_baseline_counts_and_p_value():
     result = run_against([1] * 75, [0] * 20 + [1] * 55)
     assert result.verdict is Verdict.FAIL
-    for words in ("iris (joint)", "commit abc", "75 paired examples", "20 worse", "McNemar p", "real and larger"):
+    for words in (
+        "iris (joint)",
+        "commit abc",
+        "of 75 examples",
+        "20 worse",
+        "p < 0.0001",
+        "not chance",
+        "Proven beyond",
+    ):
         assert words in result.message
     assert result.details["worse"][:2] == ["e000", "e001"]
 
 
-def test_no_loss_passes_and_says_the_smallest_drop_it_could_have_seen():
+def test_no_loss_passes_and_says_what_is_ruled_out_by_which_test():
     result = run_against([1] * 75, [1] * 75)
     assert result.verdict is Verdict.PASS
-    assert "smallest drop" in result.message
+    assert "A drop of 0.05 or more is ruled out (p = 0.022; exact unconditional test)" in result.message
+    assert "90 % interval" in result.message
 
 
 def test_a_small_loss_is_undecided_and_says_how_many_examples_would_decide():
-    result = run_against([1] * 75, [0] * 6 + [1] * 69, margin=0.05)
+    result = run_against([1] * 75, [0] * 6 + [1] * 69, margin=0.1)
     assert result.verdict is Verdict.UNDECIDED
     assert result.details["rows_to_decide"] > 75
     assert "would decide it" in result.message
     assert "It did drop" in result.message
+    assert "can have been lost (95 %)" in result.message
 
 
 def test_without_margin_an_unchanged_score_is_undecided_with_advice():
@@ -158,11 +168,14 @@ def test_without_margin_an_unchanged_score_is_undecided_with_advice():
     assert "allow a small drop" in result.message
 
 
-def test_the_same_program_model_and_scores_pass_any_margin():
-    same = {"data": "d", "metric": "m", "program": "p", "lm": "l"}
-    result = run_against([1, 0] * 10, [1, 0] * 10, margin=0, theirs=same, ours=same)
+def test_identical_requests_pass_any_margin_without_a_test():
+    accepted = Accepted({f"e{i:03}": float(i % 2) for i in range(20)})
+    run = JudgedRun(evaluation([0, 1] * 9 + [1, 1]), baseline=accepted, is_identical=True)
+    result = only(judge(run, Gates(max_regression=0.0)), "max_regression")
     assert result.verdict is Verdict.PASS
-    assert "nothing changed" in result.message
+    assert "identical requests" in result.message
+    assert "1 example scored differently" in result.message
+    assert "p_worse" not in result.details
 
 
 @pytest.mark.parametrize("part", ["data", "split", "metric"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from copa_harness.judge.exact_tests import clustered_bounded_p_value, clustered_row_variance
+from copa_harness.judge.exact_tests import clustered_bounded_p_value, skewed_t_p_value
 from copa_harness.judge.intervals import clustered_mean_interval, group_labels, grouped, mean_interval
 from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.paired_gates import JudgedRun
@@ -87,11 +87,42 @@ def test_clustered_intervals_cover_the_truth_about_as_often_as_they_say():
     assert covered / runs >= 0.88
 
 
-def test_the_row_variance_gives_the_clustered_standard_error():
-    differences = np.array([1.0, 1.0, 0.0, 0.0, -1.0, -1.0])
-    labels = ["a", "a", "b", "b", "c", "c"]
-    # Means 1, 0, -1 of three groups of equal size: standard error 1 / sqrt(3).
-    assert math.sqrt(clustered_row_variance(differences, labels) / 6) == pytest.approx(1 / math.sqrt(3))
+def test_the_t_test_of_groups_of_equal_size_is_the_t_test_of_their_means():
+    means = np.random.default_rng(2).normal(-0.02, 0.1, 30)
+    means = np.concatenate([means, 2 * -0.02 - means])  # symmetric: nothing to correct
+    found = skewed_t_p_value(means * 5, np.full(60, 5.0), mean=-0.05, alternative="greater")
+    assert found == pytest.approx(stats.ttest_1samp(means, -0.05, alternative="greater").pvalue)
+
+
+def grouped_pairs(lost_in_each, *, n_groups=20, size=10):
+    ids = names(n_groups * size)
+    after = tuple(float(i % size >= lost_in_each) for i in range(len(ids)))
+    return PairedScores(ids, (1.0,) * len(ids), after, clusters(len(ids), size))
+
+
+def test_groups_that_each_lose_two_of_ten_fail():
+    answer = noninferiority(grouped_pairs(2), margin=0.05)
+    assert answer.verdict is Verdict.FAIL
+    assert answer.p_any_drop < 0.001
+
+
+def test_groups_in_which_nothing_moves_need_as_many_groups_as_rows_would_be_needed():
+    answer = noninferiority(grouped_pairs(0, n_groups=40), margin=0.05)
+    assert answer.verdict is Verdict.UNDECIDED
+    assert answer.rows_to_decide == pytest.approx(590, abs=10)
+
+
+def test_the_approximate_test_of_groups_passes_an_unchanged_program_and_keeps_its_level_at_the_margin():
+    rng, runs = np.random.default_rng(5), 400
+    sizes = np.full(40, 10.0)
+    passed = {0.0: 0, -0.05: 0}
+    for mean in passed:
+        for _ in range(runs):
+            lean = rng.normal(mean, 0.06, 40)
+            totals = rng.normal(lean[:, None], 0.2, (40, 10)).sum(axis=1)
+            passed[mean] += skewed_t_p_value(totals, sizes, mean=-0.05, alternative="greater") <= 0.05
+    assert passed[0.0] / runs > 0.9
+    assert passed[-0.05] / runs <= 0.05 + 2.4 * math.sqrt(0.05 * 0.95 / runs)
 
 
 def test_whole_groups_that_move_alarm_in_at_most_five_percent_of_runs():

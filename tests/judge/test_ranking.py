@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from copa_harness.judge.multiple_testing import holm_adjusted
 from copa_harness.judge.paired_tests import PairedScores, paired_difference
-from copa_harness.judge.ranking import compare_strategies
+from copa_harness.judge.ranking import compare_strategies, holm_adjusted
 
 
 def scores(seed, share, n=60):

@@ -92,7 +92,7 @@ def test_skipped_tests_take_no_share_of_the_error_rate(pytester):
             @pytest.mark.copa(models="embedded", max_regression=0.05)
             def test_this(request):
                 from copa_harness.fixtures import TEST_SETTINGS
-                assert request.node.stash[TEST_SETTINGS].n_comparisons == 1
+                assert request.node.stash[TEST_SETTINGS].families["max_regression"] == 1
         """,
     )
     pytester.runpytest_inprocess(*STRICT).assert_outcomes(passed=1, skipped=1)

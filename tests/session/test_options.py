@@ -156,7 +156,7 @@ def test_every_gate_has_a_marker_argument_and_an_ini_default_and_no_environment_
     assert {name for name, gate in gates.items() if gate.places == Place.MARKER | Place.INI} == {
         name for name, gate in gates.items() if gate.places
     }
-    assert set(gates) - set(marker_options()) == {"alpha", "n_comparisons"}
+    assert set(gates) - set(marker_options()) == {"alpha"}
 
 
 def test_a_marker_overrules_the_defaults_of_gates():

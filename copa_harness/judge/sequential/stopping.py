@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.gates import cost_per_answer, judge, overall
-from copa_harness.judge.noninferiority import row_variance, smallest_visible_drop
 from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import JudgedRun, better_than, changed_parts, max_regression
 from copa_harness.judge.paired_tests import pair_up, scores_by_id
-from copa_harness.judge.power import SequentialPower, sequential_power
+from copa_harness.judge.power import SequentialPower, drop_to_see, sequential_power
 from copa_harness.judge.sequential.monitors import RegressionMonitor, ThresholdMonitor, random_order
 from copa_harness.results import EvaluationResult, GateResult, Verdict
 
@@ -89,27 +88,18 @@ class SequentialAnswer:
         }
 
 
-def stopped_early(
-    answer: GateResult, monitor: RegressionMonitor, *, n_used: int, n_total: int, name: str | None
-) -> GateResult:
+def stopped_early(answer: GateResult, monitor: RegressionMonitor, *, n_used: int, n_total: int) -> GateResult:
     """The answer of a paired gate that was decided while looking."""
     assert monitor.verdict is not None
-    p_not_worse, p_worse = monitor.p_values
+    rose, fell = monitor.p_values
     failed = monitor.verdict is Verdict.FAIL
-    p_value = p_worse if failed else p_not_worse
-    details = after_looking(answer.details, monitor) | {
-        "n_used": n_used,
-        "n_total": n_total,
-        "p_sequential": p_value,
-        "alpha": monitor.alpha,
-    }
-    looked = "exact McNemar test with error spending" if monitor.is_exact else "betting e-process"
-    against = "a drop" if monitor.margin == 0 else f"a drop of more than {monitor.margin:g}"
-    found = f"{against} is shown" if failed else f"{against} is ruled out" if monitor.margin else "a gain is shown"
+    p_value = fell if failed else rose
+    details = without_p_values(answer.details) | {"n_used": n_used, "n_total": n_total, "p_sequential": p_value}
+    looked = "exact sign test with error spending" if monitor.is_exact else "betting e-process"
     so_far = number(details.get("difference"), signed=True)
     message = (
-        f"{found} after {n_used:,} of {counted(n_total, 'example')} ({looked}, p = {p_value:.2g}, valid "
-        f"however often it looks). "
+        f"{'a drop' if failed else 'a gain'} is shown after {n_used:,} of {counted(n_total, 'example')} ({looked}, "
+        f"{probability(p_value)}, valid however often it looks). "
     )
     if n_used == n_total:
         message += f"The difference is {so_far}."
@@ -117,40 +107,13 @@ def stopped_early(
         # A run is stopped by a streak, so what it shows then is too extreme on average.
         message += f"The difference so far is {so_far}; runs are stopped when it looks large, so it tends to shrink."
     if failed:
-        message += (
-            f" Next: {'use ' + name + ', or ' if answer.gate.startswith('better_than') and name else ''}look at the "
-            f"worst examples; for the exact size of the drop run without --copa-sequential."
-        )
+        message += " Next: look at the worst examples; for the exact size of the drop run without --copa-sequential."
     return GateResult(answer.gate, monitor.verdict, message, details)
 
 
-_FIXED_P = ("p_value", "p_worse", "p_not_worse", "p_any_drop", "p_better", "p_loss")
-
-
 def without_p_values(details: Mapping[str, Any]) -> dict[str, Any]:
-    """The details of a paired gate that was cut off: p-values of the rows seen hold for no moment one chose to stop."""
-    return {name: value for name, value in details.items() if name not in _FIXED_P}
-
-
-def after_looking(details: Mapping[str, Any], monitor: RegressionMonitor) -> dict[str, Any]:
-    """The details of a paired gate with p-values that hold for all looks together, as the suite's correction needs.
-
-    Args:
-        details: of the test of the rows seen, as if they had been looked at once.
-        monitor: what looked.
-    """
-    not_worse, worse = monitor.p_values
-    if not monitor.is_exact:
-        # Either the looks or the last test may speak: twice the smaller p-value holds for both (Bonferroni).
-        last_worse = max(float(details.get("p_worse", 1.0)), float(details.get("p_any_drop", 1.0)))
-        last_better = float(details.get("p_not_worse", details.get("p_better", 1.0)))
-        seen_all = monitor.verdict is None
-        worse = min(1.0, 2 * min(worse, last_worse if seen_all else 1.0))
-        not_worse = min(1.0, 2 * min(not_worse, last_better if seen_all else 1.0))
-    found = without_p_values(details)
-    if "p_better" in details:
-        return found | {"p_better": not_worse, "p_loss": worse}
-    return found | {"p_worse": worse, "p_any_drop": worse, "p_not_worse": not_worse}
+    """The details of a paired gate that was looked at: p-values of a single look hold for no moment one chose."""
+    return {name: value for name, value in details.items() if not name.startswith("p_")}
 
 
 class SequentialJudge:
@@ -171,7 +134,7 @@ class SequentialJudge:
         self.units = random_order(ids, seed=seed, groups=run.groups)
         self.n_total, self.n_used = len(ids), 0
         self._gates, self._run, self._seed = gates, run, seed
-        self._alpha = gates.alpha / gates.n_comparisons
+        self._alpha = gates.alpha
         self._next_unit = self._n_failed = 0
         sizes = [len(unit) for unit in self.units]
         self._threshold: ThresholdMonitor | None = None
@@ -189,6 +152,7 @@ class SequentialJudge:
                     margin,
                     largest=max(sizes, default=1),
                     alpha=self._alpha,
+                    alpha_fail=self._alpha_fail(kind),
                     n_units=len(sizes) if is_binary and ids else None,
                 )
                 self._paired[kind] = (monitor, reference.scores)
@@ -288,42 +252,48 @@ class SequentialJudge:
             )
         return GateResult(gate, monitor.verdict, message, details)
 
+    def _alpha_fail(self, kind: str) -> float:
+        return self._alpha / self._run.families.get("max_regression" if kind == "regression" else "better_than", 1)
+
     def _compared(self, kind: str, evaluation: EvaluationResult) -> GateResult:
-        """The answer of the test of what was evaluated, with the verdict the monitor reached while looking."""
+        """The verdict the monitor reached while looking, else that of the test of all rows."""
         monitor = self._paired[kind][0] if kind in self._paired else None
-        alpha = self._alpha
-        note = ""
-        if monitor is not None:
-            alpha = monitor.alpha_at_the_end
-            note = f"(Looking early left an error rate of {alpha:.2g} of {self._alpha:.2g} for this last test.)"
+        margin = (self._gates.max_regression or 0.0) if kind == "regression" else 0.0
+        alpha, failing = self._alpha, self._alpha_fail(kind)
+        decides_alone = monitor is not None and monitor.is_exact and not monitor.is_graded
+        if monitor is not None and not decides_alone:
+            alpha, failing = monitor.left
         run = replace(self._run, evaluation=evaluation)
         if kind == "regression":
-            margin = self._gates.max_regression or 0.0
-            answer = max_regression(run, margin=margin, alpha=alpha, bless=_BLESS, note=note, seed=self._seed)
+            answer = max_regression(run, margin=margin, alpha=alpha, alpha_fail=failing, bless=_BLESS, seed=self._seed)
         else:
-            answer = better_than(run, name=self._gates.better_than or "", alpha=alpha, note=note, seed=self._seed)
+            name = self._gates.better_than or ""
+            answer = better_than(run, name=name, alpha=alpha, alpha_fail=failing, seed=self._seed)
         if monitor is None:
             return answer
-        if monitor.verdict is None:
-            if self.n_used == self.n_total:
-                return GateResult(answer.gate, answer.verdict, answer.message, after_looking(answer.details, monitor))
+        if monitor.verdict is not None:
+            return stopped_early(answer, monitor, n_used=self.n_used, n_total=self.n_total)
+        if self.n_used < self.n_total:
             return GateResult(answer.gate, Verdict.UNDECIDED, _NOT_NEEDED, without_p_values(answer.details))
-        return stopped_early(answer, monitor, n_used=self.n_used, n_total=self.n_total, name=self._gates.better_than)
+        is_looked_for = answer.verdict is Verdict.FAIL or (answer.verdict is Verdict.PASS and margin == 0)
+        if decides_alone and is_looked_for:
+            return GateResult(answer.gate, Verdict.UNDECIDED, _SPENT, without_p_values(answer.details))
+        return answer
 
     def _power(self, evaluation: EvaluationResult) -> tuple[SequentialPower | None, float | None]:
         if "regression" not in self._paired:
             return None, None
-        margin = self._gates.max_regression or 0.0
-        pairs = pair_up(self._paired["regression"][1], scores_by_id(evaluation))
-        if not pairs.ids:
+        monitor, before = self._paired["regression"]
+        pairs = pair_up(before, scores_by_id(evaluation))
+        if not pairs.ids or not monitor.is_exact or monitor.is_graded:
             return None, None
-        differences = np.asarray(pairs.after) - np.asarray(pairs.before)
-        variance, _ = row_variance(differences, binary=True)
-        drop = smallest_visible_drop(self.n_total, margin=margin, variance=variance, alpha=self._alpha)
+        moved = float(np.abs(np.asarray(pairs.after) - np.asarray(pairs.before)).mean())
+        alpha, margin = self._alpha_fail("regression"), monitor.margin
+        drop = drop_to_see(self.n_total, disagreement=moved, margin=margin, alpha=alpha)
         if math.isinf(drop):
             return None, None
         power = sequential_power(
-            self.n_total, drop=drop, disagreement=max(drop, variance), margin=margin, alpha=self._alpha, seed=self._seed
+            self.n_total, drop=drop, disagreement=max(drop, moved), margin=margin, alpha=alpha, seed=self._seed
         )
         return power, drop
 
@@ -331,3 +301,8 @@ class SequentialJudge:
 _BLESS = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"
 
 _NOT_NEEDED = "left open, because another gate ended the run first. Next: mend that one and run again."
+
+_SPENT = (
+    "a single look at all rows would decide it; looking after every row has left too little of the error rate for the "
+    "last one. Next: run without --copa-sequential."
+)

@@ -62,7 +62,7 @@ def test_runs_side_by_side_are_what_each_is_alone():
 def test_a_large_drop_is_found_in_little_more_than_half_the_rows_at_hardly_any_power():
     power = sequential_power(300, drop=0.1, disagreement=0.3)
     assert power.mean_rows <= 0.6 * 300
-    assert power.sequential >= power.fixed - 0.03
+    assert power.sequential >= power.fixed - 0.05
 
 
 def test_more_rows_than_on_offer_are_refused():

@@ -81,21 +81,34 @@ def test_a_split_of_failed_rows_only_is_undecided():
     assert watch(ThresholdMonitor(0.5, sizes=[1, 1], alpha=0.05), [None, None])[0] is Verdict.UNDECIDED
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(-1.0, Verdict.FAIL), (1.0, Verdict.PASS)])
-def test_a_large_change_is_decided_early(shift, verdict):
-    monitor = RegressionMonitor(0.05, largest=1, alpha=0.025)
-    found, used = watch(monitor, [shift, 0.0] * 100)
+def monitor_of(margin, *, largest=1, alpha=0.05, **more):
+    return RegressionMonitor(margin, largest=largest, alpha=alpha, alpha_fail=alpha, **more)
+
+
+@pytest.mark.parametrize("n_units", [None, 200])
+@pytest.mark.parametrize(("margin", "shift", "verdict"), [(0.05, -1.0, Verdict.FAIL), (0.0, 1.0, Verdict.PASS)])
+def test_a_large_change_is_decided_early(margin, shift, verdict, n_units):
+    found, used = watch(monitor_of(margin, n_units=n_units), [shift, 0.0] * 100)
     assert found is verdict
     assert used < 60
 
 
-def test_rows_that_never_change_are_passed_under_a_margin_and_open_without_one():
-    assert watch(RegressionMonitor(0.1, largest=1, alpha=0.025), [0.0] * 300)[0] is Verdict.PASS
-    assert watch(RegressionMonitor(0.0, largest=1, alpha=0.025), [0.0] * 300)[0] is None
+@pytest.mark.parametrize("n_units", [None, 300])
+def test_a_drop_that_is_shown_fails_only_where_it_is_at_least_the_margin(n_units):
+    few = [-1.0, *[0.0] * 14] * 20
+    assert watch(monitor_of(0.0, n_units=n_units), few)[0] is Verdict.FAIL
+    assert watch(monitor_of(0.1, n_units=n_units), few)[0] is None
+
+
+def test_whether_a_drop_of_the_margin_is_ruled_out_is_not_looked_for():
+    monitor = monitor_of(0.1)
+    assert watch(monitor, [0.0] * 300)[0] is None
+    assert monitor.left == (0.05, 0.025)
+    assert monitor_of(0.0).left == (0.025, 0.025)
 
 
 def test_a_verdict_is_not_taken_back():
-    monitor = RegressionMonitor(0.0, largest=1, alpha=0.05)
+    monitor = monitor_of(0.0)
     watch(monitor, [-1.0] * 60)
     for _ in range(200):
         monitor.add([1.0])
@@ -103,7 +116,7 @@ def test_a_verdict_is_not_taken_back():
 
 
 def test_groups_are_one_bet_each():
-    together, apart = RegressionMonitor(0.0, largest=5, alpha=0.05), RegressionMonitor(0.0, largest=1, alpha=0.05)
+    together, apart = monitor_of(0.0, largest=5), monitor_of(0.0)
     for _ in range(4):
         together.add([-1.0] * 5)
     for _ in range(20):
@@ -113,7 +126,7 @@ def test_groups_are_one_bet_each():
 
 
 def RegressionCount(n):
-    monitor = RegressionMonitor(0.0, largest=1, alpha=0.0)
+    monitor = monitor_of(0.0, alpha=0.0)
     for _ in range(n):
         monitor.add([-1.0])
     return monitor.p_values[1]

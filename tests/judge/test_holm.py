@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from copa_harness.judge.multiple_testing import holm_adjusted, holm_over_suite, suite_text
-from copa_harness.results import GateResult, Verdict
+from copa_harness.judge.ranking import holm_adjusted
 
 p_values = st.lists(st.floats(0, 1), max_size=12)
 
@@ -53,27 +52,3 @@ def test_a_known_example():
 def test_a_p_value_outside_the_unit_interval_is_refused():
     with pytest.raises(ValueError, match=r"numbers in 0\.\.1"):
         holm_adjusted([0.5, 1.5])
-
-
-def gate(p_worse, verdict):
-    return GateResult("max_regression=0.02", verdict, "", {"p_worse": p_worse, "p_any_drop": p_worse / 2})
-
-
-def test_one_chance_failure_among_many_gates_becomes_undecided_over_the_suite():
-    gates = [("t0", gate(0.03, Verdict.FAIL))] + [(f"t{i}", gate(0.6, Verdict.PASS)) for i in range(1, 10)]
-    answers = holm_over_suite(gates)
-    assert answers[0].corrected is Verdict.UNDECIDED
-    assert [a.corrected for a in answers[1:]] == [Verdict.PASS] * 9
-    assert "may be chance" in suite_text(answers)
-
-
-def test_what_bonferroni_leaves_open_holm_may_find():
-    gates = [("a", gate(0.001, Verdict.FAIL)), ("b", gate(0.03, Verdict.UNDECIDED))]
-    answers = holm_over_suite(gates)
-    assert [a.corrected for a in answers] == [Verdict.FAIL, Verdict.FAIL]
-    assert "b: fails over the suite" in suite_text(answers)
-
-
-def test_gates_without_a_test_are_not_counted():
-    assert holm_over_suite([("a", GateResult("min_score=0.5", Verdict.FAIL, ""))]) == ()
-    assert suite_text(()) == ""
