@@ -1,5 +1,7 @@
 """Iris, asked in other forms: the order of its four lengths and the blanks around them should not change a flower."""
 
+from dataclasses import replace
+
 import pytest
 
 from copa_harness.tasks import iris
@@ -13,7 +15,7 @@ VIOLATIONS = 0.9
 
 @pytest.fixture(scope="module")
 def copa_task():
-    return iris(n_train=24, n_val=12, n_test=30)
+    return replace(iris(n_train=24, n_val=12, n_test=30), name="iris_forms")  # a baseline of its own
 
 
 @pytest.mark.copa(strategy="w", max_violation_rate=VIOLATIONS)
