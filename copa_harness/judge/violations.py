@@ -4,7 +4,8 @@ The relation (metamorphic testing: Chen et al. 1998; for language models CheckLi
 its changed forms deserve the same answer. Symbols: n = examples right as given that got an answer to at least one
 changed form, k = those of them with a changed form that is answered wrongly or unusably; the rate is k / n. Forms of
 one example are no independent evidence, so the example is the unit, and the interval is that of Clopper and Pearson
-(1934), exact for n independent examples; where examples share groups, it is that of `intervals` for groups.
+(1934), exact for n independent examples; where examples share groups, it reaches as far as that of `intervals` for
+groups, too.
 
 An answer that does not parse breaks the relation, and is told apart from a wrong one. A form without an answer (the
 provider or the metric failed) says nothing: it counts in no rate, and too many of them make the gate an error.
@@ -82,9 +83,12 @@ class Violations:
         """Around the rate."""
         broken = self.broken
         labels = group_labels(list(broken), self.groups)
-        if labels is not None:
-            return mean_interval([float(one) for one in broken.values()], level=level, seed=seed, groups=labels)
-        return exact_interval(sum(broken.values()), len(broken), level=level)
+        exact = exact_interval(sum(broken.values()), len(broken), level=level)
+        if labels is None:
+            return exact
+        grouped = mean_interval([float(one) for one in broken.values()], level=level, seed=seed, groups=labels)
+        # That for groups is approximate: one pair among many examples would make it narrower than the exact one.
+        return Interval(min(exact.low, grouped.low), max(exact.high, grouped.high), level, grouped.method)
 
     def outcomes(self, form: str) -> Counter[str]:
         """How many answers of a form had which outcome."""

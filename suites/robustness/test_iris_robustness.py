@@ -10,7 +10,8 @@ pytestmark = pytest.mark.copa(models="embedded", perturbations=["field_order", "
 
 
 VIOLATIONS = 0.9
-"""Measured: .76 of the flowers right as given (order .66, blanks .34); weights learn one layout. 181 calls in all."""
+"""Measured: 22 of 29 flowers right as given are not when changed (order 19, blanks 10): weights learn one layout.
+Takes 141 calls."""
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,14 @@ def test_examples_of_a_group_are_no_independent_evidence():
     assert grouped.high - grouped.low > alone.high - alone.low
 
 
+def test_one_pair_that_shares_a_group_makes_the_interval_no_narrower():
+    answers = [f"e{i} case {'wrong' if i < 22 else 'held'}" for i in range(29)]
+    alone = violations(*answers).interval()
+    paired = violations(*answers, groups={"e27": "twin", "e28": "twin"}).interval()
+    assert paired.low <= alone.low
+    assert paired.high >= alone.high
+
+
 def test_the_gate_passes_and_says_how_sure_that_is():
     answer = max_violation_rate(violations(*[f"e{i} case held" for i in range(10)]), 0.0)
     assert answer.verdict is Verdict.PASS

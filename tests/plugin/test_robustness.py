@@ -157,3 +157,21 @@ def test_stopping_early_leaves_it_undecided_and_says_so(suite, pytester):
 def test_a_plan_bounds_what_it_may_pay(suite):
     result = suite("max_violation_rate=0.0, perturbations=['case', 'typos']", "--copa-plan")
     result.stdout.fnmatch_lines(["*changed forms of the test split (at most)*60*"])
+
+
+def test_a_robust_search_pays_for_its_forms_once(pytester):
+    pytester.makeconftest(CONFTEST)
+    source = """
+        import pytest
+
+        @pytest.mark.copa(strategy="p", budget="calls=60", n_proposed=0, n_reflected=0, perturbations=["typos"], {})
+        def test_it(copa_run):
+            copa_run.check()
+        """
+    paid_by = {}
+    for marker in ("robust=False", "robust=True", "robust=True"):
+        pytester.makepyfile(source.format(marker))
+        pytester.runpytest_inprocess(*STRICT).assert_outcomes(passed=1)
+        paid_by.setdefault(marker, []).append(paid(latest(pytester)))
+    assert paid_by["robust=True"][0] > 0  # the plain search before it left only the forms to be paid for
+    assert paid_by["robust=True"][1] == 0
