@@ -77,6 +77,7 @@ class CallContext:
         json_fallback: Whether a program asks again in JSON when an answer does not parse; outside of calls only.
         requests: Collects the cache keys of what is asked, for whoever wants to know whether two runs ask the same.
         gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
+        opened: Where scopes are listed as they are opened, see `scopes_opened`.
     """
 
     scope: Scope | None = None
@@ -92,6 +93,7 @@ class CallContext:
     gives_way: bool = False
     json_fallback: bool = False
     requests: list[str] | None = None
+    opened: list[Scope] | None = None
 
     def for_call(
         self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False
@@ -198,6 +200,8 @@ def open_scope(name: str, *, budget: Budget | None = None, parent: Scope | None 
         The scope; its usage stays readable after the block.
     """
     scope = Scope(name, budget=budget, parent=parent)
+    if (opened := current_context().opened) is not None:
+        opened.append(scope)
     with _stack_lock:
         _stack.append(scope)
     try:
@@ -207,6 +211,14 @@ def open_scope(name: str, *, budget: Budget | None = None, parent: Scope | None 
         with _stack_lock:
             _stack.remove(scope)
         scope.close()
+
+
+@contextmanager
+def scopes_opened() -> Iterator[list[Scope]]:
+    """The scopes opened in the block, in their order: what was paid there can be told however it ended."""
+    opened: list[Scope] = []
+    with in_context(opened=opened):
+        yield opened
 
 
 @contextmanager

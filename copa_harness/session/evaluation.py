@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,15 @@ def _phases(evaluation: ScoredEvaluation, hidden: Usage | None) -> tuple[PhaseRe
     if hidden is None:
         return (own,)
     return (own, PhaseRecord(f"{evaluation.split} metric", hidden, note="calls that the metric made"))
+
+
+def phases_of(scopes: Iterable[Scope]) -> tuple[PhaseRecord, ...]:
+    """What was spent in scopes whose work was not finished, as phases of a run."""
+    return tuple(
+        PhaseRecord(name, usage, note="not finished")
+        for scope in scopes
+        for name, usage in scope.phase_usages().items()
+    )
 
 
 def _failures(scope: Scope) -> dict[str, FailedCalls]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.documents import from_json, to_json
-from copa_harness.errors import CacheError
+from copa_harness.errors import ArtifactError, CacheError
 from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.options import Settings
 
@@ -178,6 +178,9 @@ class Optimizations:
         if result.state is None:
             return None
         program = apply_state(task.program, result.state, lm=lm)
+        artifact = self._folder(key, task, result)
+        if not self._has_adapters(program, given=(lm, *task.program.predictors()), artifact=artifact):
+            return None
         return self._finished(key, task, program, lm, result, from_disk=True)
 
     def _make(
@@ -239,13 +242,48 @@ class Optimizations:
         artifact = self._saved(key, task, program, tuned, result)
         return Optimized(key, program, tuned, result, artifact, from_disk=from_disk, cut_short=cut_short)
 
-    def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
-        """The artifact's folder; written when it is not there yet."""
-        from copa_harness.report.provenance import versions
-        from copa_harness.store.artifacts import save_artifact
+    def _has_adapters(self, program: dspy.Module, *, given: Sequence[Any], artifact: Path) -> bool:
+        """Whether the LoRA adapters that a finished program asks are there; a lost one is put back from its artifact.
 
-        folder = self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
-        if not (folder / "manifest.json").exists():
+        Args:
+            program: What was found.
+            given: Models, and predictors with theirs, that were there before: theirs are not ours to put back.
+            artifact: Its folder.
+        """
+        from copa_harness.lm.local.files import split_model_name
+        from copa_harness.store.artifacts import load_artifact
+        from copa_harness.tune.checkpoints import is_whole, restore
+
+        known = {getattr(getattr(one, "lm", None) or one, "model", None) for one in given}
+        for lm in {predictor.lm.model: predictor.lm for predictor in program.predictors()}.values():
+            directory, digits = getattr(getattr(lm, "engine", None), "lora_dir", None), split_model_name(lm.model)[1]
+            if digits is None or directory is None or lm.model in known or is_whole(Path(directory), digits):
+                continue
+            what = f"the LoRA adapter {lm.model} is lost or damaged"
+            try:
+                copy = load_artifact(artifact).lora_directory
+                if copy is None:
+                    raise ArtifactError(f"there is none in {artifact}")
+                restore(Path(directory), digits, copy=copy)
+            except ArtifactError as error:
+                told = f"{what}, and so is its copy ({error}); it is trained again"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
+                return False
+            warnings.warn(f"{what}; it was put back from the artifact {artifact}", RuntimeWarning, stacklevel=2)
+        return True
+
+    def _folder(self, key: str, task: Task, result: OptimizationResult) -> Path:
+        return self._directory / "artifacts" / f"{_slug(task.name)}-{_slug(result.strategy)}-{key[:12]}"
+
+    def _saved(self, key: str, task: Task, program: dspy.Module, lm: MeteredLM, result: OptimizationResult) -> Path:
+        """The artifact's folder; written when it is not there yet, or damaged."""
+        from copa_harness.report.provenance import versions
+        from copa_harness.store.artifacts import save_artifact, verify_artifact
+
+        folder = self._folder(key, task, result)
+        try:
+            verify_artifact(folder)
+        except ArtifactError:
             save_artifact(
                 folder,
                 program_state=program.dump_state(json_mode=True),

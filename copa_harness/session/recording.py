@@ -23,6 +23,7 @@ from copa_harness.session.evaluation import (
     groups_of,
     leakage_of,
     measure,
+    phases_of,
     searches_both,
     split_of,
 )
@@ -274,11 +275,15 @@ def _attribution(
     settings: Settings,
 ) -> _Gained:
     """What weights and prompts gained; the run itself is complete without it."""
-    try:
-        answer, phases = attributed(task, optimized, base=base, plain=as_written, final=final, settings=settings)
-    except (CopaError, BudgetExhausted, ValueError) as error:
-        where = f"{task.name}, {optimized.result.strategy}"
-        return _Gained(notes=(f"{where}: what weights and prompts gained was not measured: {error}",))
+    from copa_harness.lm.call_context import scopes_opened
+
+    with scopes_opened() as scopes:
+        try:
+            answer, phases = attributed(task, optimized, base=base, plain=as_written, final=final, settings=settings)
+        except (CopaError, BudgetExhausted, ValueError) as error:
+            where = f"{task.name}, {optimized.result.strategy}"
+            note = f"{where}: what weights and prompts gained was not measured: {error}"
+            return _Gained(phases=phases_of(scopes), notes=(note,))
     return _Gained(answer, phases)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from copa_harness.evaluate.progress import lines_to
 from copa_harness.results import PhaseRecord
 from copa_harness.session.comparisons import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.entries import Entry, to_row
-from copa_harness.session.evaluation import groups_of, leakage_of, measure
+from copa_harness.session.evaluation import groups_of, leakage_of, measure, phases_of
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
 from copa_harness.session.options import Settings
@@ -30,7 +30,24 @@ from copa_harness.tasks.task import Task
 if TYPE_CHECKING:
     import dspy
 
+    from copa_harness.lm.budget.scope import Scope
     from copa_harness.lm.metered import MeteredLM
+
+
+@dataclass(slots=True)
+class _Spent:
+    """What a block pays for: whatever was asked in its scopes, and a finished optimization, which tells by itself."""
+
+    scopes: list[Scope]
+    optimized: Optimized | None = None
+
+    def find(self, optimized: Optimized) -> None:
+        self.optimized = optimized
+        self.scopes.clear()  # its own
+
+    def phases(self) -> tuple[PhaseRecord, ...]:
+        found = () if self.optimized is None else self.optimized.tell_phases()
+        return (*found, *phases_of(self.scopes))
 
 
 class CopaSession:
@@ -220,8 +237,8 @@ class CopaSession:
             task, strategy=strategy, base=base, split="test", settings=settings, test=test
         ) as spent:
             optimized = self._optimizations.get(task, lm=base, prompt_lm=prompt_lm, settings=settings)
+            spent.find(optimized)
             if optimized.cut_short:
-                spent += optimized.tell_phases()
                 raise BudgetExhausted(
                     f"the search of {strategy!r} was cut short after {optimized.result.charged_calls:,} of "
                     f"{settings.budget.calls:,.0f} calls of its own"
@@ -292,15 +309,14 @@ class CopaSession:
     @contextmanager
     def _kept_if_cut_short(
         self, task: Task, *, strategy: str, base: MeteredLM, split: str, settings: Settings, test: str
-    ) -> Iterator[list[PhaseRecord]]:
-        """Records what the session's ceilings end in the block, and lets it end.
+    ) -> Iterator[_Spent]:
+        """Records what the session's ceilings end in the block with what it paid for, and lets it end."""
+        from copa_harness.lm.call_context import scopes_opened
 
-        Yields:
-            Phases of the block that were paid for.
-        """
-        spent: list[PhaseRecord] = []
         try:
-            yield spent
+            with scopes_opened() as scopes:
+                spent = _Spent(scopes)
+                yield spent
         except BudgetExhausted as error:
             entry = cut_short_entry(
                 str(error),
@@ -310,7 +326,7 @@ class CopaSession:
                 base=base,
                 split=split,
                 settings=settings,
-                phases=spent,
+                phases=spent.phases(),
             )
             self._keep(entry)
             raise

@@ -128,6 +128,28 @@ def load_artifact(path: Path) -> Artifact:
             to do.
     """
     directory = Path(path).parent if Path(path).name == MANIFEST else Path(path)
+    manifest = verify_artifact(directory)
+    files = manifest.files
+    strangers = sorted(set(_file_names(directory)) - set(files) - {MANIFEST})
+    if strangers:
+        raise ArtifactError(
+            f"artifact {directory}: {', '.join(strangers[:5])} not in its manifest. Next: move out what is foreign."
+        )
+    return Artifact(
+        directory=directory,
+        program_state=json.loads((directory / PROGRAM).read_text(encoding="utf-8")),
+        lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
+        manifest=manifest.about,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def verify_artifact(directory: Path) -> Manifest:
+    """The manifest of an artifact whose files are all there as they were written; whatever else lies there.
+
+    Raises:
+        ArtifactError: As `load_artifact`.
+    """
     manifest = _read_manifest(directory)
     files = manifest.files
     for name, expected in files.items():
@@ -142,18 +164,7 @@ def load_artifact(path: Path) -> Artifact:
             )
     if PROGRAM not in files or manifest.fingerprint != _fingerprint(files):
         raise ArtifactError(f"artifact {directory}: {MANIFEST} was changed. {_AGAIN}")
-    strangers = sorted(set(_file_names(directory)) - set(files) - {MANIFEST})
-    if strangers:
-        raise ArtifactError(
-            f"artifact {directory}: {', '.join(strangers[:5])} not in its manifest. Next: move out what is foreign."
-        )
-    return Artifact(
-        directory=directory,
-        program_state=json.loads((directory / PROGRAM).read_text(encoding="utf-8")),
-        lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
-        manifest=manifest.about,
-        fingerprint=manifest.fingerprint,
-    )
+    return manifest
 
 
 _AGAIN = "Next: run the suite again to make it anew, or restore the folder from where it was copied."

@@ -22,7 +22,16 @@ from filelock import FileLock, Timeout
 
 from copa_harness.atomic_files import write_atomic
 from copa_harness.documents import canonical_json
-from copa_harness.lm.local.files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraFiles, read_lora, write_manifest
+from copa_harness.errors import ArtifactError
+from copa_harness.lm.local.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    LoraFiles,
+    find_lora,
+    read_lora,
+    write_manifest,
+)
 from copa_harness.tune.loop import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -180,15 +189,52 @@ def checkpoint_folders(details: Mapping[str, Any], directory: Path) -> Sequence[
 
 
 def is_finished(directory: Path, recipe: str) -> bool:
-    """Whether a recipe's adapter and all its checkpoints are there."""
-    try:
-        details = json.loads((directory / recipe / MANIFEST_FILE).read_text(encoding="utf-8"))
-        folders = checkpoint_folders(details, directory)
-    except FileNotFoundError:
+    """Whether a recipe's adapter and all its checkpoints are there and whole; a damaged one is told of."""
+    if not (directory / recipe / MANIFEST_FILE).exists():
         return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return True  # there and damaged: reading it says so and how to mend it
-    return all((folder / MANIFEST_FILE).exists() for folder in folders)
+    try:
+        for folder in checkpoint_folders(read_lora(directory / recipe).details, directory):
+            if not (folder / MANIFEST_FILE).exists():
+                return False
+            read_lora(folder)
+    except (ArtifactError, KeyError, TypeError) as error:
+        logger.warning("LoRA training %s is done again, in place of a damaged one (%s)", recipe, error)
+        return False
+    return True
+
+
+def is_whole(directory: Path, digits: str) -> bool:
+    """Whether the adapter whose fingerprint begins with `digits` lies under `directory`, undamaged."""
+    try:
+        folder = find_lora(directory, digits)
+        return folder is not None and bool(read_lora(folder))
+    except ArtifactError:
+        return False
+
+
+def restore(directory: Path, digits: str, *, copy: Path) -> None:
+    """Put an adapter back where `find_lora` finds it, in place of a damaged one.
+
+    Args:
+        directory: of the LoRA adapters.
+        digits: the first ones of its fingerprint.
+        copy: a folder that holds it too.
+
+    Raises:
+        ArtifactError: The copy is damaged, or of another adapter.
+    """
+    files = read_lora(copy)
+    if not files.fingerprint.startswith(digits):
+        raise ArtifactError(f"got the LoRA adapter {files.fingerprint[:12]} in {copy}; expected {digits}")
+    recipe = str(files.details.get("recipe", digits))
+    with recipe_lock(directory, recipe):
+        if is_whole(directory, digits):  # another process was faster
+            return
+        target = find_lora(directory, digits) or directory / (recipe if "checkpoints" in files.details else digits)
+        partial = directory / UNFINISHED / recipe / f"{target.name}{PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(copy, partial)
+        _replace_folder(partial, target)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -176,7 +176,7 @@ class LoraTrainer:
         held_out: Sequence[TrainingRow] = (),
         served_with: str,
     ) -> LoraAdapter:
-        """Train an adapter, or read the one this recipe gave before.
+        """Train an adapter, or read the one this recipe gave before; a damaged one is trained again.
 
         The steps of the whole training are charged to the current scope's ceilings, once per scope, also when some or
         all of them were taken earlier; those taken now are what its usage shows.
@@ -194,7 +194,6 @@ class LoraTrainer:
             TrainingError: no rows, only over-long rows, a chat template that cannot be trained on, diverging loss.
             TrainingMemoryError: a step needs more memory than there is (what was trained up to the last epoch is kept,
                 to go on from).
-            ArtifactError: the finished adapter is damaged.
         """
         settings = settings or LoraSettings()
         if not rows:

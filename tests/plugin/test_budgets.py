@@ -106,6 +106,7 @@ def test_ceilings_of_the_session_cut_short_with_an_outcome_and_status_of_their_o
     assert [(run["score"], run["verdict"], run["exhausted"]) for run in latest(folder)["runs"]] == [
         (None, "undecided", True)
     ] * 2
+    assert [run["usage"]["paid_calls"] for run in latest(folder)["runs"]] == [10, 0]
 
     again = folder.runpytest_inprocess(*STRICT)
     again.assert_outcomes(passed=3)
@@ -121,6 +122,16 @@ def test_a_search_that_the_session_cut_short_is_not_taken_for_a_finished_one(fol
     folder.runpytest_inprocess(*STRICT, "-k", "prompts").assert_outcomes(passed=1, deselected=2)
     run = latest(folder)["runs"][-1]
     assert (run["score"], run["exhausted"]) == (1.0, False)
+
+
+@pytest.mark.parametrize("most", [5, 24, 40])  # of the program as written; the search; the evaluation after it
+def test_the_report_sums_up_to_what_was_paid_wherever_the_session_was_cut_short(folder, most):
+    folder.makepyfile(test_suite=SUITE)
+    options = (f"--copa-total-budget=calls={most}", "--copa-budget=calls=60", "--copa-threads=2")
+    result = folder.runpytest_inprocess(*STRICT, *options)
+    assert result.ret == 6
+    assert sum(run["usage"]["paid_calls"] for run in latest(folder)["runs"]) == n_paid(folder) == most
+    result.stdout.fnmatch_lines([f"*{most} calls*"])
 
 
 def test_workers_share_the_ceiling_of_the_session(folder):

@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,13 @@ import pytest
 import copa_harness
 from copa_harness import ScriptedLM, Task
 from copa_harness.errors import ConfigurationError
+from copa_harness.lm.local.engine import TransformersEngine
+from copa_harness.lm.local.files import find_lora
+from copa_harness.lm.metered import MeteredLM
 from copa_harness.session import CopaSession, Settings, optimizations
+from copa_harness.session.optimizations import Optimizations
+from copa_harness.store.artifacts import load_artifact
+from copa_harness.testing.tiny_models import write_tiny_model
 
 
 def test_the_optimizers_own_source_is_part_of_the_key(tmp_path: Path, monkeypatch) -> None:
@@ -169,3 +177,51 @@ def test_whoever_waits_makes_it_when_the_maker_is_killed_and_pays_for_no_answer_
     calls = Counter(line.split(" ", 1)[1] for line in (tmp_path / "calls.log").read_text().splitlines())
     n_in_flight = settings(tmp_path).threads  # what the killed one had asked was never answered to anybody
     assert sum(count - 1 for count in calls.values()) <= n_in_flight
+
+
+# -- a lost adapter
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def tuned(folder: Path, tiny: Path) -> optimizations.Optimized:
+    """The weights of a tiny model tuned, by a session of its own."""
+    with CopaSession(settings(folder)) as session:
+        engine = TransformersEngine(tiny, name="hf:tiny", lora_dir=folder / "cache" / "lora")
+        lm = MeteredLM("hf:tiny", engine=engine, gateway=session.models.gateway, max_tokens=4)
+        rows = [dspy.Example(question=word, answer=word.upper()).with_inputs("question") for word in ("au", "av", "aw")]
+        task = Task("shout", dspy.Predict("question -> answer"), exact, rows[:1], rows[1:2], rows[2:])
+        chosen = session.settings.merged(strategy="w", budget=40, adoption_p=1.0, lora={"epochs": 2})
+        found = Optimizations(folder / "cache").get(task, lm=lm, prompt_lm=None, settings=chosen)
+        assert found.program.predictors()[0].lm.engine.fingerprint(found.lm.model)  # it is there
+        return found
+
+
+@pytest.mark.parametrize(
+    ("lost", "has_copy"),
+    [
+        (lambda folder: shutil.rmtree(folder), True),
+        (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), True),
+        (lambda folder: (folder / "adapter_config.json").unlink(), True),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), True),
+        (lambda folder: shutil.rmtree(folder), False),
+        (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), False),
+    ],
+    ids=["deleted", "truncated", "without config", "manifest", "deleted, copy too", "truncated, copy too"],
+)
+def test_a_lost_adapter_comes_back_from_the_artifact_or_is_trained_again(tmp_path, tiny, lost, has_copy) -> None:
+    first = tuned(tmp_path, tiny)
+    digits = first.lm.model.rpartition("@")[2]
+    lost(find_lora(tmp_path / "cache" / "lora", digits))
+    if not has_copy:
+        os.truncate(first.artifact / "lora" / "adapter_model.safetensors", 100)
+    with pytest.warns(RuntimeWarning, match="put back from the artifact" if has_copy else "trained again"):
+        again = tuned(tmp_path, tiny)
+    assert (again.lm.model, again.from_disk) == (first.lm.model, has_copy)
+    assert load_artifact(again.artifact).lora_directory is not None  # whole again too
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned(tmp_path, tiny).from_disk

@@ -147,16 +147,21 @@ def test_the_manifest_says_how_and_for_which_prompts(trainer):
     assert adapter.directory.name == manifest["recipe"]
 
 
-def test_a_damaged_adapter_is_refused_by_engine_and_trainer(engine, trainer):
+@pytest.mark.parametrize("of", ["adapter", "checkpoint"])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "adapter_config.json", "manifest.json"])
+def test_a_damaged_adapter_is_refused_by_the_engine_and_trained_again_by_the_trainer(of, name, engine, trainer):
     adapter = trainer.train(ROWS, settings=QUICK, served_with="none")
-    (adapter.directory / WEIGHTS_FILE).write_bytes(b"x" * 100)
-    for act in (
-        lambda: engine.fingerprint(adapter.model),
-        lambda: ask(engine, adapter.model, "x"),
-        lambda: trainer.train(ROWS, settings=QUICK, served_with="none"),
-    ):
+    damaged = adapter if of == "adapter" else next(one for one in adapter.checkpoints if one.epoch != adapter.epoch)
+    before = (damaged.directory / WEIGHTS_FILE).read_bytes()
+    engine.add_lora(damaged.directory)
+    (damaged.directory / name).write_bytes(b"x" * 100)
+    for act in (lambda: engine.fingerprint(damaged.model), lambda: ask(engine, damaged.model, "x")):
         with pytest.raises(ArtifactError, match="remedy: delete"):
             act()
+    again = trainer.train(ROWS, settings=QUICK, served_with="none")
+    assert (again.trained_now, again.model) == (True, adapter.model)
+    assert (damaged.directory / WEIGHTS_FILE).read_bytes() == before
+    assert ask(engine, damaged.model, "x").text is not None
 
 
 def test_an_adapter_of_another_base_is_refused(trainer, tmp_path):
