@@ -73,9 +73,9 @@ def _to_base(run: RunRecord, base: RunRecord | None) -> str:
 
 
 def regression_of(run: RunRecord) -> GateResult | None:
-    """The answer of the gate that compared a run with its accepted result, if it came to numbers."""
-    found = (gate for gate in run.gates if gate.gate.startswith("max_regression") and "difference" in gate.details)
-    return next(found, None)
+    """The answer of the gate that compared a run with its accepted result, if there was something to compare."""
+    gates = (gate for gate in run.gates if gate.gate.startswith("max_regression"))
+    return next((gate for gate in gates if gate.details.keys() & {"difference", "identical"}), None)
 
 
 def _to_accepted(run: RunRecord) -> str:
@@ -83,6 +83,8 @@ def _to_accepted(run: RunRecord) -> str:
     if gate is None:
         return "-"
     told = gate.details
+    if "identical" in told:
+        return "identical"
     interval = Interval(told["low"], told["high"]) if "low" in told and "high" in told else None
     text: str = number(told["difference"], signed=True) + bounds(interval, signed=True)
     return text

@@ -81,3 +81,10 @@ def test_the_receipt_counts_a_search_once_and_says_what_was_saved(n_tests):
         "saved by racing": 15,
     }
     assert "saved by racing" in receipt_table(receipt(runs, trials=trials))
+
+
+def test_a_run_that_asks_what_the_baseline_asked_says_so():
+    gate = GateResult(
+        "max_regression=0.05", Verdict.PASS, "identical requests", {"identical": True, "n": 4, "n_moved": 0}
+    )
+    assert "identical" in summary_table([replace(BETTER, gates=(gate,))])
