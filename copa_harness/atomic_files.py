@@ -88,7 +88,8 @@ def write_atomic(path: Path, data: str | bytes) -> Path:
         # os.open rather than tempfile: a report is meant to be read by others, so the umask decides its mode.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            # Half a character (a lone surrogate) has no UTF-8; its escape is what JSON has for it.
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

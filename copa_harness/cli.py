@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
-from copa_harness.formatting import counted, size
+from copa_harness.formatting import counted, size, visible
 from copa_harness.option_fields import default_of
 from copa_harness.session.options import Settings
 
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         message, status = options.run(options)
     except ConfigurationError as error:
-        print(f"copa: {error}", file=sys.stderr)  # noqa: T201 - this module talks to the terminal
+        print(f"copa: {visible(str(error))}", file=sys.stderr)  # noqa: T201 - this module talks to the terminal
         return 2
     except CopaError as error:
-        print(f"copa: {error}", file=sys.stderr)  # noqa: T201
+        print(f"copa: {visible(str(error))}", file=sys.stderr)  # noqa: T201
         return 1
     if message:
         try:
-            print(message, file=sys.stdout if status == 0 else sys.stderr, flush=True)
+            print(visible(message), file=sys.stdout if status == 0 else sys.stderr, flush=True)
         except BrokenPipeError:  # `copa ... | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(status)

@@ -1,4 +1,4 @@
-"""JSON documents: strict (no NaN), the same text for the same content, and hashes of it.
+"""JSON documents: strict (no NaN), the same text for the same content, and hashes of it; `parse_json` reads a text.
 
 `to_json` and `from_json` are the one way of a frozen record to JSON and back: fields by name, nested records, tuples,
 mappings and enums by the types they are declared with. `to_jsonable` does the same for values of no declared type.
@@ -123,7 +123,10 @@ def from_json(kind: type[Record], document: Any) -> Record:
     Raises:
         ValueError: a part is missing or of the wrong type; the message says which.
     """
-    return cast("Record", _read_record(kind, document, trail=kind.__name__))
+    try:
+        return cast("Record", _read_record(kind, document, trail=kind.__name__))
+    except RecursionError:
+        raise ValueError(f"{kind.__name__}: it is nested too deeply") from None
 
 
 def _read_record(kind: type[Any], document: Any, *, trail: str) -> Any:
@@ -204,6 +207,10 @@ def _read_plain(declared: Any, value: Any, *, trail: str) -> Any:
         return math.nan if value is None else float(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if declared is float and is_number:
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{trail}: got {_shown(value)}, expected a number that a float can be") from None
         return value
     if isinstance(value, declared) and (declared is not int or is_number):
         return value
@@ -213,6 +220,25 @@ def _read_plain(declared: Any, value: Any, *, trail: str) -> Any:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of whatever origin says.
+
+    Raises:
+        ValueError: It is no JSON, has a word JSON has not (NaN), or is nested more deeply than anything we write.
+    """
+    try:
+        return _DECODER.decode(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refused(word: str) -> Any:
+    raise ValueError(f"got {word}, which is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refused)
 
 
 def canonical_json(value: Any, *, fallback: Callable[[Any], Any] | None = None) -> str:

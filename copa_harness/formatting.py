@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-"""What a terminal or a browser obeys instead of showing: escape sequences, marks of direction, blanks of no width."""
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"
+)
+"""What a terminal or a browser obeys instead of showing: escape sequences, marks of direction, blanks of no width; and
+halves of characters, which cannot be written at all."""
 
 
 def visible(text: str) -> str:

@@ -5,24 +5,24 @@ Needs nothing but the files: no model, no cache, no network.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from copa_harness.documents import from_json
+from copa_harness.documents import from_json, parse_json
 from copa_harness.errors import ArtifactError, ConfigurationError
 from copa_harness.formatting import number
 from copa_harness.judge.attribution import CELLS, EFFECTS, Attribution
-from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference
+from copa_harness.judge.paired_tests import pair_up, paired_difference
+from copa_harness.report.details import credit_table, learned_table
 from copa_harness.report.files import NUMBERED, gates_to_read
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
 from copa_harness.report.summary import spent_by, summary_rows, summary_table, totals, verdict_counts, verdict_text
 from copa_harness.report.tables import all_tables
-from copa_harness.results import Evidence, FrontProgram, Interval, OptimizationResult, Usage
+from copa_harness.results import OptimizationResult
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -52,12 +52,13 @@ def read_report(path: Path) -> OldReport:
         ArtifactError: There is no such file, or it is no report.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_bytes())
         runs = tuple(from_reported(run) for run in document["runs"])
+        credit_table(runs), learned_table(runs)  # what they show has no declared type that could be checked
         return OldReport(path, dict(document.get("environment") or {}), runs)
     except OSError as error:
         raise ArtifactError(f"the report {path} cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path} is no report: {error}; expected latest.json or one of its numbered copies"
         ) from error
@@ -76,6 +77,11 @@ def from_reported(document: Mapping[str, Any]) -> RunRecord:
         level, method = document.get("interval_level") or 0.95, document.get("interval_method") or "wilson"
         plain["interval"] = {"low": low, "high": high, "level": level, "method": method}
     record = from_json(RunRecord, plain)
+    spent = [one for usage in (record.usage, *(phase.usage for phase in record.phases)) for one in astuple(usage)]
+    if not all(0 <= one < math.inf for one in spent):
+        raise ValueError("got amounts below 0 or without end")
+    if not all(score is None or 0 <= score <= 1 for score in (record.score, *record.scores.values())):
+        raise ValueError("got scores outside 0..1")
     more = {"optimization": _optimization(document, record), "attribution": _attribution(document.get("attribution"))}
     return RunRecord(**{name: getattr(record, name) for name in own} | more)
 
@@ -85,44 +91,53 @@ def _optimization(document: Mapping[str, Any], record: RunRecord) -> Optimizatio
     if not search:
         return None
     validation = document.get("validation") or {}
-    evidence = document.get("evidence")
-    return OptimizationResult(
-        strategy=record.strategy,
-        model=record.served_lm,
-        phases=record.phases,
-        score_before=validation.get("before"),
-        score_after=validation.get("after"),
-        n_validation=0,
-        stopped=document.get("stopped", ""),
-        exhausted=bool(document.get("exhausted")),
-        usage=Usage(),
-        seed=record.seed or 0,
-        budget_calls=record.budget.calls,
-        charged_calls=search["calls"],
-        n_trials=search["n_trials"],
-        reason=search["reason"],
-        notes=tuple(document.get("notes", ())),
-        front=tuple(from_json(FrontProgram, one) for one in document.get("front", ())),
-        credit=document.get("credit") or {},
-        evidence=from_json(Evidence, evidence) if evidence else None,
-        learned=tuple(document.get("learned", ())),
-    )
+    own = {
+        **{name: document.get(name, default) for name, default in _SEARCHED.items()},
+        "evidence": document.get("evidence") or None,
+        "strategy": record.strategy,
+        "model": record.served_lm,
+        "score_before": validation.get("before"),
+        "score_after": validation.get("after"),
+        "n_validation": 0,
+        "usage": {},
+        "seed": record.seed or 0,
+        "charged_calls": search["calls"],
+        "n_trials": search["n_trials"],
+        "reason": search["reason"],
+    }
+    return replace(from_json(OptimizationResult, own), budget_calls=record.budget.calls)
+
+
+_SEARCHED: Mapping[str, Any] = {
+    **{"phases": [], "notes": [], "front": [], "credit": {}, "learned": []},
+    **{"stopped": "", "exhausted": False},
+}
+"""What a run in a report says of its search under the name it has in `OptimizationResult`."""
 
 
 def _attribution(told: Mapping[str, Any] | None) -> Attribution | None:
     if not told:
         return None
     cells, n = told["cells"], told["n"]
-    effects = {
-        name: PairedDifference(one["difference"], Interval(one["low"], one["high"]), one["p_value"], "", n)
-        for name, one in ((name, told["effects"][name]) for name in EFFECTS)
+    own: dict[str, Any] = {
+        "n": n,
+        "means": {name: cells[name][0] for name in CELLS},
+        "intervals": {name: _bounds(*cells[name][1:]) for name in CELLS},
     }
-    return Attribution(
-        n=n,
-        means={name: cells[name][0] for name in CELLS},
-        intervals={name: Interval(*cells[name][1:]) for name in CELLS},
-        **effects,
-    )
+    for name in EFFECTS:
+        one = told["effects"][name]
+        own[name] = {
+            "difference": one["difference"],
+            "interval": _bounds(one["low"], one["high"]),
+            "p_value": one["p_value"],
+            "method": "",
+            "n": n,
+        }
+    return from_json(Attribution, own)
+
+
+def _bounds(low: Any, high: Any) -> dict[str, Any]:
+    return {"low": low, "high": high}
 
 
 def report_path(name: str, directory: Path) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.documents import from_json, to_json
-from copa_harness.errors import ArtifactError, CacheError
+from copa_harness.errors import ArtifactError, CacheError, ConfigurationError
 from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.options import Settings
 
@@ -174,10 +174,15 @@ class Optimizations:
         stored = self._stages.get(key)
         if stored is None:
             return None
-        result = from_json(OptimizationResult, stored["result"])
-        if result.state is None:
+        try:
+            result = from_json(OptimizationResult, stored["result"])
+            if result.state is None:
+                return None
+            program = apply_state(task.program, result.state, lm=lm)
+        except (ConfigurationError, LookupError, TypeError, ValueError, AttributeError) as error:
+            told = f"the stored optimization of {task.name} cannot be used ({error}); it is made again"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
             return None
-        program = apply_state(task.program, result.state, lm=lm)
         artifact = self._folder(key, task, result)
         if not self._has_adapters(program, given=(lm, *task.program.predictors()), artifact=artifact):
             return None

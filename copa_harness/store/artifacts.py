@@ -10,16 +10,15 @@ ever copied or read.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from copa_harness.atomic_files import remove_leftovers, temporary_name
+from copa_harness.atomic_files import remove_leftovers, temporary_name, write_atomic
 from copa_harness.credentials import is_secret_key, mask_secrets
-from copa_harness.documents import from_json, hash_file, hash_json, pretty_json, to_json, to_jsonable
+from copa_harness.documents import from_json, hash_file, hash_json, parse_json, pretty_json, to_json, to_jsonable
 from copa_harness.errors import ArtifactError
 from copa_harness.results import SCHEMA
 
@@ -102,14 +101,14 @@ def save_artifact(
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
-        (temporary / PROGRAM).write_text(pretty_json(state), encoding="utf-8")
+        write_atomic(temporary / PROGRAM, pretty_json(state))
         if lora_directory is not None:
             _copy_weights(Path(lora_directory), temporary / LORA)
         paths = {name: temporary / name for name in _file_names(temporary)}
         files = {name: ArtifactFile(hash_file(path), path.stat().st_size) for name, path in paths.items()}
         document = to_json(Manifest(_fingerprint(files), about, files))
         head = {name: document.pop(name) for name in ("schema", "kind")}
-        (temporary / MANIFEST).write_text(pretty_json(head | document), encoding="utf-8")
+        write_atomic(temporary / MANIFEST, pretty_json(head | document))
         _put_in_place(temporary, target)
     finally:
         if temporary.exists():
@@ -137,7 +136,7 @@ def load_artifact(path: Path) -> Artifact:
         )
     return Artifact(
         directory=directory,
-        program_state=json.loads((directory / PROGRAM).read_text(encoding="utf-8")),
+        program_state=_read_program(directory),
         lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
         manifest=manifest.about,
         fingerprint=manifest.fingerprint,
@@ -173,7 +172,7 @@ _AGAIN = "Next: run the suite again to make it anew, or restore the folder from 
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"no artifact at {directory}: there is no {MANIFEST}. {_AGAIN}") from None
     except (OSError, ValueError) as error:
@@ -191,6 +190,17 @@ def _read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"artifact {directory}: {MANIFEST} is incomplete; expected files, about, fingerprint ({error}). {_AGAIN}"
         ) from error
+
+
+def _read_program(directory: Path) -> dict[str, Any]:
+    try:
+        state = parse_json((directory / PROGRAM).read_bytes())
+        if isinstance(state, dict):
+            return state
+        why = f"got {type(state).__name__}, expected an object"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    raise ArtifactError(f"artifact {directory}: {PROGRAM} is no program's state ({why}). {_AGAIN}")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

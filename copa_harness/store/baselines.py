@@ -20,7 +20,7 @@ from typing import Any
 
 from copa_harness.atomic_files import write_atomic
 from copa_harness.credentials import mask_secrets
-from copa_harness.documents import from_json, to_json
+from copa_harness.documents import from_json, parse_json, to_json
 from copa_harness.errors import ArtifactError
 from copa_harness.formatting import counted, number
 from copa_harness.judge.explanations import interval_text
@@ -214,7 +214,7 @@ def read_baseline(path: Path) -> Baseline:
         ArtifactError: the file is missing, damaged, or of another schema.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"there is no baseline {path}. Next: run the suite with --copa-bless.") from None
     except (OSError, ValueError) as error:
@@ -256,24 +256,35 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
     """The baseline in a file's JSON, whose examples are rows there."""
     scores: dict[str, Any] = {}
     for row in document["examples"]:
-        if row["id"] in scores or not (row["score"] is None or 0 <= float(row["score"]) <= 1):
-            raise ValueError(f"example {row['id']!r} is repeated or has a score outside 0..1")
-        scores[row["id"]] = None if row["score"] is None else float(row["score"])
+        name, score = row["id"], row["score"]
+        if not isinstance(name, str) or name in scores or not all(map(_is_score, (score, *row.get("repeats", ())))):
+            raise ValueError(f"example {str(name)[:60]!r} is repeated, has no name, or a score outside 0..1")
+        scores[name] = None if score is None else float(score)
     if len(scores) != document["n"]:
         raise ValueError(f"{len(scores)} examples where {document['n']} are announced")
     others = {
         name: {row["id"]: row[key] for row in document["examples"] if key in row} for key, name in _BY_EXAMPLE.items()
     }
-    return from_json(Baseline, {**document, "scores": scores, **others})
+    read = from_json(Baseline, {**document, "scores": scores, **others})
+    if not (0 <= read.interval.low <= read.interval.high <= 1 and 0 < read.interval.level < 1 and 0 <= read.score <= 1):
+        raise ValueError(f"score {read.score} and interval {read.interval}: expected 0 <= low <= high <= 1")
+    if missing := [part for part in COMPARED if not read.fingerprints.get(part)]:
+        raise ValueError(f"there is no fingerprint of {', '.join(missing)}: nobody could tell what it is comparable to")
+    return read
+
+
+def _is_score(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (is_number and 0 <= value <= 1)
 
 
 def _slug(text: str) -> str:
     """A file name for any text: readable, and with a short hash where two texts could meet."""
     plain = re.sub(r"[^a-z0-9_.]+", "-", text.lower().replace("->", " ")).strip("-.")[:80]
-    usual = re.sub(r"\s*->\s*", "-", text)
-    return (
-        plain if plain and plain == usual else f"{plain or 'unnamed'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
+    if plain and plain == re.sub(r"\s*->\s*", "-", text):
+        return plain
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain or 'unnamed'}-{digest[:8]}"
 
 
 Change = tuple[str, str]

@@ -16,7 +16,7 @@ from typing import Any
 
 from copa_harness.atomic_files import write_atomic
 from copa_harness.credentials import find_credential
-from copa_harness.documents import from_json, hash_json, to_json, to_jsonable
+from copa_harness.documents import from_json, hash_json, parse_json, to_json, to_jsonable
 from copa_harness.results import SCHEMA
 
 
@@ -53,14 +53,14 @@ class StageStore:
         except (OSError, UnicodeDecodeError) as error:
             return self._ignore(path, f"cannot be read ({error})")
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             if isinstance(document, dict) and document.get("schema") != SCHEMA:
                 return None  # written by another version: not damaged, only of no use
             stage = from_json(StoredStage, document)
-        except ValueError as error:
+            if stage.key != key or stage.sha256 != hash_json(stage.value):
+                return self._ignore(path, "does not match its checksum")
+        except (ValueError, RecursionError) as error:
             return self._ignore(path, f"is not a stage result ({error})")
-        if stage.key != key or stage.sha256 != hash_json(stage.value):
-            return self._ignore(path, "does not match its checksum")
         return stage.value
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def _read_file(path: Path) -> Rows:
             f"clinc150: cannot read {path} ({error.strerror or error}); expected data_small.json or data_full.json of "
             f"https://github.com/clinc/oos-eval, as path=... or in the environment variable {FILE_VARIABLE}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"clinc150: {path} is not JSON ({error}); expected the authors' data_small.json") from error
     rows = {}
     for split in ("train", "val", "test"):

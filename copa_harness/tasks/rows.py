@@ -39,7 +39,7 @@ def read_rows(path: Path, *, task: str, fields: Iterable[str]) -> list[dict[str,
                 rows = [json.loads(line) for line in file if line.strip()]
     except OSError as error:
         raise TaskError(f"{task}: cannot read {path} ({error.strerror or error}); expected a file of rows") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise TaskError(f"{task}: {path} cannot be parsed ({error}); expected .jsonl, .json or .csv rows") from error
     fields = tuple(fields)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):

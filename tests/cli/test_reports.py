@@ -124,6 +124,15 @@ def test_what_cannot_be_read_is_one_line(folder, capsys, command, said):
     assert said in capsys.readouterr().err
 
 
+def test_what_a_terminal_would_obey_or_cannot_show_is_named(folder, capsys):
+    write_reports(folder / "reports", [run("none", 24, task="a\x1b]0;t \ud83d")])
+    assert main(["show", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "<U+001B>" in said
+    assert "\x1b" not in said
+    said.encode("utf-8")
+
+
 def test_reading_reports_loads_neither_dspy_nor_torch(folder):
     code = "import sys; from copa_harness.cli import main; main(['show']); print({'torch', 'dspy'} & set(sys.modules))"
     paths = {"PYTHONPATH": ":".join(sys.path)}

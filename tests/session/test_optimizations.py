@@ -23,6 +23,7 @@ from copa_harness.lm.metered import MeteredLM
 from copa_harness.session import CopaSession, Settings, optimizations
 from copa_harness.session.optimizations import Optimizations
 from copa_harness.store.artifacts import load_artifact
+from copa_harness.store.stages import StageStore
 from copa_harness.testing.tiny_models import write_tiny_model
 
 
@@ -177,6 +178,40 @@ def test_whoever_waits_makes_it_when_the_maker_is_killed_and_pays_for_no_answer_
     calls = Counter(line.split(" ", 1)[1] for line in (tmp_path / "calls.log").read_text().splitlines())
     n_in_flight = settings(tmp_path).threads  # what the killed one had asked was never answered to anybody
     assert sum(count - 1 for count in calls.values()) <= n_in_flight
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda value: value.pop("result"),
+        lambda value: value.update(result=[]),
+        lambda value: value["result"].update(phases=7),
+        lambda value: value["result"].update(state=[]),
+        lambda value: value["result"]["state"].update(schema=99),
+        lambda value: value["result"]["state"].pop("predictors"),
+        lambda value: value["result"]["state"]["predictors"].update(other={}),
+        lambda value: value["result"]["state"]["predictors"]["self"].update(demos=[1]),
+        lambda value: value["result"]["state"]["predictors"]["self"].update(model=[]),
+    ],
+)
+def test_a_stored_optimization_of_wrong_parts_is_told_of_and_made_again(tmp_path: Path, damage) -> None:
+    rows = [dspy.Example(question=f"q{i}", answer="yes").with_inputs("question") for i in range(12)]
+    task = Task("stored", dspy.Predict("question -> answer"), exact, rows[:4], rows[4:8], rows[8:])
+    with CopaSession(settings(tmp_path)) as session:
+        lm = ScriptedLM("yes", gateway=session.models.gateway, fingerprint="scripted")
+        chosen = session.settings.merged(strategy="p", budget=40)
+
+        def found() -> optimizations.Optimized:
+            return Optimizations(tmp_path / "cache").get(task, lm=lm, prompt_lm=None, settings=chosen)
+
+        key = found().key
+        stages = StageStore(tmp_path / "cache" / "stages")
+        value = stages.get(key)
+        damage(value)
+        stages.put(key, value)
+        with pytest.warns(RuntimeWarning, match="it is made again"):
+            assert not found().from_disk
+        assert found().from_disk
 
 
 # -- a lost adapter

@@ -20,7 +20,11 @@ def evaluation(scores, *, split="test"):
 
 
 def baseline(scores=(1.0, 0.0, 0.5), **more):
-    arguments = {"task": "iris", "name": "p -> w -> p", "fingerprints": {"data": "d", "metric": "m"}} | more
+    arguments = {
+        "task": "iris",
+        "name": "p -> w -> p",
+        "fingerprints": {"data": "d", "split": "test", "metric": "m"},
+    } | more
     return Baseline.from_evaluation(evaluation(scores), **arguments)
 
 
@@ -32,7 +36,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert loaded is not None
     assert loaded.scores == accepted.scores
     assert loaded.origin == "2026-01-02, commit 0123456789"
-    assert (loaded.fingerprints, loaded.versions) == ({"data": "d", "metric": "m"}, {"dspy": "3.4.1"})
+    assert (loaded.fingerprints, loaded.versions) == (accepted.fingerprints, {"dspy": "3.4.1"})
 
 
 def test_a_baseline_serves_the_regression_gate(tmp_path):
@@ -83,6 +87,18 @@ def edit(path, **changes):
         {"examples": [{"id": "a", "score": 7}], "n": 1},
         {"examples": [{"id": "a", "score": 1}, {"id": "a", "score": 0}], "n": 2},
         {"examples": [{"id": "a", "score": 1, "outcome": "lucky"}], "n": 1},
+        {"examples": [{"id": "a", "score": "1"}], "n": 1},
+        {"examples": [{"id": "a", "score": True}], "n": 1},
+        {"examples": [{"id": "a", "score": 10**400}], "n": 1},
+        {"examples": [{"id": 1, "score": 1}], "n": 1},
+        {"examples": [{"id": "a", "score": 1, "repeats": [1, 7]}], "n": 1},
+        {"examples": [{"id": "a", "score": 1, "repeats": 1}], "n": 1},
+        {"interval": {"low": 0.9, "high": 0.1, "level": 0.95, "method": "wilson"}},
+        {"interval": {"low": None, "high": 1.0, "level": 0.95, "method": "wilson"}},
+        {"interval": {"low": 0.1, "high": 0.9, "level": 95, "method": "wilson"}},
+        {"score": 7},
+        {"fingerprints": {}},
+        {"fingerprints": {"data": "d", "split": "test", "metric": ""}},
     ],
 )
 def test_a_damaged_baseline_is_an_error_and_not_a_missing_one(tmp_path, changes):

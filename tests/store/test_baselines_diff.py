@@ -17,11 +17,13 @@ from copa_harness.store.baselines import (
     save_baseline,
 )
 
+FINGERPRINTS = {"data": "d" * 64, "split": "test", "metric": "m" * 64}
+
 
 def accepted(scores, **more):
     rows = tuple(ExampleResult(key, score) for key, score in scores)
     evaluation = EvaluationResult("test", "embedded", rows, mean_interval([score for _, score in scores]))
-    arguments = {"task": "iris", "name": "joint", "fingerprints": {"data": "d" * 64, "metric": "m" * 64}} | more
+    arguments = {"task": "iris", "name": "joint", "fingerprints": FINGERPRINTS} | more
     return Baseline.from_evaluation(evaluation, **arguments)
 
 

@@ -46,7 +46,10 @@ def decode_answer(key: str, data: object) -> dict[str, Any]:
     checksum, separator, text = data.partition(b"\n")
     if not separator or checksum != _checksum(key, text):
         raise ValueError("checksum does not match")
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"got JSON of type {type(value).__name__}, expected an object")
     return value

@@ -100,7 +100,7 @@ class VllmServer:
                 ServedModel(str(card["id"]), root=str(card.get("root") or ""), parent=str(card.get("parent") or ""))
                 for card in json.loads(text)["data"]
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigurationError(
                 f"got no list of models from {self.url}/models ({error}: {text[:200]!r}); expected an OpenAI-"
                 "compatible server such as vLLM, and an API base that ends like http://localhost:8000/v1"
@@ -219,6 +219,6 @@ def _message(text: str) -> str:
         document = json.loads(text)
         error = document.get("error", document)
         said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         said = None
     return str(said or text)[:500]

@@ -212,7 +212,7 @@ def _read_lora(directory: Path) -> LoraFiles:
     remedy = f"remedy: delete {directory} and train again (the same training gives the same adapter)"
     path = directory / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = documents.parse_json(path.read_bytes())
         files: dict[str, str] = dict(manifest["files"])
         base, fingerprint = str(manifest["base_fingerprint"]), str(manifest["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -238,7 +238,7 @@ def find_lora(lora_dir: Path, digits: str) -> Path | None:
         return None
     for path in sorted(lora_dir.glob(f"*/{MANIFEST_FILE}")):
         try:
-            fingerprint = str(json.loads(path.read_text(encoding="utf-8")).get("fingerprint", ""))
+            fingerprint = str(documents.parse_json(path.read_bytes()).get("fingerprint", ""))
         except (OSError, ValueError, AttributeError):
             continue  # not ours, or damaged: if it was the one asked for, the caller reports it as not found
         if fingerprint.startswith(digits):
