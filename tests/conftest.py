@@ -21,9 +21,9 @@ def stubs():
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_environment():
-    """No option comes from the surroundings (CI may set COPA_REPORT_DIR), and lines break where they always do."""
+    """No option comes from the surroundings (CI sets CI, perhaps COPA_REPORT_DIR); lines break where they always do."""
     with pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("COPA_")]:
+        for name in [name for name in os.environ if name == "CI" or name.startswith("COPA_")]:
             environment.delenv(name)
         environment.setenv("COLUMNS", "120")
         yield

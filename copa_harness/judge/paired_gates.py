@@ -176,12 +176,15 @@ def _named(reference: Reference) -> str:
 
 
 def _identical(gate: str, named: str, pairs: PairedScores) -> GateResult:
-    moved = sum(old != new for old, new in zip(pairs.before, pairs.after, strict=True))
-    message = f"identical requests: prompts, weights and decoding of all {counted(len(pairs.ids), 'example')} are those"
-    message += f" of {named}, so there is nothing to test."
-    if moved:
-        message += f" (The answers vary all the same: {counted(moved, 'example')} scored differently.)"
-    return GateResult(gate, Verdict.PASS, message, {"identical": True, "n": len(pairs.ids), "n_moved": moved})
+    n = len(pairs.ids)
+    changes = [new - old for old, new in zip(pairs.before, pairs.after, strict=True)]
+    better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    message = f"identical requests: prompts, weights and decoding of all {counted(n, 'example')} are those of {named}, "
+    message += "so there is nothing to test."
+    if better or worse:
+        message += f" (The answers vary all the same: {counted(better + worse, 'example')} scored differently.)"
+    numbers = {"difference": math.fsum(changes) / n, "n": n, "n_better": better, "n_worse": worse}
+    return GateResult(gate, Verdict.PASS, message, {"identical": True, **numbers})
 
 
 def _measured(answer: Noninferiority, named: str) -> str:

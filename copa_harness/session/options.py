@@ -190,10 +190,10 @@ class Settings:
     missing_baseline: str | None = _given(
         None,
         check=Check(lambda value: value in ("fail", "pass"), "'fail' or 'pass'"),
-        default_words="fail if the environment says CI=true, else pass",
+        default_words="fail if the environment says CI=true, without --copa-against, else pass",
         metavar="WHAT",
         help="what becomes of a test whose max_regression has no baseline, or one of other data: it fails, or passes "
-        "with the verdict undecided or not comparable",
+        "as not comparable",
     )
     device: str | None = _given(
         None,
@@ -373,7 +373,8 @@ class Settings:
         """Whether a test fails that has nothing to compare itself with though it asks for it."""
         if self.bless or self.missing_baseline is not None:
             return not self.bless and self.missing_baseline == "fail"
-        return os.environ.get("CI", "").lower() in ("true", "1")
+        # Compared with another commit, a test that is new here has no other side, and that is said.
+        return self.against is None and os.environ.get("CI", "").lower() in ("true", "1")
 
     def describe(self) -> str:
         """One line for the terminal: the ceilings in force, the model, the seed, where things are kept."""

@@ -176,6 +176,8 @@ def test_identical_requests_pass_any_margin_without_a_test():
     assert "identical requests" in result.message
     assert "1 example scored differently" in result.message
     assert "p_worse" not in result.details
+    assert result.details["difference"] == pytest.approx(0.05)
+    assert (result.details["n_better"], result.details["n_worse"]) == (1, 0)
 
 
 @pytest.mark.parametrize("part", ["data", "split", "metric"])

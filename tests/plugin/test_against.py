@@ -136,7 +136,8 @@ def test_a_test_that_asks_for_no_verdict_fails_the_session(repository):
     result.stdout.fnmatch_lines(["*a gate failed, but the test passed it by*"])
 
 
-def test_what_stands_on_one_side_only_is_said(repository):
+def test_what_stands_on_one_side_only_is_said_and_fails_nothing_in_ci(repository, monkeypatch):
+    monkeypatch.setenv("CI", "true")
     change(repository, test_suite=SUITE + SUITE.replace("import pytest", "").replace("none", "p").replace("it", "new"))
     result = repository.runpytest_subprocess(*STRICT, "--copa-against=main", "--copa-budget=calls=20")
     assert result.ret == 0

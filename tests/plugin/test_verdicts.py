@@ -74,8 +74,7 @@ def test_it(copa_run):
 
 
 @pytest.fixture
-def suite(pytester, monkeypatch):
-    monkeypatch.delenv("CI", raising=False)
+def suite(pytester):
     pytester.makeconftest(CONFTEST)
 
     def run(source, *arguments):
