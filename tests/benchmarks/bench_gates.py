@@ -502,7 +502,7 @@ def report_targets(cells, again, margin_rates, threshold_rates, shipped, plan):
     rng = np.random.default_rng(11)
     for disagreement in (0.1, 0.2, 0.3):
         differences = binary_differences(rng, plan.binary, 300, disagreement, 0.1)
-        p_values = mcnemar_p_values(differences)
+        p_values = copa_p_values("right/wrong", differences)
         power, rows = sequential("right/wrong", differences, p_values)
         oracle_power, oracle_rows = sprt(differences, disagreement=disagreement, drop=0.1)
         lines.append(

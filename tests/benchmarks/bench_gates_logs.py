@@ -24,7 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from bench_gates import ALPHA, any_drop, mcnemar_p_values, sequential, two_points
+from bench_gates import ALPHA, any_drop, copa_p_values, sequential, two_points
 
 from copa_harness.judge.power import chance_to_fail
 
@@ -55,7 +55,7 @@ def pairs_of(systems):
 
 def judged(differences):
     """Share of splits on which each gate alarms, and rows used by sequential mode."""
-    p_values = mcnemar_p_values(differences)
+    p_values = copa_p_values("right/wrong", differences)
     sequential_rate, rows = sequential("right/wrong", differences, p_values)
     return {
         "any drop": any_drop(differences),
