@@ -1,6 +1,6 @@
 """How often does a regression gate cry wolf, and what does it catch? A simulation with known truth.
 
-    python tests/benchmarks/bench_gates.py            about four minutes on one core
+    python tests/benchmarks/bench_gates.py            about five minutes on one core, eight with statgate
     python tests/benchmarks/bench_gates.py --quick    about one minute, coarser
     python tests/benchmarks/bench_gates.py --json gates.json
 
