@@ -515,3 +515,18 @@ def test_a_refusal_that_repeats_a_key_is_masked_before_it_is_cut(make, stub, stu
     with open_scope("t") as scope, pytest.raises(RefusalError) as caught:
         make()("hi")
     assert API_KEY[:10] not in shown(caught, scope)
+
+
+# -- where a prompt goes
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize(("fast_path", "engine"), [("1", "auto"), ("0", "auto"), ("1", "litellm")])
+def test_no_client_takes_a_prompt_where_a_server_points(make, stub, stubs, status, fast_path, engine, monkeypatch):
+    monkeypatch.setenv(SWITCH, fast_path)
+    with stubs.StubServer() as elsewhere:
+        stub.default = stubs.Reply(status, headers={"Location": f"{elsewhere.url}/chat/completions"}, body=b"")
+        with open_scope("t") as scope, pytest.raises(ProviderError):
+            make(engine=engine)("hi")
+    assert (stub.n_requests, elsewhere.n_requests) == (1, 0)
+    assert scope.usage().paid_calls == 0
