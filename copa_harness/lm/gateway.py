@@ -31,9 +31,17 @@ from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.call_context import CallContext, NotCachedError, Observed, calling, current_context, scope_of
+from copa_harness.lm.call_context import (
+    CallContext,
+    NotCachedError,
+    Observed,
+    calling,
+    current_context,
+    is_counted,
+    scope_of,
+)
 from copa_harness.lm.engine import Engine, seed_of
-from copa_harness.lm.provider_errors import Refused, engine_failure
+from copa_harness.lm.provider_errors import Refused, engine_failure, lets_nobody_in
 
 RECENT_ANSWERS = 4096
 """Answers a gateway keeps decoded in memory."""
@@ -124,6 +132,9 @@ class _Call:
         worst = engine.worst_case(self.request, scope.bounds)
         place = nullcontext() if engine.concurrency is None else engine.concurrency.turn()
         with place, scope.charge(self.key, worst=worst, phase=self.context.phase) as charge:
+            if (closed := scope.shut_out(engine)) is not None:
+                charge.refund(failed=False)
+                raise type(closed)(f"not asked, since the provider lets nobody in: {closed}", model=self.request.model)
             try:
                 response, usd = self._ask()
             except Exception as error:
@@ -132,10 +143,13 @@ class _Call:
                     scope.note_failure(failure.kind, mask_text("".join(traceback.format_exception(error))))
                 if getattr(failure, "billed", False) is not False:
                     charge.lose()
+                if is_counted(self.context) and lets_nobody_in(failure):
+                    scope.let_in(engine, failure)
                 if failure is error:
                     raise
                 raise failure from error
             charge.settle(*actual_cost(response, usd, worst=worst))
+            scope.let_in(engine)
         return response, usd
 
     def _ask(self) -> tuple[Response, float | None]:

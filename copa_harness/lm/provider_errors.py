@@ -88,6 +88,14 @@ class BillingFailed(_Failure, BillingError, LMBillingError):
     """No credit or quota is left; trying again is useless."""
 
 
+def lets_nobody_in(error: Exception) -> bool:
+    """Whether a failure tells of the key or the account, and so of every other call as well.
+
+    HTTP 403 does not: some providers refuse single prompts with it.
+    """
+    return isinstance(error, BillingFailed) or (isinstance(error, AuthFailed) and error.status != 403)
+
+
 class Malformed(_Failure, MalformedAnswerError, LMProviderError):
     """What came is no answer; worth another try, and possibly billed."""
 

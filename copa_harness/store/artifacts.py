@@ -4,8 +4,8 @@
     <artifact>/lora/            the LoRA adapter, when the weights were tuned (safetensors and JSON only)
     <artifact>/manifest.json    who made it, from what, and the SHA-256 of every file
 
-The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum. No pickle is
-ever copied or read.
+The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum, follows no
+link, and refuses what nobody wrote, hidden files too. No pickle is ever copied or read.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def load_artifact(path: Path) -> Artifact:
     directory = Path(path).parent if Path(path).name == MANIFEST else Path(path)
     manifest = verify_artifact(directory)
     files = manifest.files
-    strangers = sorted(set(_file_names(directory)) - set(files) - {MANIFEST})
+    strangers = sorted(set(_everything(directory)) - set(files) - {MANIFEST})
     if strangers:
         raise ArtifactError(
             f"artifact {directory}: {', '.join(strangers[:5])} not in its manifest. Next: move out what is foreign."
@@ -149,6 +149,11 @@ def verify_artifact(directory: Path) -> Manifest:
     Raises:
         ArtifactError: As `load_artifact`.
     """
+    if links := [name for name in _everything(directory) if (directory / name).is_symlink()]:
+        names = ", ".join(links[:5])
+        raise ArtifactError(
+            f"artifact {directory}: {names}: got a link, which may lead anywhere; expected files. {_AGAIN}"
+        )
     manifest = _read_manifest(directory)
     files = manifest.files
     for name, expected in files.items():
@@ -259,6 +264,13 @@ def _file_names(directory: Path) -> Iterator[str]:
         relative = path.relative_to(directory)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             yield relative.as_posix()
+
+
+def _everything(directory: Path) -> Iterator[str]:
+    """Relative POSIX names of whatever lies below a folder and is no folder: hidden files and links too."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(directory).as_posix()
 
 
 def _fingerprint(files: Mapping[str, ArtifactFile]) -> str:

@@ -71,11 +71,31 @@ def test_a_changed_or_missing_file_is_named_with_a_remedy(tmp_path, lora, victim
         load_artifact(path)
 
 
-def test_a_file_nobody_wrote_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["extra.bin", ".hidden.json", "lora/.hidden/model.bin"])
+def test_a_file_nobody_wrote_is_refused(tmp_path, name):
     path = saved(tmp_path)
-    (path / "extra.bin").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match=r"extra\.bin not in its manifest"):
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=rf"{name} not in its manifest"):
         load_artifact(path)
+
+
+@pytest.mark.parametrize("name", ["program.json", "manifest.json", "lora", "lora/adapter_config.json", "more"])
+def test_a_link_is_not_followed_whatever_it_leads_to(tmp_path, lora, name):
+    path = saved(tmp_path, lora_directory=lora)
+    elsewhere = tmp_path / "elsewhere"
+    if (path / name).exists():
+        (path / name).rename(elsewhere)
+    else:
+        elsewhere.mkdir()
+    (path / name).symlink_to(elsewhere)
+    with pytest.raises(ArtifactError, match=rf"{name}: got a link"):
+        load_artifact(path)
+
+
+def test_an_artifact_may_be_named_by_a_link(tmp_path):
+    (tmp_path / "mine").symlink_to(saved(tmp_path))
+    assert load_artifact(tmp_path / "mine").manifest["task"] == "iris"
 
 
 def test_a_manifest_that_was_edited_is_refused(tmp_path):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from copa_harness.errors import BudgetExhausted
 from copa_harness.lm.budget.cost import (
@@ -52,6 +53,7 @@ class _Books:
     pending: dict[str, int] = field(default_factory=dict)  # keys charged and not yet settled -> number of charges
     settled: set[str] = field(default_factory=set)
     n_counted: int = 0
+    doors: dict[object, Exception | None] = field(default_factory=dict)  # provider -> why it lets nobody in, None if so
 
     def add(self, phase: Phase, usage: Usage) -> None:
         self.usages[phase] = self.usages.get(phase, Usage()) + usage
@@ -261,6 +263,18 @@ class Scope:
             with books.lock:
                 books.failures[kind] = books.failures.get(kind, 0) + 1
                 books.first_failures.setdefault(kind, traceback)
+
+    def let_in(self, provider: object, failure: Exception | None = None) -> None:
+        """Note that a provider answered, or, if it has not yet, that it lets nobody in."""
+        with self._books.lock:
+            if failure is None:
+                self._books.doors[provider] = None
+            else:
+                self._books.doors.setdefault(provider, failure)
+
+    def shut_out(self, provider: object) -> Any:
+        """Why a provider lets nobody in, if it has answered nothing in this scope and said so."""
+        return self._books.doors.get(provider)
 
     # -- distinct requests
 

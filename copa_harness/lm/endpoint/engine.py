@@ -44,7 +44,7 @@ from copa_harness.lm.dspy_internals import (
     prepare,
     select_backend,
 )
-from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PooledTransport
+from copa_harness.lm.endpoint.transport import DEFAULT_TIMEOUT_S, PooledTransport, no_redirects
 from copa_harness.lm.engine import Capabilities, Engine
 from copa_harness.lm.provider_errors import (
     AuthFailed,
@@ -148,7 +148,7 @@ class EndpointEngine(Engine):
         use_shipped_prices()
         lm = self._lm(request.model)
         try:
-            with dspy.context(send_stream=None):
+            with dspy.context(send_stream=None), no_redirects():
                 result = execute(lm, prepare(lm, None, None, {"request": request}))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is one of ours from here on
             failure, cause = self._failure(error, request)

@@ -9,12 +9,14 @@ certificates and keep-alive are urllib3's. What is ours:
   over becomes the answer of the next request;
 * a connection that was used before and is dead without a single byte of an answer is replaced once: the server closed
   it while it was idle, so nothing was bought;
-* redirects are not followed: prompt and credential would travel with them.
+* redirects are not followed: prompt and credential would travel with them. Nor are they by LiteLLM, in whose place this
+  cannot be put: `no_redirects`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import os
@@ -24,6 +26,8 @@ import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
@@ -66,6 +70,37 @@ Headers = list[tuple[str, str]]
 
 Reply = tuple[int, str, Headers, bytes]
 """Status, reason, headers and body."""
+
+
+_no_redirects: ContextVar[bool] = ContextVar("copa_no_redirects", default=False)
+
+
+@contextlib.contextmanager
+def no_redirects() -> Iterator[None]:
+    """In the block and its thread httpx, which LiteLLM speaks through and tells to follow redirects, follows none."""
+    _teach_httpx()
+    token = _no_redirects.set(True)
+    try:
+        yield
+    finally:
+        _no_redirects.reset(token)
+
+
+@functools.cache
+def _teach_httpx() -> None:
+    try:
+        import httpx
+    except ImportError:  # then there is no LiteLLM either
+        return
+    send = httpx.Client.send
+
+    @functools.wraps(send)
+    def send_without_redirects(client: Any, request: Any, **settings: Any) -> Any:
+        if _no_redirects.get():
+            settings["follow_redirects"] = False
+        return send(client, request, **settings)
+
+    httpx.Client.send = send_without_redirects  # type: ignore[method-assign, assignment]
 
 
 class NotConnectedError(Exception):

@@ -67,7 +67,7 @@ class VllmServer:
 
     Args:
         url: The server's OpenAI base, e.g. `http://gpu:8000/v1`.
-        api_key: Sent as bearer token, if the server wants one.
+        api_key: Sent as bearer token, if the server wants one; a user and password in the URL go in its place.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
@@ -76,7 +76,7 @@ class VllmServer:
         self._url = urlunsplit(parts._replace(netloc=host)).rstrip("/")
         self._api_key = api_key
         self._authorization = f"Bearer {api_key}" if api_key else None
-        if user and not api_key:
+        if user:  # as where answers are asked for
             self._authorization = "Basic " + base64.b64encode(unquote(user).encode()).decode()
         self._opener = urllib.request.build_opener(_NoRedirects())
 

@@ -158,7 +158,7 @@ def test_a_failed_call_is_refunded():
         assert scope._account.spent.output_tokens == 0
         assert scope.failures == {"billing": 1}
         assert "no credit" in scope.first_failures["billing"]
-        lm("hi")
+        lm_of(PaidEngine(KNOWN))("hi")
     assert (scope.usage().paid_calls, scope.usage().failed_calls) == (1, 1)
 
 

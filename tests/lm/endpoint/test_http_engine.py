@@ -515,3 +515,65 @@ def test_a_refusal_that_repeats_a_key_is_masked_before_it_is_cut(make, stub, stu
     with open_scope("t") as scope, pytest.raises(RefusalError) as caught:
         make()("hi")
     assert API_KEY[:10] not in shown(caught, scope)
+
+
+# -- where a prompt goes
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize(("fast_path", "engine"), [("1", "auto"), ("0", "auto"), ("1", "litellm")])
+def test_no_client_takes_a_prompt_where_a_server_points(make, stub, stubs, status, fast_path, engine, monkeypatch):
+    monkeypatch.setenv(SWITCH, fast_path)
+    with stubs.StubServer() as elsewhere:
+        stub.default = stubs.Reply(status, headers={"Location": f"{elsewhere.url}/chat/completions"}, body=b"")
+        with open_scope("t") as scope, pytest.raises(ProviderError):
+            make(engine=engine)("hi")
+    assert (stub.n_requests, elsewhere.n_requests) == (1, 0)
+    assert scope.usage().paid_calls == 0
+
+
+# -- a provider that lets nobody in
+
+
+def evaluated(lm, n=100):
+    examples = [dspy.Example(question=f"number {index}", answer="7").with_inputs("question") for index in range(n)]
+    program = dspy.Predict("question -> answer")
+    return evaluate(program, examples, metric=lambda e, p: e.answer == p.answer, split="test", lm=lm, threads=32)
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_provider_that_lets_nobody_in_is_asked_no_more(make, stub, stubs, status):
+    stub.default = stubs.Reply(status, body={"error": {"message": "go away"}}, latency_s=0.05)
+    with open_scope("t") as scope, pytest.raises(ProviderError, match=r"any of the 100 examples.*go away"):
+        evaluated(make())
+    n_asked = AdaptiveConcurrency().limit
+    assert stub.n_requests <= n_asked
+    assert scope.usage().failed_calls == stub.n_requests
+    assert scope.charged_calls == 0
+    stub.default = stubs.Reply()
+    with open_scope("mended"):
+        assert evaluated(make()).score == 1.0
+
+
+def test_a_prompt_that_is_refused_stops_no_other(make, stub, stubs):
+    stub.replies = [stubs.Reply(403, body={"error": {"message": "flagged"}})]
+    with open_scope("t"):
+        assert evaluated(make()).n_failed == 1
+    assert stub.n_requests == 100
+
+
+def test_stored_answers_are_replayed_where_nobody_is_let_in_and_a_key_that_worked_is_tried_on(make, stub, stubs):
+    lm = make()
+    with open_scope("paid"):
+        evaluated(lm, 50)
+    stub.default = stubs.Reply(401, body={"error": {"message": "go away"}}, latency_s=0.05)
+    with open_scope("t"):
+        result = evaluated(lm)
+    assert (result.score, result.n_failed) == (1.0, 50)
+    assert stub.n_requests < 100
+    stub.replies = [stubs.Reply()]
+    stub.default = stubs.Reply(401, body={"error": {"message": "go away"}}, latency_s=0.2)
+    before = stub.n_requests
+    with open_scope("late"):
+        assert evaluated(lm).n_failed == 49
+    assert stub.n_requests - before == 50

@@ -254,6 +254,21 @@ def test_an_unreachable_server_is_a_failure_of_the_provider_that_says_how_to_sta
     assert caught.value.kind == "connection"
 
 
+def test_a_user_in_the_url_asks_for_answers_and_loads_adapters_in_place_of_the_key(make, stub, monkeypatch):
+    seen, takes_over = set(), stub.takes_over
+
+    def watch(connection, path, headers, body):
+        seen.add((path.rpartition("/")[2], headers.get("authorization")))
+        return takes_over(connection, path, headers, body)
+
+    monkeypatch.setattr(stub, "takes_over", watch)
+    lm = make(api_base=stub.url.replace("://", "://user:sesame@"), api_key="k" * 20)
+    assert lm("hi")
+    lm.engine.add_lora(write_adapter(lm.engine))
+    assert {route for route, _ in seen} >= {"completions", "load_lora_adapter"}
+    assert {authorization for _, authorization in seen} == {"Basic dXNlcjpzZXNhbWU="}
+
+
 def test_a_server_that_hangs_is_given_up(stubs, monkeypatch):
     monkeypatch.setattr("copa_harness.lm.endpoint.vllm_server.LIST_TIMEOUT_S", 0.1)
     hanging = stubs.StubServer(default=stubs.Reply(hang=True))
