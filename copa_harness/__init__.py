@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from copa_harness.lazy_imports import attach
 
 if TYPE_CHECKING:
+    from copa_harness.export.loading import load as load
     from copa_harness.lm.call_context import open_scope as open_scope
     from copa_harness.lm.factory import build_lm as build_lm
     from copa_harness.lm.metered import MeteredLM as MeteredLM
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _load, __dir__, __all__ = attach(
     __name__,
     {
+        "export.loading": ["load"],
         "lm.call_context": ["open_scope"],
         "lm.factory": ["build_lm"],
         "lm.metered": ["MeteredLM"],

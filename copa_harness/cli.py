@@ -12,6 +12,7 @@ Loads the standard library only until a command asks for more, and never torch o
     copa show
     copa compare main.json reports/latest.json
     copa history
+    copa export .copa_cache/artifacts/<run> --to dspy
     copa export .copa_cache/artifacts/<run> adapter.gguf --base model.gguf
 """
 
@@ -34,6 +35,9 @@ from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
+
+FORMS = ("text", "messages", "dspy", "openai", "peft", "vllm")
+"""What `copa export` writes, beside GGUF."""
 
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TIMES_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -97,12 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     _add_baseline_commands(rooms)
     _add_report_commands(rooms)
-    export = rooms.add_parser("export", help="write an artifact's LoRA adapter as a GGUF file, for llama.cpp")
+    export = rooms.add_parser("export", help="write an artifact's program in a form that needs no suite")
     export.set_defaults(run=_export)
     export.add_argument("artifact", type=Path, help="the artifact's folder, as the report names it")
-    export.add_argument("file", type=Path, help="where to")
     export.add_argument(
-        "--base", type=Path, metavar="GGUF", help="the base model in GGUF (default: the file it was trained on)"
+        "place", type=Path, nargs="?", help="the folder to make (default: <task>-<form>); for gguf a file"
+    )
+    export.add_argument("--to", choices=[*FORMS, "gguf"], help="the form; gguf: the LoRA adapter alone, for llama.cpp")
+    export.add_argument(
+        "--base", type=Path, metavar="GGUF", help="for gguf: the base model in GGUF (default: what it was trained on)"
     )
     return parser
 
@@ -246,16 +253,30 @@ def _baseline_bless(options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _export(options: argparse.Namespace) -> tuple[str, int]:
+    to = options.to or ("gguf" if options.place is not None and options.place.suffix == ".gguf" else None)
+    if to is None:
+        raise ConfigurationError(f"got no form to export to; expected --to and one of {', '.join(FORMS)}, gguf")
+    if to == "gguf":
+        return _export_gguf(options), 0
+    from copa_harness.export.writing import export_artifact
+
+    folder, said = export_artifact(options.artifact, to=to, place=options.place)
+    return "\n".join([f"written: {folder}", *said, f"replay the test rows: python {folder / 'check.py'}"]), 0
+
+
+def _export_gguf(options: argparse.Namespace) -> str:
     from copa_harness.lm.local.sources.gguf_lora import write_gguf_lora
     from copa_harness.store.artifacts import load_artifact
 
+    if options.place is None:
+        raise ConfigurationError("got no file for the adapter; expected one, for instance adapter.gguf")
     artifact = load_artifact(options.artifact)
     if artifact.lora_directory is None:
         raise ConfigurationError(
             f"got the artifact {options.artifact}, whose weights are the base model's; expected one with a LoRA adapter"
         )
-    write_gguf_lora(artifact.lora_directory, options.file, base=options.base)
-    return f"written: {options.file}, {size(options.file.stat().st_size)}", 0
+    write_gguf_lora(artifact.lora_directory, options.place, base=options.base)
+    return f"written: {options.place}, {size(options.place.stat().st_size)}"
 
 
 def _baseline(name: str, directory: Path) -> Baseline:

@@ -175,6 +175,7 @@ class ExampleResult:
     label_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     answer: str = ""
     requests: str = ""
+    calls: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,13 +147,33 @@ def evaluate(
         runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
     raise_if_nothing_worked(runs, split=split)
     usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
-    results = tuple(run.result for run in runs)
+    results = results_of(program, runs)
     scores = [result.score for result in results if result.score is not None]
     with dspy.context(**({} if lm is None else {"lm": lm})):
         names = dict.fromkeys(str(getattr(one, "model", one)) for one in program_lms(program))
     return EvaluationResult(
         split=split, lm=", ".join(names), results=results, interval=mean_interval(scores), usage=usage
     )
+
+
+def results_of(program: dspy.Module, runs: Sequence[ExampleRun]) -> tuple[ExampleResult, ...]:
+    """The results of runs, with what every predictor of the program was given and answered."""
+    names = {id(predictor): name for name, predictor in program.named_predictors()}
+    return tuple(
+        replace(
+            run.result,
+            calls=tuple(
+                {"predictor": names[id(predictor)], "inputs": plain(inputs), "outputs": _outputs(prediction)}
+                for predictor, inputs, prediction in run.trace
+                if id(predictor) in names
+            ),
+        )
+        for run in runs
+    )
+
+
+def _outputs(prediction: Any) -> dict[str, Any]:
+    return {name: value for name, value in _fields(prediction).items() if name != "logprobs"}
 
 
 def usage_since(before: Usage, after: Usage, *, wall_s: float) -> Usage:

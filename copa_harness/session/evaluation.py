@@ -215,7 +215,7 @@ def _watched(
 ) -> EvaluationResult:
     """Block after block in the judge's order, until it has seen enough."""
     from copa_harness.evaluate.examples import example_ids
-    from copa_harness.evaluate.runner import raise_if_nothing_worked, run_examples
+    from copa_harness.evaluate.runner import raise_if_nothing_worked, results_of, run_examples
     from copa_harness.judge.intervals import mean_interval
     from copa_harness.lm.call_context import current_scope
 
@@ -235,7 +235,7 @@ def _watched(
         )
         if not found:  # a broken metric or model shows in the first block
             raise_if_nothing_worked(runs, split=split)
-        found |= {run.result.example_id: run.result for run in runs}
+        found |= {result.example_id: result for result in results_of(program, runs)}
         watch.add({run.result.example_id: run.result.score for run in runs})
     results = tuple(found[name] for name in by_id if name in found)
     usage = replace(current_scope().usage(), wall_s=time.perf_counter() - started_s)

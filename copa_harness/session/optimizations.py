@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.optimize.copa import COPA
+    from copa_harness.session.runs import ScoredEvaluation
     from copa_harness.store.stages import StageStore
     from copa_harness.tasks.task import Task
 
@@ -77,6 +78,26 @@ def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Settings) -> None:
+    """Keep the test answers with the artifact, for `copa export` and its check; warn where they cannot be kept."""
+    from copa_harness.export.scored import scored_of
+    from copa_harness.store.artifacts import add_scored
+
+    scored = scored_of(
+        optimized.program,
+        optimized.lm,
+        evaluation,
+        task=evaluation.task,
+        strategy=evaluation.strategy,
+        api_base=settings.api_base or "",
+    )
+    try:
+        with exclusive_lock(settings.cache_dir / "stages" / "locks", optimized.key):
+            add_scored(optimized.artifact, to_json(scored))
+    except (OSError, ArtifactError, TypeError) as error:
+        warnings.warn(f"{optimized.artifact}: its test answers could not be kept ({error})", RuntimeWarning, 2)
 
 
 PACKAGES = ("copa-harness", "dspy", "torch", "transformers", "peft", "optuna", "numpy", "scikit-learn")

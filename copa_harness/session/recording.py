@@ -27,7 +27,7 @@ from copa_harness.session.evaluation import (
     searches_both,
     split_of,
 )
-from copa_harness.session.optimizations import Optimized, fingerprints_of
+from copa_harness.session.optimizations import Optimized, fingerprints_of, keep_scored
 from copa_harness.session.options import Settings, check_gates
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import FormMeter
@@ -89,6 +89,7 @@ def finish_run(
     if evaluation.n == context.n_expected:
         fingerprints, groups = context.fingerprints, context.groups
         comparison = history.remember(task, base, evaluation, fingerprints=fingerprints, groups=groups)
+        keep_scored(optimized, evaluation, settings)
         if searches_both(strategy):
             as_written = history.as_written(task, base)
             assert as_written is not None  # evaluated before the search

@@ -2,6 +2,7 @@
 
     <artifact>/program.json     the program's state (instructions, demonstrations), without any model settings
     <artifact>/lora/            the LoRA adapter, when the weights were tuned (safetensors and JSON only)
+    <artifact>/scored-*.json    its prompts and its scored answers on the test split, once it was scored
     <artifact>/manifest.json    who made it, from what, and the SHA-256 of every file
 
 The folder appears whole: it is filled under a temporary name and renamed. Loading verifies every checksum, follows no
@@ -26,6 +27,8 @@ KIND = "copa_harness artifact"
 PROGRAM = "program.json"
 MANIFEST = "manifest.json"
 LORA = "lora"
+SCORED = "scored-"
+"""How the name of the file with the scored answers begins; the hash of its content follows."""
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib"})
 _DATA_LISTS = frozenset({"demos", "train", "traces"})
@@ -40,7 +43,8 @@ class Artifact:
         program_state: for `program.load_state`; model settings are not part of it.
         lora_directory: the LoRA adapter's folder; None for base weights.
         manifest: what was given to `save_artifact` (model, strategy, scores, versions, ...).
-        fingerprint: SHA-256 over the content of program and weights (not the manifest).
+        fingerprint: SHA-256 over the content of program and weights (not the manifest, not the scored answers).
+        scored: what `add_scored` kept; None if nothing was.
     """
 
     directory: Path
@@ -48,6 +52,7 @@ class Artifact:
     lora_directory: Path | None
     manifest: dict[str, Any]
     fingerprint: str
+    scored: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +111,36 @@ def save_artifact(
             _copy_weights(Path(lora_directory), temporary / LORA)
         paths = {name: temporary / name for name in _file_names(temporary)}
         files = {name: ArtifactFile(hash_file(path), path.stat().st_size) for name, path in paths.items()}
-        document = to_json(Manifest(_fingerprint(files), about, files))
-        head = {name: document.pop(name) for name in ("schema", "kind")}
-        write_atomic(temporary / MANIFEST, pretty_json(head | document))
+        write_atomic(temporary / MANIFEST, _manifest_text(Manifest(_fingerprint(files), about, files)))
         _put_in_place(temporary, target)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
+
+
+def add_scored(directory: Path, scored: Mapping[str, Any]) -> None:
+    """Keep scored answers with an artifact, in place of older ones; whoever reads it meanwhile finds it whole.
+
+    Args:
+        directory: the artifact's folder.
+        scored: plain JSON types.
+
+    Raises:
+        ArtifactError: there is no artifact, or a damaged one.
+        OSError: the folder cannot be written.
+    """
+    manifest = verify_artifact(directory)
+    text = pretty_json(scored)
+    name = f"{SCORED}{hash_json(scored)[:12]}.json"
+    if name not in manifest.files:
+        write_atomic(directory / name, text)
+        files = {known: file for known, file in manifest.files.items() if not known.startswith(SCORED)}
+        files[name] = ArtifactFile(hash_file(directory / name), (directory / name).stat().st_size)
+        write_atomic(directory / MANIFEST, _manifest_text(Manifest(manifest.fingerprint, manifest.about, files)))
+    for older in directory.glob(f"{SCORED}*.json"):
+        if older.name != name:
+            older.unlink(missing_ok=True)
 
 
 def load_artifact(path: Path) -> Artifact:
@@ -136,10 +163,13 @@ def load_artifact(path: Path) -> Artifact:
         )
     return Artifact(
         directory=directory,
-        program_state=_read_program(directory),
+        program_state=_read_object(directory, PROGRAM, "program's state"),
         lora_directory=directory / LORA if any(name.startswith(f"{LORA}/") for name in files) else None,
         manifest=manifest.about,
         fingerprint=manifest.fingerprint,
+        scored=next(
+            (_read_object(directory, name, "scored answers") for name in files if name.startswith(SCORED)), None
+        ),
     )
 
 
@@ -197,15 +227,21 @@ def _read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
-def _read_program(directory: Path) -> dict[str, Any]:
+def _read_object(directory: Path, name: str, what: str) -> dict[str, Any]:
     try:
-        state = parse_json((directory / PROGRAM).read_bytes())
+        state = parse_json((directory / name).read_bytes())
         if isinstance(state, dict):
             return state
         why = f"got {type(state).__name__}, expected an object"
     except (OSError, ValueError) as error:
         why = str(error)
-    raise ArtifactError(f"artifact {directory}: {PROGRAM} is no program's state ({why}). {_AGAIN}")
+    raise ArtifactError(f"artifact {directory}: {name} holds no {what} ({why}). {_AGAIN}")
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    document = to_json(manifest)
+    head = {name: document.pop(name) for name in ("schema", "kind")}
+    return pretty_json(head | document)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
@@ -274,7 +310,7 @@ def _everything(directory: Path) -> Iterator[str]:
 
 
 def _fingerprint(files: Mapping[str, ArtifactFile]) -> str:
-    return hash_json({name: file.sha256 for name, file in files.items()})
+    return hash_json({name: file.sha256 for name, file in files.items() if not name.startswith(SCORED)})
 
 
 def _safe(name: str, directory: Path) -> str:

@@ -95,7 +95,7 @@ def test_the_manifest_and_the_program_of_an_artifact(tmp_path):
         manifest["files"]["program.json"]["sha256"] = hash_file(folder / "program.json")
         manifest["fingerprint"] = hash_json({"program.json": manifest["files"]["program.json"]["sha256"]})
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(ArtifactError, match=r"program.json is no program's state"):
+        with pytest.raises(ArtifactError, match=r"program.json holds no program's state"):
             load_artifact(folder)
 
 
