@@ -332,8 +332,17 @@ def _local_lm(
     return MeteredLM(name, engine=engine, gateway=gateway, **defaults)
 
 
+_LOCAL = ("torch", "transformers", "peft", "safetensors")
+"""Packages of the extra `local`."""
+
+
 def _source(name: str, settings: ModelSettings, *, cache_dir: Path, option: str) -> ModelSource:
     """Where the weights of a name are, checked as far as the files at hand tell."""
+    if missing := [package for package in _LOCAL if importlib.util.find_spec(package) is None]:
+        raise ConfigurationError(
+            f"got the {option} {name!r}, which runs in this process, and lacks the packages {', '.join(missing)}; "
+            "remedy: pip install 'copa-harness[local]', or name an endpoint, such as --copa-lm=openai/gpt-4o-mini"
+        )
     if option == "base weights" and (not name.startswith("hf:") or is_gguf(name)):
         raise ConfigurationError(f"got the {option} {name!r}, expected 'hf:' and the folder or id that the server runs")
     place, remedy = named_place(name, option=option)
