@@ -44,6 +44,7 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.evaluate.progress import current_listener, telling
+from copa_harness.formatting import visible
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.call_context import current_context, current_scope, in_context, in_threads
 from copa_harness.lm.dspy_internals import prompt_adapter
@@ -304,5 +305,9 @@ def raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
     failed = [result for result in results if result.score is None]
     if failed:
         logger.warning(
-            "%d of %d examples of the %s split have no score: %s", len(failed), len(results), split, failed[0].error
+            "%d of %d examples of the %s split have no score: %s",
+            len(failed),
+            len(results),
+            split,
+            visible(str(failed[0].error)),
         )

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from copa_harness.errors import MetricError, ProviderError
+from copa_harness.formatting import visible
 from copa_harness.lm.call_context import in_threads
 from copa_harness.tune.rows import PredictorCall, RowDemos, TrainingRow, filled_inputs, render_calls
 
@@ -73,7 +74,10 @@ def rows_from_traces(
     errors = tuple(result[2] for result in results if result[0] == "failed")
     if errors:
         logger.warning(
-            "%d of %d examples failed and give no training row; the first: %s", len(errors), len(results), errors[0]
+            "%d of %d examples failed and give no training row; the first: %s",
+            len(errors),
+            len(results),
+            visible(errors[0]),
         )
     calls: dict[str, list[PredictorCall]] = {name: [] for name in names.values()}
     predictors = dict(program.named_predictors())
