@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from copa_harness.formatting import visible
+
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """`. Did you mean 'near'?` for a word nobody knows, or nothing where none of the known ones is near."""
@@ -17,7 +19,10 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 class CopaError(Exception):
-    """Base of every ordinary error raised by copa_harness."""
+    """Base of every ordinary error raised by copa_harness. Its text may quote strangers and obeys none of them."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class ConfigurationError(CopaError):

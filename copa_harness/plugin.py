@@ -344,16 +344,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         config.workeroutput["copa_run_id"] = run_id(config)
         return
     rows = [*config.stash.get(WORKER_RECORDS, []), *_rows(config)]
+    tests = _tests(config, interrupted=session.exitstatus == pytest.ExitCode.INTERRUPTED)
     if rows:
         from copa_harness.session.finish import finish
 
-        report = finish(rows, settings=settings_of(config), tests=_tests(config))
-        config.stash[REPORT] = report
+        config.stash[REPORT] = report = finish(rows, settings=settings_of(config), tests=tests)
         if report.exit_status and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = report.exit_status
+    elif tests.failed or tests.n_refused or (tests.interrupted and config.stash.get(STATE, None) is not None):
+        from copa_harness.session.finish import finish_without_runs
+
+        if (left := finish_without_runs(settings_of(config))) is not None:
+            config.stash[REPORT] = left
 
 
-def _tests(config: pytest.Config) -> Tests:
+def _tests(config: pytest.Config, *, interrupted: bool) -> Tests:
     """What pytest knows of the copa tests of all processes."""
     from copa_harness.session.finish import Tests
 
@@ -364,6 +369,7 @@ def _tests(config: pytest.Config) -> Tests:
         n_refused=config.stash.get(N_REFUSED, 0),
         locations={one.nodeid: (one.location[0], (one.location[1] or 0) + 1) for one in ours},
         failed={one.nodeid: _why(one) for one in ours if one.failed},
+        interrupted=interrupted,
     )
 
 

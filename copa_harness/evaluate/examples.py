@@ -51,7 +51,7 @@ def example_id(example: dspy.Example) -> str:
     """
     content = {key: plain(value) for key, value in example.items()}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def example_ids(examples: Iterable[dspy.Example]) -> tuple[str, ...]:

@@ -15,11 +15,9 @@ come in the order of the examples and do not depend on the number of threads.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -46,8 +44,9 @@ from copa_harness.errors import (
 from copa_harness.evaluate.examples import check_examples, example_ids, input_values, label_scores_of, plain
 from copa_harness.evaluate.metrics import Metric, call_metric, metric_arity
 from copa_harness.evaluate.progress import current_listener, telling
+from copa_harness.formatting import visible
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.lm.call_context import current_context, current_scope, in_context
+from copa_harness.lm.call_context import current_context, current_scope, in_context, in_threads
 from copa_harness.lm.dspy_internals import prompt_adapter
 from copa_harness.results import EvaluationResult, ExampleResult, Phase, Usage
 
@@ -235,26 +234,7 @@ def run_examples(
         if program.named_predictors():
             program_lms(program)
         jobs = [partial(run_one, example, name) for example, name in zip(examples, names, strict=True)]
-        return _in_threads(jobs, threads=threads)
-
-
-def _in_threads(jobs: Sequence[Callable[[], ExampleRun]], *, threads: int) -> tuple[ExampleRun, ...]:
-    """The jobs' results in their order; the first exception cancels what has not started and is raised."""
-    if min(threads, len(jobs)) == 1:
-        return tuple(contextvars.copy_context().run(job) for job in jobs)
-    executor = ThreadPoolExecutor(max_workers=min(threads, len(jobs)), thread_name_prefix="copa-evaluate")
-    try:
-        # A context can be entered once at a time, so every job gets a copy of its own.
-        futures: list[Future[ExampleRun]] = [executor.submit(contextvars.copy_context().run, job) for job in jobs]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        if any(future.exception() is not None for future in done):
-            executor.shutdown(wait=True, cancel_futures=True)
-            for future in futures:
-                if not future.cancelled() and (error := future.exception()) is not None:
-                    raise error
-        return tuple(future.result() for future in futures)
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        return in_threads(jobs, threads=threads)
 
 
 def _run_one(
@@ -345,5 +325,9 @@ def raise_if_nothing_worked(runs: Sequence[ExampleRun], *, split: str) -> None:
     failed = [result for result in results if result.score is None]
     if failed:
         logger.warning(
-            "%d of %d examples of the %s split have no score: %s", len(failed), len(results), split, failed[0].error
+            "%d of %d examples of the %s split have no score: %s",
+            len(failed),
+            len(results),
+            split,
+            visible(str(failed[0].error)),
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from copa_harness.credentials import mask_text
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, visible
 from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Usage, Verdict
 
 MAX_VALUE_CHARACTERS = 160
@@ -114,7 +114,7 @@ def format_failure(
         hints: further lines of advice, after the examples.
 
     Returns:
-        Several lines of plain text without a final newline.
+        Several lines of plain text without a final newline, nothing in them that a terminal obeys.
     """
     width = _columns() - _MARGIN
     lines = [title] if title else []
@@ -130,7 +130,7 @@ def format_failure(
         lines += ["", heading, textwrap.indent(format_examples(shown), "  ")]
     if hints:
         lines += ["", *(_filled(hint, width) for hint in hints)]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def _to_show(

@@ -5,7 +5,7 @@ Symbols: n examples, k successes, scores s_1..s_n in [0, 1], m their mean, z the
 * right/wrong (all scores 0 or 1): Wilson's score interval, never outside [0, 1] and sensible at k = 0 and k = n
   (Wilson 1927; recommended for small n by Brown, Cai & DasGupta 2001 and, for language-model evaluations, by
   Bowyer et al. 2025, arXiv 2503.01747).
-* graded: the bias-corrected and accelerated bootstrap (Efron 1987), by scipy.
+* graded: the bias-corrected and accelerated bootstrap (Efron 1987), by scipy; beyond `MANY_ROWS` its expansion.
 * graded but (nearly) constant: resampling sees no spread where there may well be some, so Wilson's interval with
   k = n m is used instead. It is conservative: among all variables on [0, 1] with mean m, right/wrong has the
   greatest variance, m (1 - m).
@@ -47,6 +47,9 @@ Measured (skewed differences, n = 75): with 7 informative rows a nominal 5 % boo
 
 MIN_GROUPS = 15
 """Groups that differ, below which whole groups are not resampled but bounded."""
+
+MANY_ROWS = 2_000
+"""Beyond so many rows the bootstrap's own expansion is nearer to it than 9,999 resamples are, and takes no seconds."""
 
 _CHUNK = 1_000_000
 
@@ -149,7 +152,22 @@ def bootstrap_bounds(values: NDArray[np.float64], *, level: float, seed: int) ->
 
     Source: Efron (1987), "Better bootstrap confidence intervals"; `scipy.stats.bootstrap`.
     """
+    if values.size > MANY_ROWS:
+        return _expanded_bounds(values, level=level)
     return _bca_bounds((values,), np.mean, level=level, seed=seed)
+
+
+def _expanded_bounds(values: NDArray[np.float64], *, level: float) -> tuple[float, float] | None:
+    """BCa bounds of the mean to second order, of which the skewness of the values is all.
+
+    Source: Hall (1988), "Theoretical comparison of bootstrap confidence intervals", Ann. Stat. 16:927, section 3.
+    """
+    mean, spread = float(values.mean()), float(values.std())
+    if spread == 0:
+        return None
+    skewness, z = float((((values - mean) / spread) ** 3).mean()), _normal_quantile(0.5 + level / 2)
+    error, shift = spread / math.sqrt(values.size), skewness / (6 * math.sqrt(values.size)) * (2 * z * z + 1)
+    return mean + error * (shift - z), mean + error * (shift + z)
 
 
 def _bca_bounds(
@@ -262,6 +280,11 @@ def group_bootstrap_bounds(groups: Groups, *, level: float, seed: int) -> tuple[
     """BCa bounds of the mean over whole groups, or None where there is too little to resample."""
     if n_informative(groups.means) < MIN_GROUPS:
         return None
+
+    if groups.totals.size > MANY_ROWS:
+        mean = float(groups.totals.sum() / groups.n)
+        away = _expanded_bounds((groups.totals - mean * groups.sizes) / groups.sizes.mean(), level=level)
+        return None if away is None else (mean + away[0], mean + away[1])
 
     def ratio(totals: NDArray[np.float64], sizes: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
         quotient: NDArray[np.float64] = totals.sum(axis=axis) / sizes.sum(axis=axis)

@@ -33,11 +33,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 
@@ -47,6 +48,8 @@ from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.constrained import OutputField
 from copa_harness.lm.provider_errors import EngineError
 from copa_harness.results import Budget, Phase, Usage
+
+_Result = TypeVar("_Result")
 
 
 class Completions:
@@ -363,3 +366,44 @@ def dry_run() -> Iterator[DryRun]:
     run = DryRun()
     with in_context(dry_run=run):
         yield run
+
+
+def in_threads(jobs: Sequence[Callable[[], _Result]], *, threads: int) -> tuple[_Result, ...]:
+    """The jobs' results in their order; the first exception cancels what has not started and is raised.
+
+    The threads are daemons, since nobody waits for them once this one is interrupted (Ctrl-C): a request under way may
+    take minutes, and Python waits for the threads of its own pools even when it ends.
+    """
+    # A context can be entered once at a time, so every job gets a copy of its own.
+    contexts = [copy_context() for _ in jobs]
+    if min(threads, len(jobs)) == 1:
+        return tuple(context.run(job) for context, job in zip(contexts, jobs, strict=True))
+    waiting, stops = deque(range(len(jobs))), threading.Event()
+    results: dict[int, _Result] = {}
+    failures: dict[int, BaseException] = {}
+
+    def work() -> None:
+        while not stops.is_set():
+            try:
+                index = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                results[index] = contexts[index].run(jobs[index])
+            except BaseException as error:  # noqa: BLE001 - it is raised where the results are awaited
+                failures[index] = error
+                stops.set()
+
+    workers = [
+        threading.Thread(target=work, name=f"copa-{number}", daemon=True) for number in range(min(threads, len(jobs)))
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        stops.set()
+    if failures:
+        raise failures[min(failures)]
+    return tuple(results[index] for index in range(len(jobs)))

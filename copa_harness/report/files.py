@@ -98,6 +98,27 @@ def write_reports(
     return ReportPaths(latest, numbered, page, comment)
 
 
+def remove_latest(directory: Path) -> bool:
+    """Remove what `write_reports` left under fixed names; whether there was anything.
+
+    Raises:
+        CopaError: It cannot be removed.
+    """
+    folder, found = Path(directory), False
+    for name in ("latest.json", "latest.html", "comment.md"):
+        try:
+            (folder / name).unlink()
+            found = True
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CopaError(
+                f"{folder / name} is of an earlier run and could not be removed ({error.strerror or error}). Next: "
+                "remove it, so that nobody takes it for this run's."
+            ) from error
+    return found
+
+
 def _relative(artifact: str, folder: Path) -> str:
     if not artifact or not Path(artifact).is_absolute():
         return artifact

@@ -18,7 +18,7 @@ from copa_harness.credentials import mask_text
 from copa_harness.formatting import counted, number, visible
 from copa_harness.report.examples import Told
 from copa_harness.report.records import RunRecord
-from copa_harness.report.rendering import bounds
+from copa_harness.report.rendering import bounds, plain_markdown
 from copa_harness.report.summary import (
     receipt,
     receipt_table,
@@ -36,12 +36,6 @@ MARK = "<!-- copa-harness report -->"
 
 MAX_COMMENT = 60_000
 """GitHub takes 65,536 characters."""
-
-
-def plain_markdown(text: str) -> str:
-    """Text on one line, with what Markdown or HTML would read as markup escaped."""
-    escaped = re.sub(r"([<>*`\[\]\\|]|\b_|_\b)", r"\\\1", visible(" ".join(text.split())))
-    return re.sub(r"([@#])(?=\w)", r"\1<!-- -->", escaped)  # names and numbers become links after Markdown is read
 
 
 def headline(runs: Sequence[RunRecord], *, told: Told) -> str:

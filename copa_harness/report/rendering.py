@@ -46,7 +46,8 @@ def draw(
     if style == "html":
         return str(tabulate(rows, headers=list(headers), tablefmt="html", colalign=alignment, disable_numparse=True))
     if style == "markdown":
-        cells = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+        texts = {*range(n_text), *([len(headers) - 1] if last_text else [])}
+        cells = [[plain_markdown(cell) if i in texts else cell for i, cell in enumerate(row)] for row in rows]
         return tabulate(cells, headers=list(headers), tablefmt="github", colalign=alignment, disable_numparse=True)
     # The header goes in as a row: tabulate widens every column by two for a header of its own.
     wrapped = [[_wrapped(cell) if wrap and i < n_text else cell for i, cell in enumerate(row)] for row in rows]
@@ -55,6 +56,12 @@ def draw(
     ).splitlines()
     rule = "".join("+" if character == "|" else "-" for character in lines[0])
     return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+
+
+def plain_markdown(text: str) -> str:
+    """Text on one line, with what Markdown or HTML would read as markup escaped."""
+    escaped = re.sub(r"([<>*`\[\]\\|]|\b_|_\b)", r"\\\1", visible(" ".join(text.split())))
+    return re.sub(r"([@#])(?=\w)", r"\1<!-- -->", escaped)  # names and numbers become links after Markdown is read
 
 
 def _wrapped(text: str) -> str:

@@ -78,6 +78,7 @@ class Tests:
         n_refused: Tests that ended because the session's ceilings refused a call.
         locations: Path from the root and line, from 1, by test id.
         failed: Why copa tests failed, by test id.
+        interrupted: Whether somebody ended the session before its tests were through.
     """
 
     __test__ = False  # pytest is not to collect it
@@ -85,6 +86,7 @@ class Tests:
     n_refused: int = 0
     locations: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 NO_TESTS = Tests()
@@ -122,6 +124,8 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     notes += _spent(settings)
     n_cut = max(sum(record.cut_short for record in records), tests.n_refused)
     reasons = (*failed_late, *_cut_short(n_cut))
+    if tests.interrupted:
+        remarks.append("interrupted: this is what had finished; run again, what was answered is cached and free")
     beside = None if settings.against is None else compared(settings, records)
     notes += () if beside is None else beside.notes
     evaluated = [entry for entry in entries if entry.record is not None]
@@ -133,7 +137,10 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
         against="" if beside is None else named(settings),
         tables=() if beside is None or not beside.page else ((f"against {named(settings)}", beside.page),),
     )
-    written, problems = _written(records, failures, settings=settings, told=told)
+    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
+    if tests.interrupted:
+        more["interrupted"] = True
+    written, problems = _written(records, more, settings=settings, told=told)
     found = annotations_of(records, locations=tests.locations, failed=tests.failed)
     return Report(
         summary=summary_table(records),
@@ -152,6 +159,24 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
         open_runs=Counter(record.verdict.value for record in records if record.verdict in _OPEN),
         annotations=tuple(one.command() for one in found),
     )
+
+
+def finish_without_runs(settings: Settings) -> Report | None:
+    """What there is to say when copa tests failed before any of them came to a run; None for nothing.
+
+    What an earlier session left as its latest report would be taken for this one's, so it goes.
+    """
+    from copa_harness.report.files import remove_latest
+
+    try:
+        removed = remove_latest(settings.report_dir)
+    except CopaError as error:
+        return Report(summary="no run came about", totals="runs: none", remarks=(str(error),))
+    if not removed:
+        return None
+    where = _shown(settings.report_dir, settings.root)
+    told = f"no run came about; the latest report in {where} was an earlier one's and is gone (its numbered copy stays)"
+    return Report(summary=told, totals="runs: none")
 
 
 def _unchecked(entries: Iterable[Entry]) -> list[str]:
@@ -279,16 +304,15 @@ def _cut_short(n_cut: int) -> list[str]:
 
 
 def _written(
-    records: Sequence[RunRecord], failures: Mapping[str, Any], *, settings: Settings, told: Told
+    records: Sequence[RunRecord], more: Mapping[str, Any], *, settings: Settings, told: Told
 ) -> tuple[str, list[str]]:
     """Where the page was written, and what could not be written."""
     from copa_harness.report.files import write_reports
     from copa_harness.report.provenance import environment
     from copa_harness.report.pull_request import append_summary
 
-    more: dict[str, Any] = {"failed_calls": failures} if failures else {}
     if settings.constrain:
-        more["constrained"] = True
+        more = {**more, "constrained": True}
     made_in = environment(root=settings.root, seed=settings.seed, budget=settings.budget.name, lm=settings.lm, **more)
     try:
         paths = write_reports(settings.report_dir, records, environment=made_in, told=told)

@@ -428,4 +428,5 @@ def _lora_directory(lm: MeteredLM) -> Path | None:
 
 
 def _slug(text: str) -> str:
-    return "".join(one if one.isalnum() or one in "_." else "-" for one in text.lower()).strip("-").replace("--", "-")
+    plain = "".join(one if one.isalnum() or one in "_." else "-" for one in text.lower()[:50])
+    return plain.strip("-").replace("--", "-")

@@ -257,7 +257,8 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
     scores: dict[str, Any] = {}
     for row in document["examples"]:
         name, score = row["id"], row["score"]
-        if not isinstance(name, str) or name in scores or not all(map(_is_score, (score, *row.get("repeats", ())))):
+        repeats = row.get("repeats", ())
+        if not isinstance(name, str) or name in scores or not (_is_score(score) and all(map(_is_score, repeats))):
             raise ValueError(f"example {str(name)[:60]!r} is repeated, has no name, or a score outside 0..1")
         scores[name] = None if score is None else float(score)
     if len(scores) != document["n"]:
@@ -274,8 +275,7 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
 
 
 def _is_score(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (is_number and 0 <= value <= 1)
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
 
 
 def _slug(text: str) -> str:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import TaskError
+from copa_harness.formatting import visible
 
 if TYPE_CHECKING:
     import dspy
 
 SPLITS = ("trainset", "valset", "testset")
 """The splits in the order in which they may be looked at: the last one only by the final evaluation."""
+
+_MAX_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,11 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise TaskError(f"task name: got {self.name!r}, expected a short name such as 'iris'.")
+        if visible(self.name) != self.name or len(self.name.splitlines()) > 1 or len(self.name) > _MAX_NAME:
+            raise TaskError(
+                f"task name: got {self.name!r}, expected one line of at most {_MAX_NAME} characters, none of them one "
+                "that a terminal obeys or nobody sees."
+            )
         for split in SPLITS:
             object.__setattr__(self, split, self._checked_split(split))
         self._check_metric()

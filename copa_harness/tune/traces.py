@@ -6,14 +6,15 @@ apart and left out.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from copa_harness.errors import MetricError, ProviderError
+from copa_harness.formatting import visible
+from copa_harness.lm.call_context import in_threads
 from copa_harness.tune.rows import PredictorCall, RowDemos, TrainingRow, filled_inputs, render_calls
 
 if TYPE_CHECKING:
@@ -67,24 +68,16 @@ def rows_from_traces(
         BudgetExhausted: as soon as a call is refused.
     """
     names = {id(predictor): name for name, predictor in program.named_predictors()}
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        # Every task gets a context of its own: DSPy keeps its settings in context variables, and a plain pool
-        # thread would see none of them.
-        futures = [
-            pool.submit(contextvars.copy_context().run, _run_one, program, example, metric, pass_score, lm)
-            for example in examples
-        ]
-        try:
-            results = [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    jobs = [partial(_run_one, program, example, metric, pass_score, lm) for example in examples]
+    results = in_threads(jobs, threads=max(1, threads))
     counts = {kind: sum(result[0] == kind for result in results) for kind in ("passed", "wrong", "unparsed", "failed")}
     errors = tuple(result[2] for result in results if result[0] == "failed")
     if errors:
         logger.warning(
-            "%d of %d examples failed and give no training row; the first: %s", len(errors), len(results), errors[0]
+            "%d of %d examples failed and give no training row; the first: %s",
+            len(errors),
+            len(results),
+            visible(errors[0]),
         )
     calls: dict[str, list[PredictorCall]] = {name: [] for name in names.values()}
     predictors = dict(program.named_predictors())

@@ -125,3 +125,14 @@ def test_the_exact_test_meets_the_asymptotic_one_where_it_hands_over():
 
 def test_a_clear_answer_is_clear_enough_for_a_hundred_gates_at_once():
     assert exact_share_p_value(0, 60, 300, difference=-0.02, alternative="less") < 0.05 / 100
+
+
+@pytest.mark.parametrize("mean", [0.0, -0.004, -0.006])
+def test_many_different_values_get_the_p_value_on_a_grid_that_they_have_one_by_one(mean, monkeypatch):
+    rng = np.random.default_rng(3)
+    values = np.clip(rng.normal(-0.002, 0.1, 2500) - rng.exponential(0.02, 2500) + 0.02, -1, 1)
+    on_grid = bounded_mean_p_value(values, mean=mean, alternative="greater", low=-1, high=1)
+    monkeypatch.setattr("copa_harness.judge.exact_tests._MANY_VALUES", 10_000)
+    assert on_grid == pytest.approx(
+        bounded_mean_p_value(values, mean=mean, alternative="greater", low=-1, high=1), abs=0.02
+    )

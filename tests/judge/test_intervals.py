@@ -92,3 +92,16 @@ def test_rows_to_settle_shrink_with_distance(score, threshold):
     if rows is not None and 0 < threshold < score <= 0.99:
         nearer = rows_to_settle((score + threshold) / 2, threshold)
         assert nearer is None or nearer >= rows // 4
+
+
+def test_the_expansion_for_many_rows_is_the_bootstrap_of_them(monkeypatch):
+    rng = np.random.default_rng(0)
+    for scores in (rng.beta(0.3, 3, 2500), np.where(rng.random(2500) < 0.01, rng.random(2500), 0.0)):
+        expanded = mean_interval(scores)
+        with monkeypatch.context() as patch:
+            patch.setattr("copa_harness.judge.intervals.MANY_ROWS", 10_000)
+            resampled = mean_interval(scores)
+        width = resampled.high - resampled.low
+        assert expanded.method == resampled.method == "bca"
+        assert expanded.low == pytest.approx(resampled.low, abs=0.04 * width)
+        assert expanded.high == pytest.approx(resampled.high, abs=0.04 * width)

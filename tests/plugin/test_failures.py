@@ -263,3 +263,65 @@ def test_a_killed_run_pays_nothing_twice_and_ends_like_an_uninterrupted_one(fold
     for part in ("test", "strategy", "score", "scores", "verdict", "exhausted", "validation"):
         assert [run[part] for run in resumed] == [run[part] for run in clean]
     assert len(set(paid.read_text().splitlines())) == len(set(bought))
+
+
+SLOW = """
+import threading, time
+
+def test_first(copa_evaluate):
+    assert copa_evaluate().n == 18
+
+def test_never_ends(copa_evaluate, copa_session):
+    from copa_harness import ScriptedLM
+
+    def hang(messages):
+        open("hangs.txt", "a").close()
+        time.sleep(300)
+
+    lm = ScriptedLM(hang, model="scripted/slow", fingerprint="slow", gateway=copa_session.models.gateway)
+    copa_evaluate(lm=lm)
+
+def test_later(copa_evaluate):
+    pass
+"""
+
+
+def test_an_interruption_ends_a_session_whose_requests_hang_and_the_report_says_so(folder):
+    folder.makepyfile(test_suite=SLOW)
+    command = [sys.executable, "-m", "pytest", "-q", *STRICT, "--copa-threads=4"]
+    process = subprocess.Popen(command, cwd=folder.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    patience = time.monotonic() + 120
+    while process.poll() is None and not (folder.path / "hangs.txt").exists() and time.monotonic() < patience:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    try:
+        said = process.communicate(timeout=60)[0]  # the requests would hang for five minutes
+    finally:
+        process.kill()
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    assert "interrupted: this is what had finished" in said
+    document = json.loads((folder.path / "reports" / "latest.json").read_text())
+    assert document["environment"]["interrupted"] is True
+    assert [run["n"] for run in document["runs"]] == [18]
+
+
+def test_a_session_whose_tests_all_fail_at_setup_leaves_no_report_of_an_earlier_one(folder):
+    folder.makepyfile(test_suite=SUITE)
+    folder.runpytest_inprocess(*STRICT).assert_outcomes(passed=3)
+    reports = folder.path / "reports"
+    (reports / "own.txt").write_text("somebody's")
+    conftest = folder.path / "conftest.py"
+    conftest.write_text(conftest.read_text().replace("return Task(", "return 1 / 0, Task("))
+    result = folder.runpytest_inprocess(*STRICT)
+    result.assert_outcomes(errors=3)
+    result.stdout.fnmatch_lines(["no run came about; the latest report in reports was an earlier one's and is gone*"])
+    assert sorted(path.name for path in reports.iterdir()) == ["0001.json", "own.txt"]
+    assert "no run came about" not in folder.runpytest_inprocess(*STRICT).stdout.str()  # there is nothing left to go
+
+
+def test_a_session_that_runs_no_copa_test_leaves_the_report_alone(folder):
+    folder.makepyfile(test_suite=SUITE, test_plain="def test_plain():\n    assert False\n")
+    folder.runpytest_inprocess(*STRICT, "test_suite.py").assert_outcomes(passed=3)
+    folder.runpytest_inprocess(*STRICT, "test_plain.py").assert_outcomes(failed=1)
+    folder.runpytest_inprocess(*STRICT, "--copa-disable", "test_suite.py").assert_outcomes(skipped=3)
+    assert len(latest(folder)) == 3
