@@ -30,6 +30,11 @@ def probability(value: float) -> str:
     return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
 
 
+def probability_cell(value: float) -> str:
+    """The same for a column of them: `0.021`, `< 0.0001`."""
+    return probability(value).removeprefix("p ").removeprefix("= ")
+
+
 def counted(n: int, noun: str) -> str:
     """`1 example`, `75 examples`."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

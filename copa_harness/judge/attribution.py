@@ -69,13 +69,20 @@ class Attribution:
     weights_on_optimized: PairedDifference
     interaction: PairedDifference
 
+    @property
+    def beyond_full_marks(self) -> float:
+        """By how much the sum of the two alone goes beyond a mean of 1; so much less they gain together in any case."""
+        return max(0.0, self.means["base_plain"] + self.prompts.difference + self.weights.difference - 1)
+
     def sentence(self) -> str:
         """`together they gain 0.040 more than the sum of the two alone (95 % interval ...)`, and what it means."""
         effect, interval = self.interaction.difference, self.interaction.interval
         if interval.low > 0:
             meaning = "each makes the other worth more: optimize them together."
-        elif interval.high < 0:
+        elif interval.high < -self.beyond_full_marks - 1e-9:
             meaning = "they overlap: much of what one gains the other gains too, so the cheaper one may be enough."
+        elif interval.high < 0:
+            meaning = "the two alone would add up to more than full marks, so this says nothing of overlap."
         else:
             meaning = f"on {counted(self.n, 'example')} the two effects cannot be told from simply adding up."
         direction = "more" if effect >= 0 else "less"

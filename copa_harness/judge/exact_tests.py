@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from copa_harness.judge.intervals import N_RESAMPLES, grouped
-from copa_harness.judge.paired_tests import tango_statistic
 
 GAMMA = 1e-5
 """Error spent on confining the nuisance parameter; small beside any alpha that is shared by many gates."""
@@ -234,3 +233,48 @@ def skewed_t_p_value(
     corrected = distance + third / (6 * n * spread**2) + third * distance**2 / (3 * spread**4)
     # The correction is not monotone in the distance: it may only take away.
     return float(stats.t.sf(min(distance, corrected) / spread * math.sqrt(n), n - 1))
+
+
+def tango_statistic(gained: ArrayLike, lost: ArrayLike, n: int, *, difference: float) -> NDArray[np.float64]:
+    """Score statistic of "the true difference is `difference`": large when the data show more, about N(0, 1).
+
+    Args:
+        gained: sum of the gains, a number or an array of them.
+        lost: sum of the losses, of the same shape.
+        n: all pairs.
+        difference: the true difference under the null hypothesis, -1..1.
+
+    Source: Tango (1998), eq. 4-6, with the restricted maximum-likelihood estimate q of the share lost.
+    """
+    g, lo = np.asarray(gained), np.asarray(lost)
+    a = 2.0 * n
+    b = -g - lo + (2 * n - g + lo) * difference
+    c = -lo * difference * (1 - difference)
+    share_lost = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = n * (2 * share_lost + difference * (1 - difference))
+    numerator = g - lo - n * difference
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = numerator / np.sqrt(np.maximum(variance, 0.0))
+    certain = np.where(np.abs(numerator) < _TIE, 0.0, np.copysign(np.inf, numerator))
+    result: NDArray[np.float64] = np.where(variance <= 1e-12, certain, value)
+    return result
+
+
+def tango_bounds(gained: float, lost: float, n: int, *, level: float) -> tuple[float, float]:
+    """Tango's score interval of a paired difference of shares, by inverting `tango_statistic`."""
+    from scipy import optimize, stats
+
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    observed = (gained - lost) / n
+
+    def invert(target: float, edge: float) -> float:
+        if abs(observed - edge) < 1e-12:
+            return edge
+
+        def gap(difference: float) -> float:
+            value = float(tango_statistic(gained, lost, n, difference=difference))
+            return max(-1e6, min(1e6, value)) - target
+
+        return float(optimize.brentq(gap, observed, edge, xtol=1e-10))
+
+    return invert(z, -1.0), invert(-z, 1.0)

@@ -26,8 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +38,13 @@ from copa_harness.judge.exact_tests import (
 )
 from copa_harness.judge.intervals import group_labels, grouped, n_informative
 from copa_harness.judge.paired_tests import (
+    Alternative,
     PairedDifference,
     PairedScores,
     gained_and_lost,
     is_right_wrong,
+    no_change_p_value,
     paired_difference,
-    permutation_p_value,
 )
 from copa_harness.judge.power import drop_to_see, rows_for_t, rows_to_pass
 from copa_harness.results import Verdict
@@ -60,8 +59,6 @@ MIN_GROUPS_FOR_T = 20
 """Groups below which it is not, and that must differ."""
 
 _NEARLY_ONE = 1 - 1e-9
-
-Side = Literal["less", "greater"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +158,8 @@ class _Tests:
     differences: NDArray[np.float64]
     labels: Sequence[str] | None
     margin: float
-    of_no_change: Callable[[Side], float]
-    against_margin: Callable[[Side], float]
+    of_no_change: Callable[[Alternative], float]
+    against_margin: Callable[[Alternative], float]
     right_wrong: bool
 
     @classmethod
@@ -170,39 +167,20 @@ class _Tests:
         old, new = np.asarray(pairs.before, dtype=np.float64), np.asarray(pairs.after, dtype=np.float64)
         differences, labels = new - old, group_labels(pairs.ids, pairs.groups)
         n, null = differences.size, -min(margin, _NEARLY_ONE)
-        if labels is not None:
-            totals = grouped(differences, labels).totals
-            return cls(
-                differences,
-                labels,
-                margin,
-                lambda side: permutation_p_value(totals, alternative=side, seed=seed),
-                lambda side: clustered_bounded_p_value(
-                    differences, labels, difference=-margin, alternative=side, seed=seed
-                ),
-                right_wrong=False,
-            )
-        if is_right_wrong(old) and is_right_wrong(new):
-            gained, lost = (round(total) for total in gained_and_lost(differences))
-            exact = partial(exact_share_p_value, gained, lost, n)
-            return cls(
-                differences,
-                None,
-                margin,
-                lambda side: exact(difference=0.0, alternative=side) if gained + lost else 1.0,
-                lambda side: exact(difference=null, alternative=side),
-                right_wrong=True,
-            )
-        return cls(
-            differences,
-            None,
-            margin,
-            lambda side: permutation_p_value(differences, alternative=side, seed=seed),
-            lambda side: bounded_mean_p_value(
-                differences, mean=-margin, alternative=side, low=-1.0, high=1.0, seed=seed
-            ),
-            right_wrong=False,
-        )
+        right_wrong = labels is None and is_right_wrong(old) and is_right_wrong(new)
+        gained, lost = gained_and_lost(differences)
+
+        def against_margin(side: Alternative) -> float:
+            if right_wrong:
+                return exact_share_p_value(round(gained), round(lost), n, difference=null, alternative=side)
+            if labels is not None:
+                return clustered_bounded_p_value(differences, labels, difference=-margin, alternative=side, seed=seed)
+            return bounded_mean_p_value(differences, mean=-margin, alternative=side, low=-1.0, high=1.0, seed=seed)
+
+        def of_no_change(side: Alternative) -> float:
+            return no_change_p_value(differences, labels, right_wrong=right_wrong, alternative=side, seed=seed)
+
+        return cls(differences, labels, margin, of_no_change, against_margin, right_wrong)
 
     def not_worse(self, alpha: float) -> tuple[float, str]:
         """P-value of "the drop is the margin or more", and the test it is of."""

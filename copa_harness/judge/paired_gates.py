@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
-from copa_harness.judge.paired_tests import PairedScores, pair_up, paired_difference, scores_by_id
+from copa_harness.judge.paired_tests import GATE_LEVEL, PairedScores, pair_up, paired_difference, scores_by_id
 from copa_harness.judge.violations import Violations
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
@@ -151,7 +151,7 @@ def better_than(
     family = run.families.get("better_than", 1)
     failing = alpha / family if alpha_fail is None else alpha_fail
     answer = noninferiority(pairs, margin=0.0, alpha=alpha, alpha_fail=failing, seed=seed)
-    if answer.verdict is Verdict.PASS and float(number(answer.paired.difference)) == 0:
+    if answer.verdict is Verdict.PASS and float(number(answer.paired.difference)) == 0:  # nobody takes it for a gain
         answer = replace(answer, verdict=Verdict.UNDECIDED)
     meaning = _meaning_of_better(answer, name, shared=_shared(family, "better_than", alpha))
     # The gain is what is tested here: a loss must not be counted as a regression gate of the suite.
@@ -262,7 +262,7 @@ def _not_comparable(
         n_before, n_after = (len(pairs.ids) + only for only in (pairs.n_only_before, pairs.n_only_after))
         message += f" {counted(n_before, 'example')} then, {n_after:,} now, {len(pairs.ids):,} in common."
     if pairs.ids and "metric" not in changed:
-        common = paired_difference(pairs, seed=seed)
+        common = paired_difference(pairs, level=GATE_LEVEL, seed=seed)
         details |= {
             "difference_in_common": common.difference,
             "low_in_common": common.interval.low,
@@ -271,7 +271,7 @@ def _not_comparable(
         message += (
             f" For orientation: on the {counted(common.n, 'example')} in common the difference is "
             f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)}, "
-            f"{common.method} {probability(common.p_value)})."
+            f"{common.method}, one-sided {probability(common.p_one_sided)})."
         )
     message += f" Next: {next_step}."
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)

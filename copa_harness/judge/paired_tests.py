@@ -3,11 +3,14 @@
 Symbols: differences d_i = after_i - before_i in [-1, 1] over n paired examples; g = sum of the positive parts
 ("gained"), l = sum of the negative parts ("lost"), delta = (g - l) / n.
 
-* right/wrong: the exact McNemar test (a binomial test of g against g + l) and Tango's score interval, which stays
-  honest at g = l = 0 where Wald and Newcombe intervals collapse (Tango 1998, Stat. Med. 17:891).
+* right/wrong: the exact unconditional test (`exact_tests`) and Tango's score interval, which stays honest at
+  g = l = 0 where Wald and Newcombe intervals collapse (Tango 1998, Stat. Med. 17:891).
 * graded: the paired permutation test (random signs on d_i, exact when there are few) and the BCa bootstrap of the
   mean difference. With too few non-zero differences to resample, Tango's interval with fractional g and l is used:
   of all d on [-1, 1] with these g and l, the values -1, 0, 1 have the greatest variance.
+
+Every table and every gate has its p-value of "nothing changed" from `no_change_p_value`, and an interval ends at 0
+where that test and its own method disagree about 0: so no two places say different things of the same two runs.
 
 Pairing keeps what the examples share out of the noise; unpaired comparisons need several times the examples (Miller
 2024, arXiv 2411.00640).
@@ -17,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from copa_harness.judge.exact_tests import exact_share_p_value, tango_bounds
 from copa_harness.judge.intervals import (
     MIN_DISTINCT_ROWS,
     N_RESAMPLES,
@@ -33,13 +37,14 @@ from copa_harness.judge.intervals import (
 )
 from copa_harness.results import EvaluationResult, Interval
 
-Alternative = Literal["two-sided", "less", "greater"]
+Alternative = Literal["less", "greater"]
+
+GATE_LEVEL = 0.9
+"""Confidence of intervals beside a gate's test at 5 %, which is one-sided: 1 - 2 alpha, so that they say the same."""
 
 _CHUNK = 1_000_000
 
 _DECIMALS = 10
-
-_TIE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,11 @@ class PairedDifference:
     n_worse: int = 0
     disagreement: float = 0.0
     n_groups: int = 0
+
+    @property
+    def p_one_sided(self) -> float:
+        """Of "no change in the direction that is seen", as gates test it."""
+        return self.p_value / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +167,16 @@ def paired_difference(pairs: PairedScores, *, level: float = 0.95, seed: int = 0
     labels = group_labels([ids[index] for index in order], pairs.groups)
     if labels is not None:
         interval = clustered_difference_interval(differences, labels, level=level, seed=seed)
-        p_value = permutation_p_value(grouped(differences, labels).totals, seed=seed)
         method = "paired permutation of groups"
     else:
         interval = difference_interval(differences, binary=binary, level=level, seed=seed)
-        if binary:
-            p_value, method = mcnemar_p_value(round(gained), round(lost)), "exact McNemar"
-        else:
-            p_value, method = permutation_p_value(differences, seed=seed), "paired permutation"
+        method = "exact unconditional test" if binary else "paired permutation"
+    difference = float(math.fsum(differences) / n)
+    side: Alternative = "greater" if difference > 0 else "less"
+    p_value = min(1.0, 2 * no_change_p_value(differences, labels, right_wrong=binary, alternative=side, seed=seed))
     return PairedDifference(
-        difference=float(math.fsum(differences) / n),
-        interval=interval,
+        difference=difference,
+        interval=_agreeing(interval, p_value),
         p_value=p_value,
         method=method,
         n=n,
@@ -216,22 +225,49 @@ def clustered_difference_interval(
     return Interval(low, high, level, "cluster-bound")
 
 
-def mcnemar_p_value(gained: int, lost: int, *, alternative: Alternative = "two-sided") -> float:
-    """Exact McNemar test: is one direction of change commoner than the other?
+def no_change_p_value(
+    differences: NDArray[np.float64],
+    labels: Sequence[str] | None,
+    *,
+    right_wrong: bool,
+    alternative: Alternative,
+    seed: int = 0,
+) -> float:
+    """P-value of "nothing changed", against a change to one side; 1 where no example changed.
 
-    "less" tests for a loss (fewer gained than chance), "greater" for a gain. No change at all gives 1.
-
-    Source: McNemar (1947); `scipy.stats.binomtest` on the discordant pairs.
+    Args:
+        differences: after - before, one per example.
+        labels: the group of each example; None where examples are independent.
+        right_wrong: whether both runs' scores are 0 or 1.
+        alternative: "less" asks for a loss, "greater" for a gain.
+        seed: of the resampling, where scores are graded or grouped.
     """
+    if labels is not None:
+        return permutation_p_value(grouped(differences, labels).totals, alternative=alternative, seed=seed)
+    if not right_wrong:
+        return permutation_p_value(differences, alternative=alternative, seed=seed)
+    gained, lost = (round(total) for total in gained_and_lost(differences))
     if gained + lost == 0:
         return 1.0
-    from scipy import stats
+    return exact_share_p_value(gained, lost, differences.size, difference=0.0, alternative=alternative)
 
-    return float(stats.binomtest(gained, gained + lost, 0.5, alternative=alternative).pvalue)
+
+def _agreeing(interval: Interval, p_value: float) -> Interval:
+    """The interval, ended at 0 where it would deny what the test says of 0."""
+    is_shown, reaches = p_value <= 1 - interval.level + 1e-12, interval.low < 0 < interval.high
+    if is_shown != reaches:
+        return interval
+    if is_shown:  # the nearer end is the one in dispute
+        is_low = -interval.low < interval.high
+        return replace(interval, low=0.0 if is_low else interval.low, high=interval.high if is_low else 0.0)
+    return replace(interval, low=min(interval.low, 0.0), high=max(interval.high, 0.0))
 
 
 def permutation_p_value(
-    differences: NDArray[np.float64], *, alternative: Alternative = "two-sided", seed: int = 0
+    differences: NDArray[np.float64],
+    *,
+    alternative: Literal["two-sided", "less", "greater"] = "two-sided",
+    seed: int = 0,
 ) -> float:
     """Paired permutation test of a mean difference of zero: the signs of the differences are exchanged.
 
@@ -282,48 +318,3 @@ def _some_exchanges(moved: NDArray[np.float64], *, seed: int) -> NDArray[np.floa
             for start in range(0, N_RESAMPLES, rows)
         ]
     )
-
-
-def tango_statistic(gained: ArrayLike, lost: ArrayLike, n: int, *, difference: float) -> NDArray[np.float64]:
-    """Score statistic of "the true difference is `difference`": large when the data show more, about N(0, 1).
-
-    Args:
-        gained: sum of the gains, a number or an array of them.
-        lost: sum of the losses, of the same shape.
-        n: all pairs.
-        difference: the true difference under the null hypothesis, -1..1.
-
-    Source: Tango (1998), eq. 4-6, with the restricted maximum-likelihood estimate q of the share lost.
-    """
-    g, lo = np.asarray(gained), np.asarray(lost)
-    a = 2.0 * n
-    b = -g - lo + (2 * n - g + lo) * difference
-    c = -lo * difference * (1 - difference)
-    share_lost = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = n * (2 * share_lost + difference * (1 - difference))
-    numerator = g - lo - n * difference
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = numerator / np.sqrt(np.maximum(variance, 0.0))
-    certain = np.where(np.abs(numerator) < _TIE, 0.0, np.copysign(np.inf, numerator))
-    result: NDArray[np.float64] = np.where(variance <= 1e-12, certain, value)
-    return result
-
-
-def tango_bounds(gained: float, lost: float, n: int, *, level: float) -> tuple[float, float]:
-    """Tango's score interval of a paired difference of shares, by inverting `tango_statistic`."""
-    from scipy import optimize, stats
-
-    z = float(stats.norm.ppf(0.5 + level / 2))
-    observed = (gained - lost) / n
-
-    def invert(target: float, edge: float) -> float:
-        if abs(observed - edge) < 1e-12:
-            return edge
-
-        def gap(difference: float) -> float:
-            value = float(tango_statistic(gained, lost, n, difference=difference))
-            return max(-1e6, min(1e6, value)) - target
-
-        return float(optimize.brentq(gap, observed, edge, xtol=1e-10))
-
-    return invert(z, -1.0), invert(-z, 1.0)

@@ -1,15 +1,16 @@
-"""Several optimizers over one or several tasks: paired ranks and Holm-corrected differences to a reference.
+"""Several optimizers over one or several tasks: Holm-corrected differences to a reference.
 
 Symbols: T tasks, task t with n_t examples that all compared strategies have a score for, d_te the difference of
 strategy and reference on example e of task t.
 
 * difference = mean over tasks of the mean over examples, every task counting the same; its test exchanges the signs
-  of d_te / (T n_t) example by example (exact McNemar when there is one task and scores are right/wrong), its interval
-  is a bootstrap stratified by task. It is about these tasks, not about tasks at large. Examples that share a group are
-  exchanged, resampled and ranked together.
+  of d_te / (T n_t) example by example (with one task it is the test of `paired_tests`), its interval is a
+  bootstrap stratified by task. It is about these tasks, not about tasks at large. Examples that share a group are
+  exchanged and resampled together.
 * p-values against the reference are Holm-corrected over the strategies.
-* rank: over the examples of one task, or over the mean scores of several tasks (1 is best, ties share); Friedman's
-  test (1937) asks whether the ranks differ at all. Demsar (2006), JMLR 7:1.
+
+There are no mean ranks and no test of them: over one task they say what the scores say, and Friedman's test has no
+power below eight tasks.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, probability
+from copa_harness.judge.exact_tests import tango_bounds
 from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
 from copa_harness.judge.paired_tests import (
     PairedScores,
     gained_and_lost,
     paired_difference,
     permutation_p_value,
-    tango_bounds,
 )
 from copa_harness.results import Interval
 
@@ -46,7 +47,6 @@ class StrategyRow:
     Attributes:
         strategy: its name.
         score: mean over tasks of the mean score on the common examples, 0..1.
-        rank: mean rank, 1 is best.
         difference: to the reference, -1..1; 0 for the reference itself.
         interval: around the difference.
         p_value: of "no difference", on its own; 1 for the reference.
@@ -55,7 +55,6 @@ class StrategyRow:
 
     strategy: str
     score: float
-    rank: float
     difference: float
     interval: Interval
     p_value: float
@@ -70,17 +69,13 @@ class StrategyComparison:
         reference: what the others are compared with.
         tasks: the tasks, in order of their names.
         n: common examples over all tasks.
-        n_ranked: what was ranked: examples, or groups of them (one task), or tasks (several).
-        rows: the strategies, best rank first.
-        friedman_p: of "all strategies rank alike"; None with fewer than three strategies or two things ranked.
+        rows: the strategies, best score first.
     """
 
     reference: str
     tasks: tuple[str, ...]
     n: int
-    n_ranked: int
     rows: tuple[StrategyRow, ...]
-    friedman_p: float | None
 
     def sentence(self, *, alpha: float = 0.05) -> str:
         """Which strategies are shown to be better or worse than the reference, and what to do if none is."""
@@ -93,7 +88,7 @@ class StrategyComparison:
             )
         parts = [
             f"{row.strategy} {'better' if row.difference > 0 else 'worse'} by {number(abs(row.difference))} "
-            f"(adjusted p = {row.adjusted:.2g})"
+            f"(adjusted {probability(row.adjusted)})"
             for row in shown
         ]
         return f"Against {self.reference} on {over}: {', '.join(parts)}."
@@ -136,7 +131,6 @@ def compare_strategies(
         raise ValueError("got strategies without a common example; expected at least one task all of them have run")
     anchor = names.index(reference)
     labels = {task: group_labels(ids, (groups or {}).get(task)) for task, ids in common_ids.items()}
-    ranks = _ranks(table, labels)
     others = [index for index in range(len(names)) if index != anchor]
     compared = {
         index: _difference(table, common_ids, labels, anchor, index, level=level, seed=seed) for index in others
@@ -147,15 +141,12 @@ def compare_strategies(
         nothing = (0.0, Interval(0.0, 0.0, level, "none"), 1.0)
         difference, interval, p_value = compared.get(index, nothing)
         score = float(np.mean([cells[index].mean() for cells in table.values()]))
-        rank = float(ranks[:, index].mean())
-        rows.append(StrategyRow(name, score, rank, difference, interval, p_value, adjusted.get(index, 1.0)))
+        rows.append(StrategyRow(name, score, difference, interval, p_value, adjusted.get(index, 1.0)))
     return StrategyComparison(
         reference=reference,
         tasks=tuple(table),
         n=sum(cells.shape[1] for cells in table.values()),
-        n_ranked=ranks.shape[0],
-        rows=tuple(sorted(rows, key=lambda row: (row.rank, -row.score, row.strategy))),
-        friedman_p=_friedman(ranks),
+        rows=tuple(sorted(rows, key=lambda row: (-row.score, row.strategy))),
     )
 
 
@@ -175,29 +166,6 @@ def holm_adjusted(p_values: Sequence[float]) -> tuple[float, ...]:
         greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = greatest
     return tuple(adjusted)
-
-
-def _ranks(table: Mapping[str, NDArray[np.float64]], labels: Mapping[str, _Labels]) -> NDArray[np.float64]:
-    """Ranks (things ranked x strategies): examples (or groups) of the only task, or tasks by their mean scores."""
-    from scipy import stats
-
-    if len(table) == 1:
-        ((task, cells),) = table.items()
-        by_thing = np.asarray([_units(values, labels[task]).means for values in cells]).T
-    else:
-        by_thing = np.asarray([cells.mean(axis=1) for cells in table.values()])
-    ranks: NDArray[np.float64] = stats.rankdata(-np.round(by_thing, 10), axis=1)
-    return ranks
-
-
-def _friedman(ranks: NDArray[np.float64]) -> float | None:
-    if ranks.shape[0] < 2 or ranks.shape[1] < 3:
-        return None
-    if np.all(ranks == ranks[:, :1]):
-        return 1.0
-    from scipy import stats
-
-    return float(stats.friedmanchisquare(*ranks.T).pvalue)
 
 
 def _difference(

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from copa_harness.formatting import number
+from copa_harness.formatting import number, probability_cell
 from copa_harness.judge.attribution import CELLS, EFFECTS
 from copa_harness.judge.flaky import FlakyReport, flaky_report
 from copa_harness.judge.paired_tests import PairedDifference
@@ -55,7 +54,7 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
         for name in EFFECTS:
             effect: PairedDifference = getattr(found, name)
             cell = _cell(effect.difference, effect.interval, signed=True)
-            lines.append((_EFFECT_NAMES[name], *cell, f"{effect.p_value:.2g}"))
+            lines.append((_EFFECT_NAMES[name], *cell, probability_cell(effect.p_value)))
         for index, line in enumerate(lines):
             where = [run.task, run.strategy, f"{found.n:,}"] if index == 0 else ["", "", ""]
             rows.append([*where[:2], line[0], where[2], *line[1:]])
@@ -65,7 +64,7 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
 
 
 def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
-    """Strategies over the tasks all of them have run: mean rank, Holm-corrected difference, cost; "" under two.
+    """Strategies over the tasks all of them have run: score, Holm-corrected difference, cost; "" under two.
 
     Args:
         runs: all runs.
@@ -98,17 +97,14 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
                     row.strategy,
                     f"{len(comparison.tasks):,}",
                     f"{comparison.n:,}",
-                    f"{row.rank:.2f}",
                     number(row.score),
                     "-" if is_anchor else number(row.difference, signed=True) + bounds(row.interval, signed=True),
-                    "-" if is_anchor else f"{row.adjusted:.2g}",
+                    "-" if is_anchor else probability_cell(row.adjusted),
                     f"{sum(run.usage.paid_calls + run.usage.cached_calls for run in spent):,}",
                     f"{sum(run.usage.usd for run in spent):,.4f}",
                 ]
             )
         notes.append(comparison.sentence() if len(models) == 1 else f"{model}: {comparison.sentence()}")
-        if comparison.friedman_p is not None:
-            notes.append(f"all alike? Friedman p = {comparison.friedman_p:.2g} over {comparison.n_ranked:,} ranked")
     if not rows:
         return ""
     against = anchors.pop() if len(anchors) == 1 else "the row without one"
@@ -117,7 +113,6 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         "strategy",
         "tasks",
         "n",
-        "mean rank",
         "score",
         f"difference to {against}",
         "p (Holm)",
@@ -126,7 +121,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     ]
     notes.insert(
         0,
-        "rank 1 is best; differences paired by example, every task counting the same [95 % interval of each alone]; "
+        "differences paired by example, every task counting the same [95 % interval of each alone]; "
         "p corrected for the number of strategies",
     )
     if repeated:
@@ -261,20 +256,18 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
                     "" if part["part"] == "all parts" else _stage(part["predictor"]),
                     part["part"],
                     f"{credit['n']:,}" if index == 0 else "",
-                    *_gain(part),
+                    number(part["gain"], signed=True),
                     part["method"],
                 ]
             )
     if not rows:
         return ""
-    headers = ["task", "strategy", "stage", "part", "n", "gain", "95 % interval", "by"]
+    headers = ["task", "strategy", "stage", "part", "n", "gain", "by"]
     notes = ["gains over the program as written on the validation examples the winner was chosen on, paired by example"]
     if any(row[-1] == "Shapley value" for row in rows):
         notes.append("Shapley values share what parts gain together, and add up to the whole gain")
     if any(row[-1] == "leave one out" for row in rows):
         notes.append("leave one out: what is lost with that part alone as it was; together parts may gain more or less")
-    if any(row[-1].endswith(" trials") for row in rows):
-        notes.append("n trials: estimated from the search's own trials of this kind of setting, by regression")
     return with_notes(draw(rows, headers, style=style, n_text=4, last_text=True), notes, style=style)
 
 
@@ -295,7 +288,7 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
                 f"{found.lost:,}",
                 number(found.difference, signed=True),
                 interval,
-                f"{found.p_value:.3g}",
+                probability_cell(found.p_value),
                 returned if found.tested else f"{returned}, no test",
             ]
         )
@@ -333,25 +326,18 @@ def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
                     offered,
                     f"{arm['tries']:,}",
                     number(arm["mean_gain"], signed=True),
-                    *_gain(arm),
                 ]
             )
             first = False
     if not rows:
         return ""
-    headers = ["task", "strategy", "choice", "arm", "proposed", "tried", "mean gain", "own gain", "95 % interval"]
+    headers = ["task", "strategy", "choice", "arm", "proposed", "tried", "mean gain"]
     notes = [
-        "gain of the trials that used the arm over the incumbent their study began with, on validation; own gain: the "
-        "arm's share of it, by Bayesian regression [95 % credible interval], which decides what is proposed next"
+        "mean gain of the trials that used the arm over the incumbent their study began with, on validation: where "
+        "that has the arm already, as tuned weights have, it is what other prompts lost, not what the arm is worth"
     ]
     return with_notes(draw(rows, headers, style=style, n_text=4), notes, style=style)
 
 
 def _stage(predictor: str) -> str:
     return {"": "all stages", "self": "the program"}.get(predictor, predictor)
-
-
-def _gain(row: Mapping[str, Any]) -> tuple[str, str]:
-    if row["gain"] is None:
-        return "-", "-"
-    return number(row["gain"], signed=True), bounds(Interval(row["low"], row["high"]), signed=True).strip()

@@ -13,9 +13,9 @@ from typing import Any
 
 from copa_harness.documents import from_json, parse_json
 from copa_harness.errors import ArtifactError, ConfigurationError
-from copa_harness.formatting import number
+from copa_harness.formatting import number, probability_cell
 from copa_harness.judge.attribution import CELLS, EFFECTS, Attribution
-from copa_harness.judge.paired_tests import pair_up, paired_difference
+from copa_harness.judge.paired_tests import GATE_LEVEL, pair_up, paired_difference
 from copa_harness.report.details import credit_table, learned_table
 from copa_harness.report.files import NUMBERED, gates_to_read
 from copa_harness.report.records import RunRecord
@@ -205,7 +205,7 @@ def side_by_side(before: Sequence[RunRecord], after: Sequence[RunRecord], *, sty
     if not rows:
         return ""
     headers = ["task", "strategy", "n", "before", "after", "difference", "worse", "better", "p", "verdict now"]
-    notes = ["paired by example [95 % interval]; p: two-sided, of no change, of each row alone"]
+    notes = ["paired by example [90 % interval]; p: one-sided, of no change in the direction seen, as gates have it"]
     return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
 
 
@@ -234,9 +234,16 @@ def _compared(old: RunRecord, new: RunRecord) -> list[str]:
     scores = [number(old.score), number(new.score)]
     if not pairs.ids:
         return ["0", *scores, "-", "-", "-", "-"]
-    found = paired_difference(pairs)
+    found = paired_difference(pairs, level=GATE_LEVEL)
     told = number(found.difference, signed=True) + bounds(found.interval, signed=True)
-    return [f"{found.n:,}", *scores, told, f"{found.n_worse:,}", f"{found.n_better:,}", f"{found.p_value:.2g}"]
+    return [
+        f"{found.n:,}",
+        *scores,
+        told,
+        f"{found.n_worse:,}",
+        f"{found.n_better:,}",
+        probability_cell(found.p_one_sided),
+    ]
 
 
 # -- all reports

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from copa_harness.credentials import mask_text
-from copa_harness.formatting import counted, number, visible
+from copa_harness.formatting import counted, number, probability, visible
 from copa_harness.report.examples import Told
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import bounds, plain_markdown
@@ -74,7 +74,7 @@ def _worse_text(run: RunRecord) -> str:
     interval = bounds(Interval(told["low"], told["high"]), signed=True) if "low" in told else ""
     counts = f", {told['n_worse']} worse and {told['n_better']} better" if "n_worse" in told else ""
     p_value = told.get("p_any_drop", told.get("p_worse", told.get("p_value")))
-    noise = "" if p_value is None else f"; were nothing changed, chance would do this with p = {p_value:.2g}"
+    noise = "" if p_value is None else f"; were nothing changed, chance would do this with {probability(p_value)}"
     on = f" on {told['n']} examples" if "n" in told else ""
     return f"{run.task}, {run.strategy}: {number(told['difference'], signed=True)}{interval}{on}{counts}{noise}"
 

@@ -339,10 +339,17 @@ class GateContext:
 
 def _left_out(gates: Mapping[str, Any]) -> tuple[GateResult, ...]:
     """The gates that an evaluation in sequential mode cannot answer."""
-    if gates.get("max_violation_rate") is None:
-        return ()
-    message = "changed forms are asked of a whole test split only. Next: run without --copa-sequential."
-    return (GateResult(f"max_violation_rate={gates['max_violation_rate']:g}", Verdict.UNDECIDED, message, {}),)
+    why = {
+        "min_pass_all": "repeats are asked of a whole test split only. Next: run with --copa-repeat=3 instead of "
+        "--copa-sequential.",
+        "max_violation_rate": "changed forms are asked of a whole test split only. Next: run without "
+        "--copa-sequential.",
+    }
+    return tuple(
+        GateResult(f"{name}={gates[name]:g}", Verdict.UNDECIDED, message, {})
+        for name, message in why.items()
+        if gates.get(name) is not None
+    )
 
 
 def _asks_the_same(evaluation: EvaluationResult, accepted: Baseline | None) -> bool:

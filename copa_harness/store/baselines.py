@@ -22,10 +22,10 @@ from copa_harness.atomic_files import write_atomic
 from copa_harness.credentials import mask_secrets
 from copa_harness.documents import from_json, parse_json, to_json
 from copa_harness.errors import ArtifactError
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.paired_gates import COMPARED
-from copa_harness.judge.paired_tests import PairedDifference, pair_up, paired_difference, scores_by_id
+from copa_harness.judge.paired_tests import GATE_LEVEL, PairedDifference, pair_up, paired_difference, scores_by_id
 from copa_harness.results import SCHEMA, EvaluationResult, Interval, Outcome
 
 KIND = "copa_harness baseline"
@@ -340,7 +340,8 @@ class BaselineDiff:
             common = self.difference
             lines.append(
                 f"paired  {number(common.difference, signed=True)} on {counted(common.n, 'example')} in common "
-                f"({interval_text(common.interval, signed=True)}, {common.method} p = {common.p_value:.2g}); "
+                f"({interval_text(common.interval, signed=True)}, {common.method}, one-sided "
+                f"{probability(common.p_one_sided)}); "
                 f"{common.n_better} better, {common.n_worse} worse"
             )
         elif "metric" in self.fingerprints:
@@ -395,7 +396,7 @@ def diff_baselines(before: Baseline, after: Baseline, *, seed: int = 0) -> Basel
         worse=tuple(row for row in moved if row[2] < row[1]),
         only_before=tuple(sorted(before.scores.keys() - after.scores.keys())),
         only_after=tuple(sorted(after.scores.keys() - before.scores.keys())),
-        difference=paired_difference(pairs, seed=seed) if comparable_examples else None,
+        difference=paired_difference(pairs, level=GATE_LEVEL, seed=seed) if comparable_examples else None,
     )
 
 

@@ -33,7 +33,7 @@ from copa_harness.judge.intervals import grouped
 from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import JudgedRun
-from copa_harness.judge.paired_tests import PairedScores, mcnemar_p_value, permutation_p_value
+from copa_harness.judge.paired_tests import PairedScores, permutation_p_value
 from copa_harness.judge.power import chance_to_fail, chance_to_pass
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 from copa_harness.judge.sequential.betting import FRACTIONS
@@ -117,7 +117,11 @@ def is_possible(kind, disagreement, drop):
 
 # -- the gates --------------------------------------------------------------------------------------------------
 
-mcnemar = functools.lru_cache(maxsize=None)(functools.partial(mcnemar_p_value, alternative="less"))
+
+@functools.cache
+def mcnemar(gained, lost):
+    """The exact test of "no drop" that conditions on how many rows moved."""
+    return float(stats.binom.cdf(gained, gained + lost, 0.5))
 
 
 def mcnemar_p_values(differences):

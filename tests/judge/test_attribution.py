@@ -63,6 +63,18 @@ def test_its_p_value_is_that_of_all_exchanges_of_sign():
     assert answer(cells).interaction.p_value == pytest.approx(min(1, 2 * share))
 
 
+def test_what_full_marks_force_is_not_called_overlap():
+    """Two gains of .5 from .3 would be 1.3; that both gain .7 says nothing of whether they mend the same rows."""
+    n = 60
+    first = [i < 18 for i in range(n)]
+    prompts, weights = [i < 48 for i in range(n)], [i < 18 or i >= 30 for i in range(n)]
+    forced = answer([cell(v) for v in (first, prompts, weights, [True] * n)])
+    assert forced.interaction.interval.high < 0
+    assert "says nothing of overlap" in forced.sentence()
+    shared = answer([cell(v) for v in (first, prompts, prompts, prompts)])
+    assert "they overlap" in shared.sentence()
+
+
 def test_effects_that_add_up_are_not_called_more_than_that():
     rng = np.random.default_rng(3)
     plain = rng.uniform(0.2, 0.4, 60)

@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from copa_harness.judge.exact_tests import tango_bounds, tango_statistic
 from copa_harness.judge.intervals import mean_interval
+from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.paired_tests import (
+    GATE_LEVEL,
     PairedScores,
-    mcnemar_p_value,
     pair_up,
     paired_difference,
     permutation_p_value,
     scores_by_id,
     sign_flip_sums,
-    tango_bounds,
-    tango_statistic,
 )
 from copa_harness.results import EvaluationResult, ExampleResult
 
@@ -26,24 +26,34 @@ binary_pairs = st.lists(st.tuples(bits, bits), min_size=1, max_size=60)
 graded_pairs = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=25)
 
 
+def scores_of(pairs, groups=None):
+    return PairedScores([f"e{i:04}" for i in range(len(pairs))], [b for b, _ in pairs], [a for _, a in pairs], groups)
+
+
 def compare(pairs, **more):
-    ids = [f"e{i:04}" for i in range(len(pairs))]
-    return paired_difference(PairedScores(ids, [b for b, _ in pairs], [a for _, a in pairs]), **more)
+    return paired_difference(scores_of(pairs), **more)
 
 
-@given(
-    gained=st.integers(0, 12), lost=st.integers(0, 12), alternative=st.sampled_from(["two-sided", "less", "greater"])
-)
-def test_mcnemar_is_the_share_of_coin_flips_at_least_as_extreme(gained, lost, alternative):
-    n = gained + lost
-    weights = [math.comb(n, k) / 2**n for k in range(n + 1)]
-    extreme = {
-        "less": sum(weights[: gained + 1]),
-        "greater": sum(weights[gained:]),
-        "two-sided": sum(w for w in weights if w <= weights[gained] * (1 + 1e-9)),
-    }[alternative]
-    expected = extreme if n else 1.0
-    assert mcnemar_p_value(gained, lost, alternative=alternative) == pytest.approx(expected, abs=1e-12)
+@settings(deadline=None, max_examples=20)
+@given(binary_pairs, st.sampled_from([0.0, 0.05]))
+def test_tables_and_gates_have_one_p_value(pairs, margin):
+    """`copa baseline diff`, `copa compare` and the orientation of `not comparable` quote what the gate decides by."""
+    shown, gate = compare(pairs, level=GATE_LEVEL), noninferiority(scores_of(pairs), margin=margin)
+    if shown.difference < 0:
+        assert shown.p_one_sided == pytest.approx(min(0.5, gate.p_any_drop))
+    if shown.difference > 0 and margin == 0:
+        assert shown.p_one_sided == pytest.approx(min(0.5, gate.p_not_worse))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(binary_pairs, graded_pairs), st.sampled_from([0.9, 0.95]), st.booleans())
+def test_an_interval_leaves_out_0_only_where_the_test_does(pairs, level, grouped):
+    groups = {f"e{i:04}": str(i // 3) for i in range(len(pairs))} if grouped else None
+    found = paired_difference(scores_of(pairs, groups), level=level)
+    if found.interval.low > 0 or found.interval.high < 0:
+        assert found.p_value <= 1 - level + 1e-9
+    if found.interval.low < 0 < found.interval.high:
+        assert found.p_value > 1 - level
 
 
 @settings(deadline=None, max_examples=30)
@@ -85,12 +95,12 @@ def test_permutation_raises_false_alarms_no_oftener_than_it_says():
 
 @settings(deadline=None, max_examples=40)
 @given(binary_pairs)
-def test_on_right_wrong_scores_permutation_and_mcnemar_are_the_same_test(pairs):
+def test_on_right_wrong_scores_the_permutation_test_is_mcnemars(pairs):
     differences = np.array([a - b for b, a in pairs])
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     if 2 ** (gained + lost) > 9_999:
         return
-    expected = mcnemar_p_value(gained, lost, alternative="less")
+    expected = stats.binom.cdf(gained, gained + lost, 0.5)
     assert permutation_p_value(differences, alternative="less") == pytest.approx(expected, abs=1e-9)
 
 
@@ -104,7 +114,7 @@ def test_a_binary_difference_lies_inside_its_interval_and_counts_what_moved(pair
     assert result.interval.low >= -1
     assert result.interval.high <= 1
     assert result.n_better + result.n_worse == round(result.disagreement * result.n)
-    assert result.method == "exact McNemar"
+    assert result.method == "exact unconditional test"
 
 
 @settings(deadline=None, max_examples=25)

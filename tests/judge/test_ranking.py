@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from scipy import stats
 
 from copa_harness.judge.paired_tests import PairedScores, paired_difference
 from copa_harness.judge.ranking import compare_strategies, holm_adjusted
@@ -29,18 +28,9 @@ def test_differences_on_one_task_are_the_paired_ones_corrected_by_holm():
         for name in ("p", "joint")
     ]
     assert row(found, "joint").difference == plain[1].difference
+    assert found.rows[0].strategy == "joint"
     adjusted = holm_adjusted([p.p_value for p in plain])
     assert (row(found, "p").adjusted, row(found, "joint").adjusted) == adjusted
-
-
-def test_ranks_over_one_task_are_those_of_its_examples():
-    table = one_task()
-    matrix = np.array([list(table[name]["iris"].values()) for name in table])
-    expected = stats.rankdata(-matrix.T, axis=1).mean(axis=0)
-    found = compare_strategies(table, reference="none")
-    assert [row(found, name).rank for name in table] == pytest.approx(list(expected))
-    assert found.friedman_p == pytest.approx(stats.friedmanchisquare(*matrix).pvalue)
-    assert found.rows[0].strategy == "joint"
 
 
 def two_tasks():
@@ -58,15 +48,12 @@ def test_every_task_counts_the_same_whatever_its_size():
     ]
     assert found.difference == pytest.approx(np.mean(gaps))
     assert found.interval.low < found.difference < found.interval.high
-    assert found.rank == 1.0
 
 
 def test_equal_strategies_are_not_told_apart():
     same = {"iris": scores(1, 0.5), "wine": scores(2, 0.5)}
     found = compare_strategies({"a": same, "b": same, "c": same}, reference="a")
-    assert {entry.rank for entry in found.rows} == {2.0}
     assert [entry.adjusted for entry in found.rows] == [1.0, 1.0, 1.0]
-    assert found.friedman_p == 1.0
     assert "No strategy is shown to differ" in found.sentence()
 
 
@@ -104,14 +91,13 @@ def test_strategies_without_a_common_example_are_refused():
         compare_strategies({"a": {"iris": {"x": 1.0}}, "b": {"iris": {"y": 1.0}}}, reference="a")
 
 
-def test_examples_of_one_group_are_exchanged_and_ranked_together():
+def test_examples_of_one_group_are_exchanged_together():
     ids = [f"e{i}" for i in range(20)]
     groups = {key: str(i // 4) for i, key in enumerate(ids)}
     table = {"none": {"t": dict.fromkeys(ids, 0.0)}, "p": {"t": dict.fromkeys(ids, 1.0)}}
     apart, together = (compare_strategies(table, reference="none", groups=g) for g in (None, {"t": groups}))
-    assert row(apart, "p").p_value == pytest.approx(2 / 2**20)
+    assert row(apart, "p").p_value < row(together, "p").p_value
     assert row(together, "p").p_value == pytest.approx(2 / 2**5)
-    assert (apart.n_ranked, together.n_ranked) == (20, 5)
 
 
 def test_groups_count_over_several_tasks_too():

@@ -358,6 +358,20 @@ def test_in_sequential_mode_a_regression_gate_reads_its_baseline(suite, monkeypa
     result.stdout.fnmatch_lines(["E*FAIL*max_regression=0.05: a drop is shown*"])
 
 
+def test_in_sequential_mode_a_gate_on_repeats_says_what_it_needs_and_is_not_dropped(suite, pytester):
+    source = """
+        import pytest
+
+        @pytest.mark.copa(strategy="p", min_score=0.5, min_pass_all=0.9)
+        def test_it(copa_run):
+            copa_run.check()
+        """
+    suite(source, "--copa-sequential", "--copa-threads=4").assert_outcomes(passed=1)
+    (gate,) = [one for one in latest(pytester)["runs"][-1]["gates"] if one["gate"] == "min_pass_all=0.9"]
+    assert gate["verdict"] == "undecided"
+    assert "--copa-repeat=3" in gate["message"]
+
+
 @pytest.mark.parametrize("other", ["--copa-bless", "--copa-repeat=2"])
 def test_stopping_early_goes_with_nothing_that_needs_all_examples(suite, other):
     result = suite(GATED, "--copa-sequential", other)

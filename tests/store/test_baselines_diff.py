@@ -42,7 +42,7 @@ def test_a_diff_names_what_moved_what_is_gone_and_what_is_new():
 
 
 def test_the_difference_is_the_paired_one_over_the_examples_in_common():
-    expected = paired_difference(PairedScores(["a", "b", "c"], [1.0, 0.0, 1.0], [0.0, 0.25, 1.0]))
+    expected = paired_difference(PairedScores(["a", "b", "c"], [1.0, 0.0, 1.0], [0.0, 0.25, 1.0]), level=0.9)
     assert diff_baselines(BEFORE, AFTER).difference == expected
 
 

@@ -24,6 +24,9 @@ from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 from copa_harness.judge.sequential.betting import MeanAbove, MeanBelow
 from copa_harness.results import Verdict
 
+LEAST_GAIN = 5e-4
+"""Mean differences below it are written as 0.000, which nobody takes for a gain."""
+
 _SLACK = 1e-9
 
 
@@ -187,5 +190,5 @@ class RegressionMonitor:
             return
         if fell and self._total <= -self.margin * self._n + _SLACK:
             self.verdict = Verdict.FAIL
-        elif rose and self.margin == 0:
+        elif rose and self.margin == 0 and self._total >= LEAST_GAIN * self._n:
             self.verdict = Verdict.PASS

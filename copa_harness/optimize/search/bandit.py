@@ -107,39 +107,18 @@ class ProposalBandit:
         self.offered.update(f"{family}: {arm}" for arm in chosen)
         return chosen
 
-    def effect(self, arms: Sequence[str]) -> tuple[float, float, int] | None:
-        """(mean, standard deviation, trials) of what these arms add together; None when one of them was never tried.
-
-        All phases count alike here: this is about what was, and not about what to do next.
-        """
-        tries = [sum(arm in one.features for one in self.observations) for arm in arms]
-        if not arms or not all(tries):
-            return None
-        mean, sd = self._combined(self.posterior(fading=1.0), arms)
-        return mean, sd, min(tries)
-
-    @staticmethod
-    def _combined(posterior: Posterior, arms: Sequence[str]) -> tuple[float, float]:
-        """Mean and standard deviation of the sum of arms, families included."""
-        chosen = np.zeros(len(posterior.names))
-        for arm in arms:
-            chosen[posterior.names.index(arm)] += 1
-            if _family(arm) in posterior.names:
-                chosen[posterior.names.index(_family(arm))] += 1
-        return float(chosen @ posterior.mean), float(np.sqrt(chosen @ posterior.covariance @ chosen))
-
     def report(self) -> list[dict[str, Any]]:
         """What was learned, best first within each family: plain JSON types.
 
-        ``gain`` is the posterior mean of what an option of the arm adds when it replaces the incumbent's setting,
-        ``low`` and ``high`` its 95 % credible interval; ``mean_gain`` the plain mean gain of the trials that used it,
-        whatever else those changed.
+        ``gain`` is the posterior mean of what an option of the arm adds when it replaces the incumbent's setting: it
+        decides what is proposed next, and is no estimate with a known error. ``mean_gain`` is the plain mean gain of
+        the trials that used the arm, whatever else those changed.
         """
         posterior = self.posterior()
         rows: list[dict[str, Any]] = []
         for name in sorted({name for one in self.observations for name in one.features}):
             used = [one for one in self.observations if name in one.features]
-            mean, sd = self._combined(posterior, [name])
+            arm = [place for place, known in enumerate(posterior.names) if known in (name, _family(name))]
             rows.append(
                 {
                     "family": _family(name),
@@ -147,9 +126,7 @@ class ProposalBandit:
                     "offered": self.offered[name],
                     "tries": len(used),
                     "mean_gain": float(np.average([one.gain for one in used], weights=[one.n for one in used])),
-                    "gain": mean,
-                    "low": mean - 1.96 * sd,
-                    "high": mean + 1.96 * sd,
+                    "gain": float(posterior.mean[arm].sum()),
                 }
             )
         return sorted(rows, key=lambda row: (row["family"], -row["gain"], row["arm"]))

@@ -9,9 +9,8 @@ student's and v_e(all) the winner's. A part's credit on example e is
 
 (Shapley 1953; for prompts and data: Ghorbani and Zou 2019, arXiv 1904.02868). Shapley values add up to the whole gain
 and need all 2^k cells, so they are taken for up to three parts when those are scored or affordable; otherwise parts are
-left out one at a time, and a part whose cell is not affordable is estimated from the arms of the study's own trials.
-Credits are means over examples with paired intervals. They are of the validation examples the winner was chosen on, so
-they flatter it.
+left out one at a time, and a part whose cell is not affordable is not measured. Credits are means over the validation
+examples the winner was chosen on, so they flatter it, and an interval would not cover the truth as often as it says.
 """
 
 from __future__ import annotations
@@ -25,11 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copa_harness.errors import BudgetExhausted
-from copa_harness.formatting import counted
-from copa_harness.judge.paired_tests import difference_interval
 from copa_harness.optimize.search.candidate import Candidate, model_name
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
 from copa_harness.results import Phase
 
@@ -58,8 +54,6 @@ def credit_of(run: Run) -> dict[str, Any]:
             run.incumbent,
             validation=run.validation,
             allowance=run.capped(math.inf if math.isinf(whole) else math.floor(CREDIT_SHARE * whole)),
-            memory=run.memory,
-            seed=run.settings.seed,
         )
 
 
@@ -69,8 +63,6 @@ def assign_credit(
     *,
     validation: Validation,
     allowance: CallBudget,
-    memory: SearchMemory,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Split the winner's gain among its parts; plain JSON types.
 
@@ -82,11 +74,9 @@ def assign_credit(
         winner: The program to be returned, fully scored, of the same structure.
         validation: Where both were scored.
         allowance: Calls for the missing cells.
-        memory: The run's memory, for parts whose cells are not affordable.
-        seed: Of the intervals' resampling.
 
     Returns:
-        ``method``, ``n`` examples, ``total`` and ``parts``, each part with gain, low, high and its own method; empty
+        ``method``, ``n`` examples, ``total`` and ``parts``, each part with gain and its own method; empty
         when nothing changed or the two cannot be compared part by part.
     """
     if student.structure or winner.structure:  # an optimizer changed the program itself
@@ -112,18 +102,18 @@ def assign_credit(
     credited = []
     for part in parts:
         if is_shapley:
-            row = _interval(_shapley(part, parts, values), seed=seed) | {"method": "Shapley value"}
+            row = {"gain": _mean(_shapley(part, parts, values)), "method": "Shapley value"}
         elif (without := frozenset(parts) - {part}) in values:
-            row = _interval(values[frozenset(parts)] - values[without], seed=seed) | {"method": "leave one out"}
+            row = {"gain": _mean(values[frozenset(parts)] - values[without]), "method": "leave one out"}
         else:
-            row = _from_trials(part, student, winner, memory)
+            row = {"gain": None, "method": "not measured"}
         credited.append({"predictor": part.predictor, "part": part.kind, **row})
     methods = list(dict.fromkeys(str(row["method"]) for row in credited))
     return {
         "method": ", ".join(methods),
         "n": len(rows),
         "n_cells": len(cells),
-        "total": _interval(values[frozenset(parts)] - values[frozenset()], seed=seed),
+        "total": {"gain": _mean(values[frozenset(parts)] - values[frozenset()])},
         "parts": credited,
     }
 
@@ -191,19 +181,6 @@ def _shapley(part: CreditedPart, parts: Sequence[CreditedPart], values: Mapping[
     return credit
 
 
-def _interval(contributions: np.ndarray, *, seed: int) -> dict[str, Any]:
-    """Mean and 95 % interval of per-example contributions in -1..1."""
-    rounded = np.round(contributions, 12)  # parts that cancel must not leave the last bits as a finding
-    interval = difference_interval(rounded, binary=False, level=0.95, seed=seed)
-    return {"gain": float(rounded.mean()), "low": interval.low, "high": interval.high}
-
-
-def _from_trials(part: CreditedPart, student: Candidate, winner: Candidate, memory: SearchMemory) -> dict[str, Any]:
-    """What the arms of a setting gained in the trials, when leaving it out was not affordable."""
-    only = mixed(student, winner, [part])
-    arms = memory.features_of(only, student)
-    effect = memory.bandit.effect(list(arms))
-    if effect is None:
-        return {"gain": None, "low": None, "high": None, "method": "not measured"}
-    mean, sd, n = effect
-    return {"gain": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd, "method": counted(n, "trial")}
+def _mean(contributions: np.ndarray) -> float:
+    """Rounded: parts that cancel must not leave the last bits as a finding."""
+    return float(np.round(contributions, 12).mean())

@@ -54,7 +54,6 @@ def test_what_two_parts_gained_together_is_not_credited_to_each():
     assert found["d"]["gain"] == pytest.approx(0.3, abs=0.05)
     assert found["i"]["gain"] == pytest.approx(0.0, abs=0.05)
     assert found["i"]["mean_gain"] > 0.1
-    assert found["i"]["low"] < 0 < found["i"]["high"]
 
 
 def test_evidence_of_earlier_phases_fades():
@@ -64,20 +63,6 @@ def test_evidence_of_earlier_phases_fades():
     (row,) = learner.report()
     assert row["gain"] < 0.05
     assert row["tries"] == 24
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    covered = 0
-    for seed in range(60):
-        generator, truth = np.random.default_rng(seed), {}
-        learner, family = ProposalBandit(), float(generator.normal(0, 0.3))
-        for arm in "abc":
-            truth[arm] = family + float(generator.normal(0, 0.1))
-            for _ in range(5):
-                gain = truth[arm] + float(generator.normal(0, np.sqrt(0.05**2 + 0.01)))
-                learner.observe(Observation(1, {f"demos: {arm}": 1}, gain, 0.01, 20))
-        covered += sum(row["low"] <= truth[row["arm"]] <= row["high"] for row in learner.report())
-    assert 0.9 <= covered / 180 <= 0.99
 
 
 def test_the_posterior_is_ridge_regression():
