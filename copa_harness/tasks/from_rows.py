@@ -212,9 +212,8 @@ def _parts(
                 f"{name}: got split={split!r}; expected shares of training, validation and test rows, such as "
                 f"{DEFAULT_SPLIT}, or the column that says train, val or test"
             )
-        groups = grouped(
-            rows, lambda row: _text([row[key] for key in inputs]), group and (lambda row: _text(row[group]))
-        )
+        group_of = None if group is None else lambda row: _text(row[group])
+        groups = grouped(rows, lambda row: _text([row[key] for key in inputs]), group_of)
         parts = split_evenly(groups, shares, label_of=lambda row: row[label] if label else "", seed=seed)
     if not all(parts):
         sizes = " + ".join(str(len(part)) for part in parts)
