@@ -2,6 +2,7 @@
 
 Loads the standard library only until a command asks for more, and never torch or dspy.
 
+    copa init
     copa cache stats
     copa cache prune --older-than 30d --max-size 500MB
     copa cache clear --yes
@@ -19,6 +20,7 @@ Loads the standard library only until a command asks for more, and never torch o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -80,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="copa", description="Look after what copa-harness runs leave behind.")
     rooms = parser.add_subparsers(title="commands", metavar="")
+    init = rooms.add_parser("init", help="write a suite that runs, and the workflow that runs it on pull requests")
+    init.set_defaults(run=_init)
+    init.add_argument("folder", type=Path, nargs="?", default=Path(), help="the repository (default: here)")
     cache = rooms.add_parser("cache", help="the stored answers of models")
     cache.set_defaults(run=lambda options: (cache.format_help(), 2))
     commands = cache.add_subparsers(title="commands", metavar="")
@@ -157,6 +162,14 @@ def _add_report_commands(rooms: argparse._SubParsersAction[argparse.ArgumentPars
             default=default_of(Settings, "report_dir"),
             help="the folder of the reports (default: %(default)s here)",
         )
+
+
+def _init(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.starter import write_starter
+
+    said = write_starter(options.folder)
+    local = "" if importlib.util.find_spec("torch") else " --copa-lm=openai/gpt-4o-mini"
+    return "\n".join([*said, f"next: pytest suites/{local}; then commit, and open a pull request"]), 0
 
 
 def _show(options: argparse.Namespace) -> tuple[str, int]:

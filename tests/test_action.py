@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from copa_harness.cli import main
 from copa_harness.report.pull_request import MARK
 from tests.plugin.test_against import CONFTEST, SUITE, WORSE, change, git
 
@@ -81,16 +82,15 @@ def repository(tmp_path, monkeypatch):
     return SimpleNamespace(path=tmp_path, makepyfile=write)
 
 
-def run_steps(repository, api):
+def run_steps(repository, api, *, suite="-p no:cacheprovider -p no:hypothesispytest"):
     """Run the action's own steps as GitHub would; the exit status of the last, and what all of them printed."""
     action = yaml.safe_load((ACTION / "action.yml").read_text())
     known = {f"inputs.{name}": one["default"] for name, one in action["inputs"].items()}
     known |= {
-        "inputs.suite": "-p no:cacheprovider -p no:hypothesispytest",
+        "inputs.suite": suite,
         "inputs.python": sys.executable,
         "inputs.token": "secret",
         "github.event.pull_request.number": "7",
-        "github.action_path": str(ACTION),
         "steps.page.outputs.artifact-url": "https://github.example/page",
     }
     output, summary = repository.path / ".copa_cache" / "output", repository.path / ".copa_cache" / "summary.md"
@@ -162,3 +162,63 @@ def test_a_suite_that_never_ran_ends_as_pytest_did(repository, api):
     assert status == 4
     assert "comment.md was not written" in printed
     assert api.comments == []
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch, capsys):
+    """What `copa init` makes, committed, on a branch that has left main; `suite` as its workflow has it."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    assert main(["init"]) == 0
+    assert "next: pytest suites/" in capsys.readouterr().out
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    git("switch", "-q", "-c", "change")
+    workflow = yaml.safe_load((tmp_path / ".github" / "workflows" / "copa.yml").read_text())
+    step = workflow["jobs"]["suite"]["steps"][-1]
+    assert (tmp_path / step["uses"] / "action.yml").read_text() == (ACTION / "action.yml").read_text()
+    assert step["with"]["against"] == "${{ github.event_name == 'pull_request' && 'merge-base' || '' }}"
+    return SimpleNamespace(path=tmp_path, suite=f"{step['with']['suite']} -p no:cacheprovider")
+
+
+def test_a_newcomers_worse_branch_says_what_got_worse_by_how_much_and_whether_it_could_be_noise(newcomer, api):
+    program = newcomer.path / "suites" / "machines" / "program.py"
+    program.write_text(re.sub(r"    program.demos = \[.*?    \]\n", "", program.read_text(), flags=re.DOTALL))
+    git("commit", "-q", "-a", "-m", "shorter prompt")
+    status, printed, _ = run_steps(newcomer, api, suite=newcomer.suite)
+    assert status == 1, printed
+    assert re.search(
+        r"::error file=suites/machines/test_machines.py,line=\d+,title=machines%2C none%3A fail::", printed
+    )
+    first = api.comments[0]["body"].splitlines()[1]
+    assert re.search(r"Worse than merge-base \(\w+\): machines, none: -0\.\d+ .*chance would do this with p ", first)
+    assert "got worse</button>" in (newcomer.path / "reports" / "latest.html").read_text()
+
+
+def test_a_newcomers_unchanged_branch_pays_nothing_and_is_green_in_one_line(newcomer, api):
+    git("switch", "-q", "main")
+    assert subprocess.run([sys.executable, "-m", "pytest", *newcomer.suite.split(), "-q"], check=False).returncode == 0
+    git("switch", "-q", "change")
+    (newcomer.path / "notes.txt").write_text("nothing the suite reads")
+    git("add", ".")
+    git("commit", "-q", "-m", "notes")
+    status, printed, _ = run_steps(newcomer, api, suite=newcomer.suite)
+    assert status == 0, printed
+    assert "::" not in printed
+    assert "1 pass, 0 calls paid." in api.comments[0]["body"].splitlines()[1]
+
+
+def test_init_overwrites_nothing_and_runs_twice(tmp_path, capsys):
+    (tmp_path / ".gitignore").write_text("*.log\nreports/")
+    test = tmp_path / "suites" / "machines" / "test_machines.py"
+    test.parent.mkdir(parents=True)
+    test.write_text("mine")
+    assert main(["init", str(tmp_path)]) == 0
+    assert "suites/machines/test_machines.py: left as it is" in capsys.readouterr().out
+    assert test.read_text() == "mine"
+    assert (tmp_path / ".gitignore").read_text() == "*.log\nreports/\n.copa_cache/\n"
+    assert main(["init", str(tmp_path)]) == 0
+    assert "written" not in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert main(["init", str(tmp_path / "file")]) == 2
+    assert "expected a folder that takes files" in capsys.readouterr().err

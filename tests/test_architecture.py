@@ -42,6 +42,7 @@ FLOORS = {
     "fixtures": 6,
     "pytest_options": 6,
     "cli": 6,
+    "starter": 6,
 }
 """Room -> floor; the longest name that fits counts. A module imports from lower floors and from its own room."""
 

@@ -62,6 +62,7 @@ class RunRecord:
         cut_short: the ceilings of the whole session ended it; it has no score.
         optimization: what led to the program; None for one that was not optimized.
         artifact: path of the artifact, "" for none.
+        source: where the task's rows come from, with a hash of their content; "" if nobody said.
         sequential: what stopping early saved and cost; None when all rows were used.
         attribution: what weights and prompts gained, alone and together; None when not measured.
     """
@@ -94,6 +95,7 @@ class RunRecord:
     cut_short: bool = False
     optimization: OptimizationResult | None = None
     artifact: str = ""
+    source: str = ""
     sequential: SequentialAnswer | None = None
     attribution: Attribution | None = None
 

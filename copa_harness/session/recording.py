@@ -107,6 +107,7 @@ def finish_run(
         sequential=judged.sequential,
         attribution=gained.attribution,
         groups=dict(context.groups or {}),
+        source=task.source,
     )
     where = f"{task.name}, {strategy}"
     notes = (
@@ -115,6 +116,7 @@ def finish_run(
         *(f"{where}: {said}" for said in optimized.result.headlines),
         *_over_long(record.phases, where=where),
         *((f"{task.name}: {context.leakage.text()}",) if context.leakage.near else ()),
+        *_other_data(context),
     )
     run = CopaRun(
         record=record,
@@ -162,6 +164,24 @@ def _context(
         leakage=leakage_of(task, optimized.program),
         earlier=history.earlier(task, base),
         settings=settings,
+    )
+
+
+def _other_data(context: GateContext) -> tuple[str, ...]:
+    """That the test rows are not those of the accepted result, where no gate compares with it and says so."""
+    from copa_harness.store.baselines import load_baseline
+
+    settings = context.settings
+    if settings.bless or settings.gates.get("max_regression") is not None:
+        return ()
+    name = baseline_name(context.strategy, context.model)
+    found = load_baseline(settings.baseline_dir, task=context.task, name=name)
+    if found is None or found.fingerprints.get("data") == context.fingerprints["data"]:
+        return ()
+    before, now = found.fingerprints.get("data", "")[:12], context.fingerprints["data"][:12]
+    return (
+        f"{context.task}, {context.strategy}: the test rows changed since the accepted result ({found.origin}): "
+        f"{counted(len(found.scores), 'row')}, {before}, then; {counted(context.n_expected, 'row')}, {now}, now",
     )
 
 

@@ -185,6 +185,7 @@ class CopaSession:
             settings=settings,
             optimized=optimized,
             groups=groups or {},
+            source=task.source,
             gates=too_many_errors(measured.evaluation, settings.gates),
         )
         notes = notes_of(measured)

@@ -19,21 +19,24 @@ Row = TypeVar("Row")
 
 
 def read_rows(path: Path, *, task: str, fields: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of a JSONL, JSON (a list of objects) or CSV file with a header, in the file's order.
+    """The rows of a JSONL, JSON (a list of objects), CSV (with a header) or Parquet file, in the file's order.
 
     Args:
-        path: Its ending says which; anything but `.csv` and `.json` is read as JSONL.
+        path: Its ending says which; anything but `.csv`, `.json` and `.parquet` is read as JSONL.
         task: Named in errors.
         fields: What every row must have.
 
     Raises:
         TaskError: The file cannot be read or is of another form, or a row lacks a field.
     """
+    kind = path.suffix.lower()
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                rows: Any = list(csv.DictReader(file))
-            elif path.suffix == ".json":
+        if kind == ".parquet":
+            return _checked_rows(_parquet(path, task=task), path, task=task, fields=fields)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if kind == ".csv":
+                rows: Any = _csv(file)
+            elif kind == ".json":
                 rows = json.load(file)
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -41,6 +44,36 @@ def read_rows(path: Path, *, task: str, fields: Iterable[str]) -> list[dict[str,
         raise TaskError(f"{task}: cannot read {path} ({error.strerror or error}); expected a file of rows") from error
     except (ValueError, RecursionError, csv.Error) as error:
         raise TaskError(f"{task}: {path} cannot be parsed ({error}); expected .jsonl, .json or .csv rows") from error
+    return _checked_rows(rows, path, task=task, fields=fields)
+
+
+def _csv(file: Iterable[str]) -> list[dict[str, Any]]:
+    reader = csv.DictReader(file, strict=True)
+    names = list(reader.fieldnames or ())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the header names {', '.join(twice)} twice")
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than the header")
+    return rows
+
+
+def _parquet(path: Path, *, task: str) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise TaskError(
+            f"{task}: {path} needs the package pyarrow; remedy: pip install 'copa-harness[tasks]'"
+        ) from error
+    try:
+        return read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(error) from error
+
+
+def _checked_rows(rows: Any, path: Path, *, task: str, fields: Iterable[str]) -> list[dict[str, Any]]:
     fields = tuple(fields)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         missing = [name for name in fields if row.get(name) is None] if isinstance(row, dict) else fields

@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import TaskError
@@ -36,6 +37,7 @@ class Task:
         testset: Labelled examples that only the final evaluation sees.
         finetune_data: Chat rows (`{"messages": [...]}`) to fine-tune on instead of rows made from `trainset`.
         description: One sentence for the report.
+        source: Where the examples come from, with a hash of their content, for the record.
         group: Test examples that belong together (one speaker, one document) and are no independent evidence: the
             field that names the group, or a function of the example. Intervals and gates then count groups.
 
@@ -53,6 +55,75 @@ class Task:
     finetune_data: Sequence[dict[str, Any]] | None = None
     description: str = ""
     group: str | Callable[[dspy.Example], Any] | None = None
+    source: str = ""
+
+    @classmethod
+    def from_file(
+        cls,
+        path: Path | str,
+        *,
+        inputs: str | Sequence[str],
+        output: str,
+        group: str | None = None,
+        split: Sequence[float] | str | None = None,
+        program: dspy.Module | None = None,
+        metric: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """A task over a file of rows, named after it.
+
+        Args:
+            path: A `.csv` with a header, `.jsonl`, `.json` (a list of objects) or `.parquet` file.
+            inputs: Column or columns that the program is given.
+            output: Column with the right answer.
+            group: Column whose equal values belong together: such rows lie in one split, and gates count groups.
+            split: Shares of training, validation and test rows, by default 0.4, 0.2 and 0.4, every label with its
+                share in each; or the column that says `train`, `val` or `test`.
+            program: By default one predictor, `inputs -> output`, typed with the labels where there are such.
+            metric: By default whether the output is the row's, letter case and outer spaces aside.
+            seed: Chooses the split.
+
+        Raises:
+            TaskError: The file cannot be read, a row lacks a value, or there are too few rows.
+        """
+        from copa_harness.tasks.from_rows import task_of_file
+
+        given = {"inputs": inputs, "output": output, "group": group, "split": split}
+        return cls(**task_of_file(path, **given, program=program, metric=metric, seed=seed))
+
+    @classmethod
+    def from_hub(
+        cls,
+        dataset: str,
+        *,
+        inputs: str | Sequence[str],
+        output: str,
+        group: str | None = None,
+        split: Sequence[float] | str | None = None,
+        program: dspy.Module | None = None,
+        metric: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """A task over a data set of the Hugging Face hub, or a folder of that kind; needs the package `datasets`.
+
+        Args:
+            dataset: Its id, `owner/name` or `owner/name:configuration`. Where it has training, validation and test
+                rows of its own and `split` is None, these are taken.
+            inputs: As in `from_file`, like the rest.
+            output: Names of classes stand in place of their numbers.
+            group: As in `from_file`.
+            split: As in `from_file`; the column `split` is the data set's own.
+            program: As in `from_file`.
+            metric: As in `from_file`.
+            seed: As in `from_file`.
+
+        Raises:
+            TaskError: The data set cannot be had, a row lacks a value, or there are too few rows.
+        """
+        from copa_harness.tasks.from_rows import task_of_hub
+
+        given = {"inputs": inputs, "output": output, "group": group, "split": split}
+        return cls(**task_of_hub(dataset, **given, program=program, metric=metric, seed=seed))
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
