@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 
 # pytester forgets what an inner run imported; these are imported once, here, for all of them.
 import pytest
@@ -125,6 +129,24 @@ def test_answers_that_a_full_disk_refuses_are_used_and_said_once(folder, monkeyp
     plain, optimized = json.loads((folder.path / "reports" / "latest.json").read_text())["runs"]
     assert (plain["n_unparsed"], optimized["score"]) == (0, 1.0)
     assert n_paid(folder) == plain["usage"]["paid_calls"] + optimized["usage"]["paid_calls"]
+
+
+def test_a_warm_cache_that_cannot_be_written_replays_the_whole_run(folder):
+    weaker = ("--bounding-set", "-dac_override", "--inh-caps", "-dac_override")
+    root = [] if os.geteuid() else [shutil.which("setpriv"), *weaker]
+    if None in root:
+        pytest.skip("the superuser may write everywhere, and there is no setpriv to do without that")
+    folder.runpytest_inprocess(*FLAGS, "-W", "error").assert_outcomes(passed=1)
+    reports, cache = folder.path / "reports", folder.path / ".copa_cache"
+    before = n_paid(folder)
+    scores = [run["scores"] for run in json.loads((reports / "latest.json").read_text())["runs"]]
+    for path in (*cache.rglob("*"), cache):
+        path.chmod(path.stat().st_mode & ~0o222)
+    command = [*root, sys.executable, "-m", "pytest", *FLAGS, "-W", "error"]
+    done = subprocess.run(command, cwd=folder.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert n_paid(folder) == before
+    assert [run["scores"] for run in json.loads((reports / "latest.json").read_text())["runs"]] == scores
 
 
 def test_where_warnings_are_errors_a_refused_answer_ends_the_run_and_is_no_wrong_answer(folder, monkeypatch):

@@ -86,14 +86,14 @@ class RunLedger:
     @property
     def remaining_s(self) -> float:
         """Seconds until nothing more may be bought."""
-        return self.budget.seconds - (time.time() - self.began_s)
+        return self.budget.seconds - (time.monotonic() - self.began_s)
 
     def reserve(self, cost: Cost) -> int:
         """As `Account.reserve`, also against the other processes of the run."""
         pause_s = _POLL_S[0]
         while True:
             if self.remaining_s <= 0:
-                elapsed_s = time.time() - self.began_s
+                elapsed_s = time.monotonic() - self.began_s
                 raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=self.budget.seconds)
             number = self._transaction(lambda sql: self._try_reserve(sql, cost))
             if number is not None:
@@ -130,7 +130,7 @@ class RunLedger:
         ceilings = json.dumps(self.budget.ceilings, sort_keys=True)
         found = sql.execute("SELECT began_s, ceilings FROM run").fetchone()
         if found is None:
-            began_s = time.time()
+            began_s = time.monotonic()  # the same for every process of the machine, and no clock that is set moves it
             sql.execute("INSERT INTO run VALUES (?, ?)", (began_s, ceilings))
             sql.execute(f"INSERT INTO spent VALUES ({_MARKS})", [0] * len(COST_FIELDS))
             return began_s

@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,6 +130,47 @@ class AnswerDisk(diskcache.Disk):
         return os.path.realpath(path) == path
 
 
+class ReadOnlyStore:
+    """What of a `diskcache.Cache` its readers need, in a folder that cannot be written (diskcache writes as it opens).
+
+    Args:
+        database: The SQLite file of the store.
+
+    Raises:
+        sqlite3.Error: It cannot be read.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._disk = AnswerDisk(str(database.parent))
+        # Without a log nobody has it open to write, and SQLite needs no file beside it to read it.
+        how = "mode=ro" if Path(f"{database}-wal").exists() else "mode=ro&immutable=1"
+        self._turn = threading.Lock()
+        self._sql = sqlite3.connect(f"{database.resolve().as_uri()}?{how}", uri=True, check_same_thread=False)
+        len(self)
+
+    def __len__(self) -> int:
+        with self._turn:
+            return int(self._sql.execute("SELECT COUNT(*) FROM Cache").fetchone()[0])
+
+    def get(self, key: str) -> object:
+        """The value under a key, or None."""
+        with self._turn:
+            row = self._sql.execute("SELECT mode, filename, value FROM Cache WHERE key = ? AND raw", (key,)).fetchone()
+        try:
+            return None if row is None else self._disk.fetch(*row, read=False)
+        except FileNotFoundError:
+            return None
+
+    def set(self, *_: Any, **__: Any) -> Any:
+        """Refused, like everything that writes."""
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    delete = clear = transact = reset = cull = set
+
+    def close(self) -> None:
+        """The connection stays for the next reader: it holds no lock."""
+
+
 class CacheWarning(UserWarning):
     """Part of the cache directory is damaged or cannot be written; answers stay right, some are paid for again."""
 
@@ -138,8 +179,8 @@ class ResponseCache:
     """Answers on disk, shared by threads and processes.
 
     Args:
-        directory: Created if missing. Holds `answers/` (the store), `claims/` (lock files) and, after damage,
-            `answers.damaged-*`. Foreign files in it are left alone.
+        directory: Created if missing; one that cannot be written replays what it holds. Holds `answers/` (the store),
+            `claims/` (lock files) and, after damage, `answers.damaged-*`. Foreign files in it are left alone.
         size_limit: Bytes the store may take; beyond them the answers stored first are dropped, with one warning. None
             for no limit.
 
@@ -159,10 +200,11 @@ class ResponseCache:
         try:
             (self.directory / "claims").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(
-                f"cannot create the response cache in {self.directory}: {error}; "
-                "expected a folder that can be written, choose one with --copa-cache-dir"
-            ) from error
+            if not self.database.is_file():
+                raise CacheError(
+                    f"cannot create the response cache in {self.directory}: {error}; "
+                    "expected a folder that can be written, choose one with --copa-cache-dir"
+                ) from error
         self._locks = KeyLocks(self.directory / "claims")
         self._store = self._open_or_rebuild()
 
@@ -326,7 +368,7 @@ class ResponseCache:
             sqlite_wal_autocheckpoint=_WAL_PAGES,
         )
 
-    def _open_or_rebuild(self) -> diskcache.Cache:
+    def _open_or_rebuild(self) -> Any:
         # Many processes creating one sqlite file at once run into "database is locked": one at a time.
         try:
             with FileLock(self.directory / "claims" / "open.lock"):
@@ -338,6 +380,10 @@ class ResponseCache:
                     self._move_aside(error)
                     return self._open()
         except (OSError, sqlite3.Error) as error:
+            paths = (self.database.parent, self.database)
+            if self.database.is_file() and not all(os.access(path, os.W_OK) for path in paths):
+                with suppress(sqlite3.Error):  # then the first error says what is wrong
+                    return ReadOnlyStore(self.database)
             raise CacheError(
                 f"cannot open the response cache in {self.directory}: {error}; "
                 "expected a folder that can be read and written, choose another with --copa-cache-dir"

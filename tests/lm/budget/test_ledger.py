@@ -154,7 +154,10 @@ def test_a_run_started_again_begins_with_an_empty_ledger(tmp_path):
 
 def test_the_seconds_of_a_run_are_shared_and_end_it(tmp_path, monkeypatch):
     now = [1e9]
-    monkeypatch.setattr("copa_harness.lm.budget.ledger.time", SimpleNamespace(time=lambda: now[0], sleep=time.sleep))
+    monkeypatch.setattr(
+        "copa_harness.lm.budget.ledger.time",
+        SimpleNamespace(time=time.time, monotonic=lambda: now[0], sleep=time.sleep),
+    )
     lm = ScriptedLM("x", gateway=Gateway(cache=None))
     with whole_run(Budget(seconds=0.05), directory=tmp_path, run_id="r"):
         lm("a")

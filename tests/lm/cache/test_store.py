@@ -405,3 +405,26 @@ def test_an_answer_stored_again_replaces_the_old_one(directory):
         assert cache.get(KEY) == answer
     assert len(cache) == 1
     assert not list(directory.rglob("*.val"))
+
+
+@pytest.mark.parametrize("writer_lives", [False, True])
+def test_a_store_that_cannot_be_written_replays_and_keeps_new_answers_in_memory(directory, monkeypatch, writer_lives):
+    writer = filled(directory)
+    large = {"text": "x" * 200_000}
+    writer.set(f"{1:064x}", large)
+    if not writer_lives:
+        writer.close()
+
+    def refused(*arguments, **settings):
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr("copa_harness.lm.cache.store.diskcache.Cache", refused)
+    monkeypatch.setattr("copa_harness.lm.cache.store.os.access", lambda path, mode: mode != os.W_OK)
+    cache = ResponseCache(directory)  # pytest makes errors of warnings: reading warns of nothing
+    assert (len(cache), cache.get(KEY), cache.get(f"{1:064x}"), cache.get(f"{7:064x}")) == (3, ANSWER, large, None)
+    with pytest.warns(CacheWarning, match="readonly database"):
+        cache.set(f"{7:064x}", ANSWER)
+    assert cache.get(f"{7:064x}") == ANSWER
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        cache.clear()
+    cache.close()

@@ -1,0 +1,209 @@
+"""Kills and flipped bytes, whole sessions through: the same numbers, or one clear error that heals.
+
+One process imports everything and forks each session from there. A *kill* ends a session at a random moment; the next
+one must end like an uninterrupted one and pay at most what was under way again. A *flip* changes one byte of one file
+(cache, journal, stage, artifact, baseline) that a finished or a killed session left. The session after it must report
+the scores of an undamaged one, or end with one of our errors, no traceback, after which the next session is right; of a
+baseline, which is made to be committed, that is the next one after it was restored.
+
+    FUZZ=1 pytest tests/fuzz     100 kills and 300 flips instead of a few
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+N_KILLS, N_FLIPS = (100, 300) if os.environ.get("FUZZ") else (2, 5)
+
+CONFTEST = """
+import time
+import dspy
+import pytest
+from copa_harness import ScriptedLM, Task
+
+WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
+
+
+def shouted(example, prediction, trace=None):
+    return prediction.answer == example.answer
+
+
+def answer(messages):
+    word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
+    with open("paid.log", "a") as log:
+        log.write(repr(messages) + "\\n")
+    time.sleep(0.003)
+    # How many demonstrations are shown decides which words are answered right, so a search goes on to its last call.
+    return {"answer": word.upper() if len(messages) > 2 and (ord(word[1]) + len(messages)) % 3 else word}
+
+
+def rows(words):
+    return [dspy.Example(question=word, answer=word.upper()).with_inputs("question") for word in words]
+
+
+@pytest.fixture
+def copa_task():
+    program = dspy.Predict("question -> answer")
+    return Task("shout", program, shouted, rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[18:]))
+
+
+@pytest.fixture
+def copa_base_lm(copa_session):
+    return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway)
+"""
+
+SUITE = """
+import pytest
+
+def test_base(copa_evaluate):
+    assert copa_evaluate().n == 18
+
+@pytest.mark.copa(strategy="p", budget="calls=60", max_regression=0.1)
+def test_prompts(copa_run):
+    copa_run.check()
+"""
+
+SCRIPT = r'''
+import json, os, random, re, shutil, signal, sys, time
+from pathlib import Path
+
+import dspy, optuna, pytest
+import copa_harness.evaluate.runner, copa_harness.optimize.copa, copa_harness.report.files, copa_harness.report.page
+import copa_harness.session.finish, copa_harness.session.session, copa_harness.store.artifacts
+
+root, conftest, suite, n_kills, n_flips = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+chance = random.Random(int(sys.argv[6]))
+KINDS = {
+    "cache": ".copa_cache/responses/answers/*",
+    "journal": ".copa_cache/studies/*.jsonl",
+    "stage": ".copa_cache/stages/*/*.json",
+    "artifact": ".copa_cache/artifacts/*/*",
+    "baseline": "baselines/*/*.json",
+}
+
+
+def start(folder, *more):
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        for number in (1, 2):
+            os.dup2(os.open("out.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        options = ["-q", "--rootdir=.", "--copa-threads=2", "--copa-total-budget=calls=1000", "-p", "no:randomly", *more]
+        for plugin in ("cacheprovider", "xdist", "hypothesispytest"):
+            options += ["-p", "no:" + plugin]
+        os._exit(int(pytest.main(options)))
+    return child
+
+
+def finished(folder, *more):
+    """A whole session: its scores and verdicts, and what it said."""
+    log = folder / "out.log"
+    log.unlink(missing_ok=True)
+    shutil.rmtree(folder / "reports", ignore_errors=True)
+    os.waitpid(start(folder, *more), 0)
+    report = folder / "reports" / "latest.json"
+    runs = json.loads(report.read_text())["runs"] if report.exists() else []
+    return [[run[part] for part in ("test", "strategy", "score", "scores", "validation")] for run in runs], log.read_text()
+
+
+def fresh(name, template=None):
+    folder = root / name
+    if template is not None:
+        shutil.copytree(template, folder)
+        return folder
+    folder.mkdir()
+    (folder / "conftest.py").write_text(conftest)
+    (folder / "test_suite.py").write_text(suite)
+    return folder
+
+
+def paid(folder):
+    path = folder / "paid.log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+problems, killed, outcomes = [], 0, {}
+clean = fresh("clean")
+began = time.monotonic()
+right, said = finished(clean, "--copa-bless")
+whole_s = time.monotonic() - began
+assert len(right) == 2 and len(paid(clean)) == len(set(paid(clean))), said
+assert finished(clean)[0] == right
+
+interrupted = []
+for number in range(n_kills):
+    folder = fresh("kill %d" % number)
+    child = start(folder, "--copa-bless")
+    time.sleep(chance.uniform(0.0, whole_s))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    got, said = finished(folder, "--copa-bless")
+    if got != right:
+        problems.append("after a kill: %s %s" % (got, said[-1500:]))
+    if (again := len(paid(folder)) - len(set(paid(folder)))) > 2:
+        problems.append("after a kill %d calls were paid again" % again)
+    shutil.rmtree(folder)
+
+while len(interrupted) < min(5, n_flips // 3):  # sessions that were killed in the middle of their search
+    folder, until = fresh("interrupted %d" % len(interrupted)), chance.randrange(8, 12)
+    child = start(folder, "--copa-bless")
+    while not any(path.read_bytes().count(b"\n") >= until for path in folder.glob(KINDS["journal"])):
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    interrupted.append(folder)
+
+for number in range(n_flips):
+    kind = list(KINDS)[number % len(KINDS)]
+    templates = interrupted if kind == "journal" else [clean, *interrupted] if kind == "cache" else [clean]
+    folder = fresh("flip %d" % number, chance.choice(templates))
+    files = [path for path in sorted(folder.glob(KINDS[kind])) if path.is_file() and path.stat().st_size]
+    assert files, kind
+    path = chance.choice(files)
+    whole = path.read_bytes()
+    place, other = chance.randrange(len(whole)), chance.randrange(1, 256)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ other]) + whole[place + 1 :])
+    got, said = finished(folder)
+    what = "%s byte %d ^ %d" % (path.relative_to(folder), place, other)
+    outcome = "same"
+    if got != right:
+        outcome = "error"
+        if not re.search(r"^(\w*Error: |FAIL|ERROR|not comparable)", said, re.M) or re.search("INTERNALERROR|Traceback", said):
+            problems.append("%s: no clear error: %s %s" % (what, got, said[-2500:]))
+        if kind == "baseline":
+            path.write_bytes(whole)
+        got, said = finished(folder)
+        if got != right:
+            problems.append("%s: does not heal: %s %s" % (what, got, said[-2500:]))
+    elif re.search("INTERNALERROR|Traceback", said):
+        problems.append("%s: a traceback: %s" % (what, said[-2500:]))
+    elif re.search(r"\d (failed|error)|^FAIL|not comparable", said, re.M):
+        outcome = "told"
+    elif re.search("Warning: ", said):
+        outcome = "warned"
+    outcomes.setdefault(kind, {}).setdefault(outcome, 0)
+    outcomes[kind][outcome] += 1
+    shutil.rmtree(folder)
+print(json.dumps({"killed": killed, "outcomes": outcomes, "problems": problems}))
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="sessions are forked")
+def test_a_session_after_kills_or_with_a_flipped_byte_gives_the_same_numbers_or_one_error_that_heals(tmp_path):
+    arguments = [str(tmp_path), CONFTEST, SUITE, str(N_KILLS), str(N_FLIPS), os.environ.get("FUZZ_SEED", "3")]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=300 + 30 * (N_KILLS + N_FLIPS),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    print(outcome)
+    assert outcome["problems"] == []
+    assert sum(sum(kind.values()) for kind in outcome["outcomes"].values()) == N_FLIPS
