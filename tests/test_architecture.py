@@ -34,6 +34,7 @@ FLOORS = {
     "evaluate": 3,
     "tune": 3,
     "testing": 3,
+    "shared": 3,
     "optimize": 4,
     "export": 4,
     "lm.embedded.pretrain": 4,
@@ -62,6 +63,8 @@ HEAVY = {
     "_pytest": (),
     "sklearn": ("tasks/", "optimize/", "lm/embedded/pretrain"),
     "diskcache": ("lm/cache/",),
+    "sqlalchemy": ("shared/",),
+    "psycopg": ("shared/",),
 }
 """Library -> where it may be imported, as prefixes of the module's path in the package."""
 

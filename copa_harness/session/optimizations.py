@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.optimize.copa import COPA
+    from copa_harness.optimize.search.journal import SharedJournal
     from copa_harness.session.runs import ScoredEvaluation
+    from copa_harness.shared.database import SharedDatabase
     from copa_harness.store.stages import StageStore
     from copa_harness.tasks.task import Task
 
@@ -54,16 +56,6 @@ def disk_errors(directory: Path, task: str) -> Iterator[None]:
             f"({error.strerror}). Next: free some space or name another folder with --copa-cache-dir, then run again "
             f"(answers it has taken are not paid for again)."
         ) from error
-
-
-@contextmanager
-def exclusive_lock(locks: Path, key: str) -> Iterator[None]:
-    """While the block runs no other process is in one with the same key; the lock lapses when its owner is killed."""
-    from filelock import FileLock
-
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{key[:32]}.lock"):
-        yield
 
 
 def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -> None:
@@ -157,14 +149,25 @@ class Optimizations:
 
     Args:
         directory: The cache directory.
+        database: Where several machines keep their results, if they do.
         on_progress: Takes a line of text while an optimization runs.
     """
 
-    def __init__(self, directory: Path, *, on_progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        database: SharedDatabase | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
         from copa_harness.store.stages import StageStore
 
-        self._directory, self._on_progress = directory, on_progress
-        self._stages, self._locks = StageStore(directory / "stages"), directory / "stages" / "locks"
+        self._directory, self._on_progress, self._database = directory, on_progress, database
+        self._stages = StageStore(directory / "stages")
+        if database is not None:
+            from copa_harness.shared.stages import SharedStages
+
+            self._stages = SharedStages(database)
         self._made: dict[str, Optimized] = {}
 
     def get(self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> Optimized:
@@ -231,21 +234,31 @@ class Optimizations:
             prompt_lm=prompt_lm,
             threads=settings.threads,
             finetune_data=task.finetune_data,
-            journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
+            journal=self._journal(f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}"),
             on_progress=titled(task.name, self._on_progress),
             **settings.search,
         )
-        with exclusive_lock(self._locks, key):
+        with self._stages.exclusive(key):
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
+
+    def _journal(self, name: str) -> Path | SharedJournal:
+        if self._database is None:
+            return self._directory / "studies" / f"{name}.jsonl"
+        from copa_harness.optimize.search.journal import SharedJournal
+
+        return SharedJournal(self._database, name)
 
     def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
         from copa_harness.documents import hash_json
+        from copa_harness.lm.budget.ledger import current_ledger
         from copa_harness.lm.call_context import in_context
 
+        ledger = current_ledger()
+        n_refused = 0 if ledger is None else ledger.n_refused
         with in_context(json_fallback=settings.json_fallback):
             program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
-        cut_short = _cut_short(result, settings)
+        cut_short = result.exhausted and ledger is not None and ledger.n_refused > n_refused  # not by its own ceilings
         if cut_short:
             key = hash_json([key, "cut short", to_json(result)])  # another session may have more to spend
         if result.state is not None and not cut_short:
@@ -400,11 +413,6 @@ def _search_key(search: Mapping[str, Any]) -> dict[str, Any]:
     if "pass_score" in key:
         key["min_score"] = key.pop("pass_score")  # its name in `COPA` when the first keys were made
     return key
-
-
-def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
-    """Whether the ceilings of the whole session, not the run's own, ended a search."""
-    return settings.total_budget is not None and result.exhausted and result.charged_calls < settings.budget.calls
 
 
 @cache
