@@ -76,6 +76,7 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
     """Keep the test answers with the artifact, for `copa export` and its check; warn where they cannot be kept."""
     from copa_harness.export.scored import scored_of
     from copa_harness.store.artifacts import add_scored
+    from copa_harness.store.stages import StageStore
 
     scored = scored_of(
         optimized.program,
@@ -86,7 +87,7 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
         api_base=settings.api_base or "",
     )
     try:
-        with exclusive_lock(settings.cache_dir / "stages" / "locks", optimized.key):
+        with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
             add_scored(optimized.artifact, to_json(scored))
     except (OSError, ArtifactError, TypeError) as error:
         warnings.warn(f"{optimized.artifact}: its test answers could not be kept ({error})", RuntimeWarning, 2)
