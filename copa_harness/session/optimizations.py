@@ -24,6 +24,8 @@ from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ArtifactError, CacheError, ConfigurationError
 from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.options import Settings
+from copa_harness.shared_files import current_files
+from copa_harness.store.artifacts import MANIFEST
 
 if TYPE_CHECKING:
     import dspy
@@ -209,7 +211,11 @@ class Optimizations:
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             return None
         artifact = self._folder(key, task, result)
-        if not self._has_adapters(program, given=(lm, *task.program.predictors()), artifact=artifact):
+        is_news = False
+        if (files := current_files()) is not None and not (artifact / MANIFEST).exists():
+            is_news = files.get(f"artifacts/{artifact.name}", artifact)
+        given = (lm, *task.program.predictors())
+        if not self._has_adapters(program, given=given, artifact=artifact, is_news=is_news):
             return None
         return self._finished(key, task, program, lm, result, from_disk=True)
 
@@ -280,15 +286,20 @@ class Optimizations:
         models = [predictor.lm for predictor in program.predictors() if predictor.lm is not None]
         tuned = next((model for model in models if model.model == result.model), lm)
         artifact = self._saved(key, task, program, tuned, result)
+        if (files := current_files()) is not None:
+            files.put(f"artifacts/{artifact.name}", artifact)
         return Optimized(key, program, tuned, result, artifact, from_disk=from_disk, cut_short=cut_short)
 
-    def _has_adapters(self, program: dspy.Module, *, given: Sequence[Any], artifact: Path) -> bool:
+    def _has_adapters(
+        self, program: dspy.Module, *, given: Sequence[Any], artifact: Path, is_news: bool = False
+    ) -> bool:
         """Whether the LoRA adapters that a finished program asks are there; a lost one is put back from its artifact.
 
         Args:
             program: What was found.
             given: Models, and predictors with theirs, that were there before: theirs are not ours to put back.
             artifact: Its folder.
+            is_news: It has just come from another machine.
         """
         from copa_harness.lm.local.files import split_model_name
         from copa_harness.store.artifacts import load_artifact
@@ -309,7 +320,8 @@ class Optimizations:
                 told = f"{what}, and so is its copy ({error}); it is trained again"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
                 return False
-            warnings.warn(f"{what}; it was put back from the artifact {artifact}", RuntimeWarning, stacklevel=2)
+            if not is_news:
+                warnings.warn(f"{what}; it was put back from the artifact {artifact}", RuntimeWarning, stacklevel=2)
         return True
 
     def _folder(self, key: str, task: Task, result: OptimizationResult) -> Path:

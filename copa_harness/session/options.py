@@ -174,6 +174,14 @@ class Settings:
         help="PostgreSQL database in which several machines share answers, budgets and finished optimizations; needs "
         "copa-harness[shared]; with a password better as COPA_SHARED",
     )
+    shared_files: str | None = _given(
+        None,
+        check=text_check("a folder, or an address such as s3://bucket/prefix"),
+        default_words="they stay on the machine that made them",
+        metavar="URL",
+        help="folder that several machines see, or an address that fsspec knows, where LoRA adapters and artifacts are "
+        "kept too",
+    )
     run: str | None = _given(
         None,
         check=text_check("a name of letters, digits, '.', '_' or '-'"),

@@ -26,6 +26,7 @@ from copa_harness.session.plan import plan_run
 from copa_harness.session.recording import cut_short_entry, details_of, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import forms_of
+from copa_harness.shared_files import SharedFiles, sharing_files
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class CopaSession:
     def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] | None = None) -> None:
         self.settings = settings
         self._open = ExitStack()
+        if settings.shared_files is not None:
+            self._open.enter_context(sharing_files(SharedFiles(settings.shared_files)))
         database = opened_database(settings)
         if database is not None:
             self._open.callback(database.close)
