@@ -21,6 +21,7 @@ FLOORS = {
     "option_fields": 0,
     "results": 0,
     "atomic_files": 0,
+    "shared_files": 0,
     "credentials": 0,
     "documents": 0,
     "strategy": 0,
@@ -34,6 +35,7 @@ FLOORS = {
     "evaluate": 3,
     "tune": 3,
     "testing": 3,
+    "shared": 3,
     "optimize": 4,
     "export": 4,
     "lm.embedded.pretrain": 4,
@@ -63,6 +65,9 @@ HEAVY = {
     "_pytest": (),
     "sklearn": ("tasks/", "optimize/", "lm/embedded/pretrain"),
     "diskcache": ("lm/cache/",),
+    "sqlalchemy": ("shared/",),
+    "fsspec": ("shared_files",),
+    "psycopg": ("shared/",),
 }
 """Library -> where it may be imported, as prefixes of the module's path in the package."""
 

@@ -30,7 +30,6 @@ from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost, is_truncated
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
 from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
-from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.call_context import (
     CallContext,
     NotCachedError,
@@ -166,7 +165,7 @@ class Gateway:
         cache: Where answers are kept; None keeps them in the memory of this process.
     """
 
-    def __init__(self, *, cache: ResponseCache | None) -> None:
+    def __init__(self, *, cache: AnswerStore | None) -> None:
         self.cache = cache
         self._store: AnswerStore = MemoryCache() if cache is None else cache
         self._single_flight = SingleFlight()

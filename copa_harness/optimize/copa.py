@@ -30,7 +30,7 @@ from copa_harness.optimize.result import result_of
 from copa_harness.optimize.run import Run
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import credit_of
-from copa_harness.optimize.search.journal import exclusive_journal
+from copa_harness.optimize.search.journal import SharedJournal, exclusive_journal
 from copa_harness.optimize.search.progress import Progress
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search_context import SearchContext
@@ -82,7 +82,7 @@ class COPA(Teleprompter):
         lm: Any = None,
         prompt_lm: Any = None,
         finetune_data: Sequence[Mapping[str, Any]] | None = None,
-        journal: Path | str | None = None,
+        journal: Path | str | SharedJournal | None = None,
         on_progress: Callable[[str], None] | None = None,
         **search: Any,
     ) -> None:
@@ -98,7 +98,7 @@ class COPA(Teleprompter):
         self.budget = parse_budget(budget)
         self.lm, self.prompt_lm = lm, prompt_lm
         self.finetune_data = finetune_data
-        self.journal = None if journal is None else Path(journal)
+        self.journal = Path(journal) if isinstance(journal, str) else journal
         self.on_progress = on_progress
         self.constraints = parse_constraints(self.settings.constraints)
         self.preference = parse_preference(self.settings.prefer)

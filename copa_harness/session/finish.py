@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from copa_harness.results import Verdict
 from copa_harness.session.against import compared, named
 from copa_harness.session.comparisons import settle
 from copa_harness.session.entries import Entry, from_row
+from copa_harness.session.machines import ledger_of, opened_database
 from copa_harness.session.options import Settings
 from copa_harness.session.plan import plan_text
 from copa_harness.session.runs import is_deferred
@@ -274,15 +276,18 @@ def _what_changed(path: Path, accepted: Baseline) -> str:
 def _spent(settings: Settings) -> list[str]:
     """What all processes of the session paid, beside its ceilings; nothing without any."""
     from copa_harness.lm.budget.cost import amount_of
-    from copa_harness.lm.budget.ledger import RUNS_FOLDER, RunLedger
+    from copa_harness.lm.budget.ledger import RUNS_FOLDER
 
     budget = settings.total_budget
-    if budget is None or not (settings.cache_dir / RUNS_FOLDER / f"{settings.run_id}.sqlite").exists():
+    is_here = settings.shared is None
+    if budget is None or (is_here and not (settings.cache_dir / RUNS_FOLDER / f"{settings.run_id}.sqlite").exists()):
         return []
     try:
-        ledger = RunLedger(settings.cache_dir, settings.run_id, budget=budget)
-        spent = ledger.spent
-        ledger.close()
+        with ExitStack() as opened:
+            if (database := opened_database(settings)) is not None:
+                opened.callback(database.close)
+            ledger = opened.enter_context(closing(ledger_of(settings, database)))
+            spent = ledger.spent
     except CopaError as error:
         return [f"what the session spent cannot be told: {error}"]
     parts = []

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from copa_harness.lm.gateway import Gateway
     from copa_harness.lm.metered import MeteredLM
+    from copa_harness.shared.answers import SharedAnswers
+    from copa_harness.shared.database import SharedDatabase
 
 
 class Models:
@@ -24,12 +26,13 @@ class Models:
 
     Args:
         settings: Where the cache lies, and the endpoint if there is one.
+        database: Where several machines keep their answers, if they do.
 
     Raises:
         ConfigurationError: The cache directory cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, database: SharedDatabase | None = None) -> None:
         from copa_harness.lm.cache.store import ResponseCache
         from copa_harness.lm.gateway import Gateway
 
@@ -37,7 +40,7 @@ class Models:
         directory = settings.cache_dir
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._cache = ResponseCache(directory / "responses")
+            local = ResponseCache(directory / "responses")
         except CacheError as error:  # names the folder and the ways out
             raise ConfigurationError(f"the cache directory {directory} cannot be used: {error}") from error
         except OSError as error:
@@ -45,6 +48,11 @@ class Models:
                 f"the cache directory {directory} cannot be used ({error}); make it writable, or name another one "
                 f"with --copa-cache-dir."
             ) from error
+        self._cache: ResponseCache | SharedAnswers = local
+        if database is not None:
+            from copa_harness.shared.answers import SharedAnswers
+
+            self._cache = SharedAnswers(database, local=local)
         self.gateway = Gateway(cache=self._cache)
         self._models: dict[tuple[str, bool, bool, int | None], MeteredLM] = {}
 

@@ -24,13 +24,17 @@ from copa_harness.documents import from_json, to_json
 from copa_harness.errors import ArtifactError, CacheError, ConfigurationError
 from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.options import Settings
+from copa_harness.shared_files import current_files
+from copa_harness.store.artifacts import MANIFEST
 
 if TYPE_CHECKING:
     import dspy
 
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.optimize.copa import COPA
+    from copa_harness.optimize.search.journal import SharedJournal
     from copa_harness.session.runs import ScoredEvaluation
+    from copa_harness.shared.database import SharedDatabase
     from copa_harness.store.stages import StageStore
     from copa_harness.tasks.task import Task
 
@@ -56,16 +60,6 @@ def disk_errors(directory: Path, task: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def exclusive_lock(locks: Path, key: str) -> Iterator[None]:
-    """While the block runs no other process is in one with the same key; the lock lapses when its owner is killed."""
-    from filelock import FileLock
-
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{key[:32]}.lock"):
-        yield
-
-
 def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -> None:
     """Keep the result of a finished optimization; where the disk takes no more, warn and go on with the result."""
     try:
@@ -84,6 +78,7 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
     """Keep the test answers with the artifact, for `copa export` and its check; warn where they cannot be kept."""
     from copa_harness.export.scored import scored_of
     from copa_harness.store.artifacts import add_scored
+    from copa_harness.store.stages import StageStore
 
     scored = scored_of(
         optimized.program,
@@ -94,7 +89,7 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
         api_base=settings.api_base or "",
     )
     try:
-        with exclusive_lock(settings.cache_dir / "stages" / "locks", optimized.key):
+        with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
             add_scored(optimized.artifact, to_json(scored))
     except (OSError, ArtifactError, TypeError) as error:
         warnings.warn(f"{optimized.artifact}: its test answers could not be kept ({error})", RuntimeWarning, 2)
@@ -157,14 +152,25 @@ class Optimizations:
 
     Args:
         directory: The cache directory.
+        database: Where several machines keep their results, if they do.
         on_progress: Takes a line of text while an optimization runs.
     """
 
-    def __init__(self, directory: Path, *, on_progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        database: SharedDatabase | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
         from copa_harness.store.stages import StageStore
 
-        self._directory, self._on_progress = directory, on_progress
-        self._stages, self._locks = StageStore(directory / "stages"), directory / "stages" / "locks"
+        self._directory, self._on_progress, self._database = directory, on_progress, database
+        self._stages = StageStore(directory / "stages")
+        if database is not None:
+            from copa_harness.shared.stages import SharedStages
+
+            self._stages = SharedStages(database)
         self._made: dict[str, Optimized] = {}
 
     def get(self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> Optimized:
@@ -205,7 +211,11 @@ class Optimizations:
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             return None
         artifact = self._folder(key, task, result)
-        if not self._has_adapters(program, given=(lm, *task.program.predictors()), artifact=artifact):
+        is_news = False
+        if (files := current_files()) is not None and not (artifact / MANIFEST).exists():
+            is_news = files.get(f"artifacts/{artifact.name}", artifact)
+        given = (lm, *task.program.predictors())
+        if not self._has_adapters(program, given=given, artifact=artifact, is_news=is_news):
             return None
         return self._finished(key, task, program, lm, result, from_disk=True)
 
@@ -231,21 +241,31 @@ class Optimizations:
             prompt_lm=prompt_lm,
             threads=settings.threads,
             finetune_data=task.finetune_data,
-            journal=self._directory / "studies" / f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}.jsonl",
+            journal=self._journal(f"{_slug(task.name)}-{_slug(strategy)}-{key[:12]}"),
             on_progress=titled(task.name, self._on_progress),
             **settings.search,
         )
-        with exclusive_lock(self._locks, key):
+        with self._stages.exclusive(key):
             return self._found(key, task, lm) or self._made_by(optimizer, key, task, lm, settings)
+
+    def _journal(self, name: str) -> Path | SharedJournal:
+        if self._database is None:
+            return self._directory / "studies" / f"{name}.jsonl"
+        from copa_harness.optimize.search.journal import SharedJournal
+
+        return SharedJournal(self._database, name)
 
     def _made_by(self, optimizer: COPA, key: str, task: Task, lm: MeteredLM, settings: Settings) -> Optimized:
         from copa_harness.documents import hash_json
+        from copa_harness.lm.budget.ledger import current_ledger
         from copa_harness.lm.call_context import in_context
 
+        ledger = current_ledger()
+        n_refused = 0 if ledger is None else ledger.n_refused
         with in_context(json_fallback=settings.json_fallback):
             program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
-        cut_short = _cut_short(result, settings)
+        cut_short = result.exhausted and ledger is not None and ledger.n_refused > n_refused  # not by its own ceilings
         if cut_short:
             key = hash_json([key, "cut short", to_json(result)])  # another session may have more to spend
         if result.state is not None and not cut_short:
@@ -266,15 +286,20 @@ class Optimizations:
         models = [predictor.lm for predictor in program.predictors() if predictor.lm is not None]
         tuned = next((model for model in models if model.model == result.model), lm)
         artifact = self._saved(key, task, program, tuned, result)
+        if (files := current_files()) is not None:
+            files.put(f"artifacts/{artifact.name}", artifact)
         return Optimized(key, program, tuned, result, artifact, from_disk=from_disk, cut_short=cut_short)
 
-    def _has_adapters(self, program: dspy.Module, *, given: Sequence[Any], artifact: Path) -> bool:
+    def _has_adapters(
+        self, program: dspy.Module, *, given: Sequence[Any], artifact: Path, is_news: bool = False
+    ) -> bool:
         """Whether the LoRA adapters that a finished program asks are there; a lost one is put back from its artifact.
 
         Args:
             program: What was found.
             given: Models, and predictors with theirs, that were there before: theirs are not ours to put back.
             artifact: Its folder.
+            is_news: It has just come from another machine.
         """
         from copa_harness.lm.local.files import split_model_name
         from copa_harness.store.artifacts import load_artifact
@@ -295,7 +320,8 @@ class Optimizations:
                 told = f"{what}, and so is its copy ({error}); it is trained again"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
                 return False
-            warnings.warn(f"{what}; it was put back from the artifact {artifact}", RuntimeWarning, stacklevel=2)
+            if not is_news:
+                warnings.warn(f"{what}; it was put back from the artifact {artifact}", RuntimeWarning, stacklevel=2)
         return True
 
     def _folder(self, key: str, task: Task, result: OptimizationResult) -> Path:
@@ -400,11 +426,6 @@ def _search_key(search: Mapping[str, Any]) -> dict[str, Any]:
     if "pass_score" in key:
         key["min_score"] = key.pop("pass_score")  # its name in `COPA` when the first keys were made
     return key
-
-
-def _cut_short(result: OptimizationResult, settings: Settings) -> bool:
-    """Whether the ceilings of the whole session, not the run's own, ended a search."""
-    return settings.total_budget is not None and result.exhausted and result.charged_calls < settings.budget.calls
 
 
 @cache

@@ -166,6 +166,29 @@ class Settings:
         metavar="DIR",
         help="answers, finished stages, LoRA adapters and artifacts",
     )
+    shared: str | None = _given(
+        None,
+        check=text_check("postgresql://user@host/database"),
+        default_words="this machine's cache directory",
+        metavar="URL",
+        help="PostgreSQL database in which several machines share answers, budgets and finished optimizations; needs "
+        "copa-harness[shared]; with a password better as COPA_SHARED",
+    )
+    shared_files: str | None = _given(
+        None,
+        check=text_check("a folder, or an address such as s3://bucket/prefix"),
+        default_words="they stay on the machine that made them",
+        metavar="URL",
+        help="folder that several machines see, or an address that fsspec knows, where LoRA adapters and artifacts are "
+        "kept too",
+    )
+    run: str | None = _given(
+        None,
+        check=text_check("a name of letters, digits, '.', '_' or '-'"),
+        default_words="every session is its own",
+        metavar="NAME",
+        help="name of the run whose payments --copa-total-budget bounds, the same on every machine that takes part",
+    )
     report_dir: Path = _given(
         Path("reports"),
         check=PATH,
@@ -327,6 +350,7 @@ class Settings:
             for known in (options_of(cls), _reachable("Gates"), _reachable("SearchOptions"))
         )
         forced = frozenset(name for name, setting in given.items() if name in own or setting.overrules_marker)
+        run_id = own.get("run") or run_id
         settings = cls(root=root, gates=gates, search=search, worker=worker, run_id=run_id, forced=forced, **own)
         if settings.against is not None and settings.bless:
             raise ConfigurationError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class StageStore:
         """The result put under `key`, or None when there is none or it is damaged (one warning per file)."""
         path = self.path(key)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = self._read(key)
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +84,21 @@ class StageStore:
             )
             return
         document = to_json(StoredStage(SCHEMA, key, hash_json(plain), plain))
-        write_atomic(self.path(key), json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        self._write(key, json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+    def exclusive(self, key: str) -> AbstractContextManager[Any]:
+        """While it is held nobody else holds one with the same key; the lock lapses when its owner is killed."""
+        from filelock import FileLock
+
+        locks = self.directory / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{key[:32]}.lock")
+
+    def _read(self, key: str) -> str:
+        return self.path(key).read_text(encoding="utf-8")
+
+    def _write(self, key: str, text: str) -> None:
+        write_atomic(self.path(key), text)
 
     def _ignore(self, path: Path, what: str) -> dict[str, Any] | None:
         if path not in self._warned:

@@ -32,6 +32,7 @@ from copa_harness.lm.local.files import (
     read_lora,
     write_manifest,
 )
+from copa_harness.shared_files import current_files
 from copa_harness.tune.loop import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,29 @@ def is_finished(directory: Path, recipe: str) -> bool:
         logger.warning("LoRA training %s is done again, in place of a damaged one (%s)", recipe, error)
         return False
     return True
+
+
+def fetch(directory: Path, recipe: str) -> None:
+    """Take a finished training from where machines share theirs, if there is one."""
+    files = current_files()
+    if files is None or not files.get(f"lora/{recipe}", directory / recipe):
+        return
+    try:
+        folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
+    except (ArtifactError, KeyError, TypeError) as error:
+        logger.warning("LoRA training %s, as it was shared, is damaged (%s)", recipe, error)
+        return
+    for folder in folders:
+        if folder.name != recipe and folder.name == Path(folder.name).name:
+            files.get(f"lora/{folder.name}", folder)
+
+
+def share(directory: Path, recipe: str) -> None:
+    """Keep a finished training where machines share theirs, if they do; the kept epoch last."""
+    if (files := current_files()) is not None:
+        folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
+        for folder in sorted(folders, key=lambda folder: folder.name == recipe):
+            files.put(f"lora/{folder.name}", folder)
 
 
 def is_whole(directory: Path, digits: str) -> bool:

@@ -25,9 +25,11 @@ from copa_harness.lm.local.files import LoraFiles, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,
     checkpoint_folders,
+    fetch,
     is_finished,
     recipe_lock,
     remove_leftovers,
+    share,
 )
 from copa_harness.tune.epochs import TrainingCharge, TrainingOutcome, explain_out_of_memory, run_epochs
 from copa_harness.tune.forgetting import general_rows
@@ -204,8 +206,10 @@ class LoraTrainer:
         recipe = self.recipe(rows, settings=settings, held_out=held_out, served_with=served_with)
         if not is_finished(self.directory, recipe):
             with recipe_lock(self.directory, recipe):
+                fetch(self.directory, recipe)
                 if not is_finished(self.directory, recipe):
                     steps_now = self._train(_Job(recipe, rows, held_out, settings, served_with))
+                    share(self.directory, recipe)
                     return self._adapter(recipe, steps_now=steps_now)
         return self._adapter(recipe)
 

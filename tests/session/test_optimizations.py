@@ -22,6 +22,7 @@ from copa_harness.lm.local.files import find_lora
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.session import CopaSession, Settings, optimizations
 from copa_harness.session.optimizations import Optimizations
+from copa_harness.shared_files import SharedFiles, sharing_files
 from copa_harness.store.artifacts import load_artifact
 from copa_harness.store.stages import StageStore
 from copa_harness.testing.tiny_models import write_tiny_model
@@ -214,7 +215,7 @@ def test_a_stored_optimization_of_wrong_parts_is_told_of_and_made_again(tmp_path
         assert found().from_disk
 
 
-# -- a lost adapter
+# -- a lost adapter, and one that was trained elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,14 @@ def test_a_lost_adapter_comes_back_from_the_artifact_or_is_trained_again(tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuned(tmp_path, tiny).from_disk
+
+
+def test_what_another_machine_tuned_is_taken_from_the_shared_files(tmp_path, tiny) -> None:
+    files = SharedFiles(f"memory://{tmp_path.name}")
+    with sharing_files(files):
+        first = tuned(tmp_path / "one", tiny)
+        shutil.copytree(tmp_path / "one" / "cache" / "stages", tmp_path / "other" / "cache" / "stages")
+        again = tuned(tmp_path / "other", tiny)
+    assert again.from_disk
+    assert again.lm.model == first.lm.model
+    assert load_artifact(again.artifact).fingerprint == load_artifact(first.artifact).fingerprint

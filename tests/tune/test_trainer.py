@@ -28,6 +28,7 @@ from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import WEIGHTS_FILE
 from copa_harness.lm.local.model import silence_peft
 from copa_harness.lm.metered import MeteredLM
+from copa_harness.shared_files import SharedFiles, sharing_files
 from copa_harness.tune import LoraSettings, LoraTrainer, RowDemos, TrainingRow, options, progress, render_rows
 from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.loop import relative_rate
@@ -390,3 +391,17 @@ def test_progress_is_told_in_plain_lines_with_the_time_to_go(trainer, monkeypatc
     assert len(lines) == 4
     assert all(re.fullmatch(r"LoRA step \d of 4, epoch [12], loss \d+\.\d{3}, \d+ s to go", line) for line in lines)
     assert lines[-1].endswith("0 s to go")
+
+
+def test_a_training_that_another_machine_finished_is_taken_and_not_done_again(engine, tmp_path):
+    with sharing_files(SharedFiles(str(tmp_path / "shared"))):
+        first = LoraTrainer(engine, directory=tmp_path / "one").train(ROWS, settings=QUICK, served_with="none")
+        other = LoraTrainer(engine, directory=tmp_path / "other").train(ROWS, settings=QUICK, served_with="none")
+        assert (first.trained_now, other.trained_now, other.steps_now) == (True, False, 0)
+        assert other.fingerprint == first.fingerprint
+        assert [one.fingerprint for one in other.checkpoints] == [one.fingerprint for one in first.checkpoints]
+        weights = tmp_path / "shared" / "lora" / first.recipe / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+        third = LoraTrainer(engine, directory=tmp_path / "third").train(ROWS, settings=QUICK, served_with="none")
+        assert third.trained_now
+        assert third.fingerprint == first.fingerprint

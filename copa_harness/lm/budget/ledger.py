@@ -1,9 +1,10 @@
-"""The ledger of a whole run: one account shared by every process of it, on disk.
+"""The ledger of a whole run: one account shared by every process of it.
 
 It counts real payments, not distinct requests: what is bought by any pytest-xdist worker is reserved here before it is
-paid, in one SQLite transaction that no other process can interleave with. The reservations of a process that died count
-as spent, since the provider may have billed them. Every run has a ledger of its own (`runs/<run id>.sqlite`), so a run
-that is started again begins at zero and pays for what is missing only.
+paid, in one transaction that no other process can interleave with. The reservations of a process that died count as
+spent, since the provider may have billed them. On one machine every run has a SQLite file of its own (`runs/<run
+id>.sqlite`), so a run that is started again begins at zero and pays for what is missing only; several machines keep
+theirs in a database (`shared/ledger.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sqlite3
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -39,26 +41,102 @@ _MARKS = ", ".join("?" * len(COST_FIELDS))
 T = TypeVar("T")
 
 
-class RunLedger:
+class Ledger(ABC):
     """The account of one run. Threads and processes that open the same run id share it.
 
     Args:
-        directory: The cache directory; the ledger lies in its folder `runs`.
         run_id: Names the run: letters, digits, `.`, `_` and `-`.
         budget: The ceilings, on real payments. The first process that opens the run writes them down; the others must
             bring the same.
+
+    Attributes:
+        began_s: When the run began, by this machine's monotonic clock, which all its processes share and nobody sets.
+        n_refused: How often this process was refused something.
 
     Raises:
         ConfigurationError: The run id is no file name, or the run was opened with other ceilings.
         CacheError: The ledger cannot be written. Nothing may be spent without it.
     """
 
-    def __init__(self, directory: Path, run_id: str, *, budget: Budget) -> None:
+    began_s: float
+
+    def __init__(self, run_id: str, *, budget: Budget) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", run_id) or run_id.startswith("."):
             raise ConfigurationError(f"got the run id {run_id!r}, expected up to 100 letters, digits, '.', '_' or '-'")
-        self.path = Path(directory) / RUNS_FOLDER / f"{run_id}.sqlite"
+        self.run_id = run_id
         self.budget = budget
         self.ceilings = Ceilings.of(budget, calls=True)
+        self.n_refused = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Ledger:
+        return self
+
+    @property
+    @abstractmethod
+    def spent(self) -> Cost:
+        """What is settled, by all processes together."""
+
+    @property
+    @abstractmethod
+    def reserved(self) -> Cost:
+        """What is reserved for calls in flight, by all processes together."""
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until nothing more may be bought."""
+        return self.budget.seconds - (time.monotonic() - self.began_s)
+
+    def reserve(self, cost: Cost) -> int:
+        """As `Account.reserve`, also against the other processes of the run."""
+        pause_s = _POLL_S[0]
+        try:
+            while True:
+                if self.remaining_s <= 0:
+                    elapsed_s = time.monotonic() - self.began_s
+                    raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=self.budget.seconds)
+                number = self._try_reserve(cost)
+                if number is not None:
+                    return number
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_S[1])
+        except OverBudget:
+            self.n_refused += 1
+            raise
+
+    @abstractmethod
+    def settle(self, number: int, cost: Cost) -> None:
+        """As `Account.settle`."""
+
+    def release(self, number: int) -> None:
+        """As `Account.release`."""
+        self.settle(number, Cost())
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what it is kept in; it may be used again afterwards."""
+
+    @abstractmethod
+    def _try_reserve(self, cost: Cost) -> int | None:
+        """The reservation's number; None while calls in flight stand in the way.
+
+        Raises:
+            OverBudget: It cannot fit.
+        """
+
+    def _check_ceilings(self, opened_with: str) -> None:
+        if opened_with != (ours := json.dumps(self.budget.ceilings, sort_keys=True)):
+            raise ConfigurationError(
+                f"run {self.run_id!r} was opened with the ceilings {opened_with} and now with {ours}; expected the "
+                "same --copa-total-budget in every process of a run"
+            )
+
+
+class RunLedger(Ledger):
+    """The account of a run on one machine, in the folder `runs` of its cache directory. Arguments as for `Ledger`."""
+
+    def __init__(self, directory: Path, run_id: str, *, budget: Budget) -> None:
+        super().__init__(run_id, budget=budget)
+        self.path = Path(directory) / RUNS_FOLDER / f"{run_id}.sqlite"
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._pid = 0
@@ -66,10 +144,8 @@ class RunLedger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
+        _remove_old(self.path.parent)
         self.began_s = self._transaction(self._begin)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> RunLedger:
-        return self
 
     # -- the account
 
@@ -83,24 +159,6 @@ class RunLedger:
         """What is reserved for calls in flight, by all processes together."""
         return self._transaction(lambda sql: self._sum(sql, "reservations"))
 
-    @property
-    def remaining_s(self) -> float:
-        """Seconds until nothing more may be bought."""
-        return self.budget.seconds - (time.monotonic() - self.began_s)
-
-    def reserve(self, cost: Cost) -> int:
-        """As `Account.reserve`, also against the other processes of the run."""
-        pause_s = _POLL_S[0]
-        while True:
-            if self.remaining_s <= 0:
-                elapsed_s = time.monotonic() - self.began_s
-                raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=self.budget.seconds)
-            number = self._transaction(lambda sql: self._try_reserve(sql, cost))
-            if number is not None:
-                return number
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _POLL_S[1])
-
     def settle(self, number: int, cost: Cost) -> None:
         """As `Account.settle`."""
 
@@ -109,10 +167,6 @@ class RunLedger:
             self._spend(sql, cost)
 
         self._transaction(settle)
-
-    def release(self, number: int) -> None:
-        """As `Account.release`."""
-        self.settle(number, Cost())
 
     def close(self) -> None:
         """Close the database; it may be used again afterwards."""
@@ -130,18 +184,17 @@ class RunLedger:
         ceilings = json.dumps(self.budget.ceilings, sort_keys=True)
         found = sql.execute("SELECT began_s, ceilings FROM run").fetchone()
         if found is None:
-            began_s = time.monotonic()  # the same for every process of the machine, and no clock that is set moves it
+            began_s = time.monotonic()
             sql.execute("INSERT INTO run VALUES (?, ?)", (began_s, ceilings))
             sql.execute(f"INSERT INTO spent VALUES ({_MARKS})", [0] * len(COST_FIELDS))
             return began_s
-        if found[1] != ceilings:
-            raise ConfigurationError(
-                f"run {self.path.stem!r} was opened with the ceilings {found[1]} and now with {ceilings}; expected the "
-                "same --copa-budget in every process of a run"
-            )
+        self._check_ceilings(found[1])
         return float(found[0])
 
-    def _try_reserve(self, sql: sqlite3.Connection, cost: Cost) -> int | None:
+    def _try_reserve(self, cost: Cost) -> int | None:
+        return self._transaction(lambda sql: self._reserve(sql, cost))
+
+    def _reserve(self, sql: sqlite3.Connection, cost: Cost) -> int | None:
         spent, reserved = self._sum(sql, "spent"), self._sum(sql, "reservations")
         self.ceilings.check(spent + cost, spent=spent, asked=cost)
         try:
@@ -216,11 +269,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-_current: RunLedger | None = None
+_current: Ledger | None = None
 
 
-def current_ledger() -> RunLedger | None:
-    """The ledger of the run this process belongs to, or None outside `whole_run`."""
+def current_ledger() -> Ledger | None:
+    """The ledger of the run this process belongs to, or None outside `paid_by`."""
     return _current
 
 
@@ -234,20 +287,30 @@ def whole_run(budget: Budget, *, directory: Path, run_id: str) -> Iterator[RunLe
         run_id: The same in every process of the run, another for every run (pytest-xdist: `testrunuid`).
 
     Raises:
-        ConfigurationError: A whole run is open in this process already, or see `RunLedger`.
-        CacheError: See `RunLedger`.
+        ConfigurationError: A whole run is open in this process already, or see `Ledger`.
+        CacheError: See `Ledger`.
+    """
+    ledger = RunLedger(directory, run_id, budget=budget)
+    with paid_by(ledger):
+        yield ledger
+
+
+@contextmanager
+def paid_by(ledger: Ledger) -> Iterator[None]:
+    """While the block runs, every payment of this process is held to the ledger's ceilings; it is closed at the end.
+
+    Raises:
+        ConfigurationError: A whole run is open in this process already.
     """
     global _current
-    if _current is not None:
-        raise ConfigurationError(f"a run is open already: {_current.path.stem!r}; expected one at a time per process")
-    _remove_old(Path(directory) / RUNS_FOLDER)
-    ledger = RunLedger(directory, run_id, budget=budget)
-    _current = ledger
-    try:
-        with closing(ledger):
-            yield ledger
-    finally:
-        _current = None
+    with closing(ledger):
+        if _current is not None:
+            raise ConfigurationError(f"a run is open already: {_current.run_id!r}; expected one at a time per process")
+        _current = ledger
+        try:
+            yield
+        finally:
+            _current = None
 
 
 def _remove_old(folder: Path) -> None:

@@ -32,7 +32,7 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._base import BaseJournalSnapshot
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -40,6 +40,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache.store import CacheWarning
 from copa_harness.optimize.search.samplers import quiet_optuna
+from copa_harness.shared.database import SharedDatabase
 
 logger = logging.getLogger("copa_harness")
 
@@ -54,17 +55,19 @@ _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, Asse
 
 
 @contextmanager
-def exclusive_journal(path: Path | None, *, attributes: Mapping[str, Any]) -> Iterator[Journal | None]:
+def exclusive_journal(path: Path | SharedJournal | None, *, attributes: Mapping[str, Any]) -> Iterator[Journal | None]:
     """The journal at `path`, which no other process writes while the block runs; None for no path.
 
-    The lock lapses with the process that holds it.
+    The lock lapses with the process that holds it. For a shared one, who may make the optimization is decided already.
 
     Raises:
         ConfigurationError: Another process is writing it.
         CacheError: It cannot be used.
     """
-    if path is None:
-        yield None
+    if path is None or isinstance(path, SharedJournal):
+        if path is not None:
+            path.attributes = dict(attributes)
+        yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".owner"))
@@ -91,17 +94,60 @@ class Journal:
 
     def __init__(self, path: Path, *, attributes: Mapping[str, Any] | None = None) -> None:
         self.path = path
-        self._attributes = dict(attributes or {})
-        self._storage = open_journal(path)
+        self.attributes = dict(attributes or {})
+        self._storage = self._open()
         self._names: Counter[str] = Counter()
+
+    def _open(self) -> JournalStorage:
+        return open_journal(self.path)
 
     def study(self, name: str, *, attributes: Mapping[str, Any] | None = None) -> StudyJournal:
         """The record of one study; studies of equal names within one run are numbered."""
         self._names[name] += 1
         numbered = name if self._names[name] == 1 else f"{name} ({self._names[name]})"
-        attributes = {**self._attributes, **(attributes or {})}
+        attributes = {**self.attributes, **(attributes or {})}
         with _told(self.path):
             return StudyJournal(self._storage, numbered, attributes, path=self.path)
+
+
+class SharedJournal(Journal):
+    """The journal of one optimization in the database of several machines: a row for each line of the file.
+
+    Args:
+        database: Which.
+        name: Of the optimization.
+    """
+
+    def __init__(self, database: SharedDatabase, name: str) -> None:
+        self._database = database
+        super().__init__(Path(f"study {name}"))
+
+    def _open(self) -> JournalStorage:
+        kind = str(self.path)
+        try:
+            return JournalStorage(_SharedBackend(self._database, kind))
+        except _UNREADABLE as error:
+            warnings.warn(f"the journal of {kind} is damaged ({error}); a new one is begun", CacheWarning, stacklevel=2)
+            self._database.drop_all(kind)
+            return JournalStorage(_SharedBackend(self._database, kind))
+
+
+class _SharedBackend(BaseJournalBackend):
+    """One process at a time writes it."""
+
+    def __init__(self, database: SharedDatabase, kind: str) -> None:
+        self._database, self._kind, self._n_lines = database, kind, 0
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        rows = self._database.get_all(self._kind, since=f"{log_number_from:08}")
+        self._n_lines = log_number_from + len(rows)
+        return [json.loads(row) for row in rows]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        for log in logs:
+            line = json.dumps(log, separators=(",", ":")).encode()
+            self._database.put(self._kind, f"{self._n_lines:08}", line)
+            self._n_lines += 1
 
 
 class StudyJournal:

@@ -169,7 +169,7 @@ def test_the_seconds_of_a_run_are_shared_and_end_it(tmp_path, monkeypatch):
 
 def test_processes_that_disagree_about_the_budget_are_told(tmp_path):
     RunLedger(tmp_path, "r", budget=Budget(calls=3)).close()
-    with pytest.raises(ConfigurationError, match=r"ceilings .*3.* now with .*4.*same --copa-budget"):
+    with pytest.raises(ConfigurationError, match=r"ceilings .*3.* now with .*4.*same --copa-total-budget"):
         RunLedger(tmp_path, "r", budget=Budget(calls=4))
 
 

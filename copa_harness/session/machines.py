@@ -1,0 +1,42 @@
+"""What a session keeps on this machine, or, with `--copa-shared`, in the database that several machines share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from copa_harness.session.options import Settings
+
+if TYPE_CHECKING:
+    from copa_harness.lm.budget.ledger import Ledger
+    from copa_harness.shared.database import SharedDatabase
+
+
+def opened_database(settings: Settings) -> SharedDatabase | None:
+    """The database of several machines, None where everything stays on this one.
+
+    Raises:
+        ConfigurationError: It is no PostgreSQL, or the extra is not installed.
+        CacheError: It cannot be reached.
+    """
+    if settings.shared is None:
+        return None
+    from copa_harness.shared.database import SharedDatabase
+
+    return SharedDatabase(settings.shared)
+
+
+def ledger_of(settings: Settings, database: SharedDatabase | None) -> Ledger:
+    """The ledger of the run; there must be a ceiling for it.
+
+    Raises:
+        ConfigurationError: It was opened with other ceilings.
+        CacheError: It cannot be kept.
+    """
+    assert settings.total_budget is not None
+    if database is None:
+        from copa_harness.lm.budget.ledger import RunLedger
+
+        return RunLedger(settings.cache_dir, settings.run_id, budget=settings.total_budget)
+    from copa_harness.shared.ledger import SharedLedger
+
+    return SharedLedger(database, settings.run_id, budget=settings.total_budget)
