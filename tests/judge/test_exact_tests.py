@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from copa_harness.judge.exact_tests import GAMMA, bounded_mean_p_value, exact_share_p_value
-from copa_harness.judge.paired_tests import tango_statistic
+from copa_harness.judge.exact_tests import GAMMA, bounded_mean_p_value, exact_share_p_value, tango_statistic
 
 
 def brute_force(gained, lost, n, difference):

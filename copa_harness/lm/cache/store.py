@@ -157,7 +157,7 @@ class ReadOnlyStore:
         with self._turn:
             row = self._sql.execute("SELECT mode, filename, value FROM Cache WHERE key = ? AND raw", (key,)).fetchone()
         try:
-            return None if row is None else self._disk.fetch(*row, read=False)
+            return None if row is None else self._disk.fetch(row[0], row[1], row[2], read=False)
         except FileNotFoundError:
             return None
 
