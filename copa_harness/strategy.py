@@ -9,6 +9,7 @@ Grammar: steps joined by `->` (or `→`, `>`), in any case and spacing.
     miprov2, gepa, ...      a DSPy optimizer by name, alone or inside a sequence
     p -> ensemble           the run's best programs asked together (as the last step)
     auto                    whatever suits the number of examples, the model and the budget (see `auto`)
+    advise                  `p -> w`, and a word on what the task needs: prompts, weights, both, rows, another model
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class StepKind(str, Enum):
     OPTIMIZER = "optimizer"
     ENSEMBLE = "ensemble"
     AUTO = "auto"
+    ADVISE = "advise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ _ALIASES = {
     "inferrules": "infer_rules",
 }
 _KINDS = {kind.value: kind for kind in StepKind if kind not in (StepKind.ALTERNATE, StepKind.OPTIMIZER)}
-_ALONE = (StepKind.NONE, StepKind.JOINT, StepKind.AUTO)
+_ALONE = (StepKind.NONE, StepKind.JOINT, StepKind.AUTO, StepKind.ADVISE)
 _LONG = {"weights": "w", "prompts": "p", "prompt": "p", "weight": "w"}
 
 
@@ -102,7 +104,7 @@ def parse_strategy(text: str, *, optimizers: Iterable[str] = OPTIMIZER_NAMES) ->
     steps = tuple(_step(word, known, text) for word in words)
     kinds = [step.kind for step in steps]
     if len(steps) > 1 and any(kind in _ALONE for kind in kinds):
-        raise ConfigurationError(f"got {text!r}; 'none', 'joint' and 'auto' stand alone, without '->'")
+        raise ConfigurationError(f"got {text!r}; 'none', 'joint', 'auto' and 'advise' stand alone, without '->'")
     if StepKind.ENSEMBLE in kinds and (len(kinds) == 1 or StepKind.ENSEMBLE in kinds[:-1]):
         raise ConfigurationError(f"got {text!r}; 'ensemble' is a last step, after one that searches: 'p -> ensemble'")
     return steps
@@ -124,6 +126,6 @@ def _step(word: str, known: tuple[str, ...], text: str) -> Step:
 
 def _expected(known: tuple[str, ...]) -> str:
     return (
-        "'none', 'w', 'p', a sequence such as 'p -> w -> p', 'demos -> instructions', 'joint', 'auto', "
+        "'none', 'w', 'p', a sequence such as 'p -> w -> p', 'demos -> instructions', 'joint', 'auto', 'advise', "
         f"or a DSPy optimizer ({', '.join(known)})"
     )

@@ -58,8 +58,8 @@ from copa_harness.optimize.options import Preference, SearchOptions
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
-from copa_harness.optimize.search.space import weights_choice
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
+from copa_harness.optimize.weights import changes
 from copa_harness.results import Evidence, FrontProgram, Phase
 from copa_harness.strategy import Step, StepKind
 
@@ -286,7 +286,7 @@ def _best_part(run: Run, candidates: Sequence[Candidate], reference: Candidate) 
 
     Of equals the simpler one, which tuned weights under the prompts as written always are.
     """
-    changed = {one.key: _changes(run, one) for one in candidates}
+    changed = {one.key: changes(run.plain, one) for one in candidates}
     parts = [
         one
         for one in candidates
@@ -295,25 +295,15 @@ def _best_part(run: Run, candidates: Sequence[Candidate], reference: Candidate) 
     return max(parts, key=lambda one: (run.validation.mean(one), -one.size), default=None)
 
 
-def _changes(run: Run, candidate: Candidate) -> tuple[bool, bool]:
-    """Whether a candidate has other weights, and other prompts, than the program as written."""
-    weights = weights_choice(candidate).name != weights_choice(run.student).name
-    prompts = any(
-        new.instruction != old.instruction or new.demos not in ((), old.demos)
-        for new, old in zip(candidate.parts, run.plain.parts, strict=True)
-    )
-    return weights, prompts
-
-
 def _without_fresh_rows(run: Run, plan: HoldoutPlan, part: Candidate | None) -> _Validated:
     """The incumbent; where that changes prompts and weights, only if it beats the better part of both beyond noise."""
     best = run.incumbent
-    if part is None or plan.level >= 1 or best.structure or not all(_changes(run, best)):
+    if part is None or plan.level >= 1 or best.structure or not all(changes(run.plain, best)):
         return _Validated(best)
     p_value = chosen_p_value(run.validation.scores(part), run.validation.scores(best))
     if p_value <= plan.level:
         return _Validated(best)
-    pair, alone = _compared(part, best, run.validation), "weights" if _changes(run, part)[0] else "prompts"
+    pair, alone = _compared(part, best, run.validation), "weights" if changes(run.plain, part)[0] else "prompts"
     with run.recorded("last look"):
         run.choose(part)
         run.note(

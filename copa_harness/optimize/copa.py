@@ -28,6 +28,7 @@ from copa_harness.optimize.dspy_optimizers.student import models_in
 from copa_harness.optimize.options import SearchOptions, parse_budget, parse_preference
 from copa_harness.optimize.result import result_of
 from copa_harness.optimize.run import Run
+from copa_harness.optimize.search.advice import advise
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.credit import credit_of
 from copa_harness.optimize.search.journal import SharedJournal, exclusive_journal
@@ -39,7 +40,7 @@ from copa_harness.optimize.steps import execute
 from copa_harness.option_fields import check_names, options_of, values_of
 from copa_harness.results import Budget
 from copa_harness.robustness.perturbations import Forms
-from copa_harness.strategy import Step, parse_strategy
+from copa_harness.strategy import Step, StepKind, parse_strategy
 
 logger = logging.getLogger("copa_harness")
 
@@ -143,7 +144,8 @@ class COPA(Teleprompter):
         for lm in (*self._all_lms(candidate), *models_in(teacher)):
             check_metered(lm)
         steps, settings, choice = self._resolved(candidate, len(train), len(validation_examples))
-        observe = self.constraints.measured or self.preference is not None
+        advises = self.steps[0].kind is StepKind.ADVISE
+        observe = self.constraints.measured or self.preference is not None or advises
         forms = Forms(settings.perturbations, settings.seed, self.prompt_lm) if settings.robust else None
         whole = Validation(
             validation_examples,
@@ -189,15 +191,18 @@ class COPA(Teleprompter):
                 run.note(str(choice), headline=True)
                 run.progress.say(str(choice))
             with run.progress.ticking():
-                with run.reserving(plan.cost):
+                with run.reserving(plan.cost + advises * context.full_score_cost(candidate)):
                     execute(run, steps, why_not=None if self.preference else partial(out_of_reach, run, plan))
                 adoption = conclude(run, plan, self.preference)
                 run.choose(adoption.program)
+                if advises:
+                    advise(run)
                 credit = credit_of(run)
+                returned = run.refit(validation_examples)
             run.note_truncated()
             run.progress.say(f"{name} ended: {run.reason}")
-        program = run.incumbent.program()
-        program.copa_result = result_of(run, adoption, strategy=name, program=program, credit=credit)
+        program = returned.program()
+        program.copa_result = result_of(run, adoption, strategy=name, returned=returned, credit=credit)
         return program
 
     def _all_lms(self, student: Candidate) -> tuple[Any, ...]:

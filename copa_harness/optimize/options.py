@@ -188,6 +188,12 @@ class SearchOptions:
     bare_share: float = _search(
         0.2, check=SHARE, help="share of the rows also rendered bare when rows carry demonstrations"
     )
+    refit: bool = _search(
+        True,
+        check=SWITCH,
+        help="whether the returned weights are trained once more at the end, on training and validation rows together; "
+        "validation scores are those of the weights before",
+    )
     robust: bool = _search(
         False,
         check=SWITCH,

@@ -20,26 +20,27 @@ from copa_harness.results import OptimizationResult
 if TYPE_CHECKING:
     from copa_harness.optimize.adoption import Adoption
     from copa_harness.optimize.run import Run
+    from copa_harness.optimize.search.candidate import Candidate
 
 STATE_SCHEMA = 1
 
 
 def result_of(
-    run: Run, adoption: Adoption, *, strategy: str, program: dspy.Module, credit: Mapping[str, Any]
+    run: Run, adoption: Adoption, *, strategy: str, returned: Candidate, credit: Mapping[str, Any]
 ) -> OptimizationResult:
     """The record of a finished run.
 
     Args:
-        run: The run, its incumbent being what is returned.
+        run: The run; the scores are those of its incumbent.
         adoption: What `conclude` gave.
         strategy: As parsed.
-        program: The incumbent as a program.
+        returned: The incumbent, or what it became when its weights were trained once more.
         credit: What `credit_of` gave.
     """
     before, after = run.validation.mean(run.student), run.score
     return OptimizationResult(
         strategy=strategy,
-        model=run.incumbent.model,
+        model=returned.model,
         phases=tuple(run.phases),
         score_before=None if math.isnan(before) else before,
         score_after=None if math.isnan(after) else after,
@@ -59,7 +60,7 @@ def result_of(
         evidence=adoption.evidence,
         learned=tuple(run.memory.report()),
         trials=tuple(run.memory.records),
-        state=None if run.incumbent.structure else to_state(program),
+        state=None if returned.structure else to_state(returned.program()),
     )
 
 

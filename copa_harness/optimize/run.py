@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from copa_harness.errors import BudgetExhausted
+from copa_harness.errors import BudgetExhausted, NoTrainingRowsError, TrainingDivergedError
 from copa_harness.evaluate.progress import telling
 from copa_harness.evaluate.runner import usage_since
 from copa_harness.formatting import counted
@@ -40,10 +41,13 @@ from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
 from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.search_context import SearchContext
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, share_of, step_scope
-from copa_harness.optimize.weights import Trained, WeightsJob, train_weights, weights_jobs
+from copa_harness.optimize.weights import Trained, WeightsJob, refit, train_weights, weights_jobs
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
+
+if TYPE_CHECKING:
+    import dspy
 
 logger = logging.getLogger("copa_harness")
 
@@ -63,6 +67,7 @@ class Run:
             │      │            stop                                        why it ended, where it did
           ─────────┘
         choose ────────────── the end: what the adoption decided is the incumbent (see `adoption.conclude`)
+        refit ─────────────── its weights, trained on validation rows too
 
     `recorded` blocks around all of these become the phases of the record.
 
@@ -375,6 +380,24 @@ class Run:
         if all(one.prompts.key != trained.prompts.key for one in self.trained):
             self.trained.append(trained)
         return trained
+
+    def refit(self, more: Sequence[dspy.Example]) -> Candidate:
+        """The incumbent, with its weights trained once more on these examples too where that can be done."""
+        if not self.trained or not self.settings.refit or not more:
+            return self.incumbent
+        with self.recorded("refit"):
+            try:
+                with report_progress_to(self.progress.doing):
+                    again = refit(self.incumbent, self.trained, more)
+            except (NoTrainingRowsError, TrainingDivergedError, BudgetExhausted) as error:
+                self.note(f"the weights were not trained on validation rows too: {error}")
+                return self.incumbent
+            finally:
+                self.progress.doing("")
+            if again is None:
+                return self.incumbent
+            self.note(f"refit, with the validation rows: {again.note}; validation scores are of the weights before it")
+            return again.prompts
 
     def weights_choices(self) -> tuple[WeightsChoice, ...]:
         """All tuned weights of this run, the latest first, and the weights as given."""

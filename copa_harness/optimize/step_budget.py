@@ -144,7 +144,7 @@ def resolved(
     calls: float,
     has_prompt_lm: bool,
 ) -> tuple[tuple[Step, ...], SearchOptions, Choice | None]:
-    """Steps and settings, with `auto` replaced by what it stands for here; the choice, None where nothing was chosen.
+    """Steps and settings, with `auto` and `advise` replaced by what they stand for here, and the choice of `auto`.
 
     Args:
         steps: As parsed.
@@ -155,6 +155,8 @@ def resolved(
         calls: Calls the budget allows.
         has_prompt_lm: Whether a model is there to write instructions.
     """
+    if steps[0].kind is StepKind.ADVISE:
+        return parse_strategy("p -> w" if all(is_tunable(lm) for lm in student.lms) else "p"), settings, None
     if steps[0].kind is not StepKind.AUTO:
         return steps, settings, None
     choice = choose_strategy(

@@ -18,6 +18,10 @@ is written into the adapter's manifest (`served_with`).
 **Rows** come from the user (`finetune_data`), from gold answers where the examples hold those of every predictor, and
 else from what programs answered on training examples before (`rollouts`), at no further call. Where too few of these
 passed, the best program so far is run on the rows without one, as far as half of the calls left pays for.
+
+**Refit.** Validation rows decide what is returned, and that done they are labelled rows like any other. So the last
+training is that of the returned weights, once more, on training and validation rows together (`refit`); it costs no
+call. Validation scores are those of the weights before it, on rows that these had not seen.
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ from copa_harness.formatting import counted
 from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
-from copa_harness.optimize.search.space import NO_DEMOS
+from copa_harness.optimize.search.space import NO_DEMOS, other_epochs, weights_choice
 from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
 if TYPE_CHECKING:
+    import dspy
+
     from copa_harness.optimize.options import SearchOptions
     from copa_harness.optimize.rollouts import Rollout
     from copa_harness.optimize.search_context import SearchContext
@@ -100,12 +106,14 @@ class Trained:
         n_demos: Demonstrations per row.
         rows: Places of the training examples they come from, or that were looked at for them.
         note: A sentence about the training.
+        job: What was asked for.
     """
 
     prompts: Candidate
     n_demos: int
     rows: frozenset[int]
     note: str
+    job: WeightsJob
 
     @property
     def lms(self) -> tuple[Any, ...]:
@@ -211,7 +219,47 @@ def train_weights(job: WeightsJob, *, best: Candidate) -> Trained:
     )
     logger.info("weights: %s", note)
     lms = tuple(tuned[model_name(lm)] for lm in job.prompts.lms)
-    return Trained(job.prompts.with_lms(lms), made.n_demos, made.source.rows, note)
+    return Trained(job.prompts.with_lms(lms), made.n_demos, made.source.rows, note, job)
+
+
+def changes(plain: Candidate, candidate: Candidate) -> tuple[bool, bool]:
+    """Whether a candidate has other weights, and other prompts, than the program as written."""
+    prompts = any(
+        new.instruction != old.instruction or new.demos not in ((), old.demos)
+        for new, old in zip(candidate.parts, plain.parts, strict=True)
+    )
+    return weights_choice(candidate).name != weights_choice(plain).name, prompts
+
+
+def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.Example]) -> Trained | None:
+    """A program with its weights trained once more, on further rows too; served is the same epoch as before.
+
+    Args:
+        served: The program.
+        trainings: Those of the run.
+        more: Labelled examples beside the training set, which `served` has answered before: where weights learn from
+            passing runs, it is run on them again, which replays.
+
+    Returns:
+        None where no such training made the program's weights, or its rows came from the user.
+
+    Raises:
+        NoTrainingRowsError, TrainingError, BudgetExhausted: As `train_weights`.
+    """
+    for one in trainings:
+        names = {weights_choice(one.prompts).name: 0}
+        names |= {weights_choice(served.with_lms(lms)).name: epoch for epoch, lms in other_epochs(one.lms).items()}
+        epoch, context = names.get(weights_choice(served).name), one.job.context
+        if epoch is None or served.structure or context.finetune_data is not None:
+            continue
+        context = replace(context, trainset=[*context.trainset, *more])
+        if not has_gold(one.job.prompts, context):
+            rows = range(len(context.trainset) - len(more), len(context.trainset))
+            context.run_on_training(served.program(), rows, phase=Phase.BOOTSTRAP, candidate=served)
+        again = train_weights(replace(one.job, context=context), best=served)
+        lms = other_epochs(again.lms).get(epoch, again.lms) if epoch else again.lms
+        return replace(again, prompts=served.with_lms(lms))
+    return None
 
 
 def _rows(job: WeightsJob, best: Candidate) -> _Rows:
@@ -224,8 +272,7 @@ def _rows(job: WeightsJob, best: Candidate) -> _Rows:
         by_predictor: dict[str, Sequence[TrainingRow]] = dict.fromkeys(names, ())
         by_predictor[names[0]] = given  # one adapter serves all predictors of a model, so it does not matter whose
         return _Rows(by_predictor, _Source(everything, len(given), "the user"), 0, "as in the rows")
-    signatures = [predictor.signature for _, predictor in job.prompts.template.named_predictors()]
-    if all(is_fully_labelled(signature, job.context.trainset) for signature in signatures):
+    if has_gold(job.prompts, job.context):
         source = _Source(everything, len(everything), "gold labels (no calls)")
     else:
         source = _passing_runs(job, best)
@@ -248,6 +295,12 @@ def _rows(job: WeightsJob, best: Candidate) -> _Rows:
         ]
         mixed[name] = [*rows[name], *added]
     return _Rows(mixed, source, n_demos, demos.served_with + (f" + none:{share:g}" if share else ""))
+
+
+def has_gold(prompts: Candidate, context: SearchContext) -> bool:
+    """Whether the training examples hold every output of every predictor."""
+    signatures = [predictor.signature for _, predictor in prompts.template.named_predictors()]
+    return all(is_fully_labelled(signature, context.trainset) for signature in signatures)
 
 
 def _rendered(job: WeightsJob, source: _Source, *, demos: RowDemos) -> dict[str, tuple[TrainingRow, ...]]:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from copa_harness import COPA
+from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.step_budget import choose_strategy
 from copa_harness.strategy import parse_strategy
 
@@ -61,3 +62,21 @@ def test_a_run_prints_the_choice_and_its_reason(toy):
     assert result.notes[0].startswith(said)
     assert result.strategy == "auto"
     assert result.score_after >= result.score_before
+
+
+def test_advise_says_what_prompts_weights_and_more_rows_gain(toy):
+    lm = toy.lm(provider=toy.provider)
+    optimizer = COPA(metric=toy.metric, strategy="advise", budget=900, lm=lm)
+    result = optimizer.compile(toy.program(), trainset=toy.train, valset=toy.make_rows(60, seed=3)).copa_result
+    scores, curve, sentence = [text for text in result.headlines if text.startswith("advice")]
+    assert "; prompts " in scores
+    assert "; weights " in scores
+    assert "weights from 12 rows" in curve
+    assert "from 24 rows" in curve
+    assert "optimize" in sentence or "do it" in sentence
+    assert result.charged_calls <= 900
+
+
+def test_advise_stands_alone():
+    with pytest.raises(ConfigurationError, match="'advise' stand alone"):
+        parse_strategy("advise -> p")

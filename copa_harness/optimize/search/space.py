@@ -234,6 +234,12 @@ def checkpoint_choices(candidate: Candidate, lms: Sequence[Any], *, n: int) -> t
         lms: Tuned models, one per part. Several models are taken at the same epoch.
         n: How many choices at most.
     """
+    epochs = other_epochs(lms)
+    return tuple(weights_choice(candidate.with_lms(epochs[epoch])) for epoch in spread(sorted(epochs), n))
+
+
+def other_epochs(lms: Sequence[Any]) -> dict[int, tuple[Any, ...]]:
+    """By epoch the models of the other epochs of a training, one per part, for all epochs that every adapter has."""
     epochs: dict[str, dict[int, Any]] = {}
     for lm in lms:
         adapter = _adapter(lm) if model_name(lm) not in epochs else None
@@ -241,14 +247,12 @@ def checkpoint_choices(candidate: Candidate, lms: Sequence[Any], *, n: int) -> t
             others = [one for one in adapter.checkpoints if one.fingerprint != adapter.fingerprint]
             epochs[model_name(lm)] = {one.epoch: one.model for one in others}
     if not epochs:
-        return ()
-    shared = sorted(set.intersection(*(set(found) for found in epochs.values())))
-    choices = []
-    for epoch in spread(shared, n):
-        copies = {name: found[epoch] for name, found in epochs.items()}
-        chosen = tuple(lm.copy(model=copies[model_name(lm)]) if model_name(lm) in copies else lm for lm in lms)
-        choices.append(weights_choice(candidate.with_lms(chosen)))
-    return tuple(choices)
+        return {}
+    found: dict[int, tuple[Any, ...]] = {}
+    for epoch in set.intersection(*map(set, epochs.values())):
+        copies = {name: models[epoch] for name, models in epochs.items()}
+        found[epoch] = tuple(lm.copy(model=copies[model_name(lm)]) if model_name(lm) in copies else lm for lm in lms)
+    return found
 
 
 def _adapter(lm: Any) -> LoraAdapter | None:
