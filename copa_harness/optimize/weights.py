@@ -241,7 +241,8 @@ def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.E
             passing runs, it is run on them again, which replays.
 
     Returns:
-        None where no such training made the program's weights, or its rows came from the user.
+        None where no such training made the program's weights, its rows came from the user, or only the old rows or
+        only the new ones hold every output.
 
     Raises:
         NoTrainingRowsError, TrainingError, BudgetExhausted: As `train_weights`.
@@ -252,8 +253,10 @@ def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.E
         epoch, context = names.get(weights_choice(served).name), one.job.context
         if epoch is None or served.structure or context.finetune_data is not None:
             continue
-        context = replace(context, trainset=[*context.trainset, *more])
-        if not has_gold(one.job.prompts, context):
+        is_gold, context = has_gold(served, context), replace(context, trainset=[*context.trainset, *more])
+        if has_gold(served, context) != is_gold:
+            return None
+        if not is_gold:
             rows = range(len(context.trainset) - len(more), len(context.trainset))
             context.run_on_training(served.program(), rows, phase=Phase.BOOTSTRAP, candidate=served)
         again = train_weights(replace(one.job, context=context), best=served)

@@ -139,10 +139,11 @@ def suited(directory: Path, *, n_rows: int, with_demos: bool = False) -> dict[st
     """Settings by name that suit a model and so many rows better than the defaults; none for a small model.
 
     A large model knows language already: the passes over its rows are the cost, and it needs few. So batches are
-    small, for more steps in fewer passes: three, but enough that 120 rows are seen. The learning rate falls with the
-    hidden size H as 1e-3 * (2000 / H) ** 0.78 (the power that Schulman et al. 2025, "LoRA Without Regret", found for
-    Llama models; twice their height, for such short trainings). From 100 rows on, a tenth are held out, and training
-    stops after an epoch that did not better their loss.
+    small, for more steps in fewer passes: three, but enough that 240 rows are seen (SmolLM2 with 48 rows of six
+    classes: 144 left it at .74 on 100 test rows, 288 brought .89). The learning rate falls with the hidden size H as
+    1e-3 * (2000 / H) ** 0.78 (the power that Schulman et al. 2025, "LoRA Without Regret", found for Llama models; twice
+    their height, for such short trainings). From 100 rows on, a tenth are held out, and training stops after an epoch
+    that did not better their loss.
 
     Args:
         directory: the model's folder.
@@ -155,7 +156,7 @@ def suited(directory: Path, *, n_rows: int, with_demos: bool = False) -> dict[st
     settings: dict[str, Any] = {
         "learning_rate": float(f"{rate:.1e}"),
         "batch_size": 4 if n_rows < 100 else 8 if n_rows < 400 else 16,
-        "epochs": 2 if with_demos else max(3, math.ceil(120 / max(1, n_rows))),
+        "epochs": 2 if with_demos else max(3, math.ceil(240 / max(1, n_rows))),
     }
     if n_rows >= 100 and not with_demos:  # with demonstrations a row comes again in every pass, held out or not
         settings |= {"held_out_share": 0.1, "early_stop_patience": 1}

@@ -85,13 +85,23 @@ def weights_note(result):
 
 
 def test_weights_after_prompts_learn_from_runs_made_before_at_no_further_call(toy):
-    result = compiled(toy, "p -> w", good_from=2, bootstrap=True)
+    result = compiled(toy, "p -> w", good_from=2, bootstrap=True, refit=False)
     assert "training rows (no further calls)" in weights_note(result)
     by_kind = [row["messages"][-1]["content"] for row in toy.provider.trained[0]]
     assert sum("note ##" in text for text in by_kind) == sum("kind ##" in text for text in by_kind) >= 12
     validation = {f"[[ ## size ## ]]\n{row.size}\n\n[[ ## weight ## ]]\n{row.weight}" for row in toy.val}
     asked = [row["messages"][-2]["content"] for rows in toy.provider.trained for row in rows]
     assert not any(text in one for text in validation for one in asked)
+
+
+def test_a_refit_learns_from_passing_runs_on_validation_rows_at_no_further_call(toy):
+    alone = compiled(toy, "w", good_from=2, adoption_p=1.0, refit=False)
+    whole = compiled(toy, "w", good_from=2, adoption_p=1.0)
+    assert whole.charged_calls == alone.charged_calls
+    assert whole.model != alone.model
+    asked = [row["messages"][-2]["content"] for row in toy.provider.trained[-1]]
+    validation = {f"[[ ## size ## ]]\n{row.size}\n\n[[ ## weight ## ]]\n{row.weight}" for row in toy.val}
+    assert sum(any(text in one for one in asked) for text in validation) >= 12
 
 
 def test_where_no_run_was_made_before_the_best_program_is_run_and_the_note_says_what_that_cost(toy):

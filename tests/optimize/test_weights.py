@@ -1,20 +1,26 @@
 """Weights steps on a real (tiny, random) local model with real LoRA training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import dspy
 import pytest
 
 from copa_harness.errors import TrainingDivergedError
+from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
 from copa_harness.optimize.dspy_optimizers.finetune import finetunable
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.space import other_epochs
+from copa_harness.optimize.weights import WeightsJob, refit, train_weights
 from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune import options
 from copa_harness.tune.options import LoraSettings, suited
+from tests.optimize.conftest import context_of
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def tiny_lm(tiny_folder, tmp_path):
 
 
 def optimized(toy, lm, strategy, **settings):
-    given = {"budget": 60, "max_demos": 2, "lora": LoraSettings(epochs=2, rank=2, alpha=4), **settings}
+    given = {"budget": 60, "max_demos": 2, "refit": False, "lora": LoraSettings(epochs=2, rank=2, alpha=4), **settings}
     optimizer = COPA(metric=toy.metric, strategy=strategy, lm=lm, **given)
     return optimizer.compile(toy.program(), trainset=toy.train[:8], valset=toy.val[:4])
 
@@ -84,7 +90,7 @@ def test_a_large_model_is_trained_behind_demonstrations_once_the_best_program_sh
     assert served_with(tmp_path / "loras") == ["none"]
     shown = toy.program()
     shown.demos = toy.train[:2]
-    COPA(metric=toy.metric, strategy="w", lm=tiny_lm(), budget=60, lora={"epochs": 2, "rank": 2}).compile(
+    COPA(metric=toy.metric, strategy="w", lm=tiny_lm(), budget=60, lora={"epochs": 2, "rank": 2}, refit=False).compile(
         shown, trainset=toy.train[:8], valset=toy.val[:4]
     )
     assert served_with(tmp_path / "loras") == ["none", "none", "resample:2 + none:0.2"]
@@ -176,7 +182,7 @@ class TwoStages(dspy.Module):
 def test_a_program_of_two_stages_is_trained_on_gold_labels_where_the_rows_hold_them_all(toy):
     rows = [dspy.Example(**row, half="upper").with_inputs("size", "weight") for row in toy.train[:6]]
     lm = toy.lm(provider=toy.provider)
-    optimizer = COPA(metric=toy.metric, strategy="w", lm=lm, budget=60)
+    optimizer = COPA(metric=toy.metric, strategy="w", lm=lm, budget=60, refit=False)
     optimizer.compile(TwoStages(), trainset=rows, valset=toy.val[:4])
     (trained,) = toy.provider.trained
     answers = [row["messages"][-1]["content"] for row in trained]
@@ -194,3 +200,44 @@ def test_a_training_that_goes_astray_leaves_the_rest_of_the_search(toy, tiny_lm,
     assert result.n_trials > 0
     with pytest.raises(TrainingDivergedError, match="remedy"):
         optimized(toy, tiny_lm(), "w")
+
+
+def test_returned_weights_are_trained_once_more_on_validation_rows_too(toy, tiny_lm, tmp_path):
+    program = optimized(toy, tiny_lm(), "w", adoption_p=1.0, refit=True)
+    result, made = program.copa_result, manifests(tmp_path / "loras")
+    assert len(made) == 2
+    alone = optimized(toy, tiny_lm(), "w", adoption_p=1.0).copa_result
+    assert result.score_after == alone.score_after  # of the weights before
+    assert result.charged_calls == alone.charged_calls
+    assert program.lm.model == result.model != alone.model
+    assert result.state["predictors"]["self"]["model"] == result.model
+    assert any("refit, with the validation rows: 12 rows" in note for note in result.notes)
+    assert optimized(toy, tiny_lm(), "w", adoption_p=1.0, refit=True).copa_result.usage.train_steps == 0
+
+
+def test_a_ceiling_on_training_steps_leaves_the_weights_that_were_scored(toy, tiny_lm):
+    alone = optimized(toy, tiny_lm(), "w", adoption_p=1.0).copa_result
+    given = {"adoption_p": 1.0, "refit": True, "budget": "calls=60,train_steps=2", "seed": 0}
+    result = optimized(toy, tiny_lm(), "w", **given).copa_result
+    assert result.model == alone.model
+    assert any("were not trained on validation rows too" in note for note in result.notes)
+
+
+def test_the_refit_serves_the_epoch_that_was_served(toy, tiny_lm, monkeypatch):
+    context = context_of(toy, Candidate.of(toy.program(), lm=tiny_lm()), lora=LoraSettings(epochs=3, rank=2, alpha=4))
+    with open_scope("test"):
+        first = train_weights(WeightsJob(context, context.student), best=context.student)
+        served = first.prompts.with_lms(other_epochs(first.lms)[2])
+        again = refit(served, [first], toy.val)
+        whole = train_weights(again.job, best=served)  # done already
+    assert len(again.job.context.trainset) == len(toy.train) + len(toy.val)
+    assert again.prompts.model == other_epochs(whole.lms)[2][0].model != whole.prompts.model
+
+
+def test_rows_of_which_only_some_hold_every_output_are_not_mixed(toy):
+    student = Candidate.of(TwoStages(), lm=toy.lm(provider=toy.provider))
+    rows = [dspy.Example(**row, half="upper").with_inputs("size", "weight") for row in toy.train[:6]]
+    context = replace(context_of(toy, student), trainset=rows)
+    with open_scope("test"):
+        first = train_weights(WeightsJob(context, student), best=student)
+        assert refit(first.prompts, [first], toy.val) is None

@@ -24,10 +24,10 @@ def test_a_small_model_keeps_the_defaults():
 
 
 def test_a_large_model_takes_more_steps_in_fewer_passes(large):
-    settings = LoraSettings().replaced(suited(large, n_rows=40))
+    settings = LoraSettings().replaced(suited(large, n_rows=60))
     assert settings.batch_size < LoraSettings().batch_size
     assert settings.epochs < LoraSettings().epochs
-    assert suited(large, n_rows=40, with_demos=True)["epochs"] < settings.epochs
+    assert suited(large, n_rows=60, with_demos=True)["epochs"] < settings.epochs
     assert settings.held_out_share == 0
     assert suited(large, n_rows=10)["epochs"] > settings.epochs  # few rows are seen more often
     assert suited(large, n_rows=0)
