@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -231,3 +232,33 @@ def test_threads_of_one_process_share_the_connection_safely(tmp_path):
         assert sum(pool.map(work, range(80))) == 50
     assert ledger.spent.calls == 50
     ledger.close()
+
+
+def test_no_flipped_byte_of_a_ledger_makes_it_lose_count(tmp_path):
+    budget = Budget(calls=10, output_tokens=5000)
+    ledger = RunLedger(tmp_path, "r", budget=budget)
+    ledger.settle(ledger.reserve(Cost(calls=3)), Cost(calls=3, input_tokens=100, output_tokens=200))
+    number = ledger.reserve(Cost(calls=2, output_tokens=300))
+    ledger.close()
+    whole, chance = ledger.path.read_bytes(), random.Random(4)
+
+    def account():
+        again = RunLedger(tmp_path, "r", budget=budget)
+        try:
+            first = again.spent, again.reserved
+            again.settle(number, Cost(calls=2, output_tokens=100))
+            return *first, again.spent, again.reserved
+        finally:
+            again.close()
+
+    expected, n_refused = account(), 0
+    for place in [place for place, byte in enumerate(whole) if byte]:
+        for path in ledger.path.parent.iterdir():
+            path.unlink()
+        flipped = whole[place] ^ chance.randrange(1, 256)
+        ledger.path.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            assert account() == expected, place
+        except (CacheError, ConfigurationError):
+            n_refused += 1
+    assert n_refused > 300
