@@ -145,7 +145,7 @@ class RunLedger(Ledger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
-        _remove_old(self.path.parent)
+        _remove_old(self.path.parent, but=self.path)
         self.began_s = self._transaction(self._begin)
 
     # -- the account
@@ -327,11 +327,22 @@ def paid_by(ledger: Ledger) -> Iterator[None]:
             _current = None
 
 
-def _remove_old(folder: Path) -> None:
-    """Remove ledgers of runs that are long over. Whatever else lies there stays."""
+def _remove_old(folder: Path, *, but: Path) -> None:
+    """Remove ledgers of runs that are long over. Whatever else lies there stays, and what is in use: clocks jump."""
     try:
-        for path in folder.glob("*.sqlite*"):
-            if time.time() - path.stat().st_mtime > KEPT_S:
-                path.unlink()
+        for path in folder.glob("*.sqlite"):
+            if path != but and time.time() - path.stat().st_mtime > KEPT_S and not _is_open(path):
+                for file in folder.glob(f"{path.name}*"):
+                    file.unlink()
     except OSError:
         return  # housekeeping only: the ledger itself says what is wrong with the folder
+
+
+def _is_open(path: Path) -> bool:
+    """Whether somebody has the database open: only without others may one leave its write-ahead log."""
+    try:
+        with closing(sqlite3.connect(path, timeout=0)) as sql:
+            sql.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.Error as error:
+        return "locked" in str(error)
+    return False

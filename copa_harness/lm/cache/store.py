@@ -409,7 +409,8 @@ class ResponseCache:
             self._store = healthy
 
     def _move_aside(self, error: Exception) -> None:
-        target = self.directory / f"answers.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        named = f"answers.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        target = self.directory / f"{named}-{len(list(self.directory.glob('answers.damaged-*')))}"
         try:
             os.replace(self.directory / "answers", target)
         except OSError as failure:

@@ -218,6 +218,21 @@ def test_old_ledgers_are_removed_and_foreign_files_left(tmp_path):
     assert (folder / "notes.txt").exists()
 
 
+def test_a_clock_that_jumps_removes_no_ledger_in_use(tmp_path, monkeypatch):
+    live = RunLedger(tmp_path, "live", budget=Budget(calls=5))
+    over = RunLedger(tmp_path, "over", budget=Budget(calls=5))
+    over.close()
+    own = RunLedger(tmp_path, "own", budget=Budget(calls=5))
+    own.settle(own.reserve(Cost(calls=1)), Cost(calls=2))
+    own.close()
+    jumped = time.time() + 1e9
+    monkeypatch.setattr("copa_harness.lm.budget.ledger.time.time", lambda: jumped)
+    assert RunLedger(tmp_path, "own", budget=Budget(calls=5)).spent == Cost(calls=2)
+    assert live.path.exists()
+    assert not over.path.exists()
+    live.close()
+
+
 def test_threads_of_one_process_share_the_connection_safely(tmp_path):
     ledger = RunLedger(tmp_path, "r", budget=Budget(calls=50))
 
