@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -269,6 +270,9 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
     read = from_json(Baseline, {**document, "scores": scores, **others})
     if not (0 <= read.interval.low <= read.interval.high <= 1 and 0 < read.interval.level < 1 and 0 <= read.score <= 1):
         raise ValueError(f"score {read.score} and interval {read.interval}: expected 0 <= low <= high <= 1")
+    known = [score for score in scores.values() if score is not None]
+    if known and abs(math.fsum(known) / len(known) - read.score) > 2e-6:
+        raise ValueError(f"its score is {read.score}, but the mean of its examples {math.fsum(known) / len(known):.6f}")
     if missing := [part for part in COMPARED if not read.fingerprints.get(part)]:
         raise ValueError(f"there is no fingerprint of {', '.join(missing)}: nobody could tell what it is comparable to")
     return read

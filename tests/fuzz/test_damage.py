@@ -74,8 +74,8 @@ import dspy, optuna, pytest
 import copa_harness.evaluate.runner, copa_harness.optimize.copa, copa_harness.report.files, copa_harness.report.page
 import copa_harness.session.finish, copa_harness.session.session, copa_harness.store.artifacts
 
-root, conftest, suite, n_kills, n_flips = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-chance = random.Random(int(sys.argv[6]))
+root, conftest, suite = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+n_kills, n_flips, chance = int(sys.argv[4]), int(sys.argv[5]), random.Random(int(sys.argv[6]))
 KINDS = {
     "cache": ".copa_cache/responses/answers/*",
     "journal": ".copa_cache/studies/*.jsonl",
@@ -91,7 +91,7 @@ def start(folder, *more):
         os.chdir(folder)
         for number in (1, 2):
             os.dup2(os.open("out.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        options = ["-q", "--rootdir=.", "--copa-threads=2", "--copa-total-budget=calls=1000", "-p", "no:randomly", *more]
+        options = ["-q", "--rootdir=.", "--copa-threads=2", "--copa-total-budget=calls=1000", *more]
         for plugin in ("cacheprovider", "xdist", "hypothesispytest"):
             options += ["-p", "no:" + plugin]
         os._exit(int(pytest.main(options)))
@@ -106,7 +106,8 @@ def finished(folder, *more):
     os.waitpid(start(folder, *more), 0)
     report = folder / "reports" / "latest.json"
     runs = json.loads(report.read_text())["runs"] if report.exists() else []
-    return [[run[part] for part in ("test", "strategy", "score", "scores", "validation")] for run in runs], log.read_text()
+    kept = ("test", "strategy", "score", "scores", "validation")
+    return [[run[part] for part in kept] for run in runs], log.read_text()
 
 
 def fresh(name, template=None):
@@ -171,7 +172,8 @@ for number in range(n_flips):
     outcome = "same"
     if got != right:
         outcome = "error"
-        if not re.search(r"^(\w*Error: |FAIL|ERROR|not comparable)", said, re.M) or re.search("INTERNALERROR|Traceback", said):
+        clear = re.search(r"^(\w*Error: |FAIL|ERROR|not comparable)", said, re.M)
+        if not clear or re.search("INTERNALERROR|Traceback", said):
             problems.append("%s: no clear error: %s %s" % (what, got, said[-2500:]))
         if kind == "baseline":
             path.write_bytes(whole)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import sqlite3
 import threading
 import time
@@ -35,7 +36,7 @@ _POLL_S = (0.005, 0.1)
 _BUSY_TIMEOUT_S = 60.0
 _AMOUNTS = ", ".join(f"{name} INTEGER NOT NULL" for name in COST_FIELDS)
 _SUMS = ", ".join(f"COALESCE(SUM({name}), 0)" for name in COST_FIELDS)
-_COLUMNS = ", ".join(COST_FIELDS)
+_CHECKS = "COALESCE(SUM(number + owner), 0), COALESCE(SUM(total), 0)"
 _MARKS = ", ".join("?" * len(COST_FIELDS))
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ class RunLedger(Ledger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
-        _remove_old(self.path.parent)
+        _remove_old(self.path.parent, but=self.path)
         self.began_s = self._transaction(self._begin)
 
     # -- the account
@@ -178,16 +179,24 @@ class RunLedger(Ledger):
     # -- inside a transaction
 
     def _begin(self, sql: sqlite3.Connection) -> float:
-        sql.execute(f"CREATE TABLE IF NOT EXISTS reservations (number INTEGER PRIMARY KEY, owner INTEGER, {_AMOUNTS})")
-        sql.execute(f"CREATE TABLE IF NOT EXISTS spent ({_AMOUNTS})")
-        sql.execute("CREATE TABLE IF NOT EXISTS run (began_s REAL, ceilings TEXT)")
+        if (verdict := sql.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged: {verdict}")
+        # SQLite does not see a number that changed on the disk: every row holds the sum of its numbers as well.
+        sql.execute(
+            "CREATE TABLE IF NOT EXISTS reservations "
+            f"(number INTEGER PRIMARY KEY, owner INTEGER NOT NULL, {_AMOUNTS}, total INTEGER NOT NULL)"
+        )
+        sql.execute(f"CREATE TABLE IF NOT EXISTS spent (number INTEGER, owner INTEGER, {_AMOUNTS}, total INTEGER)")
+        sql.execute("CREATE TABLE IF NOT EXISTS run (began_s REAL, ceilings TEXT, again TEXT)")
         ceilings = json.dumps(self.budget.ceilings, sort_keys=True)
-        found = sql.execute("SELECT began_s, ceilings FROM run").fetchone()
+        found = sql.execute("SELECT began_s, ceilings, again FROM run").fetchone()
         if found is None:
             began_s = time.monotonic()
-            sql.execute("INSERT INTO run VALUES (?, ?)", (began_s, ceilings))
-            sql.execute(f"INSERT INTO spent VALUES ({_MARKS})", [0] * len(COST_FIELDS))
+            sql.execute("INSERT INTO run VALUES (?, ?, ?)", (began_s, ceilings, f"{began_s!r} {ceilings}"))
+            self._insert(sql, "spent", number=0, owner=0, cost=Cost())
             return began_s
+        if found[2] != f"{found[0]!r} {found[1]}":
+            raise sqlite3.DatabaseError("it is damaged: what it says of the run does not agree")
         self._check_ceilings(found[1])
         return float(found[0])
 
@@ -202,12 +211,13 @@ class RunLedger(Ledger):
         except OverBudget:
             self._drop_dead_processes(sql)
             return None
-        cursor = sql.execute(
-            f"INSERT INTO reservations (owner, {_COLUMNS}) VALUES (?, {_MARKS})",
-            (os.getpid(), *(getattr(cost, name) for name in COST_FIELDS)),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        number = secrets.randbits(48)
+        self._insert(sql, "reservations", number=number, owner=os.getpid(), cost=cost)
+        return number
+
+    def _insert(self, sql: sqlite3.Connection, table: str, *, number: int, owner: int, cost: Cost) -> None:
+        row = (number, owner, *(getattr(cost, name) for name in COST_FIELDS))
+        sql.execute(f"INSERT INTO {table} VALUES (?, ?, {_MARKS}, ?)", (*row, sum(row)))
 
     def _drop_dead_processes(self, sql: sqlite3.Connection) -> None:
         """Count the reservations of dead processes as spent: what they paid for may have been billed."""
@@ -218,11 +228,15 @@ class RunLedger(Ledger):
                 self._spend(sql, Cost(*row))
 
     def _spend(self, sql: sqlite3.Connection, cost: Cost) -> None:
-        changes = ", ".join(f"{name} = {name} + ?" for name in COST_FIELDS)
-        sql.execute(f"UPDATE spent SET {changes}", [getattr(cost, name) for name in COST_FIELDS])
+        changes = ", ".join(f"{name} = {name} + ?" for name in (*COST_FIELDS, "total"))
+        amounts = [getattr(cost, name) for name in COST_FIELDS]
+        sql.execute(f"UPDATE spent SET {changes}", (*amounts, sum(amounts)))
 
     def _sum(self, sql: sqlite3.Connection, table: str) -> Cost:
-        return Cost(*sql.execute(f"SELECT {_SUMS} FROM {table}").fetchone())
+        n, others, total, *amounts = sql.execute(f"SELECT COUNT(*), {_CHECKS}, {_SUMS} FROM {table}").fetchone()
+        if others + sum(amounts) != total or (table == "spent" and n != 1):
+            raise sqlite3.DatabaseError("it is damaged: its amounts do not add up")
+        return Cost(*amounts)
 
     # -- the database
 
@@ -238,7 +252,7 @@ class RunLedger(Ledger):
                     raise
                 sql.execute("COMMIT")
                 return result
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last, where a table has no name left
                 raise self._unusable(error) from error
 
     def _connected(self) -> sqlite3.Connection:
@@ -313,11 +327,22 @@ def paid_by(ledger: Ledger) -> Iterator[None]:
             _current = None
 
 
-def _remove_old(folder: Path) -> None:
-    """Remove ledgers of runs that are long over. Whatever else lies there stays."""
+def _remove_old(folder: Path, *, but: Path) -> None:
+    """Remove ledgers of runs that are long over. Whatever else lies there stays, and what is in use: clocks jump."""
     try:
-        for path in folder.glob("*.sqlite*"):
-            if time.time() - path.stat().st_mtime > KEPT_S:
-                path.unlink()
+        for path in folder.glob("*.sqlite"):
+            if path != but and time.time() - path.stat().st_mtime > KEPT_S and not _is_open(path):
+                for file in folder.glob(f"{path.name}*"):
+                    file.unlink()
     except OSError:
         return  # housekeeping only: the ledger itself says what is wrong with the folder
+
+
+def _is_open(path: Path) -> bool:
+    """Whether somebody has the database open: only without others may one leave its write-ahead log."""
+    try:
+        with closing(sqlite3.connect(path, timeout=0)) as sql:
+            sql.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.Error as error:
+        return "locked" in str(error)
+    return False

@@ -156,8 +156,9 @@ class ReadOnlyStore:
         """The value under a key, or None."""
         with self._turn:
             row = self._sql.execute("SELECT mode, filename, value FROM Cache WHERE key = ? AND raw", (key,)).fetchone()
+        mode, filename, value = row or (MODE_RAW, None, None)
         try:
-            return None if row is None else self._disk.fetch(row[0], row[1], row[2], read=False)
+            return self._disk.fetch(mode, filename, value, False)
         except FileNotFoundError:
             return None
 
@@ -342,8 +343,10 @@ class ResponseCache:
         store = self._store
         try:
             return action(self._connected())
-        except (sqlite3.DatabaseError, diskcache.Timeout) as failure:
+        except (sqlite3.DatabaseError, diskcache.Timeout, UnicodeDecodeError) as failure:
             error: BaseException | None = failure
+            if isinstance(failure, UnicodeDecodeError):  # so sqlite3 quotes a schema that is damaged
+                error = sqlite3.DatabaseError(str(failure))
             while isinstance(error, diskcache.Timeout):  # so diskcache calls whatever keeps a transaction from starting
                 error = error.__context__
             if not isinstance(error, sqlite3.DatabaseError):
@@ -406,7 +409,8 @@ class ResponseCache:
             self._store = healthy
 
     def _move_aside(self, error: Exception) -> None:
-        target = self.directory / f"answers.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        named = f"answers.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        target = self.directory / f"{named}-{len(list(self.directory.glob('answers.damaged-*')))}"
         try:
             os.replace(self.directory / "answers", target)
         except OSError as failure:

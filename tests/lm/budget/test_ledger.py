@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -217,6 +218,21 @@ def test_old_ledgers_are_removed_and_foreign_files_left(tmp_path):
     assert (folder / "notes.txt").exists()
 
 
+def test_a_clock_that_jumps_removes_no_ledger_in_use(tmp_path, monkeypatch):
+    live = RunLedger(tmp_path, "live", budget=Budget(calls=5))
+    over = RunLedger(tmp_path, "over", budget=Budget(calls=5))
+    over.close()
+    own = RunLedger(tmp_path, "own", budget=Budget(calls=5))
+    own.settle(own.reserve(Cost(calls=1)), Cost(calls=2))
+    own.close()
+    jumped = time.time() + 1e9
+    monkeypatch.setattr("copa_harness.lm.budget.ledger.time.time", lambda: jumped)
+    assert RunLedger(tmp_path, "own", budget=Budget(calls=5)).spent == Cost(calls=2)
+    assert live.path.exists()
+    assert not over.path.exists()
+    live.close()
+
+
 def test_threads_of_one_process_share_the_connection_safely(tmp_path):
     ledger = RunLedger(tmp_path, "r", budget=Budget(calls=50))
 
@@ -231,3 +247,33 @@ def test_threads_of_one_process_share_the_connection_safely(tmp_path):
         assert sum(pool.map(work, range(80))) == 50
     assert ledger.spent.calls == 50
     ledger.close()
+
+
+def test_no_flipped_byte_of_a_ledger_makes_it_lose_count(tmp_path):
+    budget = Budget(calls=10, output_tokens=5000)
+    ledger = RunLedger(tmp_path, "r", budget=budget)
+    ledger.settle(ledger.reserve(Cost(calls=3)), Cost(calls=3, input_tokens=100, output_tokens=200))
+    number = ledger.reserve(Cost(calls=2, output_tokens=300))
+    ledger.close()
+    whole, chance = ledger.path.read_bytes(), random.Random(4)
+
+    def account():
+        again = RunLedger(tmp_path, "r", budget=budget)
+        try:
+            first = again.spent, again.reserved
+            again.settle(number, Cost(calls=2, output_tokens=100))
+            return *first, again.spent, again.reserved
+        finally:
+            again.close()
+
+    expected, n_refused = account(), 0
+    for place in [place for place, byte in enumerate(whole) if byte]:
+        for path in ledger.path.parent.iterdir():
+            path.unlink()
+        flipped = whole[place] ^ chance.randrange(1, 256)
+        ledger.path.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            assert account() == expected, place
+        except (CacheError, ConfigurationError):
+            n_refused += 1
+    assert n_refused > 300
