@@ -86,6 +86,9 @@ ON CONFLICT DO NOTHING RETURNING true"""
 _CLAIMED = """SELECT value IS NULL, copa_rows.owner, beat FROM copa_rows LEFT JOIN copa_owners USING (owner)
 WHERE kind = %(kind)s AND key = %(key)s"""
 
+_OFFER = """INSERT INTO copa_rows (kind, key, value) VALUES (%(kind)s, %(key)s, %(value)s)
+ON CONFLICT (kind, key) DO UPDATE SET value = coalesce(copa_rows.value, excluded.value), owner = NULL RETURNING value"""
+
 _PUT = """INSERT INTO copa_rows (kind, key, value) VALUES (%(kind)s, %(key)s, %(value)s)
 ON CONFLICT (kind, key) DO UPDATE SET value = excluded.value, owner = NULL, stored = now()"""
 
@@ -263,10 +266,15 @@ class SharedDatabase:
         found = self.execute(f"SELECT value FROM copa_rows WHERE {_ROW}", kind=kind, key=key)
         return bytes(found[0][0]) if found and found[0][0] is not None else None
 
-    def put(self, kind: str, key: str, value: bytes, *, replace: bool = True) -> None:
-        """Give a row its value, in place of an earlier one if so; a claim on it ends."""
-        self.execute(_PUT if replace else f"{_PUT} WHERE copa_rows.value IS NULL", kind=kind, key=key, value=value)
+    def offer(self, kind: str, key: str, value: bytes) -> bytes:
+        """Give a row this value unless it has one; what it has then. A claim on it ends."""
+        ((standing,),) = self.execute(_OFFER, kind=kind, key=key, value=value)
         self._claims.discard((kind, key))
+        return bytes(standing)
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Give a row this value, in place of an earlier one."""
+        self.execute(_PUT, kind=kind, key=key, value=value)
 
     def get_all(self, kind: str, *, since: str = "") -> list[bytes]:
         """The values of the rows of a kind, in the order of their keys, from a key on."""
