@@ -55,7 +55,9 @@ _AMOUNTS = ", ".join(f"{name} bigint NOT NULL" for name in COST_FIELDS)
 
 _TABLES = f"""DO $$ BEGIN
 PERFORM pg_advisory_xact_lock(20261129);
-CREATE TABLE IF NOT EXISTS copa_owners (owner text PRIMARY KEY, beat bigint NOT NULL);
+CREATE TABLE IF NOT EXISTS copa_owners (owner text PRIMARY KEY, beat bigint NOT NULL,
+    beaten timestamptz NOT NULL DEFAULT now());
+DELETE FROM copa_owners WHERE beaten < now() - interval '1 day';
 CREATE TABLE IF NOT EXISTS copa_rows (kind text, key text, value bytea, owner text,
     stored timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (kind, key));
 CREATE INDEX IF NOT EXISTS copa_rows_owner ON copa_rows (owner) WHERE owner IS NOT NULL;
@@ -65,8 +67,8 @@ CREATE TABLE IF NOT EXISTS copa_reservations (number bigint PRIMARY KEY, run tex
     {_AMOUNTS});
 END $$"""
 
-_BEAT = """INSERT INTO copa_owners VALUES (%(owner)s, %(beat)s)
-ON CONFLICT (owner) DO UPDATE SET beat = excluded.beat"""
+_BEAT = """INSERT INTO copa_owners (owner, beat) VALUES (%(owner)s, %(beat)s)
+ON CONFLICT (owner) DO UPDATE SET beat = excluded.beat, beaten = now()"""
 
 _SUMS = ", ".join(f"sum({name}) AS {name}" for name in COST_FIELDS)
 _MOVED = ", ".join(f"spent_{n} = spent_{n} + sums.{n}, reserved_{n} = reserved_{n} - sums.{n}" for n in COST_FIELDS)
@@ -220,8 +222,8 @@ class SharedDatabase:
         self._engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",
-            pool_size=1,
-            max_overflow=3,
+            pool_size=2,
+            max_overflow=6,
             pool_timeout=WAIT_S,
             connect_args=_CONNECTION,
         )

@@ -185,7 +185,7 @@ def test_kills_of_machines_and_of_the_server_change_no_score_and_pay_nothing_twi
     assert stored <= asked <= stored + in_flight
     ((spent, reserved),) = postgres.sql("SELECT spent_calls, reserved_calls FROM copa_runs", name="machines")
     assert asked <= spent + reserved <= 300
-    assert left_over(postgres) == [0, 0, 0]
+    assert left_over(postgres)[1:] == [0, 0]  # who was killed with nothing in hand is forgotten after a day
 
 
 # -- networks of their own
