@@ -113,12 +113,10 @@ def checked_url(text: str) -> URL:
         ) from error
     try:
         url = make_url(text)
-    except ArgumentError:
-        url = None
-    if url is None or url.get_backend_name() not in ("postgresql", "postgres"):
+    except (ArgumentError, ValueError):  # a port that is no number
         raise ConfigurationError(
-            "--copa-shared: got an address of another kind; expected postgresql://user:password@host:port/database"
-        )
+            "--copa-shared: got no address; expected postgresql://user@host:port/database"
+        ) from None
     return url.set(drivername="postgresql+psycopg")
 
 
