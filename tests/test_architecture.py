@@ -67,6 +67,7 @@ HEAVY = {
     "diskcache": ("lm/cache/",),
     "sqlalchemy": ("shared/",),
     "fsspec": ("shared_files",),
+    "ray": ("lm/local/ray_workers",),
     "psycopg": ("shared/",),
 }
 """Library -> where it may be imported, as prefixes of the module's path in the package."""

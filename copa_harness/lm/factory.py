@@ -140,6 +140,7 @@ class ModelSettings:
         base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
             be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.endpoint.vllm`).
         served_lora_path: Where that server sees the folder `lora` of the cache directory; None if it sees it there too.
+        ray: Address of the Ray cluster whose devices answer, or `auto`; None for this process. Local models only.
     """
 
     device: str | None = None
@@ -152,6 +153,7 @@ class ModelSettings:
     api_base: str | None = None
     base_weights: str | None = None
     served_lora_path: str | None = None
+    ray: str | None = None
 
 
 _MODEL_SETTINGS = frozenset(field.name for field in fields(ModelSettings))
@@ -310,17 +312,24 @@ def _local_lm(
     chat_template = _template_text(settings.chat_template)
     name = spec.rstrip("/")
     source = _source(name, settings, cache_dir=cache_dir, option="language model")
-    from copa_harness.lm.local.engine import TransformersEngine
+    engine_settings: dict[str, Any] = {
+        "name": name,
+        "lora_dir": cache_dir / LORA_FOLDER,
+        "device": settings.device,
+        "worker": settings.worker,
+        "dtype": settings.dtype,
+        "chat_template": chat_template,
+    }
+    if settings.ray is None:
+        from copa_harness.lm.local.engine import TransformersEngine
 
-    engine = TransformersEngine(
-        source,
-        name=name,
-        lora_dir=cache_dir / LORA_FOLDER,
-        device=settings.device,
-        worker=settings.worker,
-        dtype=settings.dtype,
-        chat_template=chat_template,
-    )
+        engine = TransformersEngine(source, **engine_settings)
+    elif importlib.util.find_spec("ray") is None:
+        raise ConfigurationError("--copa-ray needs ray, which is not installed; pip install 'copa-harness[ray]'")
+    else:
+        from copa_harness.lm.local.ray_workers import RayEngine
+
+        engine = RayEngine(source, address=settings.ray, **engine_settings)
     max_tokens = (settings.answer_tokens or EMBEDDED_MAX_TOKENS) if spec == EMBEDDED else None
     defaults = {
         "temperature": 0.0,

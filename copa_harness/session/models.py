@@ -143,7 +143,12 @@ def _build(name: str, settings: Settings, *, gateway: Gateway, is_base: bool, co
 
     weights = settings.base_weights if is_base else None
     of_local_models: dict[str, Any] = (
-        {"device": settings.device, "dtype": settings.dtype, "chat_template": settings.chat_template}
+        {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "chat_template": settings.chat_template,
+            "ray": settings.ray,
+        }
         if is_local_name(name)
         else {}
     )

@@ -79,6 +79,13 @@ def _check_dtype(name: Any) -> None:
     checked_dtype(name)
 
 
+def _check_shared(address: Any) -> None:
+    if not address.startswith(("postgresql://", "postgres://")):
+        raise ConfigurationError(
+            "--copa-shared: got an address of another kind; expected postgresql://user:password@host:port/database"
+        )
+
+
 DEFAULT_LM = "embedded"
 
 _MODEL = text_check("a model, for instance 'embedded', 'hf:<path>' or 'openai/<name>'")
@@ -168,7 +175,7 @@ class Settings:
     )
     shared: str | None = _given(
         None,
-        check=text_check("postgresql://user@host/database"),
+        check=text_check("postgresql://user@host/database", meaning=_check_shared),
         default_words="this machine's cache directory",
         metavar="URL",
         help="PostgreSQL database in which several machines share answers, budgets and finished optimizations; needs "
@@ -224,6 +231,13 @@ class Settings:
         default_words="a GPU if there is one",
         metavar="DEVICE",
         help="where a local model runs: cpu, cuda, cuda:1",
+    )
+    ray: str | None = _given(
+        None,
+        check=text_check("auto, or the address of a cluster"),
+        default_words="this process alone",
+        metavar="auto|ADDRESS",
+        help="Ray cluster whose devices answer for a local model, one engine each; needs copa-harness[ray]",
     )
     dtype: str | None = _given(
         None,

@@ -46,21 +46,22 @@ class SharedAnswers:
                 self._database.drop(_KIND, key, row)
                 told = f"an answer in {self._database} is damaged and was refused ({error}); it is paid for again"
                 warnings.warn(told, CacheWarning, stacklevel=2)
-        if (ours := self._local.get(key)) is not None:
-            self._database.put(_KIND, key, encode_answer(key, ours), replace=False)
-        return ours
+        ours = self._local.get(key)
+        return None if ours is None else self.set(key, ours) or ours
 
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer.
+    def set(self, key: str, value: dict[str, Any]) -> dict[str, Any] | None:
+        """Store an answer, unless another process, which took this one for dead, was faster: then give that back.
 
         Raises:
             CacheError: The database is away; the answer is in this machine's cache directory.
         """
+        row = encode_answer(key, value)
         try:
-            self._database.put(_KIND, key, encode_answer(key, value))
+            standing = self._database.offer(_KIND, key, row)
         except CacheError:
             self._local.set(key, value)
             raise
+        return None if standing == row else decode_answer(key, standing)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """While it is held, no other process of any machine pays for `key`."""

@@ -55,7 +55,9 @@ _AMOUNTS = ", ".join(f"{name} bigint NOT NULL" for name in COST_FIELDS)
 
 _TABLES = f"""DO $$ BEGIN
 PERFORM pg_advisory_xact_lock(20261129);
-CREATE TABLE IF NOT EXISTS copa_owners (owner text PRIMARY KEY, beat bigint NOT NULL);
+CREATE TABLE IF NOT EXISTS copa_owners (owner text PRIMARY KEY, beat bigint NOT NULL,
+    beaten timestamptz NOT NULL DEFAULT now());
+DELETE FROM copa_owners WHERE beaten < now() - interval '1 day';
 CREATE TABLE IF NOT EXISTS copa_rows (kind text, key text, value bytea, owner text,
     stored timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (kind, key));
 CREATE INDEX IF NOT EXISTS copa_rows_owner ON copa_rows (owner) WHERE owner IS NOT NULL;
@@ -65,8 +67,8 @@ CREATE TABLE IF NOT EXISTS copa_reservations (number bigint PRIMARY KEY, run tex
     {_AMOUNTS});
 END $$"""
 
-_BEAT = """INSERT INTO copa_owners VALUES (%(owner)s, %(beat)s)
-ON CONFLICT (owner) DO UPDATE SET beat = excluded.beat"""
+_BEAT = """INSERT INTO copa_owners (owner, beat) VALUES (%(owner)s, %(beat)s)
+ON CONFLICT (owner) DO UPDATE SET beat = excluded.beat, beaten = now()"""
 
 _SUMS = ", ".join(f"sum({name}) AS {name}" for name in COST_FIELDS)
 _MOVED = ", ".join(f"spent_{n} = spent_{n} + sums.{n}, reserved_{n} = reserved_{n} - sums.{n}" for n in COST_FIELDS)
@@ -85,6 +87,9 @@ ON CONFLICT DO NOTHING RETURNING true"""
 
 _CLAIMED = """SELECT value IS NULL, copa_rows.owner, beat FROM copa_rows LEFT JOIN copa_owners USING (owner)
 WHERE kind = %(kind)s AND key = %(key)s"""
+
+_OFFER = """INSERT INTO copa_rows (kind, key, value) VALUES (%(kind)s, %(key)s, %(value)s)
+ON CONFLICT (kind, key) DO UPDATE SET value = coalesce(copa_rows.value, excluded.value), owner = NULL RETURNING value"""
 
 _PUT = """INSERT INTO copa_rows (kind, key, value) VALUES (%(kind)s, %(key)s, %(value)s)
 ON CONFLICT (kind, key) DO UPDATE SET value = excluded.value, owner = NULL, stored = now()"""
@@ -108,12 +113,10 @@ def checked_url(text: str) -> URL:
         ) from error
     try:
         url = make_url(text)
-    except ArgumentError:
-        url = None
-    if url is None or url.get_backend_name() not in ("postgresql", "postgres"):
+    except (ArgumentError, ValueError):  # a port that is no number
         raise ConfigurationError(
-            "--copa-shared: got an address of another kind; expected postgresql://user:password@host:port/database"
-        )
+            "--copa-shared: got no address; expected postgresql://user@host:port/database"
+        ) from None
     return url.set(drivername="postgresql+psycopg")
 
 
@@ -217,8 +220,8 @@ class SharedDatabase:
         self._engine = create_engine(
             self.url,
             isolation_level="AUTOCOMMIT",
-            pool_size=1,
-            max_overflow=3,
+            pool_size=2,
+            max_overflow=6,
             pool_timeout=WAIT_S,
             connect_args=_CONNECTION,
         )
@@ -263,10 +266,15 @@ class SharedDatabase:
         found = self.execute(f"SELECT value FROM copa_rows WHERE {_ROW}", kind=kind, key=key)
         return bytes(found[0][0]) if found and found[0][0] is not None else None
 
-    def put(self, kind: str, key: str, value: bytes, *, replace: bool = True) -> None:
-        """Give a row its value, in place of an earlier one if so; a claim on it ends."""
-        self.execute(_PUT if replace else f"{_PUT} WHERE copa_rows.value IS NULL", kind=kind, key=key, value=value)
+    def offer(self, kind: str, key: str, value: bytes) -> bytes:
+        """Give a row this value unless it has one; what it has then. A claim on it ends."""
+        ((standing,),) = self.execute(_OFFER, kind=kind, key=key, value=value)
         self._claims.discard((kind, key))
+        return bytes(standing)
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Give a row this value, in place of an earlier one."""
+        self.execute(_PUT, kind=kind, key=key, value=value)
 
     def get_all(self, kind: str, *, since: str = "") -> list[bytes]:
         """The values of the rows of a kind, in the order of their keys, from a key on."""

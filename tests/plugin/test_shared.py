@@ -4,13 +4,17 @@ A machine is a process with a cache directory of its own. The endpoint answers t
 whoever paid again, or took an answer of its own, would have other scores.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -66,15 +70,14 @@ def endpoint(stubs):
 class Machine:
     """A pytest session on a machine of its own."""
 
-    def __init__(self, folder, endpoint, url, *options):
-        self.folder, self.command = (
-            folder,
-            [
-                *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "suite"),
-                *("--copa-lm=openai/m", f"--copa-api-base={endpoint.url}", "--copa-threads=3"),
-                *(f"--copa-cache-dir={folder / 'cache'}", f"--copa-report-dir={folder / 'reports'}", *options),
-            ],
-        )
+    def __init__(self, folder, api_base, url, *options, network=()):
+        self.folder = folder
+        self.command = [
+            *network,
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "suite"),
+            *("--copa-lm=openai/m", f"--copa-api-base={api_base}", "--copa-threads=3"),
+            *(f"--copa-cache-dir={folder / 'cache'}", f"--copa-report-dir={folder / 'reports'}", *options),
+        ]
         self.environment = {**os.environ, "COPA_SHARED": url, "PYTHONPATH": os.pathsep.join(sys.path)}
         folder.mkdir()
         suite = folder / "suite"
@@ -112,8 +115,9 @@ class Machine:
 def machines(tmp_path, endpoint, postgres):
     url, made = postgres.database("machines"), []
 
-    def machine(*options, shared=url):
-        made.append(Machine(tmp_path / f"machine-{len(made)}", endpoint, shared, *options))
+    def machine(*options, network=(), address="127.0.0.1"):
+        there = [one.replace("127.0.0.1", address) for one in (endpoint.url, url)]
+        made.append(Machine(tmp_path / f"machine-{len(made)}", *there, *options, network=network))
         return made[-1]
 
     yield machine
@@ -181,4 +185,83 @@ def test_kills_of_machines_and_of_the_server_change_no_score_and_pay_nothing_twi
     assert stored <= asked <= stored + in_flight
     ((spent, reserved),) = postgres.sql("SELECT spent_calls, reserved_calls FROM copa_runs", name="machines")
     assert asked <= spent + reserved <= 300
+    assert left_over(postgres)[1:] == [0, 0]  # who was killed with nothing in hand is forgotten after a day
+
+
+# -- networks of their own
+
+
+def relay(address, port):
+    """Leads connections to `address:port` on to the same port of the loopback interface; gives what ends it."""
+    listening = socket.create_server((address, port))
+
+    def pump(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = listening.accept()
+                there = socket.create_connection(("127.0.0.1", port))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listening.close
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def networks():
+    """Two network namespaces joined by a bridge to this one: the link of each, and what it is entered with."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    base, names = f"copa{os.getpid() % 10**6}", []
+    try:
+        try:
+            ip("link", "add", base, "type", "bridge")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        ip("addr", "add", "10.77.0.1/24", "dev", base)
+        ip("link", "set", base, "up")
+        for number in (1, 2):
+            names.append(name := f"{base}n{number}")
+            ip("netns", "add", name)
+            ip("link", "add", f"{base}v{number}", "type", "veth", "peer", "name", "there", "netns", name)
+            ip("link", "set", f"{base}v{number}", "master", base, "up")
+            ip("-n", name, "addr", "add", f"10.77.0.1{number}/24", "dev", "there")
+            ip("-n", name, "link", "set", "there", "up")
+        yield [(f"{base}v{number}", ("ip", "netns", "exec", name)) for number, name in enumerate(names, start=1)]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+        subprocess.run(["ip", "link", "del", base], check=False, capture_output=True)
+
+
+def test_machines_in_networks_of_their_own_agree_even_if_one_is_cut_off_for_a_while(
+    machines, endpoint, postgres, networks
+):
+    ends = [relay("10.77.0.1", endpoint.port), relay("10.77.0.1", postgres.port)]
+    try:
+        two = [machines(network=enter, address="10.77.0.1").start() for _, enter in networks]
+        while endpoint.n_requests < 20:
+            assert all(one.process.poll() is None for one in two), two[0].log + two[1].log
+            time.sleep(0.01)
+        link = networks[0][0]
+        ip("link", "set", link, "down")
+        time.sleep(4)  # twice a lease: what it had claimed is taken over
+        ip("link", "set", link, "up")
+        assert [one.process.wait() for one in two] == [0, 0], two[0].log + two[1].log
+    finally:
+        for end in ends:
+            end()
+    assert two[0].scores() == two[1].scores()
+    stored, in_flight = n_answers(postgres), 3
+    assert stored <= endpoint.n_requests <= stored + in_flight
     assert left_over(postgres) == [0, 0, 0]

@@ -20,8 +20,8 @@ class AnswerStore(Protocol):
         """The stored answer, or None."""
         ...
 
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        """Store an answer."""
+    def set(self, key: str, value: dict[str, Any]) -> dict[str, Any] | None:
+        """Store an answer; another one that is everybody's already is given back, and is to be used in its place."""
         ...
 
     def locked(self, key: str) -> Any:
