@@ -260,12 +260,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         from copa_harness.errors import CopaError
 
         if isinstance(call.excinfo.value, CopaError):
-            said, where = (
-                f"{type(call.excinfo.value).__name__}: {call.excinfo.value}",
-                _last_line_of_the_user(call.excinfo),
-            )
+            said = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
             first = item.config.stash.setdefault(SAID, {}).setdefault(said, item.nodeid)
-            report.longrepr = f"{said}{where}" if first == item.nodeid else f"the same {said[:60]}... as in {first}"
+            where = _last_line_of_the_user(call.excinfo)
+            report.longrepr = f"{said}{where}" if first == item.nodeid else f"as in {first}: {said[:60]}..."
     if report.when == "call" and report.failed:
         said = "" if call.excinfo is None else str(call.excinfo.value)  # check() has said it all already
         descriptions = [run.describe() for run in item.stash.get(RUNS, [])]

@@ -346,4 +346,4 @@ def test_one_error_of_several_tests_is_shown_in_full_once(pytester):
     )
     text = pytester.runpytest_inprocess(*STRICT).stdout.str()
     assert text.count("remedy: another one") == 1
-    assert text.count("\nas in test_one_error_of_several_tests_is_shown_in_full_once.py::test_it[1]: ConfigurationError: got") == 2
+    assert text.count("full_once.py::test_it[1]: ConfigurationError: got a model") == 2
