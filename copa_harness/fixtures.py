@@ -45,6 +45,9 @@ WORKER_RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 TEST_SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 REFUSED = pytest.StashKey[str]()
 RUNS = pytest.StashKey[list[Any]]()
+SAID: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+"""Errors of this package that were shown, and of which test: the next tests refer to it."""
+
 REPORT: pytest.StashKey[Report] = pytest.StashKey()
 N_REFUSED = pytest.StashKey[int]()
 """Tests that ended because the session's ceilings refused a call."""

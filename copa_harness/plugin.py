@@ -22,6 +22,7 @@ from copa_harness.fixtures import (
     REFUSED,
     REPORT,
     RUNS,
+    SAID,
     STATE,
     TEST_SETTINGS,
     WORKER_RECORDS,
@@ -259,8 +260,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         from copa_harness.errors import CopaError
 
         if isinstance(call.excinfo.value, CopaError):
+            said = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+            first = item.config.stash.setdefault(SAID, {}).setdefault(said, item.nodeid)
             where = _last_line_of_the_user(call.excinfo)
-            report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}{where}"
+            report.longrepr = f"{said}{where}" if first == item.nodeid else f"as in {first}: {said[:60]}..."
     if report.when == "call" and report.failed:
         said = "" if call.excinfo is None else str(call.excinfo.value)  # check() has said it all already
         descriptions = [run.describe() for run in item.stash.get(RUNS, [])]

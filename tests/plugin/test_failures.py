@@ -325,3 +325,25 @@ def test_a_session_that_runs_no_copa_test_leaves_the_report_alone(folder):
     folder.runpytest_inprocess(*STRICT, "test_plain.py").assert_outcomes(failed=1)
     folder.runpytest_inprocess(*STRICT, "--copa-disable", "test_suite.py").assert_outcomes(skipped=3)
     assert len(latest(folder)) == 3
+
+
+def test_one_error_of_several_tests_is_shown_in_full_once(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        from copa_harness.errors import ConfigurationError
+
+        pytestmark = pytest.mark.copa
+
+        @pytest.fixture
+        def copa_task():
+            raise ConfigurationError("got a model that is nowhere to be found on any machine; remedy: another one")
+
+        @pytest.mark.parametrize("number", [1, 2, 3])
+        def test_it(copa_run, number):
+            pass
+        """
+    )
+    text = pytester.runpytest_inprocess(*STRICT).stdout.str()
+    assert text.count("remedy: another one") == 1
+    assert text.count("full_once.py::test_it[1]: ConfigurationError: got a model") == 2

@@ -63,7 +63,7 @@ class TransformersEngine(Engine):
         lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
         device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
         worker: this process's number among several that share the GPUs (see `devices`).
-        dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
+        dtype: `float32` (exact), `bfloat16`, `float16` or `int8`; None is float32.
         chat_template: Jinja text that replaces the folder's chat template.
     """
 
@@ -90,6 +90,7 @@ class TransformersEngine(Engine):
         self._chat_template = chat_template
         self._lock = threading.RLock()
         self._directory: Path | None = None
+        self._failure = ""
         self._lora_directories: dict[str, Path] = {}
         self._chat: ChatTemplate | None = None
         self._generator: BatchGenerator | None = None
@@ -97,10 +98,16 @@ class TransformersEngine(Engine):
 
     @property
     def directory(self) -> Path:
-        """The model folder."""
+        """The model folder; what could not be had once is not asked for again."""
         with self._lock:
+            if self._failure:
+                raise ConfigurationError(self._failure)
             if self._directory is None or self._source.is_file:  # another file may lie there by now
-                self._directory = self._source.directory()
+                try:
+                    self._directory = self._source.directory()
+                except ConfigurationError as error:
+                    self._failure = "" if self._source.is_file else str(error)
+                    raise
             return self._directory
 
     @property

@@ -359,3 +359,20 @@ def test_a_failing_model_is_a_provider_error_for_everyone_in_the_batch(tiny_fold
     for future in futures:
         with pytest.raises(ProviderError, match="device-side assert"):
             future.result()
+
+
+def test_an_id_that_could_not_be_fetched_is_not_asked_for_again(monkeypatch, tmp_path):
+    from copa_harness.lm.local.sources.source import ModelSource
+
+    asked = []
+
+    def directory(source):
+        asked.append(source.place)
+        raise ConfigurationError("could not be fetched; remedy: check the connection")
+
+    monkeypatch.setattr(ModelSource, "directory", directory)
+    engine = TransformersEngine("nobody/nothing", name="hf:nobody/nothing", lora_dir=tmp_path)
+    for _ in range(3):
+        with pytest.raises(ConfigurationError, match="check the connection"):
+            engine.fingerprint("hf:nobody/nothing")
+    assert asked == ["nobody/nothing"]

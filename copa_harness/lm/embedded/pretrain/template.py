@@ -82,14 +82,6 @@ def _listed(fields: tuple[Field, ...]) -> str:
     return "\n".join(lines).strip()
 
 
-def user_parts(shape: Shape, values: tuple[str, ...]) -> list[str]:
-    """Alternating marker and value texts of a user message without its closing request."""
-    parts: list[str] = []
-    for i, (field, value) in enumerate(zip(shape.inputs, values, strict=True)):
-        parts += [("\n\n" if i else "") + f"[[ ## {field.name} ## ]]\n", value]
-    return parts
-
-
 def request_text(shape: Shape) -> str:
     """What DSPy appends to the last user message (never to a demonstration's)."""
     asked: list[str] = []

@@ -71,13 +71,17 @@ def values(fields: tuple[template.Field, ...]) -> dict[str, object]:
     return {field.name: value(field, i) for i, field in enumerate(fields)}
 
 
+def user_text(inputs: dict[str, object]) -> str:
+    return "\n\n".join(f"[[ ## {name} ## ]]\n{given}" for name, given in inputs.items())
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_conversation_is_byte_equal_to_the_chat_adapter(name):
     chosen = SHAPES[name]
     inputs, outputs = values(chosen.inputs), values(chosen.outputs)
     demos = [dspy.Example(**inputs, **outputs)]
     system, user, assistant, last = dspy.ChatAdapter().format(signature(chosen), demos, inputs)
-    body = "".join(template.user_parts(chosen, tuple(map(str, inputs.values()))))
+    body = user_text(inputs)
     assert system["content"] == template.system_text(chosen, INSTRUCTION)
     assert user["content"] == body
     assert assistant["content"] == "".join(template.answer_parts(chosen, tuple(map(str, outputs.values()))))
@@ -89,6 +93,5 @@ def test_a_demonstration_without_reasoning_is_byte_equal_to_the_chat_adapter():
     inputs = values(chosen.inputs)
     demos = [dspy.Example(**inputs, answer="two")]
     _, user, assistant, _ = dspy.ChatAdapter().format(signature(chosen), demos, inputs)
-    printed = tuple(map(str, inputs.values()))
-    assert user["content"] == template.INCOMPLETE_PREFIX + "".join(template.user_parts(chosen, printed))
+    assert user["content"] == template.INCOMPLETE_PREFIX + user_text(inputs)
     assert assistant["content"] == "".join(template.answer_parts(chosen, (template.NOT_SUPPLIED, "two")))
