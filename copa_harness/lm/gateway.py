@@ -41,6 +41,7 @@ from copa_harness.lm.call_context import (
 )
 from copa_harness.lm.engine import Engine, seed_of
 from copa_harness.lm.provider_errors import Refused, engine_failure, lets_nobody_in
+from copa_harness.tracing import span
 
 RECENT_ANSWERS = 4096
 """Answers a gateway keeps decoded in memory."""
@@ -127,6 +128,25 @@ class _Call:
             ProviderError: It failed; it is counted, and refunded unless it may have been billed.
             BudgetExhausted: It does not fit under a ceiling.
         """
+        with span(f"chat {self.request.model}", **self._attributes()) as note:
+            response, usd = self._charged()
+            note(
+                gen_ai__usage__input_tokens=response.usage.input_tokens,
+                gen_ai__usage__output_tokens=response.usage.output_tokens,
+                copa__usd=usd,
+            )
+        return response, usd
+
+    def _attributes(self) -> dict[str, object]:
+        phase = self.context.phase
+        return {
+            "gen_ai__operation__name": "chat",
+            "gen_ai__provider__name": self.engine.name,
+            "gen_ai__request__model": self.request.model,
+            "copa__phase": None if phase is None else phase.value,
+        }
+
+    def _charged(self) -> tuple[Response, float | None]:
         engine, scope = self.engine, self.scope
         worst = engine.worst_case(self.request, scope.bounds)
         place = nullcontext() if engine.concurrency is None else engine.concurrency.turn()

@@ -31,10 +31,19 @@ MERGE_BASE = "merge-base"
 _NO_RESULT = (2, 3, 4)
 """Exit statuses of pytest that leave nothing to compare with: interrupted, broken, not understood."""
 
-_OWN = ("--copa-against", "--copa-sequential", "--junitxml", "--junit-xml", "--html", "--alluredir", "--basetemp")
+_OWN = (
+    "--copa-against",
+    "--copa-sequential",
+    "--junitxml",
+    "--junit-xml",
+    "--html",
+    "--alluredir",
+    "--basetemp",
+    "--copa-mlflow",
+)
 """Options that the other side must not have: it would compare on, stop early, or write over this side's files."""
 
-_HERE_ONLY = ("COPA_AGAINST", "COPA_SEQUENTIAL", "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS")
+_HERE_ONLY = ("COPA_AGAINST", "COPA_MLFLOW", "COPA_SEQUENTIAL", "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS")
 
 
 def aimed(settings: Settings) -> Settings:

@@ -234,13 +234,16 @@ class GateContext:
             ArtifactError: A baseline file is damaged.
         """
         from copa_harness.judge.gates import judge
+        from copa_harness.judge.paired_gates import BLESS
 
         leaked = leakage_gate(self.leakage)
         rules = rules_of(gates, on_scores=not leaked)
         run = self._judged_run(rules, evaluation, is_settled=is_settled, accepted=accepted)
         if rules.max_violation_rate is not None and self.forms is not None:
             run = replace(run, violations=self.forms.measured())
-        answers = self._required(judge(replace(run, repeats=repeats or None), rules, seed=self.settings.seed))
+        bless = BLESS if self.settings.against is None else "merge it: later changes are compared with it"
+        run = replace(run, repeats=repeats or None)
+        answers = self._required(judge(run, rules, bless=bless, seed=self.settings.seed))
         name = rules.better_than
         if name is None or run.opponent is not None:
             return leaked + answers

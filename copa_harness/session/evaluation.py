@@ -22,6 +22,7 @@ from copa_harness.results import EvaluationResult, ExampleResult, Phase, PhaseRe
 from copa_harness.session.optimizations import Optimized, program_fingerprint
 from copa_harness.session.options import Settings
 from copa_harness.session.runs import ScoredEvaluation
+from copa_harness.tracing import span
 
 if TYPE_CHECKING:
     import dspy
@@ -136,6 +137,7 @@ def measure(
     phase = Phase.BASELINE if strategy == "none" else Phase.EVALUATE
     title, n = f"{task.name}, {strategy}", len(examples) * settings.repeat
     with (
+        span("copa.evaluate", copa__task=task.name, copa__strategy=strategy, copa__split=split, copa__n=n) as note,
         open_scope(f"{title}: {phase.value}") as scope,
         in_context(json_fallback=settings.json_fallback),
         EvaluationProgress(title, n, split=split, scope=scope, warns=warns).following(),
@@ -153,6 +155,7 @@ def measure(
         else:
             result = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
             result = _clustered(result, groups, seed=settings.seed)
+        note(copa__score=result.score, copa__calls=result.usage.paid_calls)
     hidden = scope.phase_usages().get(Phase.METRIC.value)
     if hidden is not None:
         result = replace(result, usage=result.usage - hidden)

@@ -143,6 +143,8 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     if tests.interrupted:
         more["interrupted"] = True
     written, problems = _written(records, more, settings=settings, told=told)
+    if settings.mlflow is not None:
+        problems += _tracked(records, settings)
     found = annotations_of(records, locations=tests.locations, failed=tests.failed)
     return Report(
         summary=summary_table(records),
@@ -328,6 +330,15 @@ def _written(
     except OSError as error:
         return _shown(paths.page, settings.root), [f"the job's summary (GITHUB_STEP_SUMMARY) was not written: {error}"]
     return _shown(paths.page, settings.root), []
+
+
+def _tracked(records: Sequence[RunRecord], settings: Settings) -> list[str]:
+    from copa_harness.report.mlflow_tracking import track
+    from copa_harness.report.provenance import git_commit
+
+    assert settings.mlflow is not None
+    problem = track(records, uri=settings.mlflow, commit=git_commit(settings.root))
+    return [problem] if problem else []
 
 
 def _shown(path: Path, root: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.local.sources.names import is_local_name
+from copa_harness.report.mlflow_tracking import is_installed
 from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ def check_names(settings: Settings) -> None:
     """
     from copa_harness.lm.gateway import Gateway
 
+    if settings.mlflow is not None and not is_installed():
+        raise ConfigurationError(
+            f"got --copa-mlflow={settings.mlflow}, and MLflow is not there; remedy: pip install 'copa-harness[mlflow]'"
+        )
     for option, name in (("lm", settings.lm), ("prompt_lm", settings.prompt_lm)):
         if option in settings.forced and name is not None:
             is_base = option == "lm"

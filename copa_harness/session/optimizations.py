@@ -26,6 +26,7 @@ from copa_harness.results import OptimizationResult, PhaseRecord, Usage
 from copa_harness.session.options import Settings
 from copa_harness.shared_files import current_files
 from copa_harness.store.artifacts import MANIFEST
+from copa_harness.tracing import span
 
 if TYPE_CHECKING:
     import dspy
@@ -262,7 +263,8 @@ class Optimizations:
 
         ledger = current_ledger()
         n_refused = 0 if ledger is None else ledger.n_refused
-        with in_context(json_fallback=settings.json_fallback):
+        named = {"copa__task": task.name, "copa__strategy": settings.strategy, "gen_ai__request__model": lm.model}
+        with span("copa.optimize", **named), in_context(json_fallback=settings.json_fallback):
             program = optimizer.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         result: OptimizationResult = program.copa_result
         cut_short = result.exhausted and ledger is not None and ledger.n_refused > n_refused  # not by its own ceilings

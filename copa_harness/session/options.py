@@ -210,6 +210,12 @@ class Settings:
         help="what the terminal shows at the end: one table and what needs attention, or (also by -v) every table; the "
         "page always has all",
     )
+    mlflow: str | None = _given(
+        None,
+        check=text_check("a tracking URI, for instance 'http://localhost:5000' or 'sqlite:///mlflow.db'"),
+        metavar="URI",
+        help="log every run to MLflow there: parameters, scores with intervals, costs, the artifact",
+    )
     baseline_dir: Path = _given(
         Path("baselines"),
         check=PATH,

@@ -234,7 +234,7 @@ def test_a_link_opens_its_run(opened):
     shown.wait_for_function("document.getElementById('run-1').open")
 
 
-@pytest.mark.parametrize("width", [390, 820, 1280])
+@pytest.mark.parametrize("width", [390, 820, 1100, 1280])
 def test_no_request_leaves_nothing_is_run_and_nothing_sticks_out(opened, width):
     shown = opened(width, dark=width == 820)
     shown.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
@@ -242,6 +242,12 @@ def test_no_request_leaves_nothing_is_run_and_nothing_sticks_out(opened, width):
     assert [url for url in shown.requests if not url.startswith(("file:", "data:"))] == []
     assert shown.said == []
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    assert shown.evaluate("(one => one.scrollWidth - one.clientWidth)(document.querySelector('.scroll'))") <= 0
+    if width >= 1100:  # long names break, so that no table has to be scrolled
+        wider = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+        words = "document.querySelectorAll('.scroll td:nth-child(2):not([style*=right])')"
+        shown.evaluate(f"{words}.forEach(one => one.append('_x'.repeat(60)))")
+        assert shown.evaluate(wider) == 0
 
 
 def test_a_screen_reader_gets_names_and_a_table(opened):
