@@ -10,6 +10,7 @@ Loads the standard library only until a command asks for more, and never torch o
     copa baseline show iris/p
     copa baseline diff iris/none iris/p
     copa baseline bless suites/ -k iris
+    copa power iris/p --margin 0.05
     copa show
     copa compare main.json reports/latest.json
     copa history
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     _add_baseline_commands(rooms)
     _add_report_commands(rooms)
+    _add_power_command(rooms)
     export = rooms.add_parser("export", help="write an artifact's program in a form that needs no suite")
     export.set_defaults(run=_export)
     export.add_argument("artifact", type=Path, help="the artifact's folder, as the report names it")
@@ -170,6 +172,42 @@ def _init(options: argparse.Namespace) -> tuple[str, int]:
     said = write_starter(options.folder)
     local = "" if importlib.util.find_spec("torch") else " --copa-lm=openai/gpt-4o-mini"
     return "\n".join([*said, f"next: pytest suites/{local}; then commit, and open a pull request"]), 0
+
+
+def _add_power_command(rooms: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    power = rooms.add_parser("power", help="what so many rows decide about max_regression, before they are paid for")
+    power.set_defaults(run=_power)
+    power.add_argument("rows", help="how many test rows, or a baseline whose rows, gates and noise are meant")
+    power.add_argument("--margin", type=float, default=0.05, help="the drop that is allowed (default: %(default)s)")
+    power.add_argument("--gates", type=int, default=1, help="gates of the suite that ask the same")
+    power.add_argument(
+        "--differ", type=float, nargs="+", metavar="SHARE", help="answers in which two runs differ (default: 0.1 0.2)"
+    )
+    power.add_argument("--usd-per-row", type=float, help="what one row costs, for what a run would")
+    power.add_argument("--baseline-dir", type=Path, default=default_of(Settings, "baseline_dir"))
+
+
+def _power(options: argparse.Namespace) -> tuple[str, int]:
+    from copa_harness.session.plan import DISAGREEMENTS, power_text
+
+    rows, family, differ = options.rows, options.gates, options.differ
+    if not rows.isdigit():
+        found = _baseline(rows, options.baseline_dir)
+        rows, family = len(found.scores), found.families.get("max_regression", family)
+        differ = differ or ([found.noise] if found.noise is not None else None)
+    if int(rows) < 1 or not 0 <= options.margin < 1 or family < 1 or not all(0 <= one <= 1 for one in differ or ()):
+        raise ConfigurationError(
+            f"got {options.rows} rows, margin {options.margin}, {family} gates, {differ}; expected at least one row "
+            "and gate, and shares from 0 to 1"
+        )
+    text = power_text(
+        int(rows),
+        margin=options.margin,
+        family=family,
+        disagreements=differ or DISAGREEMENTS,
+        usd_per_row=options.usd_per_row,
+    )
+    return text.replace("; if", "\n  if").replace(": if", ":\n  if"), 0
 
 
 def _show(options: argparse.Namespace) -> tuple[str, int]:

@@ -12,7 +12,11 @@ finalist on them is taken (see `finalists`). Where there are too few, training r
 that none of them shows and whose weights were not trained on, as many as the calls left pay for. Either way the result
 must not lose to the program as written on these rows, and it must pass the paired test (`finalists.chosen_p_value`): on
 the rows held back, where there are some, else on the validation rows that chose the result, corrected for the
-candidates with a full score it was chosen among. That correction cannot count the candidates a race dropped early.
+candidates with a full score it was chosen among. That correction cannot count the candidates
+a race dropped early, which makes `adoption_p` an error rate only on rows held back. On the rows that chose it is a
+threshold: where every candidate is truly as good as the program as written, about half of the searches pass it, and a
+third where fresh training rows confirm it (`tests/benchmarks/bench_adoption.py`). That changes a program for nothing,
+but loses nothing: where all are truly five points worse it is a quarter, and a tenth with fresh rows.
 
 **A whole and its parts.** Where no such rows are left (weights were trained on all of them) the validation rows that
 chose the result are all there is, and the best of many combinations of prompts and weights is partly the luckiest.

@@ -16,7 +16,7 @@ the chance that the best of them, ``max_c sum_i s_i d_ci``, would have gained as
 Westfall and Young 1993, "Resampling-Based Multiple Testing", section 2.3). Candidates that are right on the same rows
 cost little, as they should: six programs that mend the same mistakes are one finding, not six. With one candidate it is
 the exact sign-flip test, for right/wrong scores McNemar's. What it cannot correct for are candidates that were dropped
-before they had a full score.
+before they had a full score (`adoption` says what that means).
 
 **Score and cost** (`pareto_front`, `preferred`). Symbols: s = mean validation score, 0..1, higher is better; c = cost
 per answer, lower is better. A candidate is on the front when no other is at least as good in both and better in one.

@@ -116,8 +116,9 @@ class SearchOptions:
     adoption_p: float = _search(
         0.2,
         check=SHARE,
-        help="level of the paired test that the result must pass against the program as written, or that is returned; "
-        "1 keeps whatever is no worse, as is always done for DSPy's optimizers alone",
+        help="threshold of the paired test that the result must pass against the program as written, or that is "
+        "returned; an error rate only where rows are held back, else about half of the searches in which nothing is "
+        "better return something else; 1 keeps whatever is no worse, as is always done for DSPy's optimizers alone",
     )
     max_demos: int = _search(
         9,

@@ -299,7 +299,10 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
     if any(found.unseen for _, found in told):
         notes.append("unseen: validation rows held back from the search")
     if not all(found.unseen for _, found in told):
-        notes.append("validation: the rows that chose the result; difference and interval flatter it")
+        notes.append(
+            "validation: the rows that chose the result; difference and interval flatter it, and p does not count the "
+            "candidates a race dropped: where nothing is better, p is 0.2 or less in about half of the searches"
+        )
     if not all(found.tested for _, found in told):
         notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
     notes.extend(f"{run.task}, {run.strategy}: {found.why}" for run, found in told if found.why)

@@ -266,8 +266,16 @@ def _varies(program: dspy.Module, lm: MeteredLM) -> bool:
 
     A local model at temperature 0 has one answer only and is not asked again; an endpoint may have several even then.
     """
-    models = [lm, *(predictor.lm for predictor in program.predictors() if predictor.lm is not None)]
-    return any(model.kwargs.get("temperature") != 0 or model.engine.is_endpoint for model in models)
+    return is_drawn(program, lm) or any(model.engine.is_endpoint for model in _models(program, lm))
+
+
+def is_drawn(program: dspy.Module, lm: MeteredLM) -> bool:
+    """Whether a model is asked at a temperature that is not 0, so that an answer is one draw of many."""
+    return any(model.kwargs.get("temperature") != 0 for model in _models(program, lm))
+
+
+def _models(program: dspy.Module, lm: MeteredLM) -> list[MeteredLM]:
+    return [lm, *(predictor.lm for predictor in program.predictors() if predictor.lm is not None)]
 
 
 def leakage_of(task: Task, program: dspy.Module | None = None) -> LeakageReport:

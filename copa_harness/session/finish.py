@@ -36,6 +36,9 @@ FAILED = 1
 BUDGET_EXHAUSTED = 6
 """Exit status when nothing failed and the session's ceilings cut something short. pytest's own end at 5."""
 
+MIN_DRAWS_REFUSED = 3
+"""Runs that asked the same, from which on the best is refused as a baseline; one in two is the better of two."""
+
 _OPEN = (Verdict.UNDECIDED, Verdict.NOT_COMPARABLE)
 
 
@@ -120,7 +123,7 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     failures = _failures(entries)
     notes += _failed_attempts(failures)
     if settings.bless:
-        accepted, problems = accept_baselines(entries, directory=settings.baseline_dir)
+        accepted, problems = accept_baselines(entries, directory=settings.baseline_dir, reports=settings.report_dir)
         notes += [f"accepted as baseline: {_shown(path, settings.root)} ({changed})" for path, changed in accepted]
         remarks += [*(entry.not_accepted for entry in entries if entry.not_accepted), *problems]
     notes += _spent(settings)
@@ -217,12 +220,15 @@ def _failed_attempts(failures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def accept_baselines(entries: Iterable[Entry], *, directory: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def accept_baselines(
+    entries: Iterable[Entry], *, directory: Path, reports: Path
+) -> tuple[list[tuple[Path, str]], list[str]]:
     """Write the baselines that runs are to become; of several for one file the last one stands.
 
     Args:
         entries: Of the session, in their order.
         directory: Where baselines lie.
+        reports: Where the reports of earlier runs lie, which tell whether a run is the luckiest of several.
 
     Returns:
         The files written, each with what changed in it, and what a person should know.
@@ -244,12 +250,36 @@ def accept_baselines(entries: Iterable[Entry], *, directory: Path) -> tuple[list
         found[path] = baseline
     written = []
     for path, baseline in found.items():
+        if (n_draws := _luckiest_of(baseline, reports)) >= MIN_DRAWS_REFUSED:
+            remarks.append(
+                f"{baseline.task} ({baseline.name}): not accepted as baseline, for it is the best of {n_draws} runs "
+                "that asked the same, which later runs would be held to. Next: --copa-bless --copa-repeat=3, which "
+                "keeps every draw"
+            )
+            continue
         try:
             changed = _what_changed(path, baseline)
             written.append((save_baseline(directory, baseline), changed))
         except (CopaError, OSError) as error:
             remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
     return written, remarks
+
+
+def _luckiest_of(baseline: Baseline, reports: Path) -> int:
+    """How many runs asked the same and came to other scores, this one included, if none did better; else 0."""
+    from copa_harness.report.history import MAX_HISTORY, numbered_reports, read_report
+
+    if baseline.repeats or not baseline.requests:
+        return 0
+    draws = [dict(baseline.scores)]
+    for path in numbered_reports(reports)[-MAX_HISTORY:]:
+        try:
+            runs = read_report(path).runs
+        except CopaError:  # a report that cannot be read shows nothing
+            continue
+        draws += [dict(run.scores) for run in runs if run.requests == baseline.requests and run.scores not in draws]
+    totals = [sum(score or 0.0 for score in draw.values()) for draw in draws]
+    return len(draws) if totals[0] >= max(totals) else 0
 
 
 def _what_changed(path: Path, accepted: Baseline) -> str:

@@ -2,7 +2,8 @@
 
 An evaluation is run against the stored answers; what is missing is counted at the most it can cost. A search adapts to
 answers, so one that is not finished on disk can only be bounded by its ceilings; its calls are priced like those of the
-evaluation of the program as written.
+evaluation of the program as written. Where a run will be compared with a baseline, the plan also says what its rows can
+decide (`power_text`), before anybody pays for them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from copa_harness.formatting import counted, dollars, number
 from copa_harness.results import Phase
 from copa_harness.session.evaluation import searches_both, split_of
 from copa_harness.session.options import Settings
@@ -39,6 +41,7 @@ class PlanLine:
         usd: Dollars to pay at most; None when nobody knows.
         key: Equal for steps that two tests share and only one of them pays for.
         each: Tokens and dollars that one call of this kind may take, cached ones included; None when nobody knows.
+        note: What its rows can decide.
     """
 
     task: str
@@ -49,6 +52,7 @@ class PlanLine:
     usd: float | None
     key: str
     each: tuple[float, float] | None = None
+    note: str = ""
 
 
 def plan_evaluation(
@@ -89,6 +93,7 @@ def plan_run(
     """
     what = "program as written, test split"
     plain = plan_evaluation(task, task.program, lm, split="test", settings=settings, what=what, key=f"{key} none")
+    plain = replace(plain, note=_power_note(task, plain, settings))
     forms = _changed_forms(task, plain, settings, key=f"{key} {strategy} {settings.seed} forms")
     if strategy == "none":
         return [plain, *forms]
@@ -162,8 +167,59 @@ def plan_text(lines: Sequence[PlanLine]) -> str:
     rows.append(["all", "", *_cells(_total(distinct))])
     headers = ["task", "step", "calls to pay", "cached", "tokens", "dollars"]
     note = "at most; a step after one that is missing is priced like the program as written; ? = no bound is known"
+    notes = [note, *dict.fromkeys(line.note for line in lines if line.note)]
     lines_drawn = draw(rows, headers, style="terminal", n_text=2, wrap=False).splitlines()
-    return with_notes("\n".join(line[1:] for line in lines_drawn), [note], style="terminal")
+    return with_notes("\n".join(line[1:] for line in lines_drawn), notes, style="terminal")
+
+
+DISAGREEMENTS = (0.1, 0.2)
+"""Share of answers in which two runs differ, where nobody has measured it: real models' lie about here."""
+
+
+def power_text(
+    n: int,
+    *,
+    margin: float,
+    family: int = 1,
+    disagreements: Sequence[float] = DISAGREEMENTS,
+    usd_per_row: float | None = None,
+) -> str:
+    """What so many rows decide about `max_regression`, how many would be enough, and what those cost.
+
+    Args:
+        n: Test rows.
+        margin: The drop that is allowed.
+        family: Gates of the suite that share the error rate of failing.
+        disagreements: Shares of answers in which two runs may differ.
+        usd_per_row: Dollars that one row costs in a run; None when nobody knows.
+    """
+    from copa_harness.judge.options import Gates
+    from copa_harness.judge.power import chance_to_pass, drop_to_see, rows_to_pass
+
+    alpha = Gates().alpha
+    said = []
+    for share in disagreements:
+        passes = chance_to_pass(n, disagreement=share, margin=margin, alpha=alpha) if margin else 0.0
+        needed = rows_to_pass(disagreement=share, margin=margin, alpha=alpha)
+        cost = "" if needed is None or not usd_per_row else f", {dollars(needed * usd_per_row)} a run"
+        enough = "no number of rows does" if needed is None else f"80 % take {counted(needed, 'row')}{cost}"
+        drop = drop_to_see(n, disagreement=share, margin=margin, alpha=alpha / family)
+        seen = "no drop is found" if math.isinf(drop) else f"a drop of {number(drop)} is found"
+        said.append(
+            f"if {100 * share:.0f} % of answers differ by chance, an unchanged program passes in {100 * passes:.0f} % "
+            f"of runs ({enough}), and {seen} in 80 %"
+        )
+    shared = f", one of {family} such gates" if family > 1 else ""
+    return f"max_regression={margin:g} on {counted(n, 'row')}{shared}: {'; '.join(said)}"
+
+
+def _power_note(task: Task, plain: PlanLine, settings: Settings) -> str:
+    margin, n = settings.gates.get("max_regression"), len(task.testset)
+    if margin is None:
+        return ""
+    usd = None if plain.each is None else plain.each[1] * (plain.calls + plain.cached) / n
+    family = settings.families.get("max_regression", 1)
+    return f"{task.name}, {power_text(n, margin=margin, family=family, usd_per_row=usd)}"
 
 
 def _line(task: Task, what: str, plan: DryRun, key: str) -> PlanLine:

@@ -21,6 +21,7 @@ from copa_harness.session.evaluation import (
     Measured,
     attributed,
     groups_of,
+    is_drawn,
     leakage_of,
     measure,
     phases_of,
@@ -113,6 +114,7 @@ def finish_run(
     notes = (
         *notes_of(measured),
         *gained.notes,
+        *_single_draw(measured, program, optimized.lm, settings=settings, where=where),
         *(f"{where}: {said}" for said in optimized.result.headlines),
         *_over_long(record.phases, where=where),
         *((f"{task.name}: {context.leakage.text()}",) if context.leakage.near else ()),
@@ -466,6 +468,18 @@ def notes_of(measured: Measured) -> tuple[str, ...]:
             f"own on the {evaluation.split} split; they are paid for and counted, in a phase apart."
         )
     return tuple(notes)
+
+
+def _single_draw(
+    measured: Measured, program: dspy.Module, lm: MeteredLM, *, settings: Settings, where: str
+) -> tuple[str, ...]:
+    """What whoever blesses one draw of answers that vary should know."""
+    if not settings.bless or measured.repeats or not is_drawn(program, lm):
+        return ()
+    return (
+        f"{where}: a baseline of a single draw, at a temperature above 0; a lucky one makes one unchanged run in five "
+        "fail instead of one in thirty. Next: --copa-bless --copa-repeat=3, which keeps every draw",
+    )
 
 
 def _over_long(phases: Sequence[PhaseRecord], *, where: str) -> tuple[str, ...]:

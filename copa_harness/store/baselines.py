@@ -13,9 +13,11 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,17 @@ class Baseline:
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     requests: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> float | None:
+        """The mean distance of two draws of one example's score, for right/wrong the share that differs; None for one.
+
+        What `max_regression` has to tell a drop from, if both sides answer once.
+        """
+        several = [draws for draws in map(_scored, self.repeats.values()) if len(draws) > 1]
+        if not several:
+            return None
+        return statistics.fmean(statistics.fmean(abs(a - b) for a, b in combinations(one, 2)) for one in several)
 
     @property
     def origin(self) -> str:
@@ -276,6 +289,10 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
     if missing := [part for part in COMPARED if not read.fingerprints.get(part)]:
         raise ValueError(f"there is no fingerprint of {', '.join(missing)}: nobody could tell what it is comparable to")
     return read
+
+
+def _scored(draws: Iterable[float | None]) -> list[float]:
+    return [score for score in draws if score is not None]
 
 
 def _is_score(value: Any) -> bool:

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from copa_harness.cli import main
+from copa_harness.judge.power import chance_to_pass, drop_to_see, rows_to_pass
 from copa_harness.results import Interval
-from copa_harness.store.baselines import Baseline, save_baseline
+from copa_harness.store.baselines import Baseline, read_baseline, save_baseline
 
 
 @pytest.fixture
@@ -100,3 +102,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     arguments = ["baseline", "list", "--baseline-dir", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_power_says_what_rows_decide_and_what_enough_of_them_cost(folder, capsys):
+    assert main(["power", "75", "--gates", "3", "--differ", "0.1", "--usd-per-row", "0.002"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("max_regression=0.05 on 75 rows, one of 3 such gates")
+    passes = chance_to_pass(75, disagreement=0.1, margin=0.05)
+    drop = drop_to_see(75, disagreement=0.1, margin=0.05, alpha=0.05 / 3)
+    needed = rows_to_pass(disagreement=0.1, margin=0.05)
+    assert f"passes in {100 * passes:.0f} % of runs (80 % take {needed} rows, ${0.002 * needed:.2f} a run)" in said
+    assert f"a drop of {drop:.3f} is found in 80 %" in said
+
+
+def test_power_of_a_baseline_takes_its_rows_its_gates_and_the_noise_of_its_draws(folder, capsys):
+    known = read_baseline(folder / "baselines" / "iris" / "p.json")
+    draws = {name: (1.0, 1.0, float(name != "f")) for name in known.scores}
+    save_baseline(folder / "baselines", replace(known, families={"max_regression": 2}, repeats=draws))
+    assert main(["power", "iris/p", "--margin", "0.3"]) == 0
+    said = capsys.readouterr().out
+    assert "on 6 rows, one of 2 such gates" in said
+    assert "if 11 % of answers differ" in said  # of one row in six two pairs of draws in three
+    assert main(["power", "0"]) == 2

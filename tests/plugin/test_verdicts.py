@@ -17,6 +17,7 @@ import copa_harness.report.files
 import copa_harness.session.session
 import copa_harness.store.artifacts
 import copa_harness.store.baselines  # noqa: F401
+from copa_harness.store.baselines import read_baseline
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
@@ -39,6 +40,8 @@ def answer(messages, seed):
     word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
     if os.environ.get("SCRIPT_MUMBLES"):
         return "well..."
+    if word[0] in os.environ.get("SCRIPT_UNLUCKY", ""):
+        return {"answer": word}
     if os.environ.get("SCRIPT_FORGETS") and word[0] in "jih":
         return {"answer": word}
     if os.environ.get("SCRIPT_WAVERS") and seed and word[1] in "tuv":
@@ -134,6 +137,27 @@ def test_a_changed_split_is_not_comparable_and_says_so(suite, monkeypatch):
     result = suite(GATED)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["not comparable*max_regression=0.05*", "runs: 1 pass, 1 not comparable*"])
+
+
+def test_blessing_a_single_draw_warns_and_several_are_all_kept(pytester, suite, monkeypatch):
+    monkeypatch.setenv("SCRIPT_WAVERS", "1")
+    suite(GATED, "--copa-bless").stdout.fnmatch_lines(["*a baseline of a single draw*"])
+    result = suite(GATED, "--copa-bless", "--copa-repeat=3")
+    result.stdout.no_fnmatch_line("*a single draw*")
+    baseline = read_baseline(*baselines(pytester))
+    assert {len(draws) for draws in baseline.repeats.values()} == {3}
+    assert 0 < baseline.noise < 1
+
+
+def test_the_best_of_several_runs_is_no_baseline_but_any_other_is(pytester, suite, monkeypatch):
+    for unlucky, cache in (("j", "one"), ("ij", "two"), ("", "three")):
+        monkeypatch.setenv("SCRIPT_UNLUCKY", unlucky)
+        suite(GATED, f"--copa-cache-dir={cache}").assert_outcomes(passed=1)
+    result = suite(GATED, "--copa-bless", "--copa-cache-dir=three")
+    result.stdout.fnmatch_lines(["*shout (p on scripted/shout): not accepted*the best of 3 runs*"])
+    assert not baselines(pytester)
+    suite(GATED, "--copa-bless", "--copa-cache-dir=one")
+    assert read_baseline(*baselines(pytester)).score < 1
 
 
 def test_workers_bless_through_the_controller(pytester, suite):
@@ -348,6 +372,11 @@ def test_an_evaluation_can_stop_as_soon_as_its_gates_are_decided(pytester, suite
     result.stdout.fnmatch_lines(["copa: *stopping early*", "saved by stopping early:"])
     run = latest(pytester)["runs"][1]
     assert run["n"] == run["sequential"]["n_used"] < 30
+
+
+def test_a_plan_says_what_the_rows_can_decide(suite):
+    result = suite(GATED, "--copa-plan")
+    result.stdout.fnmatch_lines(["*shout, max_regression=0.05 on 30 rows: if 10 %*", "*80 % take 264 rows*"])
 
 
 def test_in_sequential_mode_a_regression_gate_reads_its_baseline(suite, monkeypatch):

@@ -18,7 +18,7 @@ def test_the_first_line_says_what_got_worse_by_how_much_and_whether_it_could_be_
     first = comment(BASE, WORSE).splitlines()[1]
     assert "Worse than the accepted result: iris, p: -0.240" in first
     assert "on 75 examples, 18 worse and 0 better" in first
-    assert "chance would do this with p = 8e-06" in first
+    assert "chance would do this with p \\< 0.0001" in first
     assert "Worse than main" in headline([WORSE], told=Told(against="main"))
 
 
