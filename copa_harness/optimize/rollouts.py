@@ -6,8 +6,8 @@ those that passed: one run for each row, the whole of it, so that the stages of 
 answer together. Of several that passed on a row the higher score goes first, then the program with the better
 validation score, then the later run.
 
-Runs on validation rows are among them for the last training alone (`weights.refit`): any weights that learned from these
-before would be judged by what they know.
+Runs on validation rows are among them for the last training alone (`weights.refit`): any weights that learned from
+these before would be judged by what they know.
 """
 
 from __future__ import annotations
