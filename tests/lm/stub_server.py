@@ -106,10 +106,10 @@ class StubServer:
         n_under_way: Requests not yet answered; `most_under_way` is the highest this got.
     """
 
-    def __init__(self, replies=(), *, default=None, lifetime_s=60.0, keep=True):
+    def __init__(self, replies=(), *, default=None, lifetime_s=60.0, keep=True, port=0):
         self.replies, self.default, self.lifetime_s, self.keep = list(replies), default or Reply(), lifetime_s, keep
         self.requests, self.n_requests, self.n_under_way, self.most_under_way = [], 0, 0, 0
-        self.n_connections = 0
+        self.n_connections, self.port = 0, port
         self.refuse_above = None  # more requests under way than this are answered 429
         self.answers_per_connection = float("inf")  # a connection that brought so many ends at the next request
         self.connections = set()
@@ -175,7 +175,7 @@ class StubServer:
 
     async def _serve(self):
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=512)
+        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, backlog=512)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         with contextlib.suppress(asyncio.TimeoutError):
