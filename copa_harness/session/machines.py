@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 
 def opened_database(settings: Settings) -> SharedDatabase | None:
-    """The database of several machines, None where everything stays on this one.
-
-    Raises:
-        ConfigurationError: It is no PostgreSQL, or the extra is not installed.
-        CacheError: It cannot be reached.
-    """
+    """The database of several machines, None where everything stays on this one; errors as `SharedDatabase` has."""
     if settings.shared is None:
         return None
     from copa_harness.shared.database import SharedDatabase
@@ -26,12 +21,7 @@ def opened_database(settings: Settings) -> SharedDatabase | None:
 
 
 def ledger_of(settings: Settings, database: SharedDatabase | None) -> Ledger:
-    """The ledger of the run; there must be a ceiling for it.
-
-    Raises:
-        ConfigurationError: It was opened with other ceilings.
-        CacheError: It cannot be kept.
-    """
+    """The ledger of the run, for which there must be a ceiling; errors as `Ledger` has."""
     assert settings.total_budget is not None
     if database is None:
         from copa_harness.lm.budget.ledger import RunLedger

@@ -29,9 +29,6 @@ class SharedAnswers:
     def __init__(self, database: SharedDatabase, *, local: ResponseCache) -> None:
         self._database, self._local = database, local
 
-    def __deepcopy__(self, memo: dict[int, object]) -> SharedAnswers:
-        return self
-
     def get(self, key: str) -> dict[str, Any] | None:
         """The answer, or None; a damaged one is removed with a warning and counts as absent.
 

@@ -98,26 +98,19 @@ _ROW = "kind = %(kind)s AND key = %(key)s"
 
 
 def checked_url(text: str) -> URL:
-    """The address of a database, with the driver that is used.
-
-    Raises:
-        ConfigurationError: It is none, or the extra is not installed.
-    """
+    """The address of a database with its driver; `ConfigurationError` if it is none, or the extra not installed."""
     try:
         import psycopg  # noqa: F401 - whether it is there
         from sqlalchemy import make_url
         from sqlalchemy.exc import ArgumentError
+
+        return make_url(text).set(drivername="postgresql+psycopg")
     except ImportError as error:
-        raise ConfigurationError(
-            f"--copa-shared needs {error.name}, which is not installed; pip install 'copa-harness[shared]'"
-        ) from error
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):  # a port that is no number
-        raise ConfigurationError(
-            "--copa-shared: got no address; expected postgresql://user@host:port/database"
-        ) from None
-    return url.set(drivername="postgresql+psycopg")
+        told = f"--copa-shared needs {error.name}, which is not installed; pip install 'copa-harness[shared]'"
+        raise ConfigurationError(told) from error
+    except (ArgumentError, ValueError):  # a port that is no number; the message would have the password
+        told = "--copa-shared: got no address; expected postgresql://user@host:port/database"
+        raise ConfigurationError(told) from None
 
 
 class SharedDatabase:
@@ -280,10 +273,6 @@ class SharedDatabase:
         """The values of the rows of a kind, in the order of their keys, from a key on."""
         statement = "SELECT value FROM copa_rows WHERE kind = %(kind)s AND key >= %(since)s ORDER BY key"
         return [bytes(value) for (value,) in self.execute(statement, kind=kind, since=since)]
-
-    def drop_all(self, kind: str) -> None:
-        """Remove the rows of a kind."""
-        self.execute("DELETE FROM copa_rows WHERE kind = %(kind)s", kind=kind)
 
     def drop(self, kind: str, key: str, value: bytes) -> None:
         """Remove a row that has this value."""

@@ -300,9 +300,7 @@ def whole_run(budget: Budget, *, directory: Path, run_id: str) -> Iterator[RunLe
         directory: The cache directory.
         run_id: The same in every process of the run, another for every run (pytest-xdist: `testrunuid`).
 
-    Raises:
-        ConfigurationError: A whole run is open in this process already, or see `Ledger`.
-        CacheError: See `Ledger`.
+    Errors as `paid_by` and `Ledger` have.
     """
     ledger = RunLedger(directory, run_id, budget=budget)
     with paid_by(ledger):

@@ -10,7 +10,6 @@ request.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -85,9 +84,6 @@ class _Worker:
 
     def __init__(self, source: Any, settings: dict[str, Any]) -> None:
         self._engine = TransformersEngine(source, **settings)
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def complete(self, request: Request, seed: int, fingerprint: str, lora: Any) -> Response:
         if lora is not None:

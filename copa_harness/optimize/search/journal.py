@@ -128,7 +128,7 @@ class SharedJournal(Journal):
             return JournalStorage(_SharedBackend(self._database, kind))
         except _UNREADABLE as error:
             warnings.warn(f"the journal of {kind} is damaged ({error}); a new one is begun", CacheWarning, stacklevel=2)
-            self._database.drop_all(kind)
+            self._database.execute("DELETE FROM copa_rows WHERE kind = %(kind)s", kind=kind)
             return JournalStorage(_SharedBackend(self._database, kind))
 
 

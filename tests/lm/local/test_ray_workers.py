@@ -83,7 +83,7 @@ def test_a_worker_that_dies_is_replaced_and_each_request_is_paid_once(engines):
     here, there = engines
     requests = [request(number, max_tokens=60) for number in range(30)]
     asked(there, requests[:2])
-    pid = ray.get(there._workers[0].pid.remote())
+    pid = ray.get(there._workers[0].__ray_call__.remote(lambda worker: os.getpid()))
     gateway = Gateway(cache=None)
     with open_scope("t") as scope, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(gateway.call, there, one) for one in requests]
