@@ -33,6 +33,9 @@ EVERY_S = 15.0
 FIRST_ANSWERS = 10
 """Answers after which it is said if most of them do not parse."""
 
+ENOUGH_FOR_AN_ESTIMATE = 32
+"""Answers, or a quarter of all, before the time to go is told: of those under way at once the first say little."""
+
 Listener = Callable[[ExampleResult], None]
 
 
@@ -165,7 +168,7 @@ class EvaluationProgress:
         if n_unparsed:
             parts.append(f"{n_unparsed:,} unparsed")
         parts.append(duration(spent_s, rough=True))
-        if results:
+        if len(results) >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4):
             parts.append(f"about {duration(spent_s / len(results) * (self._n - len(results)), rough=True)} to go")
         return ", ".join(parts)
 

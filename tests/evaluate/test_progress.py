@@ -48,6 +48,15 @@ def test_a_line_says_examples_score_so_far_unparsed_time_and_time_to_go(made):
     assert lines == ["iris, none: 31 of 75 test examples, 0.452 so far, 2 unparsed, 61 s, about 87 s to go"]
 
 
+def test_the_first_few_answers_do_not_tell_how_long_the_others_take(made):
+    progress, lines, clock = made(60)
+    for _ in range(2):
+        progress.done(ended())
+    clock.now += 120
+    progress.tick()
+    assert lines == ["iris, none: 2 of 60 test examples, 1.000 so far, 2 min"]
+
+
 def test_before_the_first_answer_a_line_says_how_long_it_takes(made):
     progress, lines, clock = made(75)
     clock.now += 20

@@ -108,3 +108,8 @@ def test_every_xdist_worker_hands_its_number_to_the_engine(pytester):
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2", "-rP")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines_random(["gw0 has number 0", "gw1 has number 1"])
+
+
+def test_answers_that_were_cut_off_are_told_of(suite):
+    result = suite("--copa-answer-tokens=3")
+    result.stdout.fnmatch_lines(["*4 of 4 answers reached the ceiling on answers and were cut off*"])
