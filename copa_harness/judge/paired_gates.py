@@ -21,6 +21,7 @@ from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.noninferiority import Noninferiority, noninferiority
 from copa_harness.judge.paired_tests import GATE_LEVEL, PairedScores, pair_up, paired_difference, scores_by_id
+from copa_harness.judge.ranking import holm_adjusted
 from copa_harness.judge.violations import Violations
 from copa_harness.results import EvaluationResult, GateResult, Usage, Verdict
 
@@ -57,8 +58,11 @@ class JudgedRun:
         n_expected: examples in the split; fewer evaluated means the budget cut the evaluation short.
         fingerprints: of this run (see `Reference.fingerprints`); parts missing on either side are not compared.
         groups: group by example id, where examples share one.
+        slices: slice by example id; each must not get worse on its own. Empty without slices.
         repeats: scores of every repeat by example id; needed by `min_pass_all`.
         baseline: the accepted earlier run that `max_regression` compares with; None when there is none.
+        anchor: the first accepted run, which accepting later ones does not move; None when there is none.
+        n_looks: how many runs were accepted since.
         opponent: what `better_than` names; None when there is no such result.
         calls: model calls charged to the run; needed by `max_calls`.
         usage: what the run spent; needed by `max_tokens`, `max_usd` and `max_seconds`.
@@ -72,8 +76,11 @@ class JudgedRun:
     n_expected: int | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, str] | None = None
+    slices: Mapping[str, str] = field(default_factory=dict)
     repeats: Mapping[str, Sequence[float | None]] | None = None
     baseline: Reference | None = None
+    anchor: Reference | None = None
+    n_looks: int = 0
     opponent: Reference | None = None
     calls: float | None = None
     usage: Usage | None = None
@@ -122,7 +129,68 @@ def max_regression(
     missing = f" {counted(unpaired, 'example')} scored on one side only could not be compared." if unpaired else ""
     meaning = _meaning(answer, failing=failing, shared=_shared(family, "regression", alpha), bless=bless)
     message = f"{_measured(answer, named)} {meaning}{missing}"
-    return GateResult(gate, answer.verdict, message, gate_numbers(answer, pairs) | {"family": family})
+    numbers = gate_numbers(answer, pairs) | {"family": family}
+    result = GateResult(gate, answer.verdict, message, numbers)
+    result = _by_slice(result, run, pairs, margin=margin, failing=failing, seed=seed)
+    return _anchored(result, run, margin=margin, failing=failing, seed=seed)
+
+
+def _by_slice(
+    result: GateResult, run: JudgedRun, pairs: PairedScores, *, margin: float, failing: float, seed: int
+) -> GateResult:
+    """The same, failed where a slice of its own fell by the margin or more, and not by chance.
+
+    Slices are a family of their own: Holm's correction over them, at the error rate that the gate fails at.
+    """
+    names = sorted({run.slices[key] for key in pairs.ids if key in run.slices})
+    found = {}
+    for name in names:
+        here = [row for row in zip(pairs.ids, pairs.before, pairs.after, strict=True) if run.slices.get(row[0]) == name]
+        of_slice = replace(pairs, ids=[r[0] for r in here], before=[r[1] for r in here], after=[r[2] for r in here])
+        found[name] = paired_difference(of_slice, level=GATE_LEVEL, seed=seed)
+    p_values = [one.p_one_sided if one.difference < 0 else 1.0 for one in found.values()]
+    adjusted = dict(zip(names, holm_adjusted(p_values), strict=True))
+    fell = [name for name in names if adjusted[name] <= failing and found[name].difference <= -margin + 1e-9]
+    told = {
+        name: {"difference": one.difference, "n": one.n, "p_any_drop": adjusted[name]} for name, one in found.items()
+    }
+    details = {**result.details, "slices": told} if told else result.details
+    if not fell:
+        return replace(result, details=details)
+    said = "; ".join(
+        f"{name!r}: {number(found[name].difference, signed=True)}, {found[name].n_better} better, "
+        f"{found[name].n_worse} worse of {found[name].n} ({probability(adjusted[name])}, corrected for "
+        f"{counted(len(names), 'slice')})"
+        for name in fell
+    )
+    worse = [key for key in result.details["worse"] if run.slices.get(key) in fell]
+    message = f"Worse in {said}. Next: look at the examples that got worse there. All slices together: "
+    return GateResult(result.gate, Verdict.FAIL, message + result.message, {**details, "worse": worse})
+
+
+def _anchored(result: GateResult, run: JudgedRun, *, margin: float, failing: float, seed: int) -> GateResult:
+    """The same, failed where this run lost something and all accepted changes together lost what none of them may.
+
+    The rows are those of every look before, so evidence of several looks cannot be multiplied: look t of them all has
+    failing / (t (t + 1)) of the error rate, which is valid however they depend on one another and however many follow.
+    """
+    anchor = run.anchor
+    if anchor is None or result.verdict is Verdict.FAIL or not run.n_looks or result.details["difference"] >= 0:
+        return result
+    pairs, level = run.paired_with(anchor), failing / ((run.n_looks + 1) * (run.n_looks + 2))
+    if changed_parts(anchor, run.fingerprints) or not pairs.ids:
+        return result
+    since = paired_difference(pairs, level=GATE_LEVEL, seed=seed)
+    if since.p_one_sided > level or since.difference > -margin + 1e-9:
+        return result
+    message = (
+        f"Little by little: {number(since.difference, signed=True)} since {_named(anchor)}, over "
+        f"{counted(run.n_looks, 'accepted change')} and this one ({since.n_better} better, {since.n_worse} worse; "
+        f"{probability(since.p_one_sided)}, held to {level:.2g}). Next: look at what became worse since then (copa "
+        f"baseline diff); if it is all intended, delete that file in baselines/history. This change alone: "
+    )
+    details = {**result.details, "since_anchor": since.difference, "p_since_anchor": since.p_one_sided}
+    return GateResult(result.gate, Verdict.FAIL, f"{message}{result.message}", details)
 
 
 def better_than(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from copa_harness.credentials import mask_secrets
@@ -51,6 +52,7 @@ class RunRecord:
         scores: score per example id, for paired comparisons.
         repeats: scores of every repeat per example id, when the examples were answered several times.
         groups: group by example id, where examples share one: paired comparisons keep them together.
+        slices: slice by example id, where the task has slices.
         label_scores: of constrained answers, by example id and output field: every allowed value's log-probability.
         requests: digest per example id of what was asked (`ExampleResult.requests`).
         gates: the gates' answers.
@@ -84,6 +86,7 @@ class RunRecord:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     repeats: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    slices: Mapping[str, str] = field(default_factory=dict)
     label_scores: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[GateResult, ...] = ()
@@ -103,6 +106,17 @@ class RunRecord:
     def model(self) -> str:
         """What the tables call the model."""
         return self.label or self.lm
+
+    @property
+    def worst_slice(self) -> tuple[str, float, int] | None:
+        """Name, mean score and examples of the slice with the lowest mean; None without slices."""
+        scores: dict[str, list[float]] = {}
+        for name, score in self.scores.items():
+            if score is not None and name in self.slices:
+                scores.setdefault(self.slices[name], []).append(score)
+        means = ((fmean(several), name, len(several)) for name, several in scores.items())
+        worst = min(means, default=None)
+        return None if worst is None else (worst[1], worst[0], worst[2])
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ def summary_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
     models = {row.run.model for row in lines} | {row.run.lm for row in lines if row.run.label}
     priced = any(row.run.usage.usd or row.run.usage.unpriced_calls for row in lines)
     compared = any(row.accepted != "-" for row in lines)
+    sliced = any(row.run.worst_slice for row in lines)
     based = any(row.base != "-" for row in lines)
     rows, shown = [], ""
     for row in lines:
@@ -110,6 +111,7 @@ def summary_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
                 run.strategy,
                 f"{run.n - run.n_failed:,}",
                 row.score,
+                *([_worst_slice(run)] if sliced else []),
                 *([row.base] if based else []),
                 *([row.accepted] if compared else []),
                 f"{run.usage.paid_calls:,}",
@@ -123,6 +125,7 @@ def summary_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
         "strategy",
         "n",
         "score",
+        *(["worst slice"] if sliced else []),
         *(["to base"] if based else []),
         *(["to accepted"] if compared else []),
         "calls",
@@ -130,6 +133,10 @@ def summary_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
         "verdict",
     ]
     return draw(rows, headers, style=style, n_text=2, last_text=True)
+
+
+def _worst_slice(run: RunRecord) -> str:
+    return "-" if run.worst_slice is None else "{} {:.3f} (n {:,})".format(*run.worst_slice)
 
 
 def verdict_text(verdict: Verdict) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from copa_harness.session.runs import ScoredEvaluation
     from copa_harness.session.violations import FormMeter
     from copa_harness.store.baselines import Baseline
+    from copa_harness.store.history import Anchor
     from copa_harness.tasks.task import Task
 
 _EARLY = ("min_score", "max_regression", "better_than")
@@ -192,6 +193,7 @@ class GateContext:
         usage: What the optimization cost when it was made.
         n_expected: Examples of the split.
         groups: Group by example id, where examples share one.
+        slices: Slice by example id; empty without slices.
         leakage: What of the split was seen.
         earlier: Runs of this session by strategy.
         settings: In force for this run.
@@ -206,6 +208,7 @@ class GateContext:
     usage: Usage
     n_expected: int
     groups: Mapping[str, str] | None
+    slices: Mapping[str, str]
     leakage: LeakageReport
     earlier: Mapping[str, EarlierRun]
     settings: Settings
@@ -290,7 +293,9 @@ class GateContext:
     ) -> JudgedRun:
         from copa_harness.judge.paired_gates import JudgedRun
 
+        is_blessed = accepted is not None
         accepted = accepted or self._baseline(rules)
+        anchor = None if is_blessed or accepted is None else self._anchor()
         # As the baseline recorded them: the verdict of a test that runs alone is that of the whole suite.
         recorded = {} if accepted is None else accepted.families
         families = {name: max(recorded.get(name, 1), self.settings.families.get(name, 1)) for name in COMPARING}
@@ -299,7 +304,10 @@ class GateContext:
             n_expected=self.n_expected,
             fingerprints=self.fingerprints,
             groups=self.groups,
+            slices=self.slices,
             baseline=accepted,
+            anchor=None if anchor is None else anchor.baseline,
+            n_looks=0 if anchor is None else anchor.n_looks,
             opponent=self._opponent(rules),
             calls=self.calls,
             usage=self.usage,
@@ -327,6 +335,11 @@ class GateContext:
             return None
         name = baseline_name(self.strategy, self.model)
         return load_baseline(self.settings.baseline_dir, task=self.task, name=name)
+
+    def _anchor(self) -> Anchor | None:
+        from copa_harness.store.history import load_anchor
+
+        return load_anchor(self.settings.baseline_dir, task=self.task, name=baseline_name(self.strategy, self.model))
 
     def _opponent(self, rules: Gates) -> Reference | None:
         """What `better_than` names: a strategy run earlier in this session, else an accepted baseline."""

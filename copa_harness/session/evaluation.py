@@ -90,7 +90,7 @@ def groups_of(task: Task, split: str = "test") -> dict[str, str] | None:
     examples = split_of(task, split)
     names = example_ids(examples)
     if task.group is not None and split == "test":
-        return {name: str(_group(example, task.group)) for name, example in zip(names, examples, strict=True)}
+        return {name: str(_label(example, task.group)) for name, example in zip(names, examples, strict=True)}
     contents = [example_id(example) for example in examples]
     repeated = {content for content, count in Counter(contents).items() if count > 1}
     if not repeated:
@@ -98,7 +98,17 @@ def groups_of(task: Task, split: str = "test") -> dict[str, str] | None:
     return {name: content for name, content in zip(names, contents, strict=True) if content in repeated}
 
 
-def _group(example: dspy.Example, given: Any) -> Any:
+def slices_of(task: Task) -> dict[str, str]:
+    """The slice of each test example, by example id; empty without slices."""
+    from copa_harness.evaluate.examples import example_ids
+
+    if task.slices is None:
+        return {}
+    names = example_ids(task.testset)
+    return {name: str(_label(example, task.slices)) for name, example in zip(names, task.testset, strict=True)}
+
+
+def _label(example: dspy.Example, given: Any) -> Any:
     return given(example) if callable(given) else example[given]
 
 

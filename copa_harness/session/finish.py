@@ -234,6 +234,7 @@ def accept_baselines(
         The files written, each with what changed in it, and what a person should know.
     """
     from copa_harness.store.baselines import baseline_path, save_baseline
+    from copa_harness.store.history import note_accepted
 
     found: dict[Path, Baseline] = {}
     remarks = []
@@ -260,6 +261,7 @@ def accept_baselines(
         try:
             changed = _what_changed(path, baseline)
             written.append((save_baseline(directory, baseline), changed))
+            note_accepted(directory, baseline)
         except (CopaError, OSError) as error:
             remarks.append(f"the baseline {path} could not be written ({error}); the older one, if any, is intact")
     return written, remarks

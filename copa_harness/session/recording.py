@@ -26,6 +26,7 @@ from copa_harness.session.evaluation import (
     measure,
     phases_of,
     searches_both,
+    slices_of,
     split_of,
 )
 from copa_harness.session.optimizations import Optimized, fingerprints_of, keep_scored
@@ -108,6 +109,7 @@ def finish_run(
         sequential=judged.sequential,
         attribution=gained.attribution,
         groups=dict(context.groups or {}),
+        slices=dict(context.slices),
         source=task.source,
     )
     where = f"{task.name}, {strategy}"
@@ -163,6 +165,7 @@ def _context(
         usage=optimized.result.usage,
         n_expected=len(task.testset),
         groups=groups_of(task),
+        slices=slices_of(task),
         leakage=leakage_of(task, optimized.program),
         earlier=history.earlier(task, base),
         settings=settings,
@@ -238,6 +241,7 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
         commit=git_commit(context.settings.root),
         created=datetime.date.today().isoformat(),
         repeats=measured.repeats,
+        groups=context.groups,
     )
     return replace(accepted, families=_families(context))
 

@@ -51,7 +51,7 @@ _HEAD = (
 )
 """What stands above the examples, in this order."""
 
-_BY_EXAMPLE = {"repeats": "repeats", "outcome": "outcomes", "requests": "requests"}
+_BY_EXAMPLE = {"repeats": "repeats", "outcome": "outcomes", "requests": "requests", "group": "groups"}
 """What else an example's row may hold, by its key there."""
 
 
@@ -74,6 +74,7 @@ class Baseline:
         created: ISO date; may be empty.
         repeats: scores of every repeat per example id, when the examples were answered several times.
         requests: digest per example id of what was asked (`ExampleResult.requests`); empty in older files.
+        groups: the group's digest per example id, where examples share one.
         families: how many gates of its suite ask the same question, by the gate's name; empty in older files.
     """
 
@@ -91,6 +92,7 @@ class Baseline:
     created: str = ""
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     requests: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -121,6 +123,7 @@ class Baseline:
         commit: str = "",
         created: str = "",
         repeats: Mapping[str, Sequence[float | None]] | None = None,
+        groups: Mapping[str, str] | None = None,
     ) -> Baseline:
         """The baseline an evaluation would become.
 
@@ -158,6 +161,7 @@ class Baseline:
                 for example_id, row in zip(scores, evaluation.results, strict=True)
                 if row.requests
             },
+            groups={key: hashlib.sha256(label.encode()).hexdigest()[:12] for key, label in (groups or {}).items()},
         )
 
 
@@ -396,7 +400,7 @@ def diff_baselines(before: Baseline, after: Baseline, *, seed: int = 0) -> Basel
         seed: of the resampling methods.
     """
     fingerprints = _changes(before.fingerprints, after.fingerprints)
-    pairs = pair_up(before.scores, after.scores)
+    pairs = pair_up(before.scores, after.scores, groups={**before.groups, **after.groups} or None)
     moved = sorted(
         ((name, old, new) for name, old, new in zip(pairs.ids, pairs.before, pairs.after, strict=True) if old != new),
         key=lambda row: (-abs(row[2] - row[1]), row[0]),

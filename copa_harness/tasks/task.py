@@ -40,6 +40,8 @@ class Task:
         source: Where the examples come from, with a hash of their content, for the record.
         group: Test examples that belong together (one speaker, one document) and are no independent evidence: the
             field that names the group, or a function of the example. Intervals and gates then count groups.
+        slices: Parts of the test split that must not get worse on their own (languages, customers): the field that
+            names an example's slice, or a function of the example.
 
     Raises:
         TaskError: A split is empty, an example names no inputs, lacks a field the program needs, or carries the
@@ -56,6 +58,7 @@ class Task:
     description: str = ""
     group: str | Callable[[dspy.Example], Any] | None = None
     source: str = ""
+    slices: str | Callable[[dspy.Example], Any] | None = None
 
     @classmethod
     def from_file(
@@ -138,7 +141,8 @@ class Task:
         self._check_metric()
         self._check_program()
         self._check_overlap()
-        self._check_group()
+        self._check_labels("group", self.group)
+        self._check_labels("slices", self.slices)
         if self.finetune_data is not None:
             object.__setattr__(self, "finetune_data", self._checked_finetune_data(self.finetune_data))
 
@@ -217,17 +221,17 @@ class Task:
                         f"{content[:160]}. A score on seen rows says nothing; keep equal rows in one split."
                     )
 
-    def _check_group(self) -> None:
-        if self.group is None or callable(self.group):
+    def _check_labels(self, name: str, given: Any) -> None:
+        if given is None or callable(given):
             return
-        if not isinstance(self.group, str):
+        if not isinstance(given, str):
             raise TaskError(
-                f"task {self.name!r}: group is {self.group!r}; expected the name of a field or a function of examples."
+                f"task {self.name!r}: {name} is {given!r}; expected the name of a field or a function of examples."
             )
         for position, example in enumerate(self.testset):
-            if self.group not in example:
+            if given not in example:
                 raise TaskError(
-                    f"task {self.name!r}: testset[{position}] has no field {self.group!r} to group by. "
+                    f"task {self.name!r}: testset[{position}] has no field {given!r} to take its {name} from. "
                     f"Its fields: {', '.join(example.keys())}."
                 )
 

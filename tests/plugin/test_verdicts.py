@@ -56,7 +56,9 @@ def rows(words):
 @pytest.fixture(scope="session")
 def copa_task():
     program = dspy.Predict("question -> answer")
-    return Task("shout", program, shouted, rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[-N_TEST:]))
+    slices = (lambda example: example.question[0]) if os.environ.get("SCRIPT_SLICES") else None
+    splits = rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[-N_TEST:])
+    return Task("shout", program, shouted, *splits, slices=slices)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +94,7 @@ def latest(pytester):
 
 
 def baselines(pytester):
-    return sorted((pytester.path / "baselines").rglob("*.json"))
+    return sorted((pytester.path / "baselines").glob("*/*.json"))
 
 
 def test_blessing_writes_every_example_and_what_must_agree(pytester, suite):
@@ -137,6 +139,27 @@ def test_a_changed_split_is_not_comparable_and_says_so(suite, monkeypatch):
     result = suite(GATED)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["not comparable*max_regression=0.05*", "runs: 1 pass, 1 not comparable*"])
+
+
+def test_a_slice_that_fell_fails_and_the_table_names_the_worst(pytester, suite, monkeypatch):
+    monkeypatch.setenv("SCRIPT_SLICES", "1")
+    source = GATED.replace("0.05", "0.4")
+    suite(source, "--copa-bless").assert_outcomes(passed=1)
+    monkeypatch.setenv("SCRIPT_UNLUCKY", "j")
+    result = suite(source, "--copa-cache-dir=other")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*FAIL*max_regression=0.4: Worse in 'j': -1.000*", "*worst slice*", "*j 0.000 (n 7)*"])
+    (run,) = [one for one in latest(pytester)["runs"] if one["strategy"] == "p"]
+    assert set(run["slices"].values()) == set("fghij")
+
+
+def test_an_accepted_loss_moves_the_baseline_and_the_history_says_what_it_came_from(pytester, suite, monkeypatch):
+    for unlucky in ("", "j"):
+        monkeypatch.setenv("SCRIPT_UNLUCKY", unlucky)
+        suite(GATED, "--copa-bless", f"--copa-cache-dir=cache{unlucky}")
+    (anchor,) = (pytester.path / "baselines" / "history").glob("*/*.json")
+    assert (read_baseline(anchor).score, read_baseline(*baselines(pytester)).score < 1) == (1.0, True)
+    assert len(anchor.with_suffix(".jsonl").read_text().splitlines()) == 2
 
 
 def test_blessing_a_single_draw_warns_and_several_are_all_kept(pytester, suite, monkeypatch):
