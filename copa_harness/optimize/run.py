@@ -41,7 +41,7 @@ from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
 from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.search_context import SearchContext
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls, share_of, step_scope
-from copa_harness.optimize.weights import Trained, WeightsJob, refit, train_weights, weights_jobs
+from copa_harness.optimize.weights import Trained, WeightsJob, refit, train_weights, wants_refit, weights_jobs
 from copa_harness.results import Phase, PhaseRecord
 from copa_harness.strategy import Step, StepKind
 from copa_harness.tune.progress import report_progress_to
@@ -383,7 +383,7 @@ class Run:
 
     def refit(self, more: Sequence[dspy.Example]) -> Candidate:
         """The incumbent, with its weights trained once more on these examples too where that can be done."""
-        if not self.trained or not self.settings.refit or not more:
+        if not self.trained or not more or not wants_refit(self.settings, self.plain.lms):
             return self.incumbent
         with self.recorded("refit"):
             try:

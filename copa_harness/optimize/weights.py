@@ -20,8 +20,8 @@ else from what programs answered on training examples before (`rollouts`), at no
 passed, the best program so far is run on the rows without one, as far as half of the calls left pays for.
 
 **Refit.** Validation rows decide what is returned, and that done they are labelled rows like any other. So the last
-training is that of the returned weights, once more, on training and validation rows together (`refit`); it costs no
-call. Validation scores are those of the weights before it, on rows that these had not seen.
+training of a large model is that of the returned weights, once more, on training and validation rows together
+(`refit`); it costs no call. Validation scores are those of the weights before it, on rows that these had not seen.
 """
 
 from __future__ import annotations
@@ -229,6 +229,11 @@ def changes(plain: Candidate, candidate: Candidate) -> tuple[bool, bool]:
         for new, old in zip(candidate.parts, plain.parts, strict=True)
     )
     return weights_choice(candidate).name != weights_choice(plain).name, prompts
+
+
+def wants_refit(settings: SearchOptions, lms: Sequence[Any]) -> bool:
+    """Whether returned weights are trained once more: as set, else for large models that are tuned here."""
+    return all(takes_lora(lm) and not _is_small(lm) for lm in lms) if settings.refit is None else settings.refit
 
 
 def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.Example]) -> Trained | None:

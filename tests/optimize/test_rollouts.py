@@ -85,7 +85,7 @@ def weights_note(result):
 
 
 def test_weights_after_prompts_learn_from_runs_made_before_at_no_further_call(toy):
-    result = compiled(toy, "p -> w", good_from=2, bootstrap=True, refit=False)
+    result = compiled(toy, "p -> w", good_from=2, bootstrap=True)
     assert "training rows (no further calls)" in weights_note(result)
     by_kind = [row["messages"][-1]["content"] for row in toy.provider.trained[0]]
     assert sum("note ##" in text for text in by_kind) == sum("kind ##" in text for text in by_kind) >= 12
@@ -95,8 +95,8 @@ def test_weights_after_prompts_learn_from_runs_made_before_at_no_further_call(to
 
 
 def test_a_refit_learns_from_passing_runs_on_validation_rows_at_no_further_call(toy):
-    alone = compiled(toy, "w", good_from=2, adoption_p=1.0, refit=False)
-    whole = compiled(toy, "w", good_from=2, adoption_p=1.0)
+    alone = compiled(toy, "w", good_from=2, adoption_p=1.0)
+    whole = compiled(toy, "w", good_from=2, adoption_p=1.0, refit=True)
     assert whole.charged_calls == alone.charged_calls
     assert whole.model != alone.model
     asked = [row["messages"][-2]["content"] for row in toy.provider.trained[-1]]

@@ -14,9 +14,10 @@ from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.metered import MeteredLM
 from copa_harness.optimize import COPA
 from copa_harness.optimize.dspy_optimizers.finetune import finetunable
+from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import other_epochs
-from copa_harness.optimize.weights import WeightsJob, refit, train_weights
+from copa_harness.optimize.weights import WeightsJob, refit, train_weights, wants_refit
 from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune import options
 from copa_harness.tune.options import LoraSettings, suited
@@ -38,7 +39,7 @@ def tiny_lm(tiny_folder, tmp_path):
 
 
 def optimized(toy, lm, strategy, **settings):
-    given = {"budget": 60, "max_demos": 2, "refit": False, "lora": LoraSettings(epochs=2, rank=2, alpha=4), **settings}
+    given = {"budget": 60, "max_demos": 2, "lora": LoraSettings(epochs=2, rank=2, alpha=4), **settings}
     optimizer = COPA(metric=toy.metric, strategy=strategy, lm=lm, **given)
     return optimizer.compile(toy.program(), trainset=toy.train[:8], valset=toy.val[:4])
 
@@ -90,7 +91,7 @@ def test_a_large_model_is_trained_behind_demonstrations_once_the_best_program_sh
     assert served_with(tmp_path / "loras") == ["none"]
     shown = toy.program()
     shown.demos = toy.train[:2]
-    COPA(metric=toy.metric, strategy="w", lm=tiny_lm(), budget=60, lora={"epochs": 2, "rank": 2}, refit=False).compile(
+    COPA(metric=toy.metric, strategy="w", lm=tiny_lm(), budget=60, lora={"epochs": 2, "rank": 2}).compile(
         shown, trainset=toy.train[:8], valset=toy.val[:4]
     )
     assert served_with(tmp_path / "loras") == ["none", "none", "resample:2 + none:0.2"]
@@ -182,7 +183,7 @@ class TwoStages(dspy.Module):
 def test_a_program_of_two_stages_is_trained_on_gold_labels_where_the_rows_hold_them_all(toy):
     rows = [dspy.Example(**row, half="upper").with_inputs("size", "weight") for row in toy.train[:6]]
     lm = toy.lm(provider=toy.provider)
-    optimizer = COPA(metric=toy.metric, strategy="w", lm=lm, budget=60, refit=False)
+    optimizer = COPA(metric=toy.metric, strategy="w", lm=lm, budget=60)
     optimizer.compile(TwoStages(), trainset=rows, valset=toy.val[:4])
     (trained,) = toy.provider.trained
     answers = [row["messages"][-1]["content"] for row in trained]
@@ -241,3 +242,13 @@ def test_rows_of_which_only_some_hold_every_output_are_not_mixed(toy):
     with open_scope("test"):
         first = train_weights(WeightsJob(context, student), best=student)
         assert refit(first.prompts, [first], toy.val) is None
+
+
+def test_large_models_are_refitted_unless_it_is_said_otherwise(toy, tiny_lm, monkeypatch):
+    lms, scripted = [tiny_lm()], [toy.lm(provider=toy.provider)]
+    assert not wants_refit(SearchOptions(), lms)
+    assert wants_refit(SearchOptions(refit=True), lms)
+    monkeypatch.setattr(options, "LARGE_FROM", 1)
+    assert wants_refit(SearchOptions(), lms)
+    assert not wants_refit(SearchOptions(refit=False), lms)
+    assert not wants_refit(SearchOptions(), scripted)  # a provider's training costs money
