@@ -223,6 +223,34 @@ def test_every_reader_reads_or_refuses_what_a_fuzzer_makes(name):
         read(name, mutant(whole, chance))
 
 
+def test_no_flipped_byte_changes_a_number_that_is_read():
+    chance, n_read, n_refused = random.Random(5), 0, 0
+    program = folder() / "a" / "program.json"
+    sound("artifact")
+    cases = {
+        "baseline": (sound("baseline"), lambda: (lambda b: (b.score, sorted(b.scores.values())))(read_baseline(path))),
+        "stage": (sound("stage"), lambda: StageStore(folder() / "stages").get("k")),
+        "answer": (sound("answer"), lambda: decode_answer(KEY, path.read_bytes())),
+        "program": (program.read_bytes(), lambda: load_artifact(program.parent).program_state),
+    }
+    for name, (whole, value) in cases.items():
+        path = {"stage": StageStore(folder() / "stages").path("k"), "program": program}.get(name, folder() / name)
+        path.write_bytes(whole)
+        expected = value()
+        for at in range(len(whole)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ chance.randrange(1, 256)]) + whole[at + 1 :])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                try:
+                    got = value()
+                except (ArtifactError, ValueError):
+                    got = None
+            assert got in (None, expected), (name, at, path.read_bytes()[max(0, at - 20) : at + 20])
+            n_read, n_refused = n_read + 1, n_refused + (got is None)
+        path.write_bytes(whole)
+    assert n_refused > n_read / 3 > 100
+
+
 def main():
     import atheris
 
