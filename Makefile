@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Two busy processes on few cores: OpenMP's spinning barriers would make torch ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: suites test lint types unit format tables clean help
+.PHONY: suites test lint types unit fuzz format tables clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,13 @@ types: $(VENV)/.installed  ## mypy --strict on the package
 unit: $(VENV)/.installed  ## unit tests, by two processes
 	@echo "==> pytest tests/ -n 2 $(ARGS)"
 	@$(BIN)/python -m pytest tests/ -q -n 2 $(ARGS)
+
+READERS := baseline report stage artifact answer gguf strategy document journal
+fuzz: $(VENV)/.installed  ## hours: kills, flipped bytes, random walks and replies, each reader under atheris (FUZZ_S=600 seconds)
+	@FUZZ=1 $(BIN)/python -m pytest tests/fuzz tests/lm/test_gateway_processes.py tests/lm/cache/test_crash.py tests/plugin/test_crash_places.py -q $(ARGS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@for reader in $(READERS); do echo "==> atheris: $$reader"; \
+	  PYTHONPATH=. $(BIN)/python tests/fuzz/test_readers.py $$reader .fuzz/$$reader -max_total_time=$(or $(FUZZ_S),600) || exit 1; done
 
 format: $(VENV)/.installed  ## ruff: mend what can be mended, lay out the rest
 	@$(BIN)/ruff check --fix --exit-zero --quiet .

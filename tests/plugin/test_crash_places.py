@@ -200,10 +200,10 @@ print(json.dumps({"killed": killed, "suites": number, "problems": problems, "ste
 def test_a_session_killed_while_it_writes_ends_like_an_uninterrupted_one(tmp_path):
     tiny = write_tiny_model(tmp_path / "tiny")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(tiny), SUITE, "12"],
+        [sys.executable, "-c", SCRIPT, str(tmp_path), str(tiny), SUITE, "40" if os.environ.get("FUZZ") else "12"],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
     )

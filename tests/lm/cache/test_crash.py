@@ -157,10 +157,10 @@ print(json.dumps({"killed": killed, "lost": lost, "suites": number, "problems": 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 def test_fifty_kills_lose_nothing_that_arrived_and_change_no_result(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "7", "50"],
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "7", "100" if os.environ.get("FUZZ") else "50"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )
