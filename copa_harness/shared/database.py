@@ -37,7 +37,7 @@ BEAT_S = 4.0
 _POLL_S = (0.005, 0.2)
 
 _NEVER_MENDS = ("authentication failed", "does not exist", "no password supplied", "could not translate host name")
-"""In the message of a connection that is refused for good."""
+"""In the message of a connection that is refused for good, if it is the first."""
 
 _CONNECTION = {
     "connect_timeout": 5,
@@ -131,7 +131,7 @@ class SharedDatabase:
 
     def __init__(self, url: str) -> None:
         self.url = checked_url(url)
-        self._forks = -1
+        self._forks, self._was_there = -1, False
         self.execute(_TABLES)
 
     def __str__(self) -> str:
@@ -180,7 +180,7 @@ class SharedDatabase:
                 with self._connected().connect() as sql:
                     result = sql.exec_driver_sql(statement, values or None)
                     rows = list(result.fetchall()) if result.returns_rows else []
-                    self._lost_s = None
+                    self._lost_s, self._was_there = None, True
                     return rows
             except IntegrityError:
                 raise
@@ -188,7 +188,7 @@ class SharedDatabase:
                 self._n_lost += 1
                 lost_s = self._lost_s = self._lost_s or time.monotonic()
                 text = mask_known(str(error.__cause__ or error).strip(), [str(self.url.password or "")])
-                if any(sign in text for sign in _NEVER_MENDS):
+                if not self._was_there and any(sign in text for sign in _NEVER_MENDS):
                     raise CacheError(f"the shared database {self} cannot be used: {text}") from None
                 if time.monotonic() - lost_s > WAIT_S:
                     raise CacheError(

@@ -62,12 +62,13 @@ def slow_relay(port, one_way_s):
     return listening.getsockname()[1]
 
 
-def calls_per_s(opened, *, n, threads, latency_s):
+def calls_per_s(opened, *, n, threads, latency_s, ceiling):
     """Of `n` new requests, and of the same ones replayed by another process's gateway."""
     prefix, stack = f"{next(NUMBERS)}", ExitStack()
     with stack:
         store, ledger = opened(stack, prefix)
-        stack.enter_context(paid_by(ledger))
+        if ceiling:
+            stack.enter_context(paid_by(ledger))
 
         def answer(messages):
             time.sleep(latency_s)
@@ -106,13 +107,21 @@ def main():
             return opened
 
         kinds = {"disk": local, "database": shared(url), "database, 2 ms away": shared(slow)}
-        for latency_s, threads, n in ((0.0, 1, 60), (0.0, 16, 320), (0.05, 32, 640)):
+        for latency_s, threads, n, ceiling in (
+            (0.0, 1, 40, True),
+            (0.0, 1, 40, False),
+            (0.05, 32, 320, True),
+            (0.05, 32, 320, False),
+        ):
             found = {name: [] for name in kinds}
             for turn in range(ROUNDS):
                 names = list(kinds)[turn % 3 :] + list(kinds)[: turn % 3]
                 for name in names:
-                    found[name].append(calls_per_s(kinds[name], n=n, threads=threads, latency_s=latency_s))
-            print(f"{latency_s * 1e3:.0f} ms latency, {threads} at once: new and replayed calls per second")
+                    found[name].append(
+                        calls_per_s(kinds[name], n=n, threads=threads, latency_s=latency_s, ceiling=ceiling)
+                    )
+            how = "with a ceiling for the run" if ceiling else "without one"
+            print(f"{latency_s * 1e3:.0f} ms latency, {threads} at once, {how}: new and replayed calls per second")
             for name, speeds in found.items():
                 new, replayed = (statistics.median(column) for column in zip(*speeds, strict=True))
                 pairs = list(zip(speeds, found["disk"], strict=True))

@@ -54,6 +54,16 @@ def test_a_lost_connection_is_made_again_and_nobody_notices(opened, postgres, tm
         assert answers.get(key) == {"n": number}
 
 
+def test_a_name_that_is_unknown_for_a_moment_is_waited_for_once_it_was_known(opened, postgres, tmp_path):
+    answers = SharedAnswers(opened(), local=ResponseCache(tmp_path))
+    postgres.sql(CUT_OFF)
+    postgres.sql("ALTER DATABASE outages RENAME TO elsewhere")
+    back = later(lambda: postgres.sql("ALTER DATABASE elsewhere RENAME TO outages"))
+    answers.set(KEY, ANSWER)
+    back.join()
+    assert answers.get(KEY) == ANSWER
+
+
 def test_a_killed_server_is_waited_for_and_has_lost_nothing(opened, postgres, tmp_path):
     one, other = opened(), opened()
     answers, ledger = SharedAnswers(one, local=ResponseCache(tmp_path)), SharedLedger(one, "r", budget=Budget(calls=3))

@@ -14,7 +14,7 @@ from copa_harness import COPA
 from copa_harness.errors import CacheError, ConfigurationError
 from copa_harness.lm.cache.store import CacheWarning, ResponseCache
 from copa_harness.lm.gateway import Gateway
-from copa_harness.optimize.search.journal import Journal, exclusive_journal, open_journal
+from copa_harness.optimize.search.journal import Journal, SharedJournal, exclusive_journal, open_journal
 
 
 def optimized(toy, path, *, lm=None, **settings):
@@ -218,3 +218,33 @@ def test_a_journal_that_another_optimization_is_writing_is_refused(toy, tmp_path
     path = tmp_path / "journal.jsonl"
     with exclusive_journal(path, attributes={}), pytest.raises(ConfigurationError, match="another process is writing"):
         optimized(toy, path)
+
+
+@pytest.fixture
+def database(postgres):
+    from copa_harness.shared.database import SharedDatabase
+
+    opened = SharedDatabase(postgres.database("journal"))
+    yield opened
+    opened.close()
+
+
+def test_a_journal_in_a_database_has_the_lines_of_the_file_and_a_repeated_run_adds_none(toy, tmp_path, database):
+    cache = Gateway(cache=ResponseCache(tmp_path / "responses"))
+    optimized(toy, tmp_path / "journal.jsonl", lm=toy.lm(gateway=cache))
+    for _ in range(2):
+        optimized(toy, SharedJournal(database, "toy"), lm=toy.lm(gateway=cache))
+        rows = database.get_all("study toy")
+        (tmp_path / "copy.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+        pairs = list(zip(trials(tmp_path / "copy.jsonl"), trials(tmp_path / "journal.jsonl"), strict=True))
+        assert pairs
+        assert all((one.params, one.value) == (other.params, other.value) for one, other in pairs)
+        assert len(rows) == len((tmp_path / "journal.jsonl").read_bytes().splitlines())
+
+
+def test_a_damaged_journal_in_a_database_is_begun_anew_with_a_warning(database):
+    SharedJournal(database, "toy").study("step")
+    database.put("study toy", "00000000", b'{"op_code": 77}')
+    with pytest.warns(CacheWarning, match="a new one is begun"):
+        SharedJournal(database, "toy")
+    assert database.get_all("study toy") == []
