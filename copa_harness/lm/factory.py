@@ -127,7 +127,7 @@ class ModelSettings:
         device: `cpu`, `cuda`, `cuda:1`, ...; chosen by the engine by default. Local models only.
         worker: This process's number among several that share the machine's GPUs, from 0: where the device is left
             open, each gets one of its own. None if this process may use them all.
-        dtype: `float32` (the default: exact), `bfloat16`, `float16` or `int8`. Local models only.
+        dtype: `float32` (the default: exact), `bfloat16` or `float16`. Local models only.
         chat_template: File with a Jinja template that replaces the model's own. Local models only.
         allow_pickled_weights: Weights that come as a pickle only (`pytorch_model.bin`) are read once, by torch's
             restricted unpickler, and kept as safetensors in the folder `safetensors` of the cache directory; otherwise

@@ -247,10 +247,10 @@ class Settings:
     )
     dtype: str | None = _given(
         None,
-        check=text_check("float32, bfloat16, float16 or int8", meaning=_check_dtype),
+        check=text_check("float32, bfloat16 or float16", meaning=_check_dtype),
         default_words="float32, which is exact",
         metavar="TYPE",
-        help="arithmetic of a local model: float32, bfloat16, float16 or, on CPUs, int8",
+        help="arithmetic of a local model: float32, bfloat16 or float16",
     )
     chat_template: Path | None = _given(
         None,

@@ -208,13 +208,11 @@ def run(*, scratch: Path, threads, rounds, n_requests):
     library = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     library.generation_config = transformers.GenerationConfig(pad_token_id=0)
     generator = BatchGenerator(LocalModel(folder, device="cpu", dtype="float32"))
-    rounded = BatchGenerator(LocalModel(folder, device="cpu", dtype="int8"))
     figures = {}
     for n_threads in threads:
         torch.set_num_threads(n_threads)
         contenders = {
             "ours": (lambda load: ours(generator, load)),
-            "ours int8": (lambda load: ours(rounded, load)),
             "transformers": (lambda load: one_by_one(library, load)),
         }
         if importlib.util.find_spec("xllamacpp") is None:
@@ -237,7 +235,6 @@ def run(*, scratch: Path, threads, rounds, n_requests):
             figures[f"{n_threads} {kind}"] = best
             floor = floor_ms(library.config, work[0][kind], rate)
             said = ", ".join(f"{name} {wall:.0f} ({cpu:.0f})" for name, (wall, cpu) in best.items())
-            print(f"    int8 beside float32: {best['ours'][1] / best['ours int8'][1]:.2f}x")
             others = [cpu for name, (_, cpu) in best.items() if name.startswith("llama")]
             ratio = min(others) / best["ours"][1] if others else float("nan")
             print(

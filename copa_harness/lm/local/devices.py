@@ -10,7 +10,7 @@ import re
 
 from copa_harness.errors import ConfigurationError
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16")
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 

@@ -63,7 +63,7 @@ class TransformersEngine(Engine):
         lora_dir: where trained LoRA adapters lie; names `<name>@<fingerprint>` are looked up there.
         device: `cpu`, `cuda`, `cuda:1`, ...; None takes a GPU if there is one.
         worker: this process's number among several that share the GPUs (see `devices`).
-        dtype: `float32` (exact), `bfloat16`, `float16` or `int8`; None is float32.
+        dtype: `float32` (exact), `bfloat16` or `float16`; None is float32.
         chat_template: Jinja text that replaces the folder's chat template.
     """
 

@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,6 @@ from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, LoraFiles
 
 PACK_LIMIT_BYTES = 1 << 30
 """More weights are used as they lie in memory: laid out anew, they are there twice."""
-
-_TINY = 1e-12
-"""Least scale of what is all zeros."""
 
 _FUSED = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Products of a layer and the projections in each."""
@@ -431,43 +427,14 @@ class _Product:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.biases[0], "add")
 
 
-class _Int8Product:
-    """The same with weights in int8, a scale for each output, and inputs in uint8, a scale for each token."""
-
-    __slots__ = ("bias", "packed", "scales", "zeros")
-
-    def __init__(self, weights: Sequence[Any], biases: Sequence[Any]) -> None:
-        import torch
-
-        whole = torch.cat(list(weights))
-        self.scales = whole.abs().amax(1).clamp_(min=_TINY).div_(127)
-        self.zeros = torch.zeros(len(whole), dtype=torch.int32)
-        rounded = (whole / self.scales[:, None]).round_().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self.bias = None if biases[0] is None else torch.cat(list(biases))
-
-    def __call__(self, x: Any, residual: Any = None) -> Any:
-        import torch
-
-        largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_(min=_TINY)
-        rounded = (x * (127 / largest)).add_(128.5).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1 / 127, 128, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).mul_(largest)
-        for added in (self.bias, residual):
-            if added is not None:
-                product.add_(added)
-        return product
-
-
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer's products and norms; `head_norm` [H + K, D], and the norms of what is added, where it has them."""
 
-    qkv: _Product | _Int8Product
-    out: _Product | _Int8Product
-    gate_up: _Product | _Int8Product
-    down: _Product | _Int8Product
+    qkv: _Product
+    out: _Product
+    gate_up: _Product
+    down: _Product
     attention_norm: Any
     mlp_norm: Any
     head_norm: Any = None
@@ -476,15 +443,14 @@ class _Layer:
 
 
 class LlamaDecoder:
-    """A Llama-like model on the CPU, of `n_layers` layers and `n_parameters` weights.
+    """A Llama-like model in float32 on the CPU, of `n_layers` layers and `n_parameters` weights.
 
     Args:
         shape: its sizes.
         tensors: its weights by the names of the model's file; read, never changed.
-        int8: whether products are computed in int8; all else is in float32.
     """
 
-    def __init__(self, shape: LlamaShape, tensors: dict[str, Any], *, int8: bool = False) -> None:
+    def __init__(self, shape: LlamaShape, tensors: dict[str, Any]) -> None:
         import torch
 
         self.shape, self.n_layers = shape, shape.num_hidden_layers
@@ -492,14 +458,13 @@ class LlamaDecoder:
         packs = 4 * self.n_parameters <= PACK_LIMIT_BYTES and _packs()
         self._embedding = tensors["model.embed_tokens.weight"]
         head = self._embedding if shape.tie_word_embeddings else tensors["lm_head.weight"]
-        make = _Int8Product if int8 else partial(_Product, packs=packs)
-        self._head = make([head], [None])
+        self._head = _Product([head], [None], packs=packs)
         self._norm = tensors["model.norm.weight"] + shape.norm_offset
 
-        def product(prefix: str, names: Sequence[str]) -> _Product | _Int8Product:
+        def product(prefix: str, names: Sequence[str]) -> _Product:
             places = [f"{prefix}.{name}_proj" for name in names]
             biases = [tensors.get(f"{place}.bias") for place in places]
-            return make([tensors[f"{place}.weight"] for place in places], biases)
+            return _Product([tensors[f"{place}.weight"] for place in places], biases, packs=packs)
 
         def norm(place: str) -> Any:
             return tensors[f"{place}.weight"] + shape.norm_offset
@@ -657,14 +622,6 @@ def _rotate(states: Any, cos: Any, sin: Any) -> Any:
     torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1.0)
     torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
     return rotated
-
-
-def has_int8() -> bool:
-    """Whether this CPU multiplies 8-bit numbers without overflow (VNNI), as far as this torch knows."""
-    import torch
-
-    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(torch.backends.mkldnn.is_available() and (known.get("avx512_vnni") or known.get("avx_vnni")))
 
 
 def _packs() -> bool:

@@ -17,7 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from copa_harness.lm.local.files import LoraFiles
 from copa_harness.lm.local.llama import (
     FusedLora,
     LlamaDecoder,
-    has_int8,
     library_shape,
     read_lora_tensors,
     read_shape,
@@ -41,9 +40,6 @@ from copa_harness.lm.local.memory import Footprint, is_out_of_memory, oom_messag
 logger = logging.getLogger(__name__)
 
 MAX_LORAS_IN_MEMORY = 32
-
-INT8_TOLERANCE = 0.5
-"""As `ExactnessChecks.tolerance`: int8 is no rounding, but what is not the model's logits differs by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +188,7 @@ class LocalModel:
         self._fused: OrderedDict[str, FusedLora | None] = OrderedDict()
         self.decoder: LlamaDecoder | None = None
         self.why_library = ""
-        if self._may_compute and dtype == "float32" and directory == embedded_model_path().resolve():
+        if self._may_compute and directory == embedded_model_path().resolve():
             shape = read_shape(directory)
             self.decoder = LlamaDecoder(shape, read_tensors(directory))
             self.context_length = shape.max_position_embeddings
@@ -208,11 +204,6 @@ class LocalModel:
             checks = self._checks()
             self.pads, self.shares_prefix = checks.batch_rules()
             self.decoder, self.why_library = self._own_forward(checks)
-            if dtype == "int8" and self.decoder is None:
-                raise ConfigurationError(
-                    f"got the dtype int8 for {directory} on {device}, which is for this package's own forward "
-                    f"({self.why_library}); remedy: --copa-dtype=float32 or bfloat16, or another model"
-                )
             self.cascades = self.decoder is not None
             if self.pads and self.shares_prefix and self.device.type == "cpu" and not self.cascades:
                 self.cascades = checks.cascade_is_exact(LibraryReader(model))
@@ -220,23 +211,18 @@ class LocalModel:
 
     @property
     def _may_compute(self) -> bool:
-        return self.dtype in ("float32", "int8") and self.device.type == "cpu"
+        return self.dtype == "float32" and self.device.type == "cpu"
 
     def _own_forward(self, checks: ExactnessChecks) -> tuple[LlamaDecoder | None, str]:
         """Our own forward over the library's weights, or why there is none."""
         if not self._may_compute:
-            return None, "the own one is for float32 and int8 on CPUs"
+            return None, "the own one is for float32 on CPUs"
         if not (self.pads and self.shares_prefix):
             return None, "its rows cannot share a batch"
-        is_int8 = self.dtype == "int8"
-        if is_int8 and not has_int8():
-            return None, "this CPU, or this torch, has no VNNI"
         try:
-            decoder = LlamaDecoder(library_shape(self.model), self.model.state_dict(), int8=is_int8)
+            decoder = LlamaDecoder(library_shape(self.model), self.model.state_dict())
         except UnsupportedModel as reason:
             return None, str(reason)
-        if is_int8:
-            checks = replace(checks, tolerance=INT8_TOLERANCE)
         if not checks.cascade_is_exact(decoder):
             return None, "the own one gives other logits on this machine"
         return decoder, ""
@@ -265,7 +251,7 @@ class LocalModel:
             with _no_progress_bars():
                 model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     self.directory,
-                    dtype=torch.float32 if self.dtype == "int8" else getattr(torch, self.dtype),
+                    dtype=getattr(torch, self.dtype),
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
@@ -289,7 +275,7 @@ class LocalModel:
         return model
 
     def _checks(self) -> ExactnessChecks:
-        tolerance = 1e-3 if self._library.dtype.itemsize == 4 else 5e-2
+        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
         return ExactnessChecks(
             self._library, pad_id=self._special_ids[1], tolerance=tolerance, name=self.directory.name
         )

@@ -60,8 +60,8 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(gpus):
     [
         ({"device": "gpu"}, "got the device 'gpu'; expected cpu, cuda"),
         ({"device": "cuda:x"}, "got the device 'cuda:x'"),
-        ({"dtype": "fp16"}, "got dtype 'fp16'; expected float32, bfloat16, float16 or int8"),
-        ({"dtype": "int4"}, "got dtype 'int4'"),
+        ({"dtype": "fp16"}, "got dtype 'fp16'; expected float32, bfloat16 or float16"),
+        ({"dtype": "int8"}, "got dtype 'int8'"),
     ],
 )
 def test_words_that_mean_nothing_are_refused_before_anything_is_loaded(setting, message, tmp_path):

@@ -7,10 +7,9 @@ import random
 
 import pytest
 
-from copa_harness.errors import ConfigurationError
 from copa_harness.lm.embedded import embedded_model_path
 from copa_harness.lm.local.engine import TransformersEngine
-from copa_harness.lm.local.llama import has_int8, library_shape, read_shape
+from copa_harness.lm.local.llama import library_shape, read_shape
 from copa_harness.lm.local.model import LocalModel
 from copa_harness.testing.tiny_models import write_tiny_model
 
@@ -149,46 +148,7 @@ def test_another_model_goes_through_transformers_and_the_description_says_why(ar
 
 
 def test_arithmetic_that_is_not_ours_is_named(tmp_path):
-    assert "(the own one is for float32 and int8 on CPUs)" in loaded(tiny(tmp_path / "m"), dtype="bfloat16").describe()
-
-
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU, or this torch, has no VNNI")
-
-
-@needs_int8
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_int8_gives_nearly_the_logits_of_float32(architecture, tmp_path):
-    model = loaded(tiny(tmp_path / "m", architecture), dtype="int8")
-    assert "int8 on cpu" in model.describe()
-    assert 0 < largest_difference(model) < 0.1
-
-
-@needs_int8
-def test_in_int8_a_token_with_large_states_leaves_the_others_their_digits():
-    import torch
-
-    from copa_harness.lm.local.llama import _Int8Product
-
-    draw = torch.Generator().manual_seed(0)
-    weight, x, bias = (torch.randn(*shape, generator=draw) for shape in ((48, 64), (3, 64), (48,)))
-    x[1] *= 1000
-    x[2] = 0
-    got = _Int8Product([weight[:16], weight[16:]], [bias[:16], bias[16:]])(x, torch.ones(3, 48))
-    wanted = x @ weight.T + bias + 1
-    assert (got[0] - wanted[0]).abs().max() < 0.02 * wanted[0].abs().max()
-    assert torch.equal(got[2], wanted[2])
-
-
-@needs_int8
-def test_int8_is_refused_for_a_model_that_the_own_forward_does_not_compute(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"got the dtype int8 .*GPT2LMHeadModel.*remedy: --copa-dtype=float32"):
-        loaded(tiny(tmp_path / "m", "gpt2"), dtype="int8")
-
-
-def test_int8_is_refused_on_a_cpu_that_would_overflow(tmp_path, monkeypatch):
-    monkeypatch.setattr("copa_harness.lm.local.model.has_int8", lambda: False)
-    with pytest.raises(ConfigurationError, match="has no VNNI"):
-        loaded(tiny(tmp_path / "m"), dtype="int8")
+    assert "(the own one is for float32 on CPUs)" in loaded(tiny(tmp_path / "m"), dtype="bfloat16").describe()
 
 
 def test_a_forward_that_differs_from_transformers_is_not_used(tmp_path, monkeypatch):
