@@ -281,8 +281,8 @@ def _meaning(answer: Noninferiority, *, failing: float, shared: str, bless: str)
         proven = margin > 0 and answer.p_worse <= failing
         beyond = f" Proven beyond the margin ({probability(answer.p_worse)})." if proven else ""
         return (
-            f"The drop is not chance ({any_drop}{shared}){allowed}.{beyond} Next: look at the examples that got worse; "
-            f"if the change is intended, {bless}."
+            f"The drop is not chance ({any_drop}{shared}){allowed}.{beyond} Next: look at the examples that got worse "
+            f"(the report's page has each beside its answer before); if this loss is acceptable, {bless}."
         )
     if margin == 0:
         return (
@@ -292,10 +292,15 @@ def _meaning(answer: Noninferiority, *, failing: float, shared: str, bless: str)
     confidence = f"{100 * answer.paired.interval.level / 2 + 50:g} %"
     said = f"At most {number(answer.most_lost)} can have been lost ({confidence})"
     if answer.rows_to_decide is None:
-        said += "; no number of examples one would collect decides it. Next: choose a wider margin."
+        said += "; no number of examples one would collect decides it. Next: allow a larger drop."
     else:
-        said += f"; about {counted(answer.rows_to_decide, 'example')} would decide it, if nothing changed. "
-        said += "Next: add test examples, or allow a larger drop."
+        said += (
+            f", which does not rule out a drop of {margin:g}; about {counted(answer.rows_to_decide, 'example')} would "
+        )
+        said += (
+            "decide it, if nothing changed. Next: add test examples, or allow a larger drop; as it is, it counts as "
+        )
+        said += "no failure (undecided_fails=True makes it one)."
     if answer.p_any_drop <= failing:
         said = f"It did drop ({any_drop}), by less than the {margin:g} allowed as far as measured. {said}"
     return said
@@ -319,10 +324,7 @@ def _not_comparable(
     pairs, changed = run.paired_with(reference), changed_parts(reference, run.fingerprints)
     details: dict[str, Any] = {"changed": changed, "n_common": len(pairs.ids)}
     if changed:
-        parts = ", ".join(
-            f"the {part} changed ({reference.fingerprints[part][:12]} -> {run.fingerprints[part][:12]})"
-            for part in changed
-        )
+        parts = "the " + " and the ".join(changed) + " changed"
     else:
         parts = "no example with a score is in both this run and the one compared with: the test split changed"
     message = f"{parts} since {named}, so the two cannot be compared."
@@ -337,10 +339,15 @@ def _not_comparable(
             "high_in_common": common.interval.high,
         }
         message += (
-            f" For orientation: on the {counted(common.n, 'example')} in common the difference is "
-            f"{number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)}, "
-            f"{common.method}, one-sided {probability(common.p_one_sided)})."
+            f" For orientation, and not judged: {common.n_better} better, {common.n_worse} worse of the "
+            f"{counted(common.n, 'example')} in common"
         )
+        if common.n_better or common.n_worse:
+            message += (
+                f", {number(common.difference, signed=True)} ({interval_text(common.interval, signed=True)}, "
+                f"{common.method}, one-sided {probability(common.p_one_sided)})"
+            )
+        message += "."
     message += f" Next: {next_step}."
     return GateResult(gate, Verdict.NOT_COMPARABLE, message, details)
 

@@ -1,6 +1,6 @@
-"""Tables that tell more: attribution, ranked strategies, unstable examples, rows saved, and what a search learned.
+"""Tables that tell more: attribution, ranked strategies, unstable examples, rows saved, and what speaks for a search.
 
-What an optimization learned (credit, evidence, proposals) is about its validation examples, in numbers the optimizer
+What an optimization learned (credit, evidence) is about its validation examples, in numbers the optimizer
 made; the others are about the test split. Only the ranking is computed here, from the scores. Each function returns
 text without a final newline, or "" when no run has anything to say.
 """
@@ -23,8 +23,6 @@ from copa_harness.results import Interval
 MAX_FLAKY_SHOWN = 10
 """Unstable examples shown per run; latest.json has all repeats."""
 
-TERMINAL_ARMS = 2
-"""Arms shown per family and run in the terminal, the best first; the page shows all."""
 
 _CELL_NAMES = {
     "base_plain": "base, plain prompts",
@@ -307,39 +305,6 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
         notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
     notes.extend(f"{run.task}, {run.strategy}: {found.why}" for run, found in told if found.why)
     return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
-
-
-def learned_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
-    """What every optimization learned about its proposals: how often an arm was tried, and what it gained."""
-    rows: list[list[str]] = []
-    for run, learned in deduplicated(runs, from_optimization("learned")):
-        shown: dict[str, int] = {}
-        first = True
-        for arm in learned:
-            shown[arm["family"]] = shown.get(arm["family"], 0) + 1
-            if style == "terminal" and shown[arm["family"]] > TERMINAL_ARMS:
-                continue
-            where = [run.task, run.strategy] if first else ["", ""]
-            offered = f"{arm['offered']:,}" if arm["offered"] else "-"
-            rows.append(
-                [
-                    *where,
-                    arm["family"],
-                    arm["arm"],
-                    offered,
-                    f"{arm['tries']:,}",
-                    number(arm["mean_gain"], signed=True),
-                ]
-            )
-            first = False
-    if not rows:
-        return ""
-    headers = ["task", "strategy", "choice", "arm", "proposed", "tried", "mean gain"]
-    notes = [
-        "mean gain of the trials that used the arm over the incumbent their study began with, on validation: where "
-        "that has the arm already, as tuned weights have, it is what other prompts lost, not what the arm is worth"
-    ]
-    return with_notes(draw(rows, headers, style=style, n_text=4), notes, style=style)
 
 
 def _stage(predictor: str) -> str:

@@ -16,7 +16,7 @@ from copa_harness.errors import ArtifactError, ConfigurationError
 from copa_harness.formatting import number, probability_cell
 from copa_harness.judge.attribution import CELLS, EFFECTS, Attribution
 from copa_harness.judge.paired_tests import GATE_LEVEL, pair_up, paired_difference
-from copa_harness.report.details import credit_table, learned_table
+from copa_harness.report.details import credit_table
 from copa_harness.report.files import NUMBERED, gates_to_read
 from copa_harness.report.records import RunRecord
 from copa_harness.report.rendering import Style, bounds, draw, with_notes
@@ -54,7 +54,7 @@ def read_report(path: Path) -> OldReport:
     try:
         document = parse_json(path.read_bytes())
         runs = tuple(from_reported(run) for run in document["runs"])
-        credit_table(runs), learned_table(runs)  # what they show has no declared type that could be checked
+        credit_table(runs)  # what it shows has no declared type that could be checked
         return OldReport(path, dict(document.get("environment") or {}), runs)
     except OSError as error:
         raise ArtifactError(f"the report {path} cannot be read ({error.strerror or error})") from error

@@ -15,7 +15,6 @@ from copa_harness.report.details import (
     credit_table,
     evidence_table,
     flaky_table,
-    learned_table,
     ranking_table,
     sequential_table,
 )
@@ -276,7 +275,6 @@ def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple
         ("saved by stopping early", sequential_table(runs, style=style)),
         ("how the searches ended", ending_table(runs, style=style)),
         ("whether the result is better than the program as written, on validation", evidence_table(runs, style=style)),
-        ("what the search learned about its proposals", learned_table(runs, style=style)),
         ("what the optimizations did", story_table(runs, style=style)),
         ("what it cost", phase_table(runs, style=style)),
         ("answers without a usable result", failure_table(runs, style=style)),

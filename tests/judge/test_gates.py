@@ -184,7 +184,7 @@ def test_identical_requests_pass_any_margin_without_a_test():
 def test_changed_data_split_or_metric_are_not_comparable_and_named(part):
     result = run_against([1] * 20, [0] * 20, theirs={part: "a" * 64}, ours={part: "b" * 64})
     assert result.verdict is Verdict.NOT_COMPARABLE
-    assert f"the {part} changed (aaaaaaaaaaaa -> bbbbbbbbbbbb)" in result.message
+    assert result.message.startswith(f"the {part} changed since")
     assert ("in common" in result.message) == (part != "metric")
 
 

@@ -1,7 +1,7 @@
 """Tables of what an optimization learned."""
 
 from copa_harness.documents import from_json, to_json
-from copa_harness.report.details import credit_table, evidence_table, learned_table
+from copa_harness.report.details import credit_table, evidence_table
 from copa_harness.report.records import RunRecord
 from copa_harness.report.tables import all_tables
 from copa_harness.results import Evidence, Usage
@@ -36,17 +36,6 @@ CREDIT = {
 }
 
 
-def arm(family, name, gain):
-    return {
-        "family": family,
-        "arm": name,
-        "offered": 3,
-        "tries": 5,
-        "mean_gain": 0.11,
-        "gain": gain,
-    }
-
-
 def test_who_earned_it_names_stage_part_gain_and_method():
     table = credit_table([run(credit=CREDIT)])
     lines = [line.replace("|", " ").split() for line in table.splitlines()]
@@ -64,22 +53,11 @@ def test_one_optimization_shared_by_two_tests_is_told_once():
     assert credit_table([run(credit=CREDIT), run(credit=CREDIT)]) == credit_table([run(credit=CREDIT)])
 
 
-def test_the_terminal_shows_the_best_arms_and_the_page_all():
-    learned = [arm("demos", f"way {i}", 0.5 - i / 10) for i in range(4)] + [arm("tip", "short", 0.0)]
-    terminal, page = (learned_table([run(learned=tuple(learned))], style=style) for style in ("terminal", "html"))
-    assert "way 1" in terminal
-    assert "way 2" not in terminal
-    assert "short" in terminal
-    assert "way 3" in page
-    assert "+0.110" in page
-
-
-def test_both_survive_the_trip_through_json_and_are_silent_when_empty():
-    record = from_json(RunRecord, to_json(run(credit=CREDIT, learned=(arm("tip", "short", 0.1),))))
+def test_it_survives_the_trip_through_json_and_is_silent_when_empty():
+    record = from_json(RunRecord, to_json(run(credit=CREDIT)))
     titles = [title for title, _ in all_tables([record])]
     assert "who earned it" in titles
-    assert "what the search learned about its proposals" in titles
-    assert credit_table([run()]) == learned_table([run()]) == ""
+    assert credit_table([run()]) == ""
 
 
 def evidence(**given):
