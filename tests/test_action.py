@@ -192,7 +192,7 @@ def test_a_newcomers_worse_branch_says_what_got_worse_by_how_much_and_whether_it
     )
     first = api.comments[0]["body"].splitlines()[1]
     assert re.search(r"Worse than merge-base \(\w+\): machines, none: -0\.\d+ .*chance would do this with p ", first)
-    assert "if the change is intended, merge it" in api.comments[0]["body"]
+    assert "if this loss is acceptable, merge it" in api.comments[0]["body"]
     assert "--copa-bless" not in api.comments[0]["body"]
     assert "got worse</button>" in (newcomer.path / "reports" / "latest.html").read_text()
 

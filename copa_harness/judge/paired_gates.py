@@ -294,13 +294,12 @@ def _meaning(answer: Noninferiority, *, failing: float, shared: str, bless: str)
     if answer.rows_to_decide is None:
         said += "; no number of examples one would collect decides it. Next: allow a larger drop."
     else:
+        rows = counted(answer.rows_to_decide, "example")
         said += (
-            f", which does not rule out a drop of {margin:g}; about {counted(answer.rows_to_decide, 'example')} would "
+            f", which does not rule out a drop of {margin:g}; about {rows} would decide it, if nothing changed. Next: "
+            "add test examples, or allow a larger drop; as it is, it counts as no failure (undecided_fails=True makes "
+            "it one)."
         )
-        said += (
-            "decide it, if nothing changed. Next: add test examples, or allow a larger drop; as it is, it counts as "
-        )
-        said += "no failure (undecided_fails=True makes it one)."
     if answer.p_any_drop <= failing:
         said = f"It did drop ({any_drop}), by less than the {margin:g} allowed as far as measured. {said}"
     return said

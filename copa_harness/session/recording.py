@@ -230,7 +230,7 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
         ArtifactError: Some examples have no score.
     """
     from copa_harness.report.provenance import git_commit, versions
-    from copa_harness.store.baselines import Baseline
+    from copa_harness.store.baselines import Baseline, digests
 
     accepted = Baseline.from_evaluation(
         measured.evaluation,
@@ -241,9 +241,8 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
         commit=git_commit(context.settings.root),
         created=datetime.date.today().isoformat(),
         repeats=measured.repeats,
-        groups=context.groups,
     )
-    return replace(accepted, families=_families(context))
+    return replace(accepted, families=_families(context), groups=digests(context.groups))
 
 
 def _families(context: GateContext) -> dict[str, int]:

@@ -123,7 +123,6 @@ class Baseline:
         commit: str = "",
         created: str = "",
         repeats: Mapping[str, Sequence[float | None]] | None = None,
-        groups: Mapping[str, str] | None = None,
     ) -> Baseline:
         """The baseline an evaluation would become.
 
@@ -161,7 +160,6 @@ class Baseline:
                 for example_id, row in zip(scores, evaluation.results, strict=True)
                 if row.requests
             },
-            groups={key: hashlib.sha256(label.encode()).hexdigest()[:12] for key, label in (groups or {}).items()},
         )
 
 
@@ -293,6 +291,11 @@ def _from_document(document: Mapping[str, Any]) -> Baseline:
     if missing := [part for part in COMPARED if not read.fingerprints.get(part)]:
         raise ValueError(f"there is no fingerprint of {', '.join(missing)}: nobody could tell what it is comparable to")
     return read
+
+
+def digests(groups: Mapping[str, str] | None) -> dict[str, str]:
+    """Groups by example id as a baseline keeps them: their names may be somebody's, and do not matter."""
+    return {key: hashlib.sha256(label.encode()).hexdigest()[:12] for key, label in (groups or {}).items()}
 
 
 def _scored(draws: Iterable[float | None]) -> list[float]:

@@ -11,6 +11,7 @@ from copa_harness.store.baselines import (
     Baseline,
     baseline_text,
     diff_baselines,
+    digests,
     list_baselines,
     load_baseline,
     read_baseline,
@@ -126,3 +127,14 @@ def test_repeats_are_kept_and_shown(tmp_path):
 
 def test_an_example_that_occurs_twice_keeps_both_scores():
     assert accepted([("a", 1.0), ("a", 0.0)]).scores == {"a": 1.0, "a#2": 0.0}
+
+
+def test_examples_of_one_group_are_exchanged_together_as_the_gate_does(tmp_path):
+    ids = [f"x{i:02}" for i in range(24)]
+    groups = digests({key: f"speaker {i // 6}" for i, key in enumerate(ids)})
+    before, after = (replace(accepted([(key, score) for key in ids]), groups=groups) for score in (1.0, 0.0))
+    save_baseline(tmp_path, before)
+    kept = load_baseline(tmp_path, task="iris", name="joint")
+    assert kept.groups == groups
+    assert "speaker" not in json.dumps(kept.groups)
+    assert diff_baselines(kept, after).difference.p_one_sided == 1 / 2**4
