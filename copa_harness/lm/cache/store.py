@@ -335,26 +335,32 @@ class ResponseCache:
     def _written(self, store: diskcache.Cache, key: str, row: bytes) -> None:
         with self._writing:
             store.set(key, row)
+            if key not in store:
+                raise sqlite3.DatabaseError("an answer that was stored is not there")
 
     # -- damage
 
     def _healed(self, action: Callable[[diskcache.Cache], T]) -> T:
-        """`action` on the store; once more on a rebuilt store if the database turns out to be damaged."""
-        store = self._store
-        try:
-            return action(self._connected())
-        except (sqlite3.DatabaseError, diskcache.Timeout, UnicodeDecodeError) as failure:
-            error: BaseException | None = failure
-            if isinstance(failure, UnicodeDecodeError):  # so sqlite3 quotes a schema that is damaged
-                error = sqlite3.DatabaseError(str(failure))
-            while isinstance(error, diskcache.Timeout):  # so diskcache calls whatever keeps a transaction from starting
-                error = error.__context__
-            if not isinstance(error, sqlite3.DatabaseError):
-                raise
-            if any(sign in str(error) for sign in _NOT_DAMAGE):
-                raise error from None
-            self._rebuild(store, error)
-            return action(self._connected())
+        """`action` on the store; again on a rebuilt store if the database turns out to be damaged.
+
+        SQLite's own check sees neither a name nor a trigger that changed: a store that passes it and fails again goes.
+        """
+        for is_certain in (False, True):
+            store = self._store
+            try:
+                return action(self._connected())
+            except (sqlite3.DatabaseError, diskcache.Timeout, UnicodeDecodeError) as failure:
+                error: BaseException | None = failure
+                if isinstance(failure, UnicodeDecodeError):  # so sqlite3 quotes a schema that is damaged
+                    error = sqlite3.DatabaseError(str(failure))
+                while isinstance(error, diskcache.Timeout):  # so diskcache calls whatever keeps a transaction waiting
+                    error = error.__context__
+                if not isinstance(error, sqlite3.DatabaseError):
+                    raise
+                if any(sign in str(error) for sign in _NOT_DAMAGE) or (is_certain and "unable to open" in str(error)):
+                    raise error from None
+                self._rebuild(store, error, is_certain=is_certain)
+        return action(self._connected())
 
     def _open(self) -> diskcache.Cache:
         for path in (self.database, *self.database.parent.glob(f"{DBNAME}-*")):
@@ -371,6 +377,10 @@ class ResponseCache:
             sqlite_wal_autocheckpoint=_WAL_PAGES,
         )
 
+    @property
+    def _is_writable(self) -> bool:
+        return all(os.access(path, os.W_OK) for path in (self.database.parent, self.database))
+
     def _open_or_rebuild(self) -> Any:
         # Many processes creating one sqlite file at once run into "database is locked": one at a time.
         try:
@@ -378,13 +388,13 @@ class ResponseCache:
                 try:
                     return self._open()
                 except _UNUSABLE as error:
-                    if any(sign in str(error) for sign in _NOT_DAMAGE):
+                    is_format = "readonly" in str(error) and self._is_writable  # so SQLite calls a newer format, too
+                    if any(sign in str(error) for sign in _NOT_DAMAGE) and not is_format:
                         raise
                     self._move_aside(error)
                     return self._open()
         except (OSError, sqlite3.Error) as error:
-            paths = (self.database.parent, self.database)
-            if self.database.is_file() and not all(os.access(path, os.W_OK) for path in paths):
+            if self.database.is_file() and not self._is_writable:
                 with suppress(sqlite3.Error):  # then the first error says what is wrong
                     return ReadOnlyStore(self.database)
             raise CacheError(
@@ -392,7 +402,7 @@ class ResponseCache:
                 "expected a folder that can be read and written, choose another with --copa-cache-dir"
             ) from error
 
-    def _rebuild(self, damaged: diskcache.Cache, error: Exception) -> None:
+    def _rebuild(self, damaged: diskcache.Cache, error: Exception, *, is_certain: bool) -> None:
         with self._rebuilding:
             if self._store is not damaged:
                 return  # another thread has done it
@@ -401,8 +411,8 @@ class ResponseCache:
                 try:
                     healthy = self._open()  # another process may have rebuilt it meanwhile
                     with closing(sqlite3.connect(self.database, timeout=_SQLITE_TIMEOUT_S)) as sql:
-                        if sql.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                            raise sqlite3.DatabaseError("quick_check failed")
+                        if is_certain or sql.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+                            raise sqlite3.DatabaseError("integrity_check failed")
                 except _UNUSABLE:
                     self._move_aside(error)
                     healthy = self._open()

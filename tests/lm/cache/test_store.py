@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -428,3 +430,28 @@ def test_a_store_that_cannot_be_written_replays_and_keeps_new_answers_in_memory(
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         cache.clear()
     cache.close()
+
+
+def test_no_flipped_byte_of_the_store_gives_another_answer_and_all_heal(directory):
+    filled(directory)
+    whole, chance = database(directory).read_bytes(), random.Random(6)
+    places = [place for place, byte in enumerate(whole) if byte]
+    places = places if os.environ.get("FUZZ") else chance.sample(places, 40)
+    for place in places:
+        shutil.rmtree(directory / "answers")
+        (directory / "answers").mkdir()
+        flipped = whole[place] ^ chance.randrange(1, 256)
+        database(directory).write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)
+            for _ in range(2):  # what was damaged may show, and be rebuilt, only after an answer was stored in it
+                cache = ResponseCache(directory)
+                for key in (KEY, OTHER):
+                    assert cache.get(key) in (None, ANSWER), place
+                    cache.set(key, ANSWER)
+                cache.close()
+        healed = ResponseCache(directory)
+        assert [healed.get(key) for key in (KEY, OTHER)] == [ANSWER, ANSWER], place
+        healed.close()
+        for damaged in directory.glob("answers.damaged-*"):
+            shutil.rmtree(damaged)
