@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+from dspy.clients.provider import Provider
 from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import LMConfigurationError
 
@@ -200,6 +201,9 @@ def _endpoint_lm(
         if not re.match(r"https?://[^/\s]+", api_base):
             raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
         lm_kwargs["api_base"] = api_base
+        if not re.match(r"https://api\.openai\.com(/|$)", api_base):
+            # DSPy's fine-tuning knows no URL: it would send training rows to the host that the name stands for.
+            lm_kwargs.setdefault("provider", Provider())
         if is_own_network(api_base):
             # llama.cpp, vLLM and Ollama sample when nothing is said, and all of them take 0; models elsewhere may not.
             lm_kwargs.setdefault("temperature", 0.0)

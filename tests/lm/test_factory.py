@@ -13,6 +13,7 @@ from copa_harness.lm.endpoint.engine import EndpointEngine
 from copa_harness.lm.factory import adapter_for, build_lm, meter_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.scripted import ScriptedLM
+from copa_harness.optimize.search.candidate import is_tunable
 
 
 @pytest.fixture
@@ -229,3 +230,10 @@ def test_building_an_endpoint_model_imports_neither_torch_nor_litellm(tmp_path):
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, copa_harness.lm; assert not {'dspy', 'torch', 'diskcache'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""})
+
+
+def test_a_named_url_is_never_fine_tuned_at_the_host_of_the_models_name(build):
+    """DSPy's fine-tuning knows no URL: training rows of an own server's model would go to OpenAI."""
+    assert is_tunable(build("openai/gpt-4o-mini-2024-07-18", api_key="k"))
+    assert not is_tunable(build("openai/gpt-4o-mini-2024-07-18", api_key="k", api_base="http://localhost:1/v1"))
+    assert is_tunable(build("openai/gpt-4o-mini-2024-07-18", api_key="k", api_base="https://api.openai.com/v1"))
