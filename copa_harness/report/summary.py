@@ -197,7 +197,7 @@ def receipt(
     searched = {
         (run.task, run.model, run.strategy, run.budget.calls, run.optimization.charged_calls, run.validation): run
         for run in runs
-        if run.optimization is not None and math.isfinite(run.budget.calls)
+        if run.optimization is not None and math.isfinite(run.budget.calls) and kind_of(run.strategy) != "baseline"
     }
     planned = sum(int(calls) for _, _, _, calls, _, _ in searched)
     spent = spent_by(runs)

@@ -81,6 +81,8 @@ def test_the_receipt_counts_a_search_once_and_says_what_was_saved(n_tests):
         "saved by racing": 15,
     }
     assert "saved by racing" in receipt_table(receipt(runs, trials=trials))
+    as_written = replace(BASE, budget=Budget(400), optimization=optimization(charged_calls=0))
+    assert receipt([*runs, as_written])[0].calls == 400  # it searches nothing
 
 
 def test_a_run_that_asks_what_the_baseline_asked_says_so():
