@@ -78,7 +78,7 @@ def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -
 def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Settings) -> None:
     """Keep the test answers with the artifact, for `copa export` and its check; warn where they cannot be kept."""
     from copa_harness.export.scored import scored_of
-    from copa_harness.store.artifacts import add_scored
+    from copa_harness.store.artifacts import add_scored, holds_scored
     from copa_harness.store.stages import StageStore
 
     scored = scored_of(
@@ -90,6 +90,8 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
         api_base=settings.api_base or "",
     )
     try:
+        if holds_scored(optimized.artifact, to_json(scored)):
+            return  # a cache that cannot be written has them as well
         with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
             add_scored(optimized.artifact, to_json(scored))
     except (OSError, ArtifactError, TypeError) as error:

@@ -130,17 +130,28 @@ def add_scored(directory: Path, scored: Mapping[str, Any]) -> None:
         ArtifactError: there is no artifact, or a damaged one.
         OSError: the folder cannot be written.
     """
-    manifest = verify_artifact(directory)
-    text = pretty_json(scored)
-    name = f"{SCORED}{hash_json(scored)[:12]}.json"
+    manifest, name = verify_artifact(directory), _scored_name(scored)
     if name not in manifest.files:
-        write_atomic(directory / name, text)
+        write_atomic(directory / name, pretty_json(scored))
         files = {known: file for known, file in manifest.files.items() if not known.startswith(SCORED)}
         files[name] = ArtifactFile(hash_file(directory / name), (directory / name).stat().st_size)
         write_atomic(directory / MANIFEST, _manifest_text(Manifest(manifest.fingerprint, manifest.about, files)))
     for older in directory.glob(f"{SCORED}*.json"):
         if older.name != name:
             older.unlink(missing_ok=True)
+
+
+def holds_scored(directory: Path, scored: Mapping[str, Any]) -> bool:
+    """Whether an artifact keeps exactly these scored answers.
+
+    Raises:
+        ArtifactError: there is no artifact, or a damaged one.
+    """
+    return _scored_name(scored) in verify_artifact(directory).files
+
+
+def _scored_name(scored: Mapping[str, Any]) -> str:
+    return f"{SCORED}{hash_json(scored)[:12]}.json"
 
 
 def load_artifact(path: Path) -> Artifact:

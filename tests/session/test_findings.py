@@ -71,7 +71,9 @@ def scripted(session, script=answer):
     )
 
 
-@pytest.mark.parametrize(("group", "message"), [("speaker", "has no field 'speaker' to group by"), (3, "group is 3")])
+@pytest.mark.parametrize(
+    ("group", "message"), [("speaker", "no field 'speaker' to take its group from"), (3, "group is 3")]
+)
 def test_a_group_that_does_not_exist_is_refused(group, message):
     with pytest.raises(TaskError, match=message):
         a_task(group=group)
