@@ -224,7 +224,8 @@ def train_weights(job: WeightsJob, *, best: Candidate) -> Trained:
 
 def changes(plain: Candidate, candidate: Candidate) -> tuple[bool, bool]:
     """Whether a candidate has other weights, and other prompts, than the program as written."""
-    prompts = any(
+    # What asks several programs together has other parts than the program as written.
+    prompts = bool(candidate.structure) or any(
         new.instruction != old.instruction or new.demos not in ((), old.demos)
         for new, old in zip(candidate.parts, plain.parts, strict=True)
     )

@@ -51,7 +51,13 @@ def make(stub, tmp_path):
     def make_():
         gateway = Gateway(cache=ResponseCache(tmp_path / "responses"))
         return build_lm(
-            "openai/gpt-4o-mini", gateway=gateway, cache_dir=tmp_path, api_base=stub.url, num_retries=0, max_tokens=50
+            "openai/gpt-4o-mini",
+            gateway=gateway,
+            cache_dir=tmp_path,
+            api_base=stub.url,
+            num_retries=0,
+            max_tokens=50,
+            provider=OpenAIProvider(),
         )
 
     return make_
