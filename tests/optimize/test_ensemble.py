@@ -5,7 +5,9 @@ import pytest
 
 from copa_harness import COPA
 from copa_harness.errors import ConfigurationError
-from copa_harness.optimize.steps import majority, mean
+from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.steps import ensemble_of, majority, mean
+from copa_harness.optimize.weights import changes
 from copa_harness.strategy import StepKind, parse_strategy
 
 
@@ -49,3 +51,9 @@ def test_an_ensemble_is_a_last_step():
 def test_wrong_arguments_are_refused(toy, wrong):
     with pytest.raises(ConfigurationError, match="ensemble"):
         optimized(toy, optimizer_kwargs={"ensemble": wrong})
+
+
+def test_programs_asked_together_count_as_other_prompts(toy):
+    plain = Candidate.of(toy.program(), lm=toy.lm())
+    together = ensemble_of([plain, plain.with_instructions({"self": "Be brief."})])
+    assert changes(plain, together) == (False, True)
