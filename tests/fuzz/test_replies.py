@@ -7,6 +7,7 @@ a sound answer, which must come through word for word.
     FUZZ=1 pytest tests/fuzz     ten thousand replies instead of a hundred
 """
 
+import copy
 import json
 import os
 import tempfile
@@ -114,7 +115,7 @@ def server(stubs):
             return True
 
     def answer_to(question, number):
-        return stubs.completion(f"{question} has answer <{number}>")
+        return copy.deepcopy(stubs.completion(f"{question} has answer <{number}>"))  # it is spoiled in place
 
     with Server(lifetime_s=3600) as running:
         yield running
