@@ -32,15 +32,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import ArtifactError, ConfigurationError, CopaError
+from copa_harness.export.formats import FORMS
 from copa_harness.formatting import counted, size, visible
 from copa_harness.option_fields import default_of
 from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
     from copa_harness.store.baselines import Baseline
-
-FORMS = ("text", "messages", "dspy", "openai", "peft", "vllm")
-"""What `copa export` writes, beside GGUF."""
 
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TIMES_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -188,10 +186,10 @@ def _add_power_command(rooms: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _power(options: argparse.Namespace) -> tuple[str, int]:
-    from copa_harness.session.plan import DISAGREEMENTS, power_text
+    from copa_harness.session.plan import DISAGREEMENTS, power_told
 
     rows, family, differ = options.rows, options.gates, options.differ
-    if not rows.isdigit():
+    if not rows.isdecimal():
         found = _baseline(rows, options.baseline_dir)
         rows, family = len(found.scores), found.families.get("max_regression", family)
         differ = differ or ([found.noise] if found.noise is not None else None)
@@ -200,14 +198,14 @@ def _power(options: argparse.Namespace) -> tuple[str, int]:
             f"got {options.rows} rows, margin {options.margin}, {family} gates, {differ}; expected at least one row "
             "and gate, and shares from 0 to 1"
         )
-    text = power_text(
+    gate, cases = power_told(
         int(rows),
         margin=options.margin,
         family=family,
         disagreements=differ or DISAGREEMENTS,
         usd_per_row=options.usd_per_row,
     )
-    return text.replace("; if", "\n  if").replace(": if", ":\n  if"), 0
+    return "\n  ".join([f"{gate}:", *cases]), 0
 
 
 def _show(options: argparse.Namespace) -> tuple[str, int]:

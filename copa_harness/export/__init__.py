@@ -11,5 +11,5 @@ from copa_harness.lazy_imports import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {"loading": ["load"], "scored": ["Scored", "read_scored", "scored_of"], "writing": ["FORMS", "export_artifact"]},
+    {"loading": ["load"], "scored": ["Scored", "read_scored", "scored_of"], "writing": ["export_artifact"]},
 )

@@ -18,20 +18,11 @@ from typing import Any
 from copa_harness.atomic_files import temporary_name, write_atomic
 from copa_harness.errors import ArtifactError, ConfigurationError
 from copa_harness.export.annotations import parsing_of
+from copa_harness.export.formats import FORMS
 from copa_harness.export.scored import PredictorKept, RowKept, Scored, read_scored
 from copa_harness.lm.local.sources.names import EMBEDDED, is_local_name, named_place
 from copa_harness.lm.local.sources.source import ModelSource
 from copa_harness.store.artifacts import Artifact, load_artifact
-
-FORMS = {
-    "text": "text",
-    "messages": "messages",
-    "dspy": "dspy_script",
-    "openai": "openai_function",
-    "peft": "peft_folder",
-    "vllm": "vllm_command",
-}
-"""What may be written, and the module of `formats` that does."""
 
 ADAPTER, BASE = "adapter", "base"
 """Folders of an export: the LoRA adapter, and the model that ships with this package."""

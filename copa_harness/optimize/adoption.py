@@ -47,7 +47,6 @@ import numpy as np
 
 from copa_harness.errors import BudgetExhausted, ConfigurationError
 from copa_harness.formatting import counted
-from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
 from copa_harness.optimize.finalists import (
     N_FINALISTS,
     chosen,
@@ -63,7 +62,6 @@ from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
-from copa_harness.optimize.weights import changes
 from copa_harness.results import Evidence, FrontProgram, Phase
 from copa_harness.strategy import Step, StepKind
 
@@ -290,7 +288,7 @@ def _best_part(run: Run, candidates: Sequence[Candidate], reference: Candidate) 
 
     Of equals the simpler one, which tuned weights under the prompts as written always are.
     """
-    changed = {one.key: changes(run.plain, one) for one in candidates}
+    changed = {one.key: one.changes(run.plain) for one in candidates}
     parts = [
         one
         for one in candidates
@@ -302,12 +300,12 @@ def _best_part(run: Run, candidates: Sequence[Candidate], reference: Candidate) 
 def _without_fresh_rows(run: Run, plan: HoldoutPlan, part: Candidate | None) -> _Validated:
     """The incumbent; where that changes prompts and weights, only if it beats the better part of both beyond noise."""
     best = run.incumbent
-    if part is None or plan.level >= 1 or best.structure or not all(changes(run.plain, best)):
+    if part is None or plan.level >= 1 or best.structure or not all(best.changes(run.plain)):
         return _Validated(best)
     p_value = chosen_p_value(run.validation.scores(part), run.validation.scores(best))
     if p_value <= plan.level:
         return _Validated(best)
-    pair, alone = _compared(part, best, run.validation), "weights" if changes(run.plain, part)[0] else "prompts"
+    pair, alone = run.validation.compared(part, best), "weights" if part.changes(run.plain)[0] else "prompts"
     with run.recorded("last look"):
         run.choose(part)
         run.note(
@@ -360,7 +358,7 @@ def _tested(
     tried = [one for one in judged_on.completed() if one.key != reference.key and run.forbids(one) is None]
     scores = [judged_on.scores(one) for one in (reference, result, *tried)]
     p_value = chosen_p_value(scores[0], scores[1], scores[2:])
-    pair = _compared(reference, result, judged_on)
+    pair = judged_on.compared(reference, result)
     lost = fresh.difference(result, reference) if fresh is not None else math.nan
     what = f"{pair.n_better} of {counted(pair.n, 'row')} better, {pair.n_worse} worse"
     tested = plan.level < 1
@@ -402,16 +400,6 @@ def _is_scored(run: Run, rows: Validation, candidate: Candidate) -> bool:
         run.note(f"the budget does not pay for scoring the result on {rows.n} rows the search did not use")
         return False
     return True
-
-
-def _compared(before: Candidate, after: Candidate, rows: Validation) -> PairedDifference:
-    pairs = [
-        (old, new)
-        for old, new in zip(rows.scores(before), rows.scores(after), strict=True)
-        if old is not None and new is not None
-    ]
-    old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return paired_difference(PairedScores([str(i) for i in range(len(pairs))], old, new))
 
 
 # -- score and cost

@@ -39,7 +39,7 @@ from copa_harness.formatting import counted
 from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
-from copa_harness.optimize.search.space import NO_DEMOS, other_epochs, weights_choice
+from copa_harness.optimize.search.space import NO_DEMOS, other_epochs
 from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
@@ -222,16 +222,6 @@ def train_weights(job: WeightsJob, *, best: Candidate) -> Trained:
     return Trained(job.prompts.with_lms(lms), made.n_demos, made.source.rows, note, job)
 
 
-def changes(plain: Candidate, candidate: Candidate) -> tuple[bool, bool]:
-    """Whether a candidate has other weights, and other prompts, than the program as written."""
-    # What asks several programs together has other parts than the program as written.
-    prompts = bool(candidate.structure) or any(
-        new.instruction != old.instruction or new.demos not in ((), old.demos)
-        for new, old in zip(candidate.parts, plain.parts, strict=True)
-    )
-    return weights_choice(candidate).name != weights_choice(plain).name, prompts
-
-
 def wants_refit(settings: SearchOptions, lms: Sequence[Any]) -> bool:
     """Whether returned weights are trained once more: as set, else for large models that are tuned here."""
     return all(takes_lora(lm) and not _is_small(lm) for lm in lms) if settings.refit is None else settings.refit
@@ -253,22 +243,31 @@ def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.E
     Raises:
         NoTrainingRowsError, TrainingError, BudgetExhausted: As `train_weights`.
     """
-    for one in trainings:
-        names = {weights_choice(one.prompts).name: 0}
-        names |= {weights_choice(served.with_lms(lms)).name: epoch for epoch, lms in other_epochs(one.lms).items()}
-        epoch, context = names.get(weights_choice(served).name), one.job.context
-        if epoch is None or served.structure or context.finetune_data is not None:
-            continue
-        is_gold, context = has_gold(served, context), replace(context, trainset=[*context.trainset, *more])
-        if has_gold(served, context) != is_gold:
-            return None
-        if not is_gold:
-            rows = range(len(context.trainset) - len(more), len(context.trainset))
-            context.run_on_training(served.program(), rows, phase=Phase.BOOTSTRAP, candidate=served)
-        again = train_weights(replace(one.job, context=context), best=served)
-        lms = other_epochs(again.lms).get(epoch, again.lms) if epoch else again.lms
-        return replace(again, prompts=served.with_lms(lms))
-    return None
+    found = [(one, epoch) for one in trainings if (epoch := _served_epoch(one, served)) is not None]
+    if not found or found[0][0].job.context.finetune_data is not None:
+        return None
+    (made, epoch), context = found[0], found[0][0].job.context
+    whole = replace(context, trainset=[*context.trainset, *more])
+    if has_gold(served, whole) != has_gold(served, context):
+        return None
+    if not has_gold(served, whole):
+        rows = range(len(context.trainset), len(whole.trainset))
+        whole.run_on_training(served.program(), rows, phase=Phase.BOOTSTRAP, candidate=served)
+    again = train_weights(replace(made.job, context=whole), best=served)
+    return replace(again, prompts=served.with_lms(other_epochs(again.lms).get(epoch, again.lms)))
+
+
+_KEPT = 0
+"""In place of an epoch: the one that the training kept."""
+
+
+def _served_epoch(training: Trained, served: Candidate) -> int | None:
+    """Which epoch of a training a program is served with, `_KEPT` for its result; None for weights from elsewhere."""
+    if served.structure:
+        return None
+    epochs = {training.prompts.model: _KEPT}
+    epochs |= {served.with_lms(lms).model: epoch for epoch, lms in other_epochs(training.lms).items()}
+    return epochs.get(served.model)
 
 
 def _rows(job: WeightsJob, best: Candidate) -> _Rows:

@@ -3,7 +3,7 @@
 An evaluation is run against the stored answers; what is missing is counted at the most it can cost. A search adapts to
 answers, so one that is not finished on disk can only be bounded by its ceilings; its calls are priced like those of the
 evaluation of the program as written. Where a run will be compared with a baseline, the plan also says what its rows can
-decide (`power_text`), before anybody pays for them.
+decide (`power_told`), before anybody pays for them.
 """
 
 from __future__ import annotations
@@ -176,15 +176,15 @@ DISAGREEMENTS = (0.1, 0.2)
 """Share of answers in which two runs differ, where nobody has measured it: real models' lie about here."""
 
 
-def power_text(
+def power_told(
     n: int,
     *,
     margin: float,
     family: int = 1,
     disagreements: Sequence[float] = DISAGREEMENTS,
     usd_per_row: float | None = None,
-) -> str:
-    """What so many rows decide about `max_regression`, how many would be enough, and what those cost.
+) -> tuple[str, list[str]]:
+    """The gate on so many rows, and by disagreement what they decide, how many are enough, and what those cost.
 
     Args:
         n: Test rows.
@@ -210,7 +210,7 @@ def power_text(
             f"of runs ({enough}), and {seen} in 80 %"
         )
     shared = f", one of {family} such gates" if family > 1 else ""
-    return f"max_regression={margin:g} on {counted(n, 'row')}{shared}: {'; '.join(said)}"
+    return f"max_regression={margin:g} on {counted(n, 'row')}{shared}", said
 
 
 def _power_note(task: Task, plain: PlanLine, settings: Settings) -> str:
@@ -219,7 +219,8 @@ def _power_note(task: Task, plain: PlanLine, settings: Settings) -> str:
         return ""
     usd = None if plain.each is None else plain.each[1] * (plain.calls + plain.cached) / n
     family = settings.families.get("max_regression", 1)
-    return f"{task.name}, {power_text(n, margin=margin, family=family, usd_per_row=usd)}"
+    gate, cases = power_told(n, margin=margin, family=family, usd_per_row=usd)
+    return f"{task.name}, {gate}: {'; '.join(cases)}"
 
 
 def _line(task: Task, what: str, plan: DryRun, key: str) -> PlanLine:

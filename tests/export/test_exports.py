@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from typing import Literal
 
 import dspy
 import pytest
 
 import copa_harness
-from copa_harness.cli import FORMS, main
+from copa_harness.cli import main
 from copa_harness.documents import to_json
 from copa_harness.errors import ArtifactError, ConfigurationError
 from copa_harness.evaluate import evaluate
 from copa_harness.export import writing
+from copa_harness.export.formats import FORMS
 from copa_harness.export.scored import read_scored, scored_of
 from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
@@ -296,8 +298,12 @@ def test_other_refusals_say_what_to_do(shouted, tmp_path, capsys):
         writing.export_artifact(plain, to="text", place=tmp_path / "out")
 
 
-def test_the_command_line_offers_every_form():
-    assert tuple(writing.FORMS) == FORMS
+def test_the_command_line_offers_every_form(capsys):
+    assert tuple(FORMS) == ("text", "messages", "dspy", "openai", "peft", "vllm")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "{" + ",".join((*FORMS, "gguf")) + "}" in capsys.readouterr().out
+    assert all(callable(import_module(f"copa_harness.export.formats.{module}").write) for module in FORMS.values())
 
 
 def test_scored_answers_are_replaced_as_a_whole_and_leave_the_fingerprint(tmp_path):

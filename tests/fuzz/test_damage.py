@@ -16,43 +16,20 @@ import sys
 
 import pytest
 
+from tests.plugin.shouting import SHOUTING
+
 N_KILLS, N_FLIPS = map(int, os.environ.get("FUZZ_DAMAGE", "100 300" if os.environ.get("FUZZ") else "2 5").split())
 
-CONFTEST = """
+CONFTEST = f"""{SHOUTING}
 import time
-import dspy
-import pytest
-from copa_harness import ScriptedLM, Task
-
-WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
-
-
-def shouted(example, prediction, trace=None):
-    return prediction.answer == example.answer
 
 
 def answer(messages):
-    word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
-    with open("paid.log", "a") as log:
-        log.write(repr(messages) + "\\n")
+    word = asked(messages)
+    pay(messages)
     time.sleep(0.003)
     # How many demonstrations are shown decides which words are answered right, so a search goes on to its last call.
-    return {"answer": word.upper() if len(messages) > 2 and (ord(word[1]) + len(messages)) % 3 else word}
-
-
-def rows(words):
-    return [dspy.Example(question=word, answer=word.upper()).with_inputs("question") for word in words]
-
-
-@pytest.fixture
-def copa_task():
-    program = dspy.Predict("question -> answer")
-    return Task("shout", program, shouted, rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[18:]))
-
-
-@pytest.fixture
-def copa_base_lm(copa_session):
-    return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway)
+    return {{"answer": word.upper() if len(messages) > 2 and (ord(word[1]) + len(messages)) % 3 else word}}
 """
 
 SUITE = """
@@ -122,7 +99,7 @@ def fresh(name, template=None):
 
 
 def paid(folder):
-    path = folder / "paid.log"
+    path = folder / "paid.txt"
     return path.read_text().splitlines() if path.exists() else []
 
 

@@ -7,7 +7,6 @@ from copa_harness import COPA
 from copa_harness.errors import ConfigurationError
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.steps import ensemble_of, majority, mean
-from copa_harness.optimize.weights import changes
 from copa_harness.strategy import StepKind, parse_strategy
 
 
@@ -56,4 +55,4 @@ def test_wrong_arguments_are_refused(toy, wrong):
 def test_programs_asked_together_count_as_other_prompts(toy):
     plain = Candidate.of(toy.program(), lm=toy.lm())
     together = ensemble_of([plain, plain.with_instructions({"self": "Be brief."})])
-    assert changes(plain, together) == (False, True)
+    assert together.changes(plain) == (False, True)

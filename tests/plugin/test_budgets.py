@@ -13,37 +13,15 @@ import copa_harness.optimize.copa
 import copa_harness.report.files
 import copa_harness.session.session
 import copa_harness.store.artifacts  # noqa: F401
+from tests.plugin.shouting import SHOUTING
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
-CONFTEST = '''
-import dspy
-import pytest
-from copa_harness import ScriptedLM, Task
-
-WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
-
-
-def shouted(example, prediction, trace=None):
-    return prediction.answer == example.answer
-
-
+CONFTEST = f"""{SHOUTING}
 def answer(messages):
-    """Shouts when shown how, else repeats; writes down what it was paid for."""
-    word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
-    with open("paid.txt", "a") as log:
-        log.write(repr(messages) + "\\n")
-    return {"answer": word.upper() if len(messages) > 2 else word}
-
-
-def rows(words):
-    return [dspy.Example(question=word, answer=word.upper()).with_inputs("question") for word in words]
-
-
-@pytest.fixture
-def copa_task():
-    program = dspy.Predict("question -> answer")
-    return Task("shout", program, shouted, rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[18:]))
+    word = asked(messages)
+    pay(messages)
+    return {{"answer": word.upper() if len(messages) > 2 else word}}
 
 
 @pytest.fixture
@@ -51,7 +29,7 @@ def copa_base_lm(copa_session):
     return ScriptedLM(
         answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway, max_tokens=50
     )
-'''
+"""
 
 SUITE = """
 import pytest

@@ -18,47 +18,22 @@ import copa_harness.report.files
 import copa_harness.session.session
 import copa_harness.store.artifacts
 import copa_harness.store.stages  # noqa: F401
+from tests.plugin.shouting import SHOUTING
 
 FLAGS = ("-W", "default", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
-CONFTEST = """
-import dspy
-import pytest
-from copa_harness import ScriptedLM, Task
+CONFTEST = f"""{SHOUTING}
 from copa_harness.errors import ServerFailureError
-
-WORDS = [a + b for a in "abcdef" for b in "uvwxyz"]
-
-
-def shouted(example, prediction, trace=None):
-    return prediction.answer == example.answer
-
-
-def answer(messages):
-    word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
-    with open("paid.txt", "a") as log:
-        log.write(repr(messages) + "\\n")
-    if word in BROKEN:
-        raise ServerFailureError("boom")
-    return {"answer": word.upper() if len(messages) > 2 else word}
-
 
 BROKEN = ()
 
 
-def rows(words):
-    return [dspy.Example(question=word, answer=word.upper()).with_inputs("question") for word in words]
-
-
-@pytest.fixture
-def copa_task():
-    program = dspy.Predict("question -> answer")
-    return Task("shout", program, shouted, rows(WORDS[:12]), rows(WORDS[12:18]), rows(WORDS[18:]))
-
-
-@pytest.fixture
-def copa_base_lm(copa_session):
-    return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway)
+def answer(messages):
+    word = asked(messages)
+    pay(messages)
+    if word in BROKEN:
+        raise ServerFailureError("boom")
+    return {{"answer": word.upper() if len(messages) > 2 else word}}
 """
 
 SUITE = """

@@ -49,22 +49,12 @@ class SpendingSignTest:
         self._spent: NDArray[np.float64] = np.zeros(n_runs)
         self._gained: NDArray[np.int64] = np.zeros(n_runs, dtype=np.int64)
         self._p_at_stop: NDArray[np.float64] = np.full(n_runs, np.nan)
-        self._moved: NDArray[np.int64] = np.zeros(n_runs, dtype=np.int64)
-        self._boundary: NDArray[np.int64] = np.full(n_runs, -1, dtype=np.int64)
         self.rejected_at: NDArray[np.int64] = np.full(n_runs, n_rows + 1, dtype=np.int64)
 
     @property
     def spent(self) -> NDArray[np.float64]:
         """The error used up so far, per run."""
         return self._spent
-
-    @property
-    def level_of_last_look(self) -> NDArray[np.float64]:
-        """Per run: the p-value that a single look at the rows seen would have to reach to stop it."""
-        from scipy import stats
-
-        level: NDArray[np.float64] = stats.binom.cdf(self._boundary, self._moved, 0.5)
-        return level
 
     @property
     def p_values(self) -> NDArray[np.float64]:
@@ -93,7 +83,6 @@ class SpendingSignTest:
             grown[moved] = halves
             self._alive = grown
         self._gained += values > 0
-        self._moved += moved
         self._look()
 
     def _look(self) -> None:
@@ -101,7 +90,6 @@ class SpendingSignTest:
         sums = np.cumsum(self._alive, axis=1)
         may_spend = self._alpha * (self._n_seen / self.n_rows) ** SPENDING_POWER - self._spent
         boundary = (sums <= may_spend[:, None] + _SLACK).sum(axis=1) - 1
-        self._boundary = boundary
         spends = boundary >= 0
         stopped = spends & (self._gained <= boundary) & (self.rejected_at > self.n_rows)
         self._p_at_stop[stopped] = (self._spent + sums[runs, np.minimum(self._gained, sums.shape[1] - 1)])[stopped]

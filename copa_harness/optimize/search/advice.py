@@ -17,12 +17,12 @@ import numpy as np
 from copa_harness.errors import BudgetExhausted, NoTrainingRowsError, TrainingError
 from copa_harness.formatting import amount, counted, dollars
 from copa_harness.judge.intervals import mean_interval
-from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
+from copa_harness.judge.paired_tests import PairedDifference
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.step_budget import CallBudget, OutOfCalls
-from copa_harness.optimize.weights import changes, has_gold, train_weights
+from copa_harness.optimize.weights import has_gold, train_weights
 from copa_harness.results import Interval, Phase
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def advise(run: Run) -> None:
         "weights": _best(run, (True, False)),
         "both": _best(run, (True, True)),
     }
-    gains = {what: _difference(rows, written, one) for what, one in found.items() if one is not None}
+    gains = {what: rows.compared(written, one) for what, one in found.items() if one is not None}
     told = [f"as written {_scored(rows, written)}"]
     told += [f"{what} {_scored(rows, found[what])}, {_told(gain)}" for what, gain in gains.items()]  # type: ignore[arg-type]
     run.note(f"advice, on {counted(rows.n, 'validation row')} with 95 % intervals: " + "; ".join(told), headline=True)
@@ -55,14 +55,8 @@ def advise(run: Run) -> None:
 
 def _best(run: Run, changed: tuple[bool, bool]) -> Candidate | None:
     """The best program, of equals the simplest, that changes weights, prompts, or both; None where none was scored."""
-    mine = [one for one in run.validation.completed() if changes(run.plain, one) == changed and not one.structure]
+    mine = [one for one in run.validation.completed() if one.changes(run.plain) == changed and not one.structure]
     return max(mine, key=lambda one: (run.validation.mean(one), -one.size), default=None)
-
-
-def _difference(rows: Validation, before: Candidate, after: Candidate) -> PairedDifference:
-    pairs = [(a, b) for a, b in zip(rows.scores(before), rows.scores(after), strict=True) if None not in (a, b)]
-    old, new = [float(a or 0) for a, _ in pairs], [float(b or 0) for _, b in pairs]
-    return paired_difference(PairedScores([str(i) for i in range(len(pairs))], old, new))
 
 
 def _scored(rows: Validation, candidate: Candidate) -> str:
@@ -104,7 +98,7 @@ def _curve(run: Run, full: Candidate | None) -> PairedDifference | None:
             except (NoTrainingRowsError, TrainingError) as error:
                 why = str(error)
             else:
-                gain = _difference(run.validation, fewer, bare.prompts)
+                gain = run.validation.compared(fewer, bare.prompts)
                 scores = [run.validation.mean(one) for one in (fewer, bare.prompts)]
                 text = f"weights from {n // 2} rows {scores[0]:.2f}, from {n} rows {scores[1]:.2f}, {_told(gain)}"
                 run.note(f"advice: {text}", headline=True)
@@ -132,14 +126,14 @@ def _sentence(
     part = max(parts, key=lambda what: gains[what].difference, default=None)
     text = f"optimize {best}"
     if best == "both" and part is not None:
-        over = _difference(rows, found[part], found["both"])  # type: ignore[arg-type]
+        over = rows.compared(found[part], found["both"])  # type: ignore[arg-type]
         is_shown = over.interval.low > 0
         text = "optimize both" if is_shown else f"{part} do it"
         text += f": both gain {_told(over)} over {part} alone" + ("" if is_shown else ", which may be noise")
         best = best if is_shown else part
     elif len(parts) == 2:
         other = parts[0] if best == parts[1] else parts[1]
-        over = _difference(rows, found[other], found[best])  # type: ignore[arg-type]
+        over = rows.compared(found[other], found[best])  # type: ignore[arg-type]
         text += f": {_told(over)} beside {other}" + ("" if over.interval.low > 0 else ", which may be noise")
     if rows.mean(found[best]) >= ENOUGH:  # type: ignore[arg-type]
         return f"{text}; no more is needed"

@@ -56,12 +56,11 @@ class ProposalBandit:
         if observation.features:
             self.observations.append(observation)
 
-    def posterior(self, arms: Sequence[str] = (), *, fading: float = FADING) -> Posterior:
+    def posterior(self, arms: Sequence[str] = ()) -> Posterior:
         """The posterior of every arm seen so far and of the given ones, and of their families.
 
         Args:
             arms: Arms to include, seen or not.
-            fading: Weight of the evidence of one phase earlier, above 0; 1 weighs all phases alike.
         """
         names = {*arms, *(name for one in self.observations for name in one.features)}
         latest = max((one.phase for one in self.observations), default=0)
@@ -75,7 +74,7 @@ class ProposalBandit:
         return normal_posterior(
             rows,
             [one.gain for one in self.observations],
-            variances=[(one.variance + BETWEEN_SD**2) / fading ** (latest - one.phase) for one in self.observations],
+            variances=[(one.variance + BETWEEN_SD**2) / FADING ** (latest - one.phase) for one in self.observations],
             prior_sd=dict.fromkeys(FAMILIES & set(map(_family, names)), FAMILY_SD) | dict.fromkeys(names, PRIOR_SD),
         )
 

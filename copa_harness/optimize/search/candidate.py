@@ -105,6 +105,15 @@ class Candidate:
         """The distinct model names, joined by commas."""
         return ", ".join(dict.fromkeys(model_name(lm) for lm in self.lms))
 
+    def changes(self, plain: Candidate) -> tuple[bool, bool]:
+        """Whether it has other weights, and other prompts, than the program as written."""
+        # What asks several programs together has other parts than the program as written.
+        prompts = bool(self.structure) or any(
+            new.instruction != old.instruction or new.demos not in ((), old.demos)
+            for new, old in zip(self.parts, plain.parts, strict=True)
+        )
+        return self.model != plain.model, prompts
+
     def with_lms(self, lms: tuple[Any, ...]) -> Candidate:
         """The same prompts on other models, one per part."""
         return replace(self, parts=tuple(replace(p, lm=lm) for p, lm in zip(self.parts, lms, strict=True)))

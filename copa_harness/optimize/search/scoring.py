@@ -29,6 +29,7 @@ from copa_harness.evaluate.examples import example_ids
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import ExampleRun, default_adapter, raise_if_nothing_worked, run_examples
 from copa_harness.judge.explanations import unparsed_text
+from copa_harness.judge.paired_tests import PairedDifference, PairedScores, paired_difference
 from copa_harness.lm.call_context import Observed, observing
 from copa_harness.optimize.propose.schema import strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate
@@ -318,6 +319,12 @@ class Validation:
         """Mean paired difference over the examples both have scores for; nan when there are none."""
         differences = paired_differences(self.scores(candidate), self.scores(incumbent))
         return sum(differences) / len(differences) if differences else math.nan
+
+    def compared(self, before: Candidate, after: Candidate) -> PairedDifference:
+        """Two candidates by the paired test and interval of the gates, on the examples both have scores for."""
+        pairs = [pair for pair in zip(self.scores(before), self.scores(after), strict=True) if None not in pair]
+        old, new = [[score for score in column if score is not None] for column in zip(*pairs, strict=True)] or ([], [])
+        return paired_difference(PairedScores([str(i) for i in range(len(pairs))], old, new))
 
     def estimate(self, candidate: Candidate, incumbent: Candidate) -> float:
         """What the paired difference over all examples will be, estimated from those seen; nan when there are none."""
