@@ -195,8 +195,8 @@ def _power(options: argparse.Namespace) -> tuple[str, int]:
         differ = differ or ([found.noise] if found.noise is not None else None)
     if int(rows) < 1 or not 0 <= options.margin < 1 or family < 1 or not all(0 <= one <= 1 for one in differ or ()):
         raise ConfigurationError(
-            f"got {options.rows} rows, margin {options.margin}, {family} gates, {differ}; expected at least one row "
-            "and gate, and shares from 0 to 1"
+            f"got {rows} rows, margin {options.margin}, {family} gates, shares {differ or DISAGREEMENTS}; expected at "
+            "least one row and gate, and shares from 0 to 1"
         )
     gate, cases = power_told(
         int(rows),
