@@ -90,10 +90,11 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
         api_base=settings.api_base or "",
     )
     try:
-        if holds_scored(optimized.artifact, to_json(scored)):
+        document = to_json(scored)
+        if holds_scored(optimized.artifact, document):
             return  # a cache that cannot be written has them as well
         with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
-            add_scored(optimized.artifact, to_json(scored))
+            add_scored(optimized.artifact, document)
     except (OSError, ArtifactError, TypeError) as error:
         warnings.warn(f"{optimized.artifact}: its test answers could not be kept ({error})", RuntimeWarning, 2)
 
