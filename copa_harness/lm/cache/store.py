@@ -152,6 +152,10 @@ class ReadOnlyStore:
         with self._turn:
             return int(self._sql.execute("SELECT COUNT(*) FROM Cache").fetchone()[0])
 
+    def __contains__(self, key: str) -> bool:
+        with self._turn:
+            return self._sql.execute("SELECT 1 FROM Cache WHERE key = ? AND raw", (key,)).fetchone() is not None
+
     def get(self, key: str) -> object:
         """The value under a key, or None."""
         with self._turn:
@@ -328,7 +332,7 @@ class ResponseCache:
         store, forks = self._store, fork_count()
         if getattr(self._thread, "connected", None) != (id(store), forks):
             with self._opening:
-                store.get("")  # any use opens it
+                _ = "" in store  # any use opens it; this one reads no row, for one may be planted under any key
             self._thread.connected = (id(store), forks)
         return store
 

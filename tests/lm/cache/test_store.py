@@ -144,6 +144,15 @@ def test_planted_rows_are_dropped_with_the_others_and_their_files_are_not(direct
     assert victim.read_text() == "mine"
 
 
+def test_a_row_planted_under_an_empty_key_stops_nothing(directory):
+    filled(directory)
+    sql(directory, "UPDATE Cache SET key = '', mode = NULL WHERE key = ?", KEY)
+    cache = ResponseCache(directory)
+    assert cache.get(OTHER) == ANSWER
+    cache.set(KEY, ANSWER)
+    assert cache.get(KEY) == ANSWER
+
+
 def test_a_planted_link_leads_no_answer_out_of_the_store(directory, tmp_path):
     cache, outside = filled(directory), tmp_path / "outside"
     outside.mkdir()
