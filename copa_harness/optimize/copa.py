@@ -25,6 +25,7 @@ from copa_harness.optimize.adoption import conclude, out_of_reach, plan_holdout
 from copa_harness.optimize.checks import check_metered, splits_of, thawed
 from copa_harness.optimize.constraints import parse_constraints
 from copa_harness.optimize.dspy_optimizers.student import models_in
+from copa_harness.optimize.guard import Guard, guard_task
 from copa_harness.optimize.options import SearchOptions, parse_budget, parse_preference
 from copa_harness.optimize.result import result_of
 from copa_harness.optimize.run import Run
@@ -183,6 +184,7 @@ class COPA(Teleprompter):
                 prompt_lm=self.prompt_lm,
                 teacher=teacher,
                 finetune_data=self.finetune_data,
+                guard=self._guard(candidate, whole),
             )
             run = Run(context, scope=scope, journal=journal, progress=Progress(scope, write=self.on_progress))
             if forms is not None:
@@ -204,6 +206,13 @@ class COPA(Teleprompter):
         program = returned.program()
         program.copa_result = result_of(run, adoption, strategy=name, returned=returned, credit=credit)
         return program
+
+    def _guard(self, student: Candidate, validation: Validation) -> Guard | None:
+        if self.settings.guard is None:
+            return None
+        task = guard_task(self.settings.guard)
+        rows = Validation(task.valset, metric=task.metric, threads=validation.threads, seed=self.settings.seed)
+        return Guard(task, self.settings.guard_margin, student.lms, rows)
 
     def _all_lms(self, student: Candidate) -> tuple[Any, ...]:
         return (*student.lms, *(() if self.prompt_lm is None else (self.prompt_lm,)))

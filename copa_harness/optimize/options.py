@@ -22,6 +22,7 @@ from copa_harness.option_fields import (
     POSITIVE,
     SHARE,
     SWITCH,
+    Check,
     Place,
     check_fields,
     mapping_check,
@@ -209,6 +210,17 @@ class SearchOptions:
         help="changes that should not change an answer, for `robust` and the gate max_violation_rate: the names in "
         "[robustness](../robustness/README.md); one named twice gives two forms of a row",
     )
+    guard: Any = option(
+        None,
+        places=Place.MARKER,
+        check=Check(
+            lambda value: callable(value) or hasattr(value, "valset"),  # without importing what tasks are made of
+            "a Task, or a function without arguments that makes one",
+        ),
+        help="another task that tuned weights must not get worse at by more than `guard_margin`: each of the weights "
+        "is asked its validation rows, and those that lose more are not used; its calls count",
+    )
+    guard_margin: float = _search(0.05, check=SHARE, help="mean score that weights may lose on the `guard`")
     optimizer_kwargs: Mapping[str, Mapping[str, Any]] = _search(
         None,
         check=mapping_check(

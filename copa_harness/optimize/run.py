@@ -292,8 +292,13 @@ class Run:
         self.incumbent = candidate
 
     def forbids(self, candidate: Candidate) -> str | None:
-        """Which limit a candidate breaks, as far as is known, or None."""
-        return self.constraints.broken_by(candidate, self.validation.cost(candidate)) if self.constraints.any else None
+        """Which limit a candidate breaks, as far as is known, or None; asks the guard about weights it has not seen."""
+        broken = (
+            self.constraints.broken_by(candidate, self.validation.cost(candidate)) if self.constraints.any else None
+        )
+        if broken is None and self.context.guard is not None:
+            broken = self.context.guard.broken_by(candidate, scope=self.scope, say=self.note)
+        return broken
 
     # -- shares of the budget
 
@@ -395,6 +400,9 @@ class Run:
             finally:
                 self.progress.doing("")
             if again is None:
+                return self.incumbent
+            if (broken := self.forbids(again.prompts)) is not None:
+                self.note(f"the weights trained on validation rows too are not used: {broken}", headline=True)
                 return self.incumbent
             self.note(f"refit, with the validation rows: {again.note}; validation scores are of the weights before it")
             return again.prompts

@@ -16,6 +16,7 @@ import dspy
 from copa_harness.evaluate.metrics import Metric
 from copa_harness.evaluate.runner import ExampleRun, run_examples
 from copa_harness.optimize.constraints import Constraints
+from copa_harness.optimize.guard import Guard
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.rollouts import Rollouts
 from copa_harness.optimize.search.candidate import Candidate
@@ -39,6 +40,7 @@ class SearchContext:
         teacher: Program whose traces demonstrations are bootstrapped from, with the student's predictors; None for the
             incumbent's own.
         finetune_data: Rows ``{"messages": [...]}`` to train on instead of rows made from the training examples.
+        guard: Another task that weights must not get worse at.
         rollouts: What programs answered on training examples so far.
     """
 
@@ -51,6 +53,7 @@ class SearchContext:
     prompt_lm: Any = None
     teacher: dspy.Module | None = None
     finetune_data: Sequence[Mapping[str, Any]] | None = None
+    guard: Guard | None = None
     rollouts: Rollouts = field(default_factory=Rollouts, compare=False)
 
     def plain_instruction(self, predictor: str) -> str:

@@ -407,7 +407,8 @@ def _clauses(adapter: LoraAdapter, *, n_rows: int) -> list[str]:
     clauses = []
     if adapter.general_losses:
         before, after = adapter.general_losses
-        clauses.append(f"forgotten: {after - before:+.2f} nats a token on general answers ({before:.2f} before)")
+        moved = "" if adapter.divergence is None else f", {adapter.divergence:.2f} from the base model's (KL)"
+        clauses.append(f"forgotten: {after - before:+.2f} nats a token on general answers ({before:.2f} before){moved}")
     if adapter.n_over_long:
         limit = f"the {adapter.max_tokens:,} tokens a row may have" if adapter.max_tokens else "a row may be"
         clauses.append(f"{adapter.n_over_long} of {n_rows} rows were longer than {limit} {LEFT_OUT}")

@@ -425,9 +425,16 @@ def _key(task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Se
 
 def _search_key(search: Mapping[str, Any]) -> dict[str, Any]:
     """Search options as keys hold them."""
-    key = {name: asdict(value) if is_dataclass(value) else value for name, value in search.items()}  # type: ignore[arg-type]
+    key = {
+        name: asdict(value) if is_dataclass(value) and name != "guard" else value  # type: ignore[arg-type]
+        for name, value in search.items()
+    }
     if not key.get("robust"):
         key.pop("perturbations", None)  # a gate's affair
+    if key.get("guard") is not None:
+        from copa_harness.optimize.guard import guard_task
+
+        key["guard"] = task_fingerprint(guard_task(search["guard"]))
     if "pass_score" in key:
         key["min_score"] = key.pop("pass_score")  # its name in `COPA` when the first keys were made
     return key

@@ -73,11 +73,19 @@ class BatchLoss:
         """Summed cross-entropy of the rows' target tokens (a scalar tensor); all rows go through the model at once."""
         import torch
 
+        wanted = torch.tensor(
+            [row.ids[position] for row in rows for position in row.targets], device=self._model.device
+        )
+        return torch.nn.functional.cross_entropy(self._at_targets(rows), wanted, reduction="sum")
+
+    def _at_targets(self, rows: Sequence[EncodedRow]) -> Any:
+        """Logits that predict the rows' target tokens, float32, shape (targets of all rows, vocabulary)."""
+        import torch
+
         device = self._model.device
         ids = [row.ids for row in rows]
         # A token is predicted by the position before it.
         sources = [[position - 1 for position in row.targets] for row in rows]
-        wanted = torch.tensor([row.ids[position] for row in rows for position in row.targets], device=device)
         context: Any = torch.autocast(device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
         with context:
             if self.packs and len(rows) > 1:
@@ -89,7 +97,30 @@ class BatchLoss:
                 padded = torch.tensor([[*row, *[self._pad_id] * (width - len(row))] for row in ids], device=device)
                 places = [i * width + place for i, own in enumerate(sources) for place in own]
                 logits = self._logits(places, lambda: self._model(input_ids=padded, use_cache=False).logits)
-        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+        return logits.float()
+
+    def divergence(self, rows: Sequence[EncodedRow]) -> float:
+        """Mean Kullback-Leibler divergence of the base model from the tuned one, in nats per target token.
+
+        KL(tuned || base) = sum over tokens v of p_tuned(v) (log p_tuned(v) - log p_base(v)).
+        """
+        import torch
+
+        self._model.eval()
+        total, layers = 0.0, [one for one in self._model.modules() if hasattr(one, "lora_A")]
+        scales = [dict(layer.scaling) for layer in layers]
+        with torch.no_grad():
+            for part in self.parts(rows):
+                tuned = torch.log_softmax(self._at_targets(part), dim=-1)
+                try:
+                    for layer in layers:  # not by peft's own switch, which a layer of `low_rank` does not ask
+                        layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+                    base = torch.log_softmax(self._at_targets(part), dim=-1)
+                finally:
+                    for layer, own in zip(layers, scales, strict=True):
+                        layer.scaling.update(own)
+                total += float((tuned.exp() * (tuned - base)).sum())
+        return total / sum(len(row.targets) for row in rows)
 
     def total(self, rows: Sequence[EncodedRow], *, batch_size: int) -> float:
         """Summed loss of the rows' target tokens, in nats, without training."""

@@ -40,6 +40,7 @@ class TrainingOutcome:
         losses: mean training loss by epoch, in nats per answer token.
         held_out_losses: the same on held-out rows; empty without such rows.
         general_losses: the same on general rows, before the training and by epoch; empty without such rows.
+        divergences: how far answers to them moved from the base model's, by epoch, in nats per token.
     """
 
     n_steps: int
@@ -47,12 +48,14 @@ class TrainingOutcome:
     losses: tuple[float, ...]
     held_out_losses: tuple[float, ...]
     general_losses: tuple[float, ...]
+    divergences: tuple[float, ...]
 
     @classmethod
     def of(cls, training: Training) -> TrainingOutcome:
         """Of a training as it stands."""
         losses, held_out = tuple(training.losses), tuple(training.held_out_losses)
-        return cls(training.n_steps, training.best_epoch, losses, held_out, tuple(training.general_losses))
+        general, divergences = tuple(training.general_losses), tuple(training.divergences)
+        return cls(training.n_steps, training.best_epoch, losses, held_out, general, divergences)
 
     def details(self, epoch: int) -> dict[str, Any]:
         """For the manifest of the weights of `epoch`."""
@@ -62,6 +65,7 @@ class TrainingOutcome:
             "losses": list(self.losses),
             "held_out_losses": list(self.held_out_losses),
             "general_losses": list(self.general_losses),
+            "divergences": list(self.divergences),
             "loss": self.losses[epoch - 1],
             "held_out_loss": self.held_out_losses[epoch - 1] if self.held_out_losses else None,
         }

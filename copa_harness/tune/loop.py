@@ -96,6 +96,8 @@ class Training:
         losses: mean training loss of each epoch so far, in nats per answer token.
         held_out_losses: the same on the held-out rows after each epoch; empty without such rows.
         general_losses: the same on the general rows, before the training and after each epoch; empty without such rows.
+        divergences: how far the model's answers to the general rows moved from the base model's, in nats per token,
+            after each epoch (see `BatchLoss.divergence`).
         steps_by_epoch: `n_steps` after each epoch.
     """
 
@@ -116,6 +118,7 @@ class Training:
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
         self.general_losses: list[float] = []
+        self.divergences: list[float] = []
         self.steps_by_epoch: list[int] = []
         self._first_loss = math.nan
         self._epochs = rows_by_epoch(rows, n_epochs=settings.epochs)
@@ -175,6 +178,8 @@ class Training:
         for rows, means in ((self._held_out, self.held_out_losses), (self._general, self.general_losses)):
             if rows:
                 means.append(self._mean_loss(rows))
+        if self._general:
+            self.divergences.append(self._loss.divergence(self._general))
         self.model.eval()
 
     def _mean_loss(self, rows: Sequence[EncodedRow]) -> float:
@@ -236,6 +241,7 @@ class Training:
             "losses": list(self.losses),
             "held_out_losses": list(self.held_out_losses),
             "general_losses": list(self.general_losses),
+            "divergences": list(self.divergences),
             "steps_by_epoch": list(self.steps_by_epoch),
             "rng": self._rng.bit_generator.state,
         }
@@ -265,6 +271,7 @@ class Training:
         self.losses = [float(loss) for loss in state.record["losses"]]
         self.held_out_losses = [float(loss) for loss in state.record["held_out_losses"]]
         self.general_losses = [float(loss) for loss in state.record.get("general_losses", ())]
+        self.divergences = [float(one) for one in state.record.get("divergences", ())]
         self.steps_by_epoch = [int(n) for n in state.record["steps_by_epoch"]]
 
 

@@ -65,6 +65,8 @@ class LoraAdapter:
         final_loss: held-out loss of this epoch, or its training loss without held-out rows.
         general_losses: mean loss on general answers before the training and with these weights (see `forgetting`);
             empty where it was not measured, and on a checkpoint.
+        divergence: how far these weights' answers to them moved from the base model's, in nats per token; None where it
+            was not measured.
         n_over_long: rows left out because they were too long, held-out ones too.
         max_tokens: most tokens a row could have; 0 when the manifest does not say.
         epoch: whose weights these are, from 1.
@@ -82,6 +84,7 @@ class LoraAdapter:
     trained_now: bool
     final_loss: float
     general_losses: tuple[float, ...] = ()
+    divergence: float | None = None
     n_over_long: int = 0
     max_tokens: int = 0
     epoch: int = 0
@@ -100,6 +103,7 @@ class LoraAdapter:
         """
         details, recipe = files.details, files.directory.name
         general, epoch = details.get("general_losses") or (), int(details["epoch"])
+        divergences = details.get("divergences") or ()
         folders = checkpoint_folders(details, files.directory.parent)
         checkpoints = tuple(
             cls(
@@ -123,6 +127,7 @@ class LoraAdapter:
             trained_now=trained_now,
             final_loss=_final_loss(details["checkpoints"][epoch - 1]),
             general_losses=(float(general[0]), float(general[epoch])) if general else (),
+            divergence=float(divergences[epoch - 1]) if len(divergences) >= epoch else None,
             n_over_long=int(details["n_over_long"]),
             max_tokens=int(details.get("max_tokens", 0)),
             epoch=epoch,

@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_search.py                           # the whole grid, then the report
     python tests/benchmarks/bench_search.py --part 0 2 & ... --part 1 2   # the same by two processes
     python tests/benchmarks/bench_search.py --report-only
+    python tests/benchmarks/bench_search.py --recorded                # SmolLM2's recorded answers: minutes, no model
 
 Tasks x seeds x budgets x methods; each cell is one optimization through `COPA`, metered alike, its test score taken
 afterwards and outside of the budget. Finished cells are kept in `--out`/cells under the hash of the sources they depend
@@ -50,8 +51,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--curves", action="store_true", help="also test the incumbents of the largest budget's runs")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--older-rivals", action="store_true", help="report on DSPy's cells of older sources as well")
+    parser.add_argument("--recorded", action="store_true", help="samplers and racing on recorded answers; --seeds N")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
+    if options.recorded:
+        return options
     quick = (["iris", "staged_wine"], [0], [100])
     whole = (list(TASKS), list(SEEDS), list(BUDGETS))
     for name, default in zip(("tasks", "seeds", "budgets"), quick if options.quick else whole, strict=True):
@@ -64,6 +68,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("dspy").setLevel(logging.ERROR)  # says of every truncated answer that it was truncated
     logging.getLogger("copa_harness").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    if options.recorded:
+        from search.recorded import report
+
+        (n_seeds,) = options.seeds or (200,)
+        print(report(options.out, budgets=options.budgets or (50, 100, 200, 400), n_seeds=n_seeds))
+        return
     store = Store(options.out)
     cells = grid(tasks=options.tasks, seeds=options.seeds, budgets=options.budgets, methods=options.methods)
     if not options.report_only:

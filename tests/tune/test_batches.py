@@ -194,3 +194,25 @@ def test_training_rows_of_one_length_or_many_never_reach_the_model_padded_when_p
     assert widths == [(1, 12 + 4 + 7 + 2)]
     assert sum(len(row.ids) for row in ROWS) == 49
     assert list(itertools.chain(*widths)) == [1, 25]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_divergence_is_that_of_each_row_alone_by_peft_itself(load, architecture, fast):
+    wrapped = with_lora(load(architecture))
+    expected = n = 0.0
+    for row in ROWS:
+        at = [position - 1 for position in row.targets]
+        with torch.no_grad():
+            tuned = wrapped(input_ids=torch.tensor([row.ids])).logits[0, at].log_softmax(-1)
+            with wrapped.disable_adapter():
+                base = wrapped(input_ids=torch.tensor([row.ids])).logits[0, at].log_softmax(-1)
+        expected += float(torch.nn.functional.kl_div(base, tuned, log_target=True, reduction="sum"))
+        n += len(at)
+    if fast:
+        speed_up(wrapped)
+    losses = BatchLoss(wrapped, pad_id=0)
+    before = losses.total(ROWS, batch_size=2)
+    assert losses.divergence(ROWS) == pytest.approx(expected / n, rel=1e-4)
+    assert expected / n > 0.01
+    assert losses.total(ROWS, batch_size=2) == before  # the adapter is on again

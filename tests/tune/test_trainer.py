@@ -196,6 +196,7 @@ def test_a_large_model_says_what_the_training_cost_on_general_answers(trainer, m
     assert (before, after) == (found[0], found[adapter.epoch])
     again = trainer.train(ROWS, settings=settings, served_with="none")
     assert again.general_losses == adapter.general_losses
+    assert again.divergence == adapter.divergence > 0
 
 
 def test_gradient_accumulation_gives_the_gradients_of_the_whole_batch(engine, tmp_path):

@@ -7,12 +7,14 @@ a fixed order that colour-blind readers can tell apart; rivals are dashed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from search.cells import COPA, METHODS, RIVALS
-from search.figures import Results, curve_at, test_score
+from search.figures import Mean, Results, curve_at, test_score
 
 _COLOURS = dict(
     zip(
@@ -25,14 +27,8 @@ _COLOURS = dict(
 
 def draw(results: Results, path: Path) -> Path | None:
     """Draw the curves of the most complete budget's runs, and the test scores of all budgets; the path, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed (it is in the dev extra): no picture")
+    if (pyplot := _pyplot()) is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     budget = max(results.budgets, key=lambda b: (sum(bool(results.of(m, b)) for m in METHODS), b))
     steps = np.arange(0, budget + 1, max(1, budget // 200))
     figure, axes = pyplot.subplots(
@@ -69,3 +65,49 @@ def draw(results: Results, path: Path) -> Path | None:
     pyplot.close(figure)
     temporary.replace(path)
     return path
+
+
+def draw_regret(curves: Mapping[str, Mapping[str, Sequence[Mean]]], budgets: Sequence[int], path: Path) -> Path | None:
+    """Regret against calls, one column per recording, bands of 95 %; the path, or None.
+
+    Args:
+        curves: Recording -> method -> regret at every budget.
+        budgets: Calls.
+        path: The picture.
+    """
+    if (pyplot := _pyplot()) is None:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(curves), figsize=(5.2 * len(curves), 4.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (task, by_method) in zip(axes[0], curves.items(), strict=True):
+        for place, (method, means) in enumerate(by_method.items()):
+            colour, own = list(_COLOURS.values())[place % len(_COLOURS)], place == 0
+            axis.plot(budgets, [one.value for one in means], color=colour, label=method, linewidth=2.4 if own else 1.4)
+            if own:
+                low, high = [one.low for one in means], [one.high for one in means]
+                axis.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(task)
+        axis.set_xlabel("rows asked")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [str(one) for one in budgets])
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("regret, of all right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed (it is in the dev extra): no picture")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
