@@ -312,11 +312,11 @@ def report(directory: Path, *, budgets: Sequence[int], n_seeds: int) -> str:
             ]
             for name, by_calls in found.items()
         ]
-        n, best = len(recording.table), recording.table.mean(axis=1).max()
+        means = recording.table.mean(axis=1)
         title = (
-            f"{recording.name}: {n} configurations, the best of them right on {best:.2f} of "
-            f"{recording.table.shape[1]} rows, the middle one on {np.median(recording.table.mean(axis=1)):.2f}; regret after so many calls and its "
-            f"difference to ours, 95 % intervals over {n_seeds} seeds"
+            f"{recording.name}: {len(means)} configurations, right on {means.max():.2f} of {recording.table.shape[1]} "
+            f"rows at best, on {np.median(means):.2f} in the middle; regret after so many calls and its difference to "
+            f"ours, 95 % intervals over {n_seeds} seeds"
         )
         headers = ["method", *(header for calls in budgets for header in (f"{calls}", "to ours"))]
         sections.append(title + "\n" + tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
