@@ -195,6 +195,7 @@ class Option:
         metavar: What stands for the value in `--copa-<name> METAVAR`; empty for a switch without a value.
         places: Where it may be given.
         optional: Whether None is a value of it.
+        repeated: Whether it may be given several times on the command line; the texts are joined by commas.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Option:
     metavar: str = ""
     places: Place = Place.MARKER
     optional: bool = False
+    repeated: bool = False
 
     @property
     def flag(self) -> str:

@@ -35,7 +35,8 @@ def add_options(parser: pytest.Parser) -> None:
             if one.check is SWITCH:
                 group.addoption(one.flag, action="store_const", const="true", default=None, help=one.line)
             else:
-                group.addoption(one.flag, metavar=one.metavar, default=None, help=one.line)
+                action = "append" if one.repeated else "store"
+                group.addoption(one.flag, action=action, metavar=one.metavar, default=None, help=one.line)
         if Place.INI in one.places:
             parser.addini(one.ini, help=_ini_help(one), default=None)
 
@@ -103,6 +104,7 @@ def worker_number(config: pytest.Config) -> int | None:
 def _given(config: pytest.Config, one: Option) -> Setting | None:
     """What was given for an option, from the strongest source that has something."""
     if Place.COMMAND_LINE in one.places and (value := config.getoption(f"copa_{one.name}")) is not None:
+        value = ",".join(value) if one.repeated else value
         return Setting(_from_here(config, one, value), one.flag)
     if Place.ENVIRONMENT in one.places and (value := os.environ.get(one.variable)):
         return Setting(_from_here(config, one, value), f"environment variable {one.variable}")

@@ -54,7 +54,7 @@ class Engine(ABC):
     name: str
     is_endpoint: ClassVar[bool] = False
     can_constrain: ClassVar[bool] = False
-    takes_lora: ClassVar[bool] = False
+    takes_lora: bool = False
     retry_policy: RetryPolicy = RetryPolicy()
     concurrency: AdaptiveConcurrency | None = None
 

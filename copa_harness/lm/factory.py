@@ -137,7 +137,8 @@ class ModelSettings:
             models only.
         answer_tokens: Ceiling of output tokens of calls without `max_tokens`; None derives it from the output fields of
             the predictor that calls (see `lm.answer_ceiling`), 0 sets none.
-        api_base: URL of the endpoint. Endpoint models only.
+        api_base: URL of the endpoint, or several of one model, separated by commas: requests are spread over them (see
+            `lm.endpoint.replicas`). Endpoint models only.
         base_weights: `hf:<path or id>`, a copy of the weights that a vLLM server runs as this model: the model can then
             be fine-tuned, here, and the server is made to serve the LoRA adapters (see `lm.endpoint.vllm`).
         served_lora_path: Where that server sees the folder `lora` of the cache directory; None if it sees it there too.
@@ -194,17 +195,18 @@ def _endpoint_lm(
         )
     checked_constrain(settings.constrain, None, model=spec)
     check_endpoint_name(spec)
-    from copa_harness.lm.endpoint.engine import EndpointEngine, is_own_network
+    from copa_harness.lm.endpoint.engine import HttpEngine, is_own_network
 
-    api_base = settings.api_base
-    if api_base is not None:
-        if not re.match(r"https?://[^/\s]+", api_base):
-            raise ConfigurationError(f"got the API base {api_base!r}, expected a URL such as http://localhost:8000/v1")
-        lm_kwargs["api_base"] = api_base
-        if not re.match(r"https://api\.openai\.com(/|$)", api_base):
+    addresses = addresses_of(settings.api_base)
+    for address in addresses:
+        if not re.match(r"https?://[^/\s]+", address):
+            raise ConfigurationError(f"got the API base {address!r}, expected a URL such as http://localhost:8000/v1")
+    if addresses:
+        lm_kwargs["api_base"] = addresses[0]
+        if not all(re.match(r"https://api\.openai\.com(/|$)", address) for address in addresses):
             # DSPy's fine-tuning knows no URL: it would send training rows to the host that the name stands for.
             lm_kwargs.setdefault("provider", Provider())
-        if is_own_network(api_base):
+        if all(map(is_own_network, addresses)):
             # llama.cpp, vLLM and Ollama sample when nothing is said, and all of them take 0; models elsewhere may not.
             lm_kwargs.setdefault("temperature", 0.0)
             if spec.startswith("openai/") and not os.environ.get("OPENAI_API_KEY"):
@@ -214,24 +216,35 @@ def _endpoint_lm(
     try:
         plain = dspy.LM(spec, cache=False, **lm_kwargs)
         lm = meter_lm(plain, gateway=gateway, answer_tokens=settings.answer_tokens)
+        engines: list[Any] = [lm.engine, *(HttpEngine(plain.copy(api_base=address)) for address in addresses[1:])]
     except (LMConfigurationError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot use the language model {spec!r}: {error}") from error
-    if settings.base_weights is None:
-        return lm
-    from copa_harness.lm.endpoint.vllm import vllm_engine
+    if settings.base_weights is not None:
+        from copa_harness.lm.endpoint.vllm import vllm_engine
+        from copa_harness.lm.local.engine import TransformersEngine
 
-    served = lm.engine
-    assert isinstance(served, EndpointEngine)
-    engine = vllm_engine(
-        served,
-        model=spec,
-        base_weights=_source(settings.base_weights, settings, cache_dir=cache_dir, option="base weights"),
-        clients=lm_kwargs,
-        lora_dir=cache_dir / LORA_FOLDER,
-        served_lora_path=settings.served_lora_path,
-        worker=settings.worker,
-    )
-    return lm.copy(engine=engine)
+        source = _source(settings.base_weights, settings, cache_dir=cache_dir, option="base weights")
+        weights = TransformersEngine(source, name=spec, lora_dir=cache_dir / LORA_FOLDER, worker=settings.worker)
+        engines = [
+            vllm_engine(
+                engine,
+                weights=weights,
+                source=str(source.place),
+                clients={**lm_kwargs, **({"api_base": address} if address else {})},
+                served_lora_path=settings.served_lora_path,
+            )
+            for engine, address in zip(engines, addresses or [""], strict=True)
+        ]
+    if len(engines) == 1:
+        return lm if settings.base_weights is None else lm.copy(engine=engines[0])
+    from copa_harness.lm.endpoint.replicas import ReplicaEngine
+
+    return lm.copy(engine=ReplicaEngine(engines, urls=addresses))
+
+
+def addresses_of(api_base: str | None) -> list[str]:
+    """The addresses in `ModelSettings.api_base`, each once."""
+    return list(dict.fromkeys(re.split(r"[,\s]+", api_base.strip()))) if api_base else []
 
 
 def answer_ceiling_of(answer_tokens: int | None) -> int | str | None:

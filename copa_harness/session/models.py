@@ -85,9 +85,10 @@ class Models:
             self._models[key] = built if twin is None else built.copy(engine=twin.engine)
         return self._models[key]
 
-    def served(self) -> list[str]:
-        """One line on each local model whose weights were loaded in this process."""
-        descriptions = (lm.engine.description for lm in self._models.values())
+    def served(self, *, at_endpoints: bool) -> list[str]:
+        """One line on each local model whose weights were loaded in this process, or on each that replicas answered."""
+        engines = (lm.engine for lm in self._models.values() if lm.engine.is_endpoint == at_endpoints)
+        descriptions = (engine.description for engine in engines)
         return list(dict.fromkeys(line for line in descriptions if line))
 
     def metered(self, lm: dspy.LM, *, constrain: bool = False, answer_tokens: int | None = None) -> MeteredLM:

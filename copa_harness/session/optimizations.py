@@ -78,6 +78,7 @@ def keep(stages: StageStore, key: str, value: Mapping[str, Any], *, task: str) -
 def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Settings) -> None:
     """Keep the test answers with the artifact, for `copa export` and its check; warn where they cannot be kept."""
     from copa_harness.export.scored import scored_of
+    from copa_harness.lm.factory import addresses_of
     from copa_harness.store.artifacts import add_scored, holds_scored
     from copa_harness.store.stages import StageStore
 
@@ -87,7 +88,7 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
         evaluation,
         task=evaluation.task,
         strategy=evaluation.strategy,
-        api_base=settings.api_base or "",
+        api_base=next(iter(addresses_of(settings.api_base)), ""),
     )
     try:
         document = to_json(scored)

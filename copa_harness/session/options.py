@@ -261,10 +261,12 @@ class Settings:
     )
     api_base: str | None = _given(
         None,
-        check=text_check("a URL"),
+        check=text_check("a URL, or several separated by commas"),
         default_words="DSPy's",
         metavar="URL",
-        help="endpoint of the model, when it has one",
+        help="endpoint of the model, when it has one; given several times, requests are spread over servers of the "
+        "same model",
+        repeated=True,
     )
     base_weights: str | None = _given(
         None,

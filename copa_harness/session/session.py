@@ -308,7 +308,8 @@ class CopaSession:
         """The entries as plain JSON types; which models were loaded is told with the first evaluation."""
         entries = self.entries
         if entries and entries[0].record is not None:
-            entries[0] = replace(entries[0], asides=(*entries[0].asides, *self.models.served()))
+            notes, asides = (self.models.served(at_endpoints=at_endpoints) for at_endpoints in (True, False))
+            entries[0] = replace(entries[0], notes=(*entries[0].notes, *notes), asides=(*entries[0].asides, *asides))
         return [to_row(entry) for entry in entries]
 
     def _keep(self, entry: Entry, run: CopaRun | None = None) -> None:

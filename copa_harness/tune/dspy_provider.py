@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.provider import Provider, TrainingJob
 
 from copa_harness.errors import ConfigurationError, TrainingError
+from copa_harness.lm.endpoint.replicas import ReplicaEngine
 from copa_harness.lm.endpoint.vllm import VllmEngine
 from copa_harness.tune.checkpoints import is_finished
 from copa_harness.tune.options import LoraSettings, is_large, suited
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from copa_harness.lm.local.engine import TransformersEngine
     from copa_harness.lm.metered import MeteredLM
 
-    TrainableEngine = TransformersEngine | VllmEngine
+    TrainableEngine = TransformersEngine | VllmEngine | ReplicaEngine
+
+_SERVED = (VllmEngine, ReplicaEngine)
 
 
 class _Carried(Exception):
@@ -79,7 +82,7 @@ class LoraProvider(Provider):
 
     def kill(self, lm: Any, launch_kwargs: dict[str, Any] | None = None) -> None:
         """Take the model's adapter off the server, if one serves it; it comes back when the model is asked."""
-        if isinstance(self.engine, VllmEngine):
+        if isinstance(self.engine, _SERVED):
             self.engine.unload(lm.model)
 
     def finetune(
@@ -201,7 +204,7 @@ def _train(
     With an adapter that is there already the server is left alone: all answers may be known, and if one is not, it is
     loaded then.
     """
-    if isinstance(engine, VllmEngine) and rows:
+    if isinstance(engine, _SERVED) and rows:
         recipe = trainer.recipe(rows, settings=settings, held_out=held_out, served_with=served_with)
         if not is_finished(trainer.directory, recipe):
             engine.check_training()
@@ -216,14 +219,14 @@ def _rows(rows: Sequence[TrainingRow | Mapping[str, Any]]) -> list[TrainingRow]:
 
 
 def _weights_of(engine: TrainableEngine) -> TransformersEngine:
-    return engine.weights if isinstance(engine, VllmEngine) else engine
+    return engine.weights if isinstance(engine, _SERVED) else engine
 
 
 def _trainable(lm: MeteredLM) -> TrainableEngine:
     from copa_harness.lm.local.engine import TransformersEngine
 
     engine = lm.engine
-    if not isinstance(engine, (TransformersEngine, VllmEngine)):
+    if not (isinstance(engine, (TransformersEngine, *_SERVED)) and engine.takes_lora):
         raise ConfigurationError(
             f"got the LM {lm.model!r}, whose engine is {type(engine).__name__}; expected a local one (embedded or "
             "hf:...), or a vLLM server's with base weights, the only kinds whose weights can be trained here"

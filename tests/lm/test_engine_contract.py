@@ -7,7 +7,9 @@ import pytest
 
 from copa_harness.errors import ConfigurationError, ProviderError
 from copa_harness.lm.endpoint.engine import EndpointEngine, HttpEngine
+from copa_harness.lm.endpoint.replicas import ReplicaEngine
 from copa_harness.lm.endpoint.vllm import VllmEngine, vllm_engine
+from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.files import CONFIG_FILE, WEIGHTS_FILE, write_manifest
@@ -105,10 +107,9 @@ class TestVllmEngine(EngineContract):
         clients = {"api_base": server.url, "api_key": API_KEY}
         return vllm_engine(
             HttpEngine(dspy.LM(NAME, cache=False, num_retries=0, **clients)),
-            model=NAME,
-            base_weights=ModelSource(folder),
+            weights=TransformersEngine(ModelSource(folder), name=NAME, lora_dir=tmp_path / "lora"),
+            source=str(folder),
             clients=clients,
-            lora_dir=tmp_path / "lora",
         )
 
     @pytest.fixture
@@ -131,6 +132,36 @@ class TestTunedVllmEngine(TestVllmEngine):
         (directory / CONFIG_FILE).write_text(json.dumps({"r": 8}))
         write_manifest(directory, base_fingerprint=engine.weights_fingerprint, details={})
         return engine.add_lora(directory)
+
+
+class TestReplicaEngine(TestTunedVllmEngine):
+    """The same behind two addresses."""
+
+    @pytest.fixture
+    def engine(self, server, stubs, tmp_path):
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"base")
+        with stubs.VllmStub(server.answer) as other:
+            lm = build_lm(
+                NAME,
+                gateway=Gateway(cache=None),
+                cache_dir=tmp_path,
+                api_base=f"{server.url},{other.url}",
+                api_key=API_KEY,
+                base_weights=f"hf:{folder}",
+                num_retries=0,
+            )
+            yield lm.engine
+
+    @pytest.fixture
+    def broken_engine(self, engine, server, stubs):
+        server.replies = [stubs.Reply(500, body={"error": {"message": "down"}})] * 4
+        return engine
+
+    def test_it_is_the_vllm_engine(self, engine):
+        assert isinstance(engine, ReplicaEngine)
 
 
 def test_what_is_no_engine_is_refused_in_words():

@@ -438,6 +438,18 @@ def _named(error: BaseException) -> str:
 
 _connections = Connections()
 
+PROBE_S = 5.0
+"""Longest wait for a sign of life."""
+
+
+def is_there(url: str) -> bool:
+    """Whether anything answers behind a URL, whatever it says."""
+    try:
+        _connections.send("GET", url, headers=[], body=b"", limit_s=PROBE_S)
+    except (NotConnectedError, OSError):
+        return False
+    return True
+
 
 class PooledTransport:
     """lm15's transport over the process' connections.

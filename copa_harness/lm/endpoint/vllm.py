@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,43 +243,37 @@ class VllmEngine(Engine):
 def vllm_engine(
     endpoint: EndpointEngine,
     *,
-    model: str,
-    base_weights: ModelSource,
-    clients: dict[str, Any],
-    lora_dir: Path,
+    weights: TransformersEngine,
+    source: str,
+    clients: Mapping[str, Any],
     served_lora_path: str | None = None,
-    **settings: Any,
 ) -> VllmEngine:
     """The engine of a served model whose weights can be tuned.
 
     Args:
         endpoint: Sends its requests.
-        model: Its name, `hosted_vllm/<served name>`.
-        base_weights: Where the same weights are.
+        weights: See `VllmEngine`; named `hosted_vllm/<served name>`.
+        source: See `VllmEngine`.
         clients: Client settings of the LM (`api_base`, `api_key`).
-        lora_dir: Where adapters are kept.
-        served_lora_path: Where the server sees that folder.
-        **settings: More of the `TransformersEngine` that holds the weights.
+        served_lora_path: See `VllmEngine`.
 
     Raises:
         ConfigurationError: Nobody says where the server is.
     """
-    from copa_harness.lm.local.engine import TransformersEngine
-
-    prefix = model.partition("/")[0].upper()
+    prefix = weights.name.partition("/")[0].upper()
     places = (f"{prefix}_API_BASE", f"{prefix}_BASE_URL")
     url = clients.get("api_base") or clients.get("base_url") or next(filter(None, map(os.environ.get, places)), None)
     if not url:
         raise ConfigurationError(
-            f"got base weights for {model!r} and no URL; expected the vLLM server that runs it, e.g. "
+            f"got base weights for {weights.name!r} and no URL; expected the vLLM server that runs it, e.g. "
             f"--copa-api-base=http://localhost:8000/v1 (or {places[0]})"
         )
     key = clients.get("api_key") or os.environ.get(f"{prefix}_API_KEY")
     return VllmEngine(
         endpoint,
         server=VllmServer(str(url), api_key=None if key is None else str(key)),
-        weights=TransformersEngine(base_weights, name=model, lora_dir=lora_dir, **settings),
-        source=str(base_weights.place),
+        weights=weights,
+        source=source,
         served_lora_path=served_lora_path,
     )
 
