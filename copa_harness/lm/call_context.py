@@ -25,6 +25,9 @@ it can cost, and refused with `NotCachedError`. What a program or an optimizer w
 answers cannot be known, so a dry run is a lower bound for the calls of an optimization and exact for an evaluation with
 one call per example.
 
+**Asking afresh.** Stored answers are asked for again, to see whether a model still gives them: the new answer is
+charged and given back, and what is stored stays. Answers younger than `Afresh.before` are replayed.
+
 **Repeats** of a whole run: every call inside is stored and sampled under its repeat, so repeats are independent, and
 each is cached: running them again asks nothing. Repeat 0 is the plain run and shares its answers.
 """
@@ -81,6 +84,7 @@ class CallContext:
         requests: Collects the cache keys of what is asked, for whoever wants to know whether two runs ask the same.
         gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
         opened: Where scopes are listed as they are opened, see `scopes_opened`.
+        afresh: Stored answers that it covers are asked for again.
     """
 
     scope: Scope | None = None
@@ -97,13 +101,16 @@ class CallContext:
     json_fallback: bool = False
     requests: list[str] | None = None
     opened: list[Scope] | None = None
+    afresh: Afresh | None = None
 
     def for_call(
         self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False
     ) -> CallContext:
         """The same for one call; written out, since `replace` takes longer than the rest of what a call needs here."""
         around = (self.scope, self.phase, self.repeat, self.dry_run, self.observer, self.label_scores)
-        return CallContext(*around, rollout_id, fields, Completions(), gives_way=gives_way, requests=self.requests)
+        return CallContext(
+            *around, rollout_id, fields, Completions(), gives_way=gives_way, requests=self.requests, afresh=self.afresh
+        )
 
 
 SETTING = "copa_context"
@@ -291,6 +298,40 @@ def observing() -> Iterator[Observer]:
     observer = Observer()
     with in_context(observer=observer):
         yield observer
+
+
+# -- asking afresh
+
+
+class Afresh:
+    """Stored answers are asked for again, and nothing is stored. Thread-safe.
+
+    Args:
+        before: Unix seconds; answers stored later are no old ones, and are replayed.
+
+    Attributes:
+        n_asked: Answers that were asked for again.
+        varying: Phases in which a model was asked that may answer otherwise the next time.
+        oldest: When the oldest of the stored answers was bought; infinite where nobody noted it.
+    """
+
+    def __init__(self, before: float) -> None:
+        self.before = before
+        self.n_asked = 0
+        self.varying: set[Phase | None] = set()
+        self.oldest = math.inf
+        self._lock = threading.Lock()
+
+    def covers(self, stored_s: float | None) -> bool:
+        """Whether an answer stored at that time, None for unknown, is an old one."""
+        return stored_s is None or stored_s < self.before
+
+    def note(self, phase: Phase | None, *, varies: bool, stored_s: float | None) -> None:
+        """Count a call that is made again."""
+        with self._lock:
+            self.n_asked += 1
+            self.varying |= {phase} if varies else set()
+            self.oldest = min(self.oldest, math.inf if stored_s is None else stored_s)
 
 
 # -- dry runs

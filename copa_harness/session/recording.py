@@ -15,6 +15,7 @@ from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.formatting import counted
 from copa_harness.judge.explanations import truncated_text
 from copa_harness.results import GateResult, PhaseRecord, Verdict
+from copa_harness.session.canaries import Answered, Asked, ask_canaries
 from copa_harness.session.comparisons import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.entries import Entry
 from copa_harness.session.evaluation import (
@@ -87,7 +88,11 @@ def finish_run(
     forms = FormMeter(task, program, optimized.lm, evaluation.results, settings, prompt_lm)
     context = replace(context, forms=forms)
     judged = _judge(context, measured, gates, watch=watch)
-    comparison, gained = None, _Gained()
+    comparison, gained, asked = None, _Gained(), Asked()
+    if settings.canaries:
+        as_run = Answered(program, optimized.lm, evaluation)
+        plain = Answered(task.program, base, history.as_written(task, base))
+        asked = ask_canaries(task, (as_run, plain), settings=settings, began_s=history.began_s)
     if evaluation.n == context.n_expected:
         fingerprints, groups = context.fingerprints, context.groups
         comparison = history.remember(task, base, evaluation, fingerprints=fingerprints, groups=groups)
@@ -104,10 +109,11 @@ def finish_run(
         base=base,
         settings=settings,
         optimized=optimized,
-        more_phases=(*forms.phases, *gained.phases),
+        more_phases=(*forms.phases, *asked.phases, *gained.phases),
         gates=judged.answers,
         sequential=judged.sequential,
         attribution=gained.attribution,
+        drift=asked.drift,
         groups=dict(context.groups or {}),
         slices=dict(context.slices),
         source=task.source,
@@ -116,6 +122,7 @@ def finish_run(
     notes = (
         *notes_of(measured),
         *gained.notes,
+        *((f"{where}: {asked.note}",) if asked.note else ()),
         *_single_draw(measured, program, optimized.lm, settings=settings, where=where),
         *(f"{where}: {said}" for said in optimized.result.headlines),
         *_over_long(record.phases, where=where),
