@@ -460,4 +460,4 @@ def exchange_p_value(distances: Sequence[tuple[int, int, int]]) -> float | None:
                 moved[total + way] += count
         totals = moved
     observed = sum(one + other for one, other, _ in distances)
-    return sum(count for total, count in totals.items() if total >= observed) / 3 ** len(distances)
+    return float(sum(count for total, count in totals.items() if total >= observed) / 3 ** len(distances))

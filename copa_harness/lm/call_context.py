@@ -40,7 +40,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import dspy
@@ -303,35 +303,27 @@ def observing() -> Iterator[Observer]:
 # -- asking afresh
 
 
+@dataclass(frozen=True, slots=True)
 class Afresh:
-    """Stored answers are asked for again, and nothing is stored. Thread-safe.
-
-    Args:
-        before: Unix seconds; answers stored later are no old ones, and are replayed.
+    """Stored answers are asked for again.
 
     Attributes:
-        n_asked: Answers that were asked for again.
+        before: Unix seconds; answers stored later are no old ones, and are replayed.
+        stored_s: When each answer that is asked for again was stored, None where nobody noted it.
         varying: Phases in which a model was asked that may answer otherwise the next time.
-        oldest: When the oldest of the stored answers was bought; infinite where nobody noted it.
     """
 
-    def __init__(self, before: float) -> None:
-        self.before = before
-        self.n_asked = 0
-        self.varying: set[Phase | None] = set()
-        self.oldest = math.inf
-        self._lock = threading.Lock()
+    before: float
+    stored_s: list[float | None] = field(default_factory=list)
+    varying: set[Phase | None] = field(default_factory=set)
 
-    def covers(self, stored_s: float | None) -> bool:
-        """Whether an answer stored at that time, None for unknown, is an old one."""
-        return stored_s is None or stored_s < self.before
-
-    def note(self, phase: Phase | None, *, varies: bool, stored_s: float | None) -> None:
-        """Count a call that is made again."""
-        with self._lock:
-            self.n_asked += 1
-            self.varying |= {phase} if varies else set()
-            self.oldest = min(self.oldest, math.inf if stored_s is None else stored_s)
+    def takes(self, phase: Phase | None, *, stored_s: float | None, varies: bool) -> bool:
+        """Whether an answer is an old one; it is noted then."""
+        if stored_s is not None and stored_s >= self.before:
+            return False
+        self.stored_s.append(stored_s)
+        self.varying.update([phase] if varies else [])
+        return True
 
 
 # -- dry runs

@@ -230,8 +230,10 @@ class Gateway:
         if context.requests is not None:
             context.requests.append(key)
         call = _Call(engine, request, context, scope_of(context), fingerprint, key, candidate)
-        if self._is_asked_afresh(call):
-            return _accepted(self._call_provider(call, is_stored=False), call)
+        if context.afresh is not None and (record := self._store.get(key)) is not None:
+            varies = engine.is_endpoint or request.config.temperature != 0
+            if context.afresh.takes(context.phase, stored_s=stored_at(record), varies=varies):
+                return _accepted(self._call_provider(call, is_stored=False), call)
         # What follows a new request is likely new as well: it is looked up once, when nobody else can buy it.
         found = self._replay(call, on_disk=dry_run is not None or not self._new_of_late)
         if dry_run is not None:
@@ -248,15 +250,6 @@ class Gateway:
         if context.observer is not None:
             context.observer.add(_observed(self._store.get(key)))
         return _accepted(found, call)
-
-    def _is_asked_afresh(self, call: _Call) -> bool:
-        afresh = call.context.afresh
-        record = None if afresh is None else self._store.get(call.key)
-        if afresh is None or record is None or not afresh.covers(stored_s := stored_at(record)):
-            return False
-        varies = call.engine.is_endpoint or call.request.config.temperature != 0
-        afresh.note(call.context.phase, varies=varies, stored_s=stored_s)
-        return True
 
     def _replay(self, call: _Call, *, on_disk: bool = True) -> Response | None:
         key = call.key

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,31 +23,31 @@ from copa_harness.session.options import Settings
 if TYPE_CHECKING:
     import dspy
 
-    from copa_harness.judge.flaky import Canary, Drift
+    from copa_harness.judge.flaky import Drift
     from copa_harness.lm.call_context import Afresh
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.tasks.task import Task
 
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A program, its model, and what it answered on the test split in this session."""
-
-    program: dspy.Module
-    lm: MeteredLM
-    evaluation: EvaluationResult | None
+_NONE = (
+    "no canaries: no answer is older than this session, so there is nothing to find a drift in "
+    "(--copa-against=merge-base asks for those of the other commit)"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What became of a run's canaries: what they show, what they cost, and why there are none."""
+class Canaries:
+    """What a run's canaries show, what they cost, and why there are none."""
 
     drift: Drift | None = None
     phases: tuple[PhaseRecord, ...] = ()
     note: str = ""
 
 
-def ask_canaries(task: Task, answered: Sequence[Answered], *, settings: Settings, began_s: float) -> Asked:
+Answered = tuple["dspy.Module", "MeteredLM", EvaluationResult | None]
+"""A program, its model, and what it answered on the test split in this session."""
+
+
+def ask_canaries(task: Task, answered: Sequence[Answered], *, settings: Settings, began_s: float) -> Canaries:
     """Ask for stored answers again.
 
     Args:
@@ -59,98 +58,56 @@ def ask_canaries(task: Task, answered: Sequence[Answered], *, settings: Settings
     """
     from copa_harness.lm.call_context import in_context, open_scope
 
-    with open_scope(f"{task.name}: canaries") as scope:
-        drift, note = None, ""
+    drift, note = None, _NONE
+    as_evaluated = in_context(json_fallback=settings.json_fallback, label_scores=not settings.sequential)
+    with open_scope(f"{task.name}: canaries") as scope, as_evaluated:
         try:
-            with scope.phase(Phase.EVALUATE), in_context(json_fallback=settings.json_fallback):
-                for one in answered:
-                    drift = drift or _drift(task, one, settings=settings, began_s=began_s)
+            drifts = (_drift(task, one, settings=settings, began_s=began_s) for one in answered)
+            drift = next((found for found in drifts if found is not None), None)
         except (CopaError, BudgetExhausted) as error:
             note = f"canaries could not be asked: {error}"
-    if drift is None:
-        note = note or (
-            "no canaries: no answer is older than this session, so there is nothing to find a drift in "
-            "(--copa-against=merge-base asks those of the other commit)"
-        )
-    return Asked(drift, (PhaseRecord("canaries", scope.usage()),), note)
+    return Canaries(drift, (PhaseRecord("canaries", scope.usage()),), "" if drift else note)
 
 
 def _drift(task: Task, answered: Answered, *, settings: Settings, began_s: float) -> Drift | None:
     from copa_harness.evaluate.examples import example_ids
-    from copa_harness.judge.flaky import drift_of
-    from copa_harness.lm.call_context import Afresh
+    from copa_harness.evaluate.runner import results_of, run_examples
+    from copa_harness.judge.flaky import Canary, drift_of
+    from copa_harness.lm.call_context import Afresh, in_context, in_threads
 
-    if answered.evaluation is None:
-        return None
-    scored = {row.example_id for row in answered.evaluation.results if row.score is not None}
+    program, lm, evaluation = answered
     examples = dict(zip(example_ids(task.testset), task.testset, strict=True))
-    waiting = sorted(scored, key=lambda name: hashlib.sha256(name.encode()).digest())
-    ask = partial(_results, task, answered, examples, settings=settings)
-    found: list[Canary] = []
-    oldest = math.inf
-    while waiting and len(found) < settings.canaries:
-        names, waiting = waiting[: settings.canaries - len(found)], waiting[settings.canaries - len(found) :]
-        asked = {name: Afresh(began_s) for name in names}
-        new = ask(asked)
-        old = [name for name in names if asked[name].n_asked]
-        found += _canaries(old, asked, new=new, stored=ask(dict.fromkeys(old)), ask=ask)
-        oldest = min([oldest, *(asked[name].oldest for name in old)])
-    if found and not any(one.is_scored for one in found):
-        raise ProviderError(f"none of {len(found)} rows got a score; the first: {found[0].new.error}")
-    if not found:
-        return None
-    since = "" if math.isinf(oldest) else datetime.date.fromtimestamp(oldest).isoformat()
-    return drift_of(found, model=answered.lm.model, since=since)
+    scored = () if evaluation is None else [row.example_id for row in evaluation.results if row.score is not None]
+    names = sorted(scored, key=lambda name: hashlib.sha256(name.encode()).digest())[: settings.canaries]
 
+    def result(name: str, afresh: Afresh | None) -> ExampleResult:
+        ask_one = partial(run_examples, program, [examples[name]], metric=task.metric, split="test", lm=lm)
+        with in_context(afresh=afresh):
+            return results_of(program, ask_one(threads=1, ids=[name]))[0]
 
-def _canaries(
-    names: Sequence[str],
-    asked: Mapping[str, Afresh],
-    *,
-    new: Mapping[str, ExampleResult],
-    stored: Mapping[str, ExampleResult],
-    ask: partial[dict[str, ExampleResult]],
-) -> list[Canary]:
-    from copa_harness.judge.flaky import Canary
-    from copa_harness.lm.call_context import Afresh
+    def ask(asked: Mapping[str, Afresh | None]) -> dict[str, ExampleResult]:
+        jobs = [partial(result, *one) for one in asked.items()]
+        return dict(zip(asked, in_threads(jobs, threads=settings.threads), strict=True))
 
-    newer = ask({name: Afresh(asked[name].before) for name in names if asked[name].varying})
-    return [
+    asked = {name: Afresh(began_s) for name in names}
+    new = ask(asked)
+    asked = {name: afresh for name, afresh in asked.items() if afresh.stored_s}
+    newer = new | ask({name: Afresh(began_s) for name, afresh in asked.items() if afresh.varying})
+    stored = ask(dict.fromkeys(asked))
+    canaries = [
         Canary(
             stored[name],
             new[name],
-            newer.get(name, new[name]),
-            can_vary=bool(asked[name].varying - {Phase.METRIC}),
-            score_can_vary=Phase.METRIC in asked[name].varying,
+            newer[name],
+            can_vary=bool(afresh.varying - {Phase.METRIC}),
+            score_can_vary=Phase.METRIC in afresh.varying,
         )
-        for name in names
+        for name, afresh in asked.items()
     ]
-
-
-def _results(
-    task: Task,
-    answered: Answered,
-    examples: Mapping[str, dspy.Example],
-    asked: Mapping[str, Afresh | None],
-    *,
-    settings: Settings,
-) -> dict[str, ExampleResult]:
-    """Results by example id, each row in a context of its own; None replays it."""
-    from copa_harness.evaluate.runner import results_of, run_examples
-    from copa_harness.lm.call_context import in_context, in_threads
-
-    def result(name: str) -> ExampleResult:
-        with in_context(afresh=asked[name], label_scores=not settings.sequential):
-            runs = run_examples(
-                answered.program,
-                [examples[name]],
-                metric=task.metric,
-                split="test",
-                lm=answered.lm,
-                threads=1,
-                ids=[name],
-            )
-        return results_of(answered.program, runs)[0]
-
-    results = in_threads([partial(result, name) for name in asked], threads=settings.threads) if asked else ()
-    return dict(zip(asked, results, strict=True))
+    if not canaries:
+        return None
+    if not any(one.is_scored for one in canaries):
+        raise ProviderError(f"none of {len(canaries)} rows got a score; the first: {canaries[0].new.error}")
+    times = [time_s for afresh in asked.values() for time_s in afresh.stored_s if time_s is not None]
+    since = datetime.date.fromtimestamp(min(times)).isoformat() if times else ""
+    return drift_of(canaries, model=lm.model, since=since)

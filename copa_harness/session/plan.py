@@ -142,7 +142,7 @@ def plan_run(
 
 
 def _asked_again(task: Task, plain: PlanLine, settings: Settings, *, key: str) -> list[PlanLine]:
-    """What canaries, asked twice, and the gate `max_violation_rate` may take: every row in every form, and shrinking."""
+    """What canaries, asked twice, and `max_violation_rate` may take: every row in every form, and shrinking."""
     from copa_harness.robustness.strategies import MAX_TRIES
 
     n_rows, n_evaluation = len(task.testset), plain.calls + plain.cached

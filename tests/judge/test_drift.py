@@ -30,10 +30,12 @@ def test_the_p_value_counts_every_exchange():
 def test_of_a_steady_model_three_changed_rows_are_a_drift_and_two_are_not():
     same = [canary("a", "a")] * 17
     shown = drift_of([canary("a", "b")] * 3 + same, model="m", since="2026-01-02")
-    assert shown.name == "drift" and shown.p_value == pytest.approx(3**-3)
+    assert shown.name == "drift"
+    assert shown.p_value == pytest.approx(3**-3)
     assert shown.text().startswith("DRIFT: 3 of 20 stored answers (the oldest of 2026-01-02) come out otherwise")
     hidden = drift_of([canary("a", "b")] * 2 + same, model="m")
-    assert hidden.name == "" and "no drift is shown: 2 of 19 stored answers" in hidden.text()
+    assert hidden.name == ""
+    assert "no drift is shown: 2 of 19 stored answers" in hidden.text()
     assert drift_of(same, model="m").text() == (
         "no drift: all of 17 stored answers come out the same when m is asked again."
     )
@@ -52,13 +54,15 @@ def test_a_model_that_never_answers_twice_alike_raises_no_alarm_by_that(n_answer
 def test_what_changes_though_nothing_can_vary_is_a_fault_in_the_first_row():
     found = drift_of([canary("a", "b", can_vary=False), *[canary("a", "a", can_vary=False)] * 9], model="base")
     assert (found.name, found.n_faulty, found.p_value) == ("fault", 1, None)
-    assert "FAULT: 1 of 10 stored answers" in found.text() and "--copa-cache-dir" in found.text()
+    assert "FAULT: 1 of 10 stored answers" in found.text()
+    assert "--copa-cache-dir" in found.text()
 
 
 def test_a_judge_that_drifts_is_told_from_a_program_that_does():
     rows = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False, score_can_vary=True)] * 4
     found = drift_of(rows, model="m")
-    assert found.name == "drift" and found.n_rescored == 4
+    assert found.name == "drift"
+    assert found.n_rescored == 4
     assert "it is a model that the metric asks" in found.text()
     assert "1.000 stored, 0.000 now" in found.text()
     steady = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False)]

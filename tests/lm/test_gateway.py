@@ -215,7 +215,8 @@ def test_an_answer_asked_for_afresh_is_paid_and_given_back_and_the_stored_one_st
         assert [ask(gateway, engine).message.text for _ in range(2)] == ["2", "3"]
         with pytest.raises(BudgetExhausted):
             ask(gateway, engine)
-    assert scope.usage().paid_calls == 2 and (afresh.n_asked, afresh.varying) == (3, {None})
+    assert scope.usage().paid_calls == 2
+    assert (len(afresh.stored_s), afresh.varying) == (3, {None})
     assert ask(gateway, engine).message.text == "1"
 
 
@@ -224,7 +225,7 @@ def test_what_is_young_or_unknown_is_no_old_answer(gateway):
     ask(gateway, engine)
     with in_context(afresh=Afresh(began)) as context:
         assert [ask(gateway, engine, text).message.text for text in "xyx"] == ["1", "2", "1"]
-    assert not context.afresh.n_asked
+    assert not context.afresh.stored_s
     assert ask(gateway, engine, "y").message.text == "2"  # a new one is bought and kept
 
 
@@ -233,5 +234,5 @@ def test_a_local_model_at_temperature_0_cannot_vary(gateway):
     request = Request(model="m", messages=(Message.user("x"),), config=Config(temperature=0.0))
     for context in (CallContext(), CallContext(afresh=afresh)):
         gateway.call(engine, request, context=context)
-    assert (afresh.n_asked, afresh.varying) == (1, set())
-    assert abs(afresh.oldest - time.time()) < 60
+    assert (len(afresh.stored_s), afresh.varying) == (1, set())
+    assert abs(afresh.stored_s[0] - time.time()) < 60

@@ -76,15 +76,20 @@ def test_a_drift_is_named_beside_the_verdict_and_does_not_change_it(suite, pytes
     result.stdout.fnmatch_lines(
         ["*shout*none*36*1.000*24*pass, DRIFT", "shout, none: DRIFT: 12 of 12 stored answers (the oldest of 20*"]
     )
-    assert run["verdict"] == "pass" and run["drift"]["n_changed"] == 12 and run["score"] == 1.0
+    assert run["verdict"] == "pass"
+    assert run["drift"]["n_changed"] == 12
+    assert run["score"] == 1.0
     assert run["drift"]["p_value"] == pytest.approx(3**-12)
     assert run["usage"]["paid_calls"] == 24  # each twice, paid and counted
     assert [phase["phase"] for phase in run["phases"]] == ["test evaluation", "canaries"]
     assert 'name="copa_drift" value="DRIFT: 12 of 12' in (pytester.path / "junit.xml").read_text()
     page = (pytester.path / "reports" / "latest.html").read_text()
-    assert '<span class="chip undecided">drift</span>' in page and "Canaries" in page
+    assert '<span class="chip undecided">drift</span>' in page
+    assert "Canaries" in page
     again, run = suite()  # what is stored is still what it was
-    assert run["score"] == 1.0 and run["usage"]["paid_calls"] == 0 and run["drift"] is None
+    assert run["score"] == 1.0
+    assert run["usage"]["paid_calls"] == 0
+    assert run["drift"] is None
     again.stdout.no_fnmatch_line("*DRIFT*")
 
 
@@ -94,7 +99,8 @@ def test_a_model_that_is_what_it_was_is_said_to_be(suite):
     result.stdout.fnmatch_lines(["shout, none: no drift: all of 5 stored answers*when scripted/m is asked again."])
     assert run["usage"]["paid_calls"] == 10
     same, other = suite("--copa-canaries=5"), suite("--copa-canaries=500")
-    assert same[1]["drift"]["n"] == 5 and other[1]["drift"]["n"] == 36
+    assert same[1]["drift"]["n"] == 5
+    assert other[1]["drift"]["n"] == 36
 
 
 def test_a_local_model_that_answers_otherwise_at_temperature_0_fails_the_session(suite, monkeypatch):
@@ -110,7 +116,8 @@ def test_a_local_model_that_answers_otherwise_at_temperature_0_fails_the_session
 def test_where_every_answer_is_new_there_is_no_canary_and_it_is_said(suite, monkeypatch):
     result, run = suite("--copa-canaries=5")
     result.stdout.fnmatch_lines(["shout, none: no canaries: no answer is older than this session*"])
-    assert run["usage"]["paid_calls"] == 36 and run["drift"] is None
+    assert run["usage"]["paid_calls"] == 36
+    assert run["drift"] is None
 
 
 def test_of_a_new_program_the_program_as_written_is_asked(suite, pytester, monkeypatch):
@@ -118,13 +125,15 @@ def test_of_a_new_program_the_program_as_written_is_asked(suite, pytester, monke
     pytester.makepyfile(test_suite=SUITE.replace("none", "p"))
     monkeypatch.setenv("SCRIPT_DRIFTS", "cdefgh")
     _, run = suite("--copa-canaries=4", "--copa-budget=60")
-    assert run["strategy"] == "p" and run["drift"]["n_changed"] == 4
+    assert run["strategy"] == "p"
+    assert run["drift"]["n_changed"] == 4
 
 
 def test_the_ceilings_of_the_session_hold_for_canaries(suite):
     suite()
     result, run = suite("--copa-canaries=5", "--copa-total-budget=calls=3")
-    assert result.ret == 0 and run["verdict"] == "pass"
+    assert result.ret == 0
+    assert run["verdict"] == "pass"
     result.stdout.fnmatch_lines(["shout, none: canaries could not be asked: budget*"])
     assert run["usage"]["paid_calls"] <= 3
 
