@@ -272,7 +272,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _properties(item: pytest.Item) -> list[tuple[str, object]]:
-    """What JUnit's file and others say of a test's runs: score, interval, n, verdict, calls, dollars."""
+    """What JUnit's file and others say of a test's runs: score, interval, n, verdict, drift, calls, dollars."""
     from copa_harness.session.runs import CopaRun
 
     found: list[tuple[str, object]] = []
@@ -291,6 +291,8 @@ def _properties(item: pytest.Item) -> list[tuple[str, object]]:
         }
         if isinstance(run, CopaRun):
             told["verdict"] = run.verdict.value
+            if run.record.drift is not None:
+                told["drift"] = run.record.drift.text()
         found += [(f"copa_{name}", value) for name, value in told.items()]
     return found
 

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "exact_tests": ["bounded_mean_p_value", "exact_share_p_value"],
         "flaky": ["flaky_report", "merge_repeats", "repeated_mean", "repeats_of"],
         "gates": ["cost_per_answer", "is_failure", "judge", "judge_spending", "overall"],
+        "human_scores": ["HumanScores", "human_scores"],
         "intervals": ["mean_interval", "wilson_interval"],
         "leakage": ["LeakageReport", "find_leakage", "no_leakage"],
         "explanations": ["format_failure", "format_gates"],

@@ -1,4 +1,4 @@
-"""The same examples answered k times: is the model flaky, or were the examples few?
+"""The same examples answered again: k times in a run (is the model flaky?), or long after (is it still the same?).
 
 Symbols: s_ij the score of example i in repeat j, m_i its mean over k repeats, s^2 the mean variance within examples.
 
@@ -11,6 +11,12 @@ examples would help:
 
 Source: Miller 2024, arXiv 2411.00640, section 3.
 
+A canary is an example whose stored answer is asked for again. If the model is what it was, the stored answer s and two
+new ones a, b are three draws of one distribution, whatever it is: in each row any of the three is as likely to be the
+odd one out. With d(x, y) = 1 for another answer, + 1 for another score, the statistic is the sum over rows of
+d(s, a) + d(s, b), and its p-value counts the 3^n exchanges that reach it, exactly. So a provider that never answers
+twice alike raises no alarm by that alone, and of a steady one three changed rows are enough.
+
 An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
 chance. `min_pass_all` is the gate on the share of examples that pass all repeats.
 """
@@ -18,13 +24,14 @@ chance. `min_pass_all` is the gate on the share of examples that pass all repeat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from copa_harness.documents import digest_of
-from copa_harness.formatting import counted, number
+from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
 from copa_harness.judge.paired_tests import scores_by_id
@@ -295,3 +302,162 @@ def min_pass_all(report: FlakyReport, least: float) -> GateResult:
 def _named(flaky: Sequence[FlakyExample], *, n_shown: int = 3) -> str:
     names = [f"{row.example_id}: {row.n_passed} of {row.k}" for row in flaky[:n_shown]]
     return ", ".join(names) + (", ..." if len(flaky) > n_shown else "") if names else "none"
+
+
+# -- canaries
+
+DRIFT_ALPHA = 0.05
+"""Error rate of calling something a drift."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """One example: its stored result and two new ones, the same where nothing can vary.
+
+    `can_vary`: whether a model of the program may answer otherwise when it is asked again; `score_can_vary`: the same
+    of a model that the metric asks.
+    """
+
+    stored: ExampleResult
+    new: ExampleResult
+    newer: ExampleResult
+    can_vary: bool
+    score_can_vary: bool
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all three have a score."""
+        return all(result.score is not None for result in (self.stored, self.new, self.newer))
+
+    @property
+    def distances(self) -> tuple[int, int, int]:
+        """Stored to new, stored to newer, new to newer."""
+        return _distance(self.stored, self.new), _distance(self.stored, self.newer), _distance(self.new, self.newer)
+
+    @property
+    def is_faulty(self) -> bool:
+        """Whether something changed that cannot."""
+        if _said(self.stored) != _said(self.new):
+            return not self.can_vary
+        return self.stored.score != self.new.score and not (self.can_vary or self.score_can_vary)
+
+
+def _said(result: ExampleResult) -> tuple[object, ...]:
+    return result.outcome, result.answer, result.predicted, result.calls
+
+
+def _distance(one: ExampleResult, other: ExampleResult) -> int:
+    return int(_said(one) != _said(other)) + int(one.score != other.score)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Whether stored answers are still what a model answers.
+
+    Attributes:
+        model: which.
+        n: canaries that have a score each time.
+        n_unanswered: canaries that have none.
+        n_changed: canaries whose new answer or score is not the stored one.
+        n_rescored: those of them whose answer is the same: what changed is a model that the metric asks.
+        n_unsteady: canaries whose two new answers or scores differ.
+        n_faulty: canaries that changed though nothing in them can vary.
+        score_stored: mean score of the stored answers, 0..1.
+        score_now: mean score of the new ones.
+        p_value: of "the model is what it was"; None where nothing can vary.
+        since: date of the oldest stored answer; "" where nobody noted it.
+    """
+
+    model: str
+    n: int
+    n_unanswered: int
+    n_changed: int
+    n_rescored: int
+    n_unsteady: int
+    n_faulty: int
+    score_stored: float
+    score_now: float
+    p_value: float | None
+    since: str = ""
+
+    @property
+    def name(self) -> str:
+        """`fault`, `drift`, or "" where neither is shown."""
+        is_shown = self.p_value is not None and self.p_value <= DRIFT_ALPHA
+        return "fault" if self.n_faulty else "drift" if is_shown else ""
+
+    def text(self) -> str:
+        """What was found and what to do, in a few sentences."""
+        stored = counted(self.n, "stored answer") + (f" (the oldest of {self.since})" if self.since else "")
+        lost = f" {self.n_unanswered} more got no score." if self.n_unanswered else ""
+        if not self.n_changed:
+            return f"no drift: all of {stored} come out the same when {self.model} is asked again.{lost}"
+        found = f"{self.n_changed} of {stored} come out otherwise when {self.model} is asked again"
+        scores = f"Mean score of these rows {number(self.score_stored)} stored, {number(self.score_now)} now.{lost}"
+        if self.n_faulty:
+            return (
+                f"FAULT: {found}, {self.n_faulty} of them though nothing in them can vary (weights of this process, "
+                f"temperature 0). {scores} Next: if the cache comes from another machine or device, begin one here "
+                f"(--copa-cache-dir); if not, program or metric are no function of the example, or the model is faulty."
+            )
+        assert self.p_value is not None
+        found += f"; between two askings now {self.n_unsteady} differ ({probability(self.p_value)})"
+        if not self.name:
+            return f"no drift is shown: {found}. {scores}"
+        whose = " Only scores changed, no answers: it is a model that the metric asks."
+        return (
+            f"DRIFT: {found}.{whose if self.n_rescored == self.n_changed else ''} {scores} Stored and accepted answers "
+            f"are no longer this model's, so whatever compares new ones with them measures the provider too. Next: "
+            f"measure both sides anew (another --copa-cache-dir, then --copa-bless), or name a dated version of the "
+            f"model."
+        )
+
+
+def drift_of(canaries: Sequence[Canary], *, model: str, since: str = "") -> Drift:
+    """What canaries show.
+
+    Args:
+        canaries: independent examples.
+        model: what was asked.
+        since: date of the oldest stored answer.
+
+    Raises:
+        ValueError: none of them has a score each time.
+    """
+    scored = [one for one in canaries if one.is_scored]
+    if not scored:
+        raise ValueError(f"got {len(canaries)} canaries without a score; expected at least one with three")
+    changed = [one for one in scored if one.distances[0]]
+    return Drift(
+        model=model,
+        n=len(scored),
+        n_unanswered=len(canaries) - len(scored),
+        n_changed=len(changed),
+        n_rescored=sum(_said(one.stored) == _said(one.new) for one in changed),
+        n_unsteady=sum(one.distances[2] > 0 for one in scored),
+        n_faulty=sum(one.is_faulty for one in scored),
+        score_stored=math.fsum(one.stored.score or 0.0 for one in scored) / len(scored),
+        score_now=math.fsum((one.new.score or 0.0) + (one.newer.score or 0.0) for one in scored) / (2 * len(scored)),
+        p_value=exchange_p_value([one.distances for one in scored if one.can_vary or one.score_can_vary]),
+        since=since,
+    )
+
+
+def exchange_p_value(distances: Sequence[tuple[int, int, int]]) -> float | None:
+    """P-value of "the first of three is drawn like the other two"; None without rows.
+
+    Args:
+        distances: by row, first to second, first to third, second to third.
+    """
+    if not distances:
+        return None
+    totals = Counter({0: 1})
+    for first_second, first_third, second_third in distances:
+        ways = (first_second + first_third, first_second + second_third, first_third + second_third)
+        moved: Counter[int] = Counter()
+        for total, count in totals.items():
+            for way in ways:
+                moved[total + way] += count
+        totals = moved
+    observed = sum(one + other for one, other, _ in distances)
+    return float(sum(count for total, count in totals.items() if total >= observed) / 3 ** len(distances))

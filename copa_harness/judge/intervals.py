@@ -201,15 +201,6 @@ def _check_level(level: float) -> None:
         raise ValueError(f"got level={level}; expected a confidence between 0 and 1, such as 0.95")
 
 
-MIN_GROUPS = 15
-"""Groups that differ, below which whole groups are not resampled but bounded."""
-
-_GROUPSMIN_GROUPS = 15
-"""Groups that differ, below which whole groups are not resampled but bounded."""
-
-_CHUNK = 1_000_000
-
-
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Totals and sizes by group, in order of the group's label."""

@@ -25,6 +25,9 @@ it can cost, and refused with `NotCachedError`. What a program or an optimizer w
 answers cannot be known, so a dry run is a lower bound for the calls of an optimization and exact for an evaluation with
 one call per example.
 
+**Asking afresh.** Stored answers are asked for again, to see whether a model still gives them: the new answer is
+charged and given back, and what is stored stays. Answers younger than `Afresh.before` are replayed.
+
 **Repeats** of a whole run: every call inside is stored and sampled under its repeat, so repeats are independent, and
 each is cached: running them again asks nothing. Repeat 0 is the plain run and shares its answers.
 """
@@ -37,7 +40,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import dspy
@@ -81,6 +84,7 @@ class CallContext:
         requests: Collects the cache keys of what is asked, for whoever wants to know whether two runs ask the same.
         gives_way: Whether its `max_tokens` is a ceiling of ours, which gives way to what room the context leaves.
         opened: Where scopes are listed as they are opened, see `scopes_opened`.
+        afresh: Stored answers that it covers are asked for again.
     """
 
     scope: Scope | None = None
@@ -97,13 +101,16 @@ class CallContext:
     json_fallback: bool = False
     requests: list[str] | None = None
     opened: list[Scope] | None = None
+    afresh: Afresh | None = None
 
     def for_call(
         self, rollout_id: object, fields: tuple[OutputField, ...] | None, *, gives_way: bool = False
     ) -> CallContext:
         """The same for one call; written out, since `replace` takes longer than the rest of what a call needs here."""
         around = (self.scope, self.phase, self.repeat, self.dry_run, self.observer, self.label_scores)
-        return CallContext(*around, rollout_id, fields, Completions(), gives_way=gives_way, requests=self.requests)
+        return CallContext(
+            *around, rollout_id, fields, Completions(), gives_way=gives_way, requests=self.requests, afresh=self.afresh
+        )
 
 
 SETTING = "copa_context"
@@ -291,6 +298,32 @@ def observing() -> Iterator[Observer]:
     observer = Observer()
     with in_context(observer=observer):
         yield observer
+
+
+# -- asking afresh
+
+
+@dataclass(frozen=True, slots=True)
+class Afresh:
+    """Stored answers are asked for again.
+
+    Attributes:
+        before: Unix seconds; answers stored later are no old ones, and are replayed.
+        stored_s: When each answer that is asked for again was stored, None where nobody noted it.
+        varying: Phases in which a model was asked that may answer otherwise the next time.
+    """
+
+    before: float
+    stored_s: list[float | None] = field(default_factory=list)
+    varying: set[Phase | None] = field(default_factory=set)
+
+    def takes(self, phase: Phase | None, *, stored_s: float | None, varies: bool) -> bool:
+        """Whether an answer is an old one; it is noted then."""
+        if stored_s is not None and stored_s >= self.before:
+            return False
+        self.stored_s.append(stored_s)
+        self.varying.update([phase] if varies else [])
+        return True
 
 
 # -- dry runs

@@ -6,7 +6,7 @@
         charge      refused here if the budget does not allow the worst case (see `budget.scope`)
         ask         one attempt of the engine at a time, tried again as its retry policy says
         settle      what it came to; refunded if it failed and cannot have been billed
-        store       unless the weights were exchanged meanwhile
+        store       unless the weights were exchanged meanwhile, or a stored answer was asked for afresh
 
 The same request asked by many threads or processes at once is paid once; the others wait and get the answer. An answer
 found counts against the budget like one bought (see `Budget`), so a resumed run stops where an uninterrupted one does.
@@ -29,7 +29,14 @@ from copa_harness.errors import ConfigurationError, ProviderError, RateLimitErro
 from copa_harness.lm.budget.cost import Bounds, Cost, actual_cost, is_truncated
 from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.answers import AnswerStore, MemoryCache
-from copa_harness.lm.cache.keys import recorded_bill, recorded_seconds, replayed_response, request_key, response_record
+from copa_harness.lm.cache.keys import (
+    recorded_bill,
+    recorded_seconds,
+    replayed_response,
+    request_key,
+    response_record,
+    stored_at,
+)
 from copa_harness.lm.call_context import (
     CallContext,
     NotCachedError,
@@ -223,6 +230,10 @@ class Gateway:
         if context.requests is not None:
             context.requests.append(key)
         call = _Call(engine, request, context, scope_of(context), fingerprint, key, candidate)
+        if context.afresh is not None and (record := self._store.get(key)) is not None:
+            varies = engine.is_endpoint or request.config.temperature != 0
+            if context.afresh.takes(context.phase, stored_s=stored_at(record), varies=varies):
+                return _accepted(self._call_provider(call, is_stored=False), call)
         # What follows a new request is likely new as well: it is looked up once, when nobody else can buy it.
         found = self._replay(call, on_disk=dry_run is not None or not self._new_of_late)
         if dry_run is not None:
@@ -238,11 +249,7 @@ class Gateway:
                     found = self._call_provider(call)
         if context.observer is not None:
             context.observer.add(_observed(self._store.get(key)))
-        refusal = _refusal(found, model=model)
-        if refusal is not None:
-            call.scope.note_failure(refusal.kind, str(refusal))
-            raise refusal
-        return found
+        return _accepted(found, call)
 
     def _replay(self, call: _Call, *, on_disk: bool = True) -> Response | None:
         key = call.key
@@ -261,7 +268,7 @@ class Gateway:
         )
         return response
 
-    def _call_provider(self, call: _Call) -> Response:
+    def _call_provider(self, call: _Call, *, is_stored: bool = True) -> Response:
         policy, concurrency = call.engine.retry_policy, call.engine.concurrency
         n_failed, n_slowed, waited_s = 0, 0, 0.0
         failed_first_s = float("inf")
@@ -285,7 +292,7 @@ class Gateway:
                     raise
             time.sleep(pause_s)
             waited_s += pause_s
-        if call.engine.fingerprint(call.request.model) == call.fingerprint:
+        if is_stored and call.engine.fingerprint(call.request.model) == call.fingerprint:
             others = self._store.set(call.key, response_record(response, usd=usd, seconds=seconds))
             response = response if others is None else replayed_response(others)
         # else: the model was exchanged while it answered, and nobody can say which one did
@@ -297,6 +304,15 @@ def _observed(record: dict[str, Any] | None) -> Observed:
         return Observed(None, None, None, None)
     response, usd = recorded_bill(record)
     return Observed(response.usage.input_tokens, response.usage.output_tokens, usd, recorded_seconds(record))
+
+
+def _accepted(response: Response, call: _Call) -> Response:
+    """The answer, unless it is a refusal, which is raised."""
+    refusal = _refusal(response, model=call.request.model)
+    if refusal is not None:
+        call.scope.note_failure(refusal.kind, str(refusal))
+        raise refusal
+    return response
 
 
 def _refusal(response: Response, *, model: str) -> Refused | None:

@@ -15,7 +15,9 @@ from typing import Any
 from copa_harness.credentials import mask_secrets
 from copa_harness.documents import to_json, to_jsonable
 from copa_harness.judge.attribution import Attribution
+from copa_harness.judge.flaky import Drift
 from copa_harness.judge.gates import overall
+from copa_harness.judge.human_scores import HumanScores
 from copa_harness.judge.paired_tests import scores_by_id
 from copa_harness.judge.sequential.stopping import SequentialAnswer
 from copa_harness.results import (
@@ -67,6 +69,8 @@ class RunRecord:
         source: where the task's rows come from, with a hash of their content; "" if nobody said.
         sequential: what stopping early saved and cost; None when all rows were used.
         attribution: what weights and prompts gained, alone and together; None when not measured.
+        drift: whether stored answers are still the model's; None where no canary was asked.
+        human: the run by people's scores; None where the task has none.
     """
 
     test: str
@@ -101,6 +105,8 @@ class RunRecord:
     source: str = ""
     sequential: SequentialAnswer | None = None
     attribution: Attribution | None = None
+    drift: Drift | None = None
+    human: HumanScores | None = None
 
     @property
     def model(self) -> str:

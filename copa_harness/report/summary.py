@@ -116,7 +116,7 @@ def summary_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
                 *([row.accepted] if compared else []),
                 f"{run.usage.paid_calls:,}",
                 *([_usd(run.usage)] if priced else []),
-                verdict_text(run.verdict),
+                verdict_text(run.verdict) + drift_text(run),
             ]
         )
         shown = name
@@ -143,6 +143,18 @@ def verdict_text(verdict: Verdict) -> str:
     """What is bad stands out without colour."""
     text = str(verdict.value)
     return text if verdict is Verdict.PASS else text.upper()
+
+
+def drift_text(run: RunRecord) -> str:
+    """`, DRIFT` behind a verdict that rests on stored answers which are no longer the model's."""
+    return "" if run.drift is None or not run.drift.name else f", {run.drift.name.upper()}"
+
+
+def drifts_told(runs: Sequence[RunRecord], *, where: str = "") -> list[tuple[str, str]]:
+    """What the canaries of runs showed: its name (see `Drift.name`), and in sentences."""
+    found = [(run, run.drift) for run in runs if run.drift is not None]
+    told = [(drift.name, f"{run.task}, {run.strategy}{where}: {drift.text()}") for run, drift in found]
+    return list(dict.fromkeys(told))
 
 
 def _usd(usage: Usage) -> str:

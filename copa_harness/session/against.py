@@ -147,12 +147,13 @@ class Compared:
     table: str
     page: str
     notes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def compared(settings: Settings, records: Sequence[RunRecord]) -> Compared:
     """This session's runs beside those of the other commit."""
     from copa_harness.report.history import one_sided, read_report, side_by_side
-    from copa_harness.report.summary import totals
+    from copa_harness.report.summary import drifts_told, totals
 
     folder = _folder(settings, _commit(settings))
     try:
@@ -163,7 +164,10 @@ def compared(settings: Settings, records: Sequence[RunRecord]) -> Compared:
         )
     sides = one_sided(theirs, records, titles=(f"in {settings.against}", "here"))
     notes = (*sides, f"{named(settings)} paid: {totals(theirs)}")
-    return Compared(side_by_side(theirs, records), side_by_side(theirs, records, style="html"), notes)
+    drifts = drifts_told(theirs, where=f" in {settings.against}")
+    notes += tuple(said for name, said in drifts if not name)
+    remarks = tuple(said for name, said in drifts if name)
+    return Compared(side_by_side(theirs, records), side_by_side(theirs, records, style="html"), notes, remarks)
 
 
 def _folder(settings: Settings, commit: str) -> Path:

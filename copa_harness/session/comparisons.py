@@ -12,6 +12,7 @@ at the session's end.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -111,9 +112,14 @@ class EarlierRun:
 
 
 class RunHistory:
-    """Evaluations of whole test splits by task, model and strategy."""
+    """Evaluations of whole test splits by task, model and strategy.
+
+    Attributes:
+        began_s: When it was made, in Unix seconds.
+    """
 
     def __init__(self) -> None:
+        self.began_s = time.time()
         self._as_written: dict[tuple[str, str], ScoredEvaluation] = {}
         self._earlier: dict[tuple[str, str], dict[str, EarlierRun]] = {}
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from copa_harness.errors import ConfigurationError
@@ -55,6 +57,7 @@ class Measured:
         repeats: Scores of every repeat by example id; empty without repeats.
         phases: What was spent: by the program, and by the metric if it asked a model.
         failures: Attempts at a call that failed, by kind.
+        human: What people said of answers, by example id.
         is_settled: Whether asking the same again can only answer the same: the models are deterministic, or every
             answer was replayed.
     """
@@ -63,6 +66,7 @@ class Measured:
     repeats: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     phases: tuple[PhaseRecord, ...] = ()
     failures: Mapping[str, FailedCalls] = field(default_factory=dict)
+    human: Mapping[str, float] = field(default_factory=dict)
     is_settled: bool = False
 
     @property
@@ -146,6 +150,8 @@ def measure(
     groups = groups_of(task, split)
     phase = Phase.BASELINE if strategy == "none" else Phase.EVALUATE
     title, n = f"{task.name}, {strategy}", len(examples) * settings.repeat
+    said: dict[str, list[float]] = {}
+    once = partial(_once, program, examples, metric=_rated(task, examples, said), split=split, lm=lm, phase=phase)
     with (
         span("copa.evaluate", copa__task=task.name, copa__strategy=strategy, copa__split=split, copa__n=n) as note,
         open_scope(f"{title}: {phase.value}") as scope,
@@ -159,19 +165,37 @@ def measure(
             results = []
             for number in range(settings.repeat):
                 with repeated(number if _varies(program, lm) else 0):
-                    again = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
-                results.append(again)
+                    results.append(once(settings=settings))
             result, repeats = merge_repeats(results, seed=settings.seed, groups=groups), repeats_of(results)
         else:
-            result = _once(program, examples, task=task, split=split, lm=lm, phase=phase, settings=settings)
-            result = _clustered(result, groups, seed=settings.seed)
+            result = _clustered(once(settings=settings), groups, seed=settings.seed)
         note(copa__score=result.score, copa__calls=result.usage.paid_calls)
     hidden = scope.phase_usages().get(Phase.METRIC.value)
     if hidden is not None:
         result = replace(result, usage=result.usage - hidden)
     evaluation = ScoredEvaluation.of(result, task=task.name, strategy=strategy)
     is_settled = not (hidden and hidden.paid_calls) and not (evaluation.usage.paid_calls and _varies(program, lm))
-    return Measured(evaluation, repeats, _phases(evaluation, hidden), _failures(scope), is_settled)
+    human = {name: fmean(several) for name, several in said.items() if len(several) == settings.repeat}
+    return Measured(evaluation, repeats, _phases(evaluation, hidden), _failures(scope), human, is_settled)
+
+
+def _rated(task: Task, examples: Sequence[dspy.Example], said: dict[str, list[float]]) -> Callable[..., Any]:
+    """The metric, which on its way notes what people said of the answers."""
+    from copa_harness.evaluate.examples import example_ids
+    from copa_harness.evaluate.metrics import score_of
+
+    human = task.human
+    if human is None:
+        return task.metric
+    names = dict(zip(map(id, examples), example_ids(examples), strict=True))
+
+    @wraps(task.metric)
+    def metric(example: dspy.Example, prediction: Any, *more: Any) -> Any:
+        if (score := human(example, prediction)) is not None:
+            said.setdefault(names[id(example)], []).append(score_of(score, name="human"))
+        return task.metric(example, prediction, *more)
+
+    return metric
 
 
 def evaluation_phase(evaluation: ScoredEvaluation) -> PhaseRecord:
@@ -204,7 +228,7 @@ def _once(
     program: dspy.Module,
     examples: Sequence[dspy.Example],
     *,
-    task: Task,
+    metric: Callable[..., Any],
     split: str,
     lm: MeteredLM,
     phase: Phase,
@@ -212,7 +236,7 @@ def _once(
 ) -> EvaluationResult:
     from copa_harness.evaluate.runner import evaluate
 
-    return evaluate(program, examples, metric=task.metric, split=split, lm=lm, phase=phase, threads=settings.threads)
+    return evaluate(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=settings.threads)
 
 
 def _watched(

@@ -108,7 +108,7 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
     from copa_harness.report.examples import Told
     from copa_harness.report.files import gates_to_read
     from copa_harness.report.pull_request import annotations_of
-    from copa_harness.report.summary import summary_table, totals
+    from copa_harness.report.summary import drifts_told, summary_table, totals
     from copa_harness.report.tables import all_tables
 
     entries = sorted((from_row(row) for row in rows), key=lambda entry: entry.order)
@@ -128,11 +128,14 @@ def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Test
         remarks += [*(entry.not_accepted for entry in entries if entry.not_accepted), *problems]
     notes += _spent(settings)
     n_cut = max(sum(record.cut_short for record in records), tests.n_refused)
+    for name, said in drifts_told(records):
+        {"fault": failed_late, "drift": remarks}.get(name, notes).append(said)
     reasons = (*failed_late, *_cut_short(n_cut))
     if tests.interrupted:
         remarks.append("interrupted: this is what had finished; run again, what was answered is cached and free")
     beside = None if settings.against is None else compared(settings, records)
     notes += () if beside is None else beside.notes
+    remarks += () if beside is None else beside.remarks
     evaluated = [entry for entry in entries if entry.record is not None]
     told = Told(
         details={place: entry.details for place, entry in enumerate(evaluated) if entry.details is not None},

@@ -166,6 +166,14 @@ class Settings:
         metavar="K",
         help="answer every test example K times and report which answers are unstable",
     )
+    canaries: int = _given(
+        0,
+        check=COUNT,
+        default_words="none",
+        metavar="N",
+        help="ask for the stored answers of N test rows of every run again, paid and not stored, to find out whether "
+        "the model still gives them (20 will do)",
+    )
     cache_dir: Path = _given(
         Path(".copa_cache"),
         check=PATH,
@@ -434,6 +442,7 @@ class Settings:
                 ("stopping early", self.sequential),
                 ("constrained answers", self.constrain),
                 (f"{self.repeat} repeats", self.repeat > 1),
+                (f"{self.canaries} canaries a run", self.canaries > 0),
             )
             if is_on
         )

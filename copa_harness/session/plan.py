@@ -94,7 +94,7 @@ def plan_run(
     what = "program as written, test split"
     plain = plan_evaluation(task, task.program, lm, split="test", settings=settings, what=what, key=f"{key} none")
     plain = replace(plain, note=_power_note(task, plain, settings))
-    forms = _changed_forms(task, plain, settings, key=f"{key} {strategy} {settings.seed} forms")
+    forms = _asked_again(task, plain, settings, key=f"{key} {strategy} {settings.seed}")
     if strategy == "none":
         return [plain, *forms]
     if finished is not None:
@@ -141,16 +141,17 @@ def plan_run(
     ]
 
 
-def _changed_forms(task: Task, plain: PlanLine, settings: Settings, *, key: str) -> list[PlanLine]:
-    """What the gate `max_violation_rate` may take, if there is one: every test row in every form, and shrinking."""
-    if settings.gates.get("max_violation_rate") is None:
-        return []
+def _asked_again(task: Task, plain: PlanLine, settings: Settings, *, key: str) -> list[PlanLine]:
+    """What canaries, asked twice, and `max_violation_rate` may take: every row in every form, and shrinking."""
     from copa_harness.robustness.strategies import MAX_TRIES
 
-    n_evaluation = plain.calls + plain.cached
-    n_asked = n_evaluation * len(perturbations_of(settings)) + MAX_TRIES * n_evaluation / len(task.testset)
-    bound = _scaled(plain, math.ceil(n_asked))
-    return [replace(bound, what="changed forms of the test split (at most)", cached=0, key=key)]
+    n_rows, n_evaluation = len(task.testset), plain.calls + plain.cached
+    asked = {"canaries, stored answers asked for again": 2 * n_evaluation * min(settings.canaries, n_rows) / n_rows}
+    if settings.gates.get("max_violation_rate") is not None:
+        forms = n_evaluation * len(perturbations_of(settings)) + MAX_TRIES * n_evaluation / n_rows
+        asked["changed forms of the test split"] = forms
+    bounds = {what: _scaled(plain, math.ceil(n_asked)) for what, n_asked in asked.items() if n_asked}
+    return [replace(bound, what=f"{what} (at most)", key=f"{key} {what}") for what, bound in bounds.items()]
 
 
 def plan_text(lines: Sequence[PlanLine]) -> str:

@@ -15,6 +15,7 @@ from copa_harness.errors import BudgetExhausted, ConfigurationError, CopaError
 from copa_harness.formatting import counted
 from copa_harness.judge.explanations import truncated_text
 from copa_harness.results import GateResult, PhaseRecord, Verdict
+from copa_harness.session.canaries import Canaries, ask_canaries
 from copa_harness.session.comparisons import ON_SCORES, GateContext, RunHistory, baseline_name
 from copa_harness.session.entries import Entry
 from copa_harness.session.evaluation import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import dspy
 
     from copa_harness.judge.attribution import Attribution
+    from copa_harness.judge.human_scores import HumanScores
     from copa_harness.judge.sequential.stopping import SequentialAnswer, SequentialJudge
     from copa_harness.lm.metered import MeteredLM
     from copa_harness.report.examples import RunDetails
@@ -87,7 +89,10 @@ def finish_run(
     forms = FormMeter(task, program, optimized.lm, evaluation.results, settings, prompt_lm)
     context = replace(context, forms=forms)
     judged = _judge(context, measured, gates, watch=watch)
-    comparison, gained = None, _Gained()
+    comparison, gained, canaries = None, _Gained(), Canaries()
+    if settings.canaries:
+        answered = (program, optimized.lm, evaluation), (task.program, base, history.as_written(task, base))
+        canaries = ask_canaries(task, answered, settings=settings, began_s=history.began_s)
     if evaluation.n == context.n_expected:
         fingerprints, groups = context.fingerprints, context.groups
         comparison = history.remember(task, base, evaluation, fingerprints=fingerprints, groups=groups)
@@ -98,16 +103,20 @@ def finish_run(
             gained = _attribution(
                 task, optimized, base=base, as_written=as_written, final=evaluation, settings=settings
             )
+    accepted = _accepted(context)
+    human = None if task.human is None or watch is not None else _by_people(context, measured, accepted)
     record = record_of(
         measured,
         test=test,
         base=base,
         settings=settings,
         optimized=optimized,
-        more_phases=(*forms.phases, *gained.phases),
+        more_phases=(*forms.phases, *canaries.phases, *gained.phases),
         gates=judged.answers,
         sequential=judged.sequential,
         attribution=gained.attribution,
+        drift=canaries.drift,
+        human=human,
         groups=dict(context.groups or {}),
         slices=dict(context.slices),
         source=task.source,
@@ -116,6 +125,8 @@ def finish_run(
     notes = (
         *notes_of(measured),
         *gained.notes,
+        *((f"{where}: {canaries.note}",) if canaries.note else ()),
+        *((f"{where}: {human.sentence()}",) if human else ()),
         *_single_draw(measured, program, optimized.lm, settings=settings, where=where),
         *(f"{where}: {said}" for said in optimized.result.headlines),
         *_over_long(record.phases, where=where),
@@ -144,7 +155,7 @@ def finish_run(
             task=task,
             program=program,
             before=None if strategy == "none" else history.as_written(task, base),
-            accepted=_accepted_scores(task, strategy, base, settings=settings),
+            accepted=None if accepted is None else accepted.scores,
             fingerprints=context.fingerprints,
             trials=[{**trial, "n_validation": optimized.result.n_validation} for trial in optimized.result.trials],
         ),
@@ -242,7 +253,8 @@ def _baseline_of(context: GateContext, measured: Measured) -> Baseline:
         created=datetime.date.today().isoformat(),
         repeats=measured.repeats,
     )
-    return replace(accepted, families=_families(context), groups=digests(context.groups))
+    human = dict(sorted(measured.human.items()))
+    return replace(accepted, families=_families(context), groups=digests(context.groups), human=human)
 
 
 def _families(context: GateContext) -> dict[str, int]:
@@ -400,15 +412,25 @@ def details_of(
     )
 
 
-def _accepted_scores(
-    task: Task, strategy: str, base: MeteredLM, *, settings: Settings
-) -> Mapping[str, float | None] | None:
+def _accepted(context: GateContext) -> Baseline | None:
     from copa_harness.store.baselines import load_baseline
 
+    settings = context.settings
     if settings.bless or settings.gates.get("max_regression") is None:
         return None
-    found = load_baseline(settings.baseline_dir, task=task.name, name=baseline_name(strategy, base.model))
-    return None if found is None else found.scores
+    name = baseline_name(context.strategy, context.model)
+    return load_baseline(settings.baseline_dir, task=context.task, name=name)
+
+
+def _by_people(context: GateContext, measured: Measured, accepted: Baseline | None) -> HumanScores:
+    from copa_harness.judge.human_scores import human_scores
+    from copa_harness.judge.paired_gates import changed_parts
+    from copa_harness.judge.paired_tests import scores_by_id
+
+    before = None
+    if accepted is not None and not changed_parts(accepted, context.fingerprints):
+        before = accepted.scores, accepted.human
+    return human_scores(scores_by_id(measured.evaluation), measured.human, before=before, groups=context.groups)
 
 
 def cut_short_entry(

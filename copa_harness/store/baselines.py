@@ -51,7 +51,7 @@ _HEAD = (
 )
 """What stands above the examples, in this order."""
 
-_BY_EXAMPLE = {"repeats": "repeats", "outcome": "outcomes", "requests": "requests", "group": "groups"}
+_BY_EXAMPLE = {"repeats": "repeats", "outcome": "outcomes", "requests": "requests", "group": "groups", "human": "human"}
 """What else an example's row may hold, by its key there."""
 
 
@@ -76,6 +76,7 @@ class Baseline:
         requests: digest per example id of what was asked (`ExampleResult.requests`); empty in older files.
         groups: the group's digest per example id, where examples share one.
         families: how many gates of its suite ask the same question, by the gate's name; empty in older files.
+        human: what people said of the answers, by example id, where they did.
     """
 
     task: str
@@ -94,6 +95,7 @@ class Baseline:
     requests: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
+    human: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def noise(self) -> float | None:

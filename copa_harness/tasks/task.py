@@ -42,6 +42,8 @@ class Task:
             field that names the group, or a function of the example. Intervals and gates then count groups.
         slices: Parts of the test split that must not get worse on their own (languages, customers): the field that
             names an example's slice, or a function of the example.
+        human: What people say of some answers, where the metric is a model's opinion: `human(example, prediction)`, a
+            number in 0..1, or None where nobody rated that answer. The run is then told by people's scores, too.
 
     Raises:
         TaskError: A split is empty, an example names no inputs, lacks a field the program needs, or carries the
@@ -59,6 +61,7 @@ class Task:
     group: str | Callable[[dspy.Example], Any] | None = None
     source: str = ""
     slices: str | Callable[[dspy.Example], Any] | None = None
+    human: Callable[..., float | None] | None = None
 
     @classmethod
     def from_file(
@@ -143,6 +146,12 @@ class Task:
         self._check_overlap()
         self._check_labels("group", self.group)
         self._check_labels("slices", self.slices)
+        if self.human is not None and not callable(self.human):
+            raise TaskError(
+                f"task {self.name!r}: human is {self.human!r}; expected a function human(example, prediction) that "
+                "gives what people said of that answer, a number in 0..1, or None. A field of the example cannot say "
+                "it: the next program answers otherwise, and a new rating would count as changed data."
+            )
         if self.finetune_data is not None:
             object.__setattr__(self, "finetune_data", self._checked_finetune_data(self.finetune_data))
 

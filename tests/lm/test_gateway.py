@@ -1,15 +1,17 @@
 """The gateway: replayed if known, bought once if not, counted either way, refunded on failure."""
 
+import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from dspy.lm15 import Message, Request, Response, TextPart, Usage
+from dspy.lm15 import Config, Message, Request, Response, TextPart, Usage
 
 from copa_harness.errors import BudgetExhausted, ProviderError
 from copa_harness.lm.cache.store import ResponseCache
-from copa_harness.lm.call_context import current_context, open_scope
+from copa_harness.lm.call_context import Afresh, CallContext, current_context, in_context, open_scope
 from copa_harness.lm.engine import Engine
 from copa_harness.lm.gateway import Gateway
 from copa_harness.results import Budget
@@ -203,3 +205,34 @@ def test_answers_on_disk_are_found_by_a_later_gateway(tmp_path):
     with open_scope("later") as scope:
         assert ask(Gateway(cache=ResponseCache(tmp_path)), engine).message.text == "1"
     assert scope.usage().paid_calls == 0
+
+
+def test_an_answer_asked_for_afresh_is_paid_and_given_back_and_the_stored_one_stays(gateway):
+    engine = CountingEngine()
+    assert ask(gateway, engine).message.text == "1"
+    afresh = Afresh(math.inf)
+    with open_scope("run", budget=Budget(calls=2)) as scope, in_context(afresh=afresh):
+        assert [ask(gateway, engine).message.text for _ in range(2)] == ["2", "3"]
+        with pytest.raises(BudgetExhausted):
+            ask(gateway, engine)
+    assert scope.usage().paid_calls == 2
+    assert (len(afresh.stored_s), afresh.varying) == (3, {None})
+    assert ask(gateway, engine).message.text == "1"
+
+
+def test_what_is_young_or_unknown_is_no_old_answer(gateway):
+    engine, began = CountingEngine(), time.time()
+    ask(gateway, engine)
+    with in_context(afresh=Afresh(began)) as context:
+        assert [ask(gateway, engine, text).message.text for text in "xyx"] == ["1", "2", "1"]
+    assert not context.afresh.stored_s
+    assert ask(gateway, engine, "y").message.text == "2"  # a new one is bought and kept
+
+
+def test_a_local_model_at_temperature_0_cannot_vary(gateway):
+    engine, afresh = CountingEngine(), Afresh(math.inf)
+    request = Request(model="m", messages=(Message.user("x"),), config=Config(temperature=0.0))
+    for context in (CallContext(), CallContext(afresh=afresh)):
+        gateway.call(engine, request, context=context)
+    assert (len(afresh.stored_s), afresh.varying) == (1, set())
+    assert abs(afresh.stored_s[0] - time.time()) < 60

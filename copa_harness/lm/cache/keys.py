@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from typing import Any
 
 from dspy.lm15 import Request, Response
@@ -24,7 +25,9 @@ _PRICE = "copa_usd"
 
 _SECONDS = "copa_seconds"
 
-_OURS = (_PRICE, _SECONDS)
+_STORED = "copa_stored"
+
+_OURS = (_PRICE, _SECONDS, _STORED)
 
 
 def request_key(request: Request, *, rollout_id: object, candidate: int, fingerprint: str) -> str:
@@ -44,7 +47,7 @@ def request_key(request: Request, *, rollout_id: object, candidate: int, fingerp
 
 
 def response_record(response: Response, *, usd: float | None = None, seconds: float | None = None) -> dict[str, Any]:
-    """The answer as JSON data, with its price in dollars and the seconds it took, if known.
+    """The answer as JSON data, with its price in dollars and the seconds it took, if known, and the time it is now.
 
     Raw provider data (headers, ids) is left out.
     """
@@ -53,6 +56,7 @@ def response_record(response: Response, *, usd: float | None = None, seconds: fl
         record[_PRICE] = usd
     if seconds is not None:
         record[_SECONDS] = round(seconds, 6)
+    record[_STORED] = round(time.time(), 3)
     return record
 
 
@@ -79,6 +83,12 @@ def recorded_seconds(record: dict[str, Any]) -> float | None:
     """The seconds the answer took when it was bought, None if they were not kept."""
     seconds = record.get(_SECONDS)
     return float(seconds) if isinstance(seconds, (int, float)) else None
+
+
+def stored_at(record: dict[str, Any]) -> float | None:
+    """When the answer was bought, in Unix seconds; None if it was not kept."""
+    stored = record.get(_STORED)
+    return float(stored) if isinstance(stored, (int, float)) else None
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,78 @@
+"""Canaries: an exact test that a noisy model does not fool, a fault where nothing can vary, and what is said."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from copa_harness.judge.flaky import Canary, drift_of, exchange_p_value
+from copa_harness.results import ExampleResult
+
+
+def result(answer, score=1.0):
+    return ExampleResult("x", score, predicted={"answer": answer}, calls=({"outputs": {"answer": answer}},))
+
+
+def canary(stored, new, newer=None, *, scores=(1.0, 1.0, 1.0), can_vary=True, score_can_vary=False):
+    said = (stored, new, new if newer is None else newer)
+    return Canary(*map(result, said, scores), can_vary=can_vary, score_can_vary=score_can_vary)
+
+
+def test_the_p_value_counts_every_exchange():
+    rows = [(1, 2, 1), (0, 2, 2), (1, 1, 0), (2, 2, 2), (0, 0, 0)]
+    ways = [(a + b, a + c, b + c) for a, b, c in rows]
+    totals = [sum(choice) for choice in itertools.product(*ways)]
+    observed = sum(a + b for a, b, _ in rows)
+    assert exchange_p_value(rows) == pytest.approx(np.mean([total >= observed for total in totals]))
+    assert exchange_p_value([]) is None
+
+
+def test_of_a_steady_model_three_changed_rows_are_a_drift_and_two_are_not():
+    same = [canary("a", "a")] * 17
+    shown = drift_of([canary("a", "b")] * 3 + same, model="m", since="2026-01-02")
+    assert shown.name == "drift"
+    assert shown.p_value == pytest.approx(3**-3)
+    assert shown.text().startswith("DRIFT: 3 of 20 stored answers (the oldest of 2026-01-02) come out otherwise")
+    hidden = drift_of([canary("a", "b")] * 2 + same, model="m")
+    assert hidden.name == ""
+    assert "no drift is shown: 2 of 19 stored answers" in hidden.text()
+    assert drift_of(same, model="m").text() == (
+        "no drift: all of 17 stored answers come out the same when m is asked again."
+    )
+
+
+@pytest.mark.parametrize("n_answers", [2, 5, 1000])
+def test_a_model_that_never_answers_twice_alike_raises_no_alarm_by_that(n_answers):
+    rng, alarms, n_runs = np.random.default_rng(n_answers), 0, 2000
+    for _ in range(n_runs):
+        drawn = rng.integers(0, n_answers, (20, 3))
+        rows = [(int(a != b), int(a != c), int(b != c)) for a, b, c in drawn.tolist()]
+        alarms += exchange_p_value(rows) <= 0.05
+    assert alarms / n_runs <= 0.05 + 3 * (0.05 * 0.95 / n_runs) ** 0.5
+
+
+def test_what_changes_though_nothing_can_vary_is_a_fault_in_the_first_row():
+    found = drift_of([canary("a", "b", can_vary=False), *[canary("a", "a", can_vary=False)] * 9], model="base")
+    assert (found.name, found.n_faulty, found.p_value) == ("fault", 1, None)
+    assert "FAULT: 1 of 10 stored answers" in found.text()
+    assert "--copa-cache-dir" in found.text()
+
+
+def test_a_judge_that_drifts_is_told_from_a_program_that_does():
+    rows = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False, score_can_vary=True)] * 4
+    found = drift_of(rows, model="m")
+    assert found.name == "drift"
+    assert found.n_rescored == 4
+    assert "it is a model that the metric asks" in found.text()
+    assert "1.000 stored, 0.000 now" in found.text()
+    steady = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False)]
+    assert drift_of(steady, model="m").name == "fault"
+
+
+def test_rows_without_a_score_are_counted_and_judge_nothing():
+    rows = [canary("a", "a"), canary("a", "b", scores=(1.0, None, 1.0))]
+    found = drift_of(rows, model="m")
+    assert (found.n, found.n_unanswered, found.n_changed) == (1, 1, 0)
+    assert "1 more got no score" in found.text()
+    with pytest.raises(ValueError, match="2 canaries without a score"):
+        drift_of([rows[1]] * 2, model="m")
