@@ -1,16 +1,17 @@
 """Folders that several machines share: finished LoRA trainings and artifacts, in any place that fsspec knows.
 
 What is kept is content-addressed or named by all it depends on, so two machines that keep the same write the same. The
-file `manifest.json` of a folder is written last: a folder that has one is whole. Whoever takes a folder checks its
-manifest's checksums as if it lay here from the beginning.
+file `manifest.json` of a folder is written last and names the others: a folder that has one is whole. Whoever takes a
+folder checks its manifest's checksums as if it lay here from the beginning.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 
 from copa_harness.atomic_files import temporary_name
@@ -24,13 +25,15 @@ class SharedFiles:
 
     Args:
         url: `s3://bucket/prefix`, `memory://x`, the path of a shared folder, ...
+        alone: While it is held, nobody else on any machine makes what has that name; by default nobody is kept out.
 
     Raises:
         ConfigurationError: fsspec does not know it, or lacks a package for it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, alone: Callable[[str], AbstractContextManager[None]] | None = None) -> None:
         self.url = url
+        self.alone: Callable[[str], AbstractContextManager[None]] = alone or (lambda name: nullcontext())
         self._told = False
         try:
             import fsspec
@@ -39,11 +42,19 @@ class SharedFiles:
         except (ImportError, ValueError) as error:
             raise ConfigurationError(f"--copa-shared-files={url}: {error}") from error
 
-    def put(self, name: str, folder: Path) -> None:
-        """Keep a whole folder under a name, unless there is one; a failure is a warning: others make it again."""
+    def put(self, name: str, folder: Path, *, anew: bool = False) -> None:
+        """Keep a whole folder under a name; a failure is a warning: others make it again.
+
+        Args:
+            name: Where.
+            folder: What.
+            anew: Whether it replaces one with another manifest; else the first one stays.
+        """
         target = f"{self._root}/{name}"
         try:
-            if self._files.exists(f"{target}/{_MANIFEST}"):
+            if self._files.exists(f"{target}/{_MANIFEST}") and not (
+                anew and self._files.cat_file(f"{target}/{_MANIFEST}") != (folder / _MANIFEST).read_bytes()
+            ):
                 return
             paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
             for path in sorted(paths, key=lambda path: path == folder / _MANIFEST):
@@ -59,13 +70,14 @@ class SharedFiles:
         try:
             if not self._files.exists(f"{source}/{_MANIFEST}"):
                 return False
-            for found in self._files.find(source):
-                relative = PurePosixPath(str(found)[len(source) :].lstrip("/"))
-                if ".." in relative.parts or "\\" in str(relative):
-                    raise ValueError(f"{found} leads out of its folder")
+            manifest = self._files.cat_file(f"{source}/{_MANIFEST}")
+            for relative in map(PurePosixPath, json.loads(manifest)["files"]):
+                if relative.is_absolute() or ".." in relative.parts or "\\" in str(relative):
+                    raise ValueError(f"{relative} leads out of its folder")
                 target = partial / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._files.get_file(found, str(target))
+                self._files.get_file(f"{source}/{relative}", str(target))
+            (partial / _MANIFEST).write_bytes(manifest)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         except Exception as error:  # noqa: BLE001 - as above

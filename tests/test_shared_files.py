@@ -1,5 +1,7 @@
 """Folders that machines share: whole or absent, never outside their place, and never the end of a run."""
 
+import json
+
 import fsspec
 import pytest
 
@@ -18,7 +20,7 @@ def url(request, tmp_path):
 def folder(tmp_path):
     folder = tmp_path / "made"
     (folder / "lora").mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "manifest.json").write_text('{"files": {"lora/weights": {}}}')
     (folder / "lora" / "weights").write_bytes(b"\x00\xff" * 1000)
     return folder
 
@@ -47,6 +49,20 @@ def test_a_folder_in_the_way_is_replaced_and_one_that_is_kept_already_stays(url,
     assert content(there) == content(folder) | {"lora/weights": b"\x00\xff" * 1000}
 
 
+def test_what_was_added_to_a_folder_replaces_it_and_who_reads_meanwhile_has_the_old_one_whole(url, folder, tmp_path):
+    files, there = SharedFiles(url), tmp_path / "there"
+    files.put("x", folder)
+    before = content(folder)
+    (folder / "scored").write_text("more")
+    files._files.put_file(str(folder / "scored"), f"{files._root}/x/scored")  # the manifest comes last
+    assert files.get("x", there)
+    assert content(there) == before
+    (folder / "manifest.json").write_text('{"files": {"lora/weights": {}, "scored": {}}}')
+    files.put("x", folder, anew=True)
+    assert files.get("x", there)
+    assert content(there) == content(folder)
+
+
 def test_a_folder_whose_manifest_is_not_there_yet_is_absent(url, folder, tmp_path):
     files = SharedFiles(url)
     (folder / "manifest.json").unlink()
@@ -64,10 +80,12 @@ def test_a_place_that_cannot_be_used_is_one_warning_and_ends_nothing(folder, tmp
     assert not files.get("x", tmp_path / "there")
 
 
-def test_nothing_is_written_outside_the_folder(folder, tmp_path):
+@pytest.mark.parametrize("planted", ["../../planted", "/tmp/planted", "a\\..\\planted"])
+def test_nothing_is_written_outside_the_folder(planted, folder, tmp_path):
     files, memory = SharedFiles(f"memory://{tmp_path.name}"), fsspec.filesystem("memory")
     files.put("x", folder)
     memory.store[f"/{tmp_path.name}/x/../../planted"] = memory.store[f"/{tmp_path.name}/x/manifest.json"]
+    memory.pipe(f"/{tmp_path.name}/x/manifest.json", json.dumps({"files": {planted: {}}}).encode())
     with pytest.warns(RuntimeWarning, match="leads out"):
         assert not files.get("x", tmp_path / "deep" / "there")
     assert not (tmp_path / "planted").exists()

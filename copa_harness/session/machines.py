@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from copa_harness.session.options import Settings
+from copa_harness.shared_files import SharedFiles
 
 if TYPE_CHECKING:
     from copa_harness.lm.budget.ledger import Ledger
@@ -18,6 +20,17 @@ def opened_database(settings: Settings) -> SharedDatabase | None:
     from copa_harness.shared.database import SharedDatabase
 
     return SharedDatabase(settings.shared)
+
+
+def opened_files(settings: Settings, database: SharedDatabase | None) -> SharedFiles | None:
+    """Where machines share folders, None where they share none; errors as `SharedFiles` has.
+
+    With a database only one of them at a time makes what it would share.
+    """
+    if settings.shared_files is None:
+        return None
+    alone = None if database is None else partial(database.claimed, "training")
+    return SharedFiles(settings.shared_files, alone=alone)
 
 
 def ledger_of(settings: Settings, database: SharedDatabase | None) -> Ledger:

@@ -92,10 +92,11 @@ def keep_scored(optimized: Optimized, evaluation: ScoredEvaluation, settings: Se
     )
     try:
         document = to_json(scored)
-        if holds_scored(optimized.artifact, document):
-            return  # a cache that cannot be written has them as well
-        with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
-            add_scored(optimized.artifact, document)
+        if not holds_scored(optimized.artifact, document):  # a cache that cannot be written has them as well
+            with StageStore(settings.cache_dir / "stages").exclusive(optimized.key):
+                add_scored(optimized.artifact, document)
+        if (files := current_files()) is not None:
+            files.put(f"artifacts/{optimized.artifact.name}", optimized.artifact, anew=True)
     except (OSError, ArtifactError, TypeError) as error:
         warnings.warn(f"{optimized.artifact}: its test answers could not be kept ({error})", RuntimeWarning, 2)
 

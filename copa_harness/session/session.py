@@ -18,7 +18,7 @@ from copa_harness.results import PhaseRecord
 from copa_harness.session.comparisons import ON_SCORES, RunHistory, canonical, leakage_gate, too_many_errors
 from copa_harness.session.entries import Entry, to_row
 from copa_harness.session.evaluation import groups_of, leakage_of, measure, phases_of
-from copa_harness.session.machines import ledger_of, opened_database
+from copa_harness.session.machines import ledger_of, opened_database, opened_files
 from copa_harness.session.models import Models
 from copa_harness.session.optimizations import Optimizations, Optimized, fingerprints_of, task_fingerprint
 from copa_harness.session.options import Settings
@@ -26,7 +26,7 @@ from copa_harness.session.plan import plan_run
 from copa_harness.session.recording import cut_short_entry, details_of, finish_run, notes_of, record_of
 from copa_harness.session.runs import CopaRun, ScoredEvaluation
 from copa_harness.session.violations import forms_of
-from copa_harness.shared_files import SharedFiles, sharing_files
+from copa_harness.shared_files import sharing_files
 from copa_harness.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ class CopaSession:
     def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] | None = None) -> None:
         self.settings = settings
         self._open = ExitStack()
-        if settings.shared_files is not None:
-            self._open.enter_context(sharing_files(SharedFiles(settings.shared_files)))
         database = opened_database(settings)
         if database is not None:
             self._open.callback(database.close)
+        if (files := opened_files(settings, database)) is not None:
+            self._open.enter_context(sharing_files(files))
         self.models = Models(settings, database=database)
         self._optimizations = Optimizations(settings.cache_dir, database=database, on_progress=on_progress)
         self._on_progress = on_progress

@@ -14,7 +14,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from copa_harness.lm.local.files import (
     read_lora,
     write_manifest,
 )
-from copa_harness.shared_files import current_files
+from copa_harness.shared_files import SharedFiles, current_files
 from copa_harness.tune.loop import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -204,10 +205,20 @@ def is_finished(directory: Path, recipe: str) -> bool:
     return True
 
 
-def fetch(directory: Path, recipe: str) -> None:
-    """Take a finished training from where machines share theirs, if there is one."""
-    files = current_files()
-    if files is None or not files.get(f"lora/{recipe}", directory / recipe):
+@contextmanager
+def only_one(directory: Path, recipe: str) -> Iterator[None]:
+    """While the block runs, nobody else trains the recipe, in any process of any machine that shares trainings.
+
+    What another machine had finished by then is taken from it; a killed one's claim lapses.
+    """
+    with recipe_lock(directory, recipe), nullcontext() if (files := current_files()) is None else files.alone(recipe):
+        if files is not None:
+            _fetch(files, directory, recipe)
+        yield
+
+
+def _fetch(files: SharedFiles, directory: Path, recipe: str) -> None:
+    if not files.get(f"lora/{recipe}", directory / recipe):
         return
     try:
         folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
@@ -224,7 +235,7 @@ def share(directory: Path, recipe: str) -> None:
     if (files := current_files()) is not None:
         folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
         for folder in sorted(folders, key=lambda folder: folder.name == recipe):
-            files.put(f"lora/{folder.name}", folder)
+            files.put(f"lora/{folder.name}", folder, anew=True)  # another that is there is damaged
 
 
 def is_whole(directory: Path, digits: str) -> bool:

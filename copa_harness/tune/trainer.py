@@ -2,8 +2,8 @@
 
 An adapter's directory is named by its recipe, the hash of base fingerprint, rows and settings; it appears when the
 training is finished, and a finished one is only read (without importing torch). Whoever needs the same recipe in
-another process waits for the one that trains it. A training that was killed goes on at its last epoch. Optimizer steps
-are held in the budget of the current scope before the first is taken.
+another process, or on another machine that shares trainings, waits for the one that trains it. A training that was
+killed goes on at its last epoch. Optimizer steps are held in the budget of the current scope before the first is taken.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from copa_harness.lm.local.files import LoraFiles, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,
     checkpoint_folders,
-    fetch,
     is_finished,
-    recipe_lock,
+    only_one,
     remove_leftovers,
     share,
 )
@@ -210,8 +209,7 @@ class LoraTrainer:
             )
         recipe = self.recipe(rows, settings=settings, held_out=held_out, served_with=served_with)
         if not is_finished(self.directory, recipe):
-            with recipe_lock(self.directory, recipe):
-                fetch(self.directory, recipe)
+            with only_one(self.directory, recipe):
                 if not is_finished(self.directory, recipe):
                     steps_now = self._train(_Job(recipe, rows, held_out, settings, served_with))
                     share(self.directory, recipe)

@@ -406,3 +406,5 @@ def test_a_training_that_another_machine_finished_is_taken_and_not_done_again(en
         third = LoraTrainer(engine, directory=tmp_path / "third").train(ROWS, settings=QUICK, served_with="none")
         assert third.trained_now
         assert third.fingerprint == first.fingerprint
+        fourth = LoraTrainer(engine, directory=tmp_path / "fourth").train(ROWS, settings=QUICK, served_with="none")
+        assert not fourth.trained_now  # what was shared is whole again
