@@ -9,7 +9,9 @@ import pytest
 
 from copa_harness.lm.embedded import embedded_model_path
 from copa_harness.lm.embedded.pretrain.development_tasks import development_tasks, own_name_tasks
-from copa_harness.lm.embedded.pretrain.measure import LoraSettings, best_demos, load_model, record, signature, with_lora
+from copa_harness.lm.embedded.pretrain.measure import LoraSettings, best_demos, load_model, with_lora
+
+LABELS = ("lumora", "saltern", "verdigris")
 
 
 @pytest.fixture(scope="module")
@@ -49,41 +51,36 @@ def test_it_is_a_plain_llama(model):
 
 
 @pytest.mark.parametrize("form", ["float_fields", "str_fields", "single"])
-def test_zero_shot_answers_parse(model, task, form):
-    program = signature(task, form)
-    answers = model.answers(program, [], [record(task, form, row) for row in task.test])
+def test_zero_shot_answers_parse(model, form):
+    task = development_tasks(0, form)[0]
+    answers = model.answers(task.program, [], task.test)
     assert sum(answer is not None for answer in answers) >= 0.95 * len(answers)
 
 
 def test_demonstrations_move_its_answers(model, task):
-    form = "float_fields"
-    program = signature(task, form)
-    rows = [record(task, form, row) for row in task.train]
-    tests = [record(task, form, row) for row in task.test]
-    zero_shot, _ = model.accuracy(program, [], tests)
-    with_demos, _ = model.accuracy(program, rows[:12], tests)
+    zero_shot, _ = model.accuracy(task.program, [], task.test)
+    with_demos, _ = model.accuracy(task.program, task.train[:12], task.test)
     assert with_demos > zero_shot + 0.1
 
 
 def test_a_prompt_of_fifteen_hundred_tokens_still_parses(model, task):
-    form = "float_fields"
-    program = signature(task, form)
-    rows = [record(task, form, row) for row in task.train]
+    program, rows = task.program, task.train
     demos = rows[:1]
     while len(model.prompt_ids(program, rows[: len(demos) + 1], rows[-1])) <= 1500:
         demos = rows[: len(demos) + 1]
     answers = model.answers(program, demos, rows[-20:])
-    assert sum(answer in task.labels for answer in answers) >= 19
+    assert sum(answer in LABELS for answer in answers) >= 19
 
 
-def test_a_literal_output_and_a_chain_of_thought_parse(model, task):
+def test_a_literal_output_and_a_chain_of_thought_parse(model):
     from typing import Literal
 
-    rows = [record(task, "single", row) for row in task.test[:20]]
-    literal = signature(task, "single").with_updated_fields("answer", type_=Literal[task.labels])
+    single = development_tasks(0, "single")[0]
+    rows = single.test[:20]
+    literal = single.program.with_updated_fields("answer", type_=Literal[LABELS])
     answers = model.answers(literal, [], rows)
-    assert sum(answer in task.labels for answer in answers) >= 19
-    thoughtful = dspy.ChainOfThought(signature(task, "single")).predict.signature
+    assert sum(answer in LABELS for answer in answers) >= 19
+    thoughtful = dspy.ChainOfThought(single.program).predict.signature
     assert sum(answer is not None for answer in model.answers(thoughtful, [], rows)) >= 19
 
 
@@ -93,9 +90,9 @@ OWN_NAMES = [task.name for task in own_name_tasks(0)]
 @pytest.mark.parametrize("index", range(len(OWN_NAMES)), ids=OWN_NAMES)
 def test_fields_that_nobody_foresaw_parse(model, index):
     task = own_name_tasks(0)[index]
-    shown = list(task.train[:6])
+    shown = task.train[:6]
     for demos in ([], shown):
-        found = model.outputs(task.program, demos, list(task.test))
+        found = model.outputs(task.program, demos, task.test)
         assert sum(values is not None for values in found) >= 0.99 * len(found)
 
 
@@ -126,7 +123,7 @@ def test_an_output_of_any_name_is_called_by_its_name(model, name):
 
 def test_demonstrations_and_lora_both_learn_a_task_of_own_names(model):
     task = own_name_tasks(0)[OWN_NAMES.index("beans")]
-    train, test = list(task.train), list(task.test)
+    train, test = task.train, task.test
     demos = best_demos(model, task.program, train[:50], train[50:], n_demos=9, n_sets=3, seed=0)
     assert model.accuracy(task.program, demos, test)[0] >= 0.7
     tuned = with_lora(model, task.program, train, LoraSettings(20, 3e-3, 16, 0), seed=0)

@@ -3,5 +3,5 @@
 ``python -m copa_harness.lm.embedded.pretrain`` makes, from nothing and from one seed, the files shipped in
 ``copa_harness/lm/embedded``. Read in the order of the making: ``recipe`` (what is done), ``worlds``, ``template`` and
 ``episodes`` (what is learned from), ``tokenizer`` and ``batches`` (as tokens), ``network`` and ``objectives``,
-``train``; then ``measure``, ``development_tasks`` and ``evaluate`` (what it can do) and ``card`` (which says so).
+``train``; then ``measure`` and ``development_tasks`` (what it can do) and ``figures`` (the tables of the model card).
 """

@@ -7,7 +7,9 @@ recorded turns, S feature slots, C clauses. Position arrays index the T input to
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,38 +22,13 @@ from copa_harness.lm.embedded.pretrain.worlds import BANNED_WORDS
 
 _LONG_ROW, _LONG_TURNS = 1000, 96
 N_WORDS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One episode as arrays; see ``Batch`` for the meaning of each field (without the leading B)."""
-
-    ids: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
-    positions: npt.NDArray[np.int64]
-    turn: npt.NDArray[np.int64]
-    naming: npt.NDArray[np.bool_]
-    kind: int
-    header: npt.NDArray[np.int64]
-    header_ok: npt.NDArray[np.bool_]
-    shares: npt.NDArray[np.float32]
-    slot_ok: npt.NDArray[np.bool_]
-    kernel: npt.NDArray[np.float32]
-    words: npt.NDArray[np.int64]
-    sentence_at: npt.NDArray[np.int64]
-    value_at: npt.NDArray[np.int64]
-    name_at: npt.NDArray[np.int64]
-    field_at: npt.NDArray[np.int64]
-    threshold_at: npt.NDArray[np.int64]
-    clause_label_at: npt.NDArray[np.int64]
-    same_field: npt.NDArray[np.float32]
-    first_true: npt.NDArray[np.int64]
-    fired: npt.NDArray[np.int64]
+_KERNEL_WIDTH = 0.05
+"""Standard deviation of the Gaussian kernel over feature shares."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows stacked along a leading B.
+    """Rows stacked along a leading B, as arrays or as tensors.
 
     Attributes:
         ids: (B, T + 1) tokens; input is ``[:, :-1]``, target ``[:, 1:]``.
@@ -79,27 +56,31 @@ class Batch:
         fired: (B, P) index into ``clause_label_at`` of the label that the rule gives.
     """
 
-    ids: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
-    positions: npt.NDArray[np.int64]
-    turn: npt.NDArray[np.int64]
-    naming: npt.NDArray[np.bool_]
-    kind: npt.NDArray[np.int64]
-    header: npt.NDArray[np.int64]
-    header_ok: npt.NDArray[np.bool_]
-    shares: npt.NDArray[np.float32]
-    slot_ok: npt.NDArray[np.bool_]
-    kernel: npt.NDArray[np.float32]
-    words: npt.NDArray[np.int64]
-    sentence_at: npt.NDArray[np.int64]
-    value_at: npt.NDArray[np.int64]
-    name_at: npt.NDArray[np.int64]
-    field_at: npt.NDArray[np.int64]
-    threshold_at: npt.NDArray[np.int64]
-    clause_label_at: npt.NDArray[np.int64]
-    same_field: npt.NDArray[np.float32]
-    first_true: npt.NDArray[np.int64]
-    fired: npt.NDArray[np.int64]
+    ids: Any
+    weights: Any
+    positions: Any
+    turn: Any
+    naming: Any
+    kind: Any
+    header: Any
+    header_ok: Any
+    shares: Any
+    slot_ok: Any
+    kernel: Any
+    words: Any
+    sentence_at: Any
+    value_at: Any
+    name_at: Any
+    field_at: Any
+    threshold_at: Any
+    clause_label_at: Any
+    same_field: Any
+    first_true: Any
+    fired: Any
+
+    def each(self, change: Callable[[Any], Any]) -> Batch:
+        """The same with every field changed."""
+        return Batch(*(change(getattr(self, one.name)) for one in fields(self)))
 
 
 class EpisodeMaker:
@@ -108,13 +89,11 @@ class EpisodeMaker:
     Args:
         tokenizer: The embedded model's tokenizer.
         n_tokens: T.
-        kernel_width: Standard deviation of the Gaussian kernel over feature shares.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, n_tokens: int, kernel_width: float = 0.05) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, n_tokens: int) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._n_tokens = n_tokens
-        self._kernel_width = kernel_width
         vocabulary = tokenizer.get_vocab()
         self._pieces = sorted(
             piece
@@ -126,16 +105,13 @@ class EpisodeMaker:
         """``n_rows`` episodes, a pure function of the mix and the seed."""
         numpy_rng = np.random.default_rng(seed)
         rng = random.Random(int(numpy_rng.integers(2**62)))
-        rows = [self.row(mix, rng, numpy_rng) for _ in range(n_rows)]
-        return Batch(**{f.name: np.stack([np.asarray(getattr(row, f.name)) for row in rows]) for f in fields(Row)})
+        rows = [self._row(mix, rng, numpy_rng) for _ in range(n_rows)]
+        return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
-    def row(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator) -> Row:
-        """One episode."""
+    def _row(self, mix: Mix, rng: random.Random, numpy_rng: np.random.Generator) -> dict[str, Any]:
+        """One episode as the fields of a ``Batch``, without the leading B."""
         n_turns = N_TURNS if self._n_tokens < _LONG_ROW else _LONG_TURNS
         episode = Episode(mix, rng, numpy_rng, self._pieces, n_turns=n_turns)
-        return self._encode(episode, mix, rng)
-
-    def _encode(self, episode: Episode, mix: Mix, rng: random.Random) -> Row:
         t, c = self._n_tokens, N_CLAUSES
         ids: list[int] = []
         weights = np.zeros(t + 1, np.float32)
@@ -202,27 +178,27 @@ class EpisodeMaker:
                     value_at[i, j] = base + np.searchsorted(starts, place)
                     name_at[i, j] = base + np.searchsorted(starts, (name_start, name_end))
         ids = (ids + [0] * (t + 1))[: t + 1]
-        return Row(
-            ids=np.array(ids, np.int64),
-            weights=weights[:t],
-            positions=np.minimum(positions[:t], 2047),
-            turn=turn[:t],
-            naming=naming[:t],
-            kind=episode.kind,
-            header=header,
-            header_ok=header_ok,
-            shares=episode.printed_shares(),
-            slot_ok=np.arange(N_SLOTS) < episode.n_features,
-            kernel=self._kernel(episode, header_ok),
-            words=self._words(episode, header_ok),
-            sentence_at=sentence_at,
-            value_at=value_at,
-            name_at=name_at,
-            field_at=row_field,
-            threshold_at=row_threshold,
-            clause_label_at=row_label,
+        return {
+            "ids": np.array(ids, np.int64),
+            "weights": weights[:t],
+            "positions": np.minimum(positions[:t], 2047),
+            "turn": turn[:t],
+            "naming": naming[:t],
+            "kind": episode.kind,
+            "header": header,
+            "header_ok": header_ok,
+            "shares": episode.printed_shares(),
+            "slot_ok": np.arange(N_SLOTS) < episode.n_features,
+            "kernel": self._kernel(episode, header_ok),
+            "words": self._words(episode, header_ok),
+            "sentence_at": sentence_at,
+            "value_at": value_at,
+            "name_at": name_at,
+            "field_at": row_field,
+            "threshold_at": row_threshold,
+            "clause_label_at": row_label,
             **episode.rule_targets(),
-        )
+        }
 
     def _words(self, episode: Episode, header_ok: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """First tokens of each recorded turn's key words, (P, W)."""
@@ -251,5 +227,5 @@ class EpisodeMaker:
         distance = np.where(earlier, distance, np.inf)
         nearest = distance.min(1, keepdims=True)
         nearest = np.where(np.isfinite(nearest), nearest, 0.0)
-        raw = np.exp(-np.minimum((distance - nearest) / (2 * self._kernel_width**2), 60.0)) * earlier
+        raw = np.exp(-np.minimum((distance - nearest) / (2 * _KERNEL_WIDTH**2), 60.0)) * earlier
         return np.asarray(raw / np.maximum(raw.sum(1, keepdims=True), 1e-9), np.float32)

@@ -12,7 +12,6 @@ task is separable: its rows are decided by well parted blobs, by a threshold or 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import dspy
@@ -21,9 +20,13 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits, make_blobs, make_classification, make_moons
 from sklearn.decomposition import PCA
 
-from copa_harness.lm.embedded.pretrain.measure import ClassificationTask, Record
+from copa_harness.lm.embedded.pretrain.measure import MeasuredTask, Record
+
+Form = Literal["float_fields", "str_fields", "single"]
+FORMS: tuple[Form, ...] = ("float_fields", "str_fields", "single")
 
 _FIELDS = ("stem_height", "stem_depth", "leaf_height", "leaf_depth")
+_STROKES = ("stroke_one", "stroke_two", "loop_one", "loop_two")
 _LABELS = ("lumora", "saltern", "verdigris")
 
 
@@ -34,31 +37,47 @@ def scaled(features: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> n
     return np.asarray(np.round(share * 9.9, 1), np.float64)
 
 
-def split_task(
+def _split(
     name: str,
+    form: Form,
     features: npt.NDArray[np.float64],
     classes: npt.NDArray[np.int64],
     *,
     seed: int,
     fields: tuple[str, ...] = _FIELDS,
     labels: tuple[str, ...] = _LABELS,
-    instruction: str = "Classify the record.",
-    scale: bool = True,
-) -> ClassificationTask:
-    """75 training and 75 test rows by a seeded permutation."""
+) -> MeasuredTask:
+    """75 training and 75 test rows by a seeded permutation, and a rule with the training medians of two fields."""
     order = np.random.RandomState(seed).permutation(len(classes))
     train, test = order[:75], order[75:150]
-    printed = scaled(features, train) if scale else np.round(features, 1)
-    labels = labels[: int(classes.max()) + 1]
+    values = scaled(features, train)
+    fields, labels = fields[: features.shape[1]], labels[: int(classes.max()) + 1]
 
-    def rows(indices: npt.NDArray[np.int64]) -> tuple[tuple[tuple[float, ...], str], ...]:
-        return tuple((tuple(float(v) for v in printed[i]), labels[classes[i]]) for i in indices)
+    def record(i: int) -> Record:
+        printed = {field: f"{value:.1f}" for field, value in zip(fields, values[i], strict=True)}
+        if form == "single":
+            shown: Record = {"features": ", ".join(f"{field}={value}" for field, value in printed.items())}
+        else:
+            shown = {field: float(value) if form == "float_fields" else value for field, value in printed.items()}
+        return shown | {"answer": labels[classes[i]]}
 
-    return ClassificationTask(name, fields[: features.shape[1]], labels, instruction, rows(train), rows(test))
+    first, second = (float(np.round(np.median(values[train, column]), 1)) for column in (0, 1))
+    a, b, c = (*labels, labels[0])[:3]
+    rule = (
+        f"If {fields[0]} is below {first:.1f} answer {a}, otherwise if {fields[1]} is below {second:.1f} answer {b}, "
+        f"otherwise answer {c}."
+    )
+    ruled = tuple(a if values[i, 0] < first else b if values[i, 1] < second else c for i in test)
+    names, kind = (("features",), str) if form == "single" else (fields, float if form == "float_fields" else str)
+    described = ", ".join(labels[:-1]) + (", or " if len(labels) > 2 else " or ") + labels[-1]
+    given: dict[str, Any] = {name: (kind, dspy.InputField()) for name in names}
+    program = dspy.Signature(given | {"answer": (str, dspy.OutputField(desc=described))}, "Classify the record.")
+    rows = [record(i) for i in order[:150]]
+    return MeasuredTask(name, cast("type[dspy.Signature]", program), rows[:75], rows[75:], rule, ruled)
 
 
-def development_tasks(seed: int) -> list[ClassificationTask]:
-    """Four tasks at one split seed."""
+def development_tasks(seed: int, form: Form = "float_fields") -> list[MeasuredTask]:
+    """Four tasks at one split seed; ``form`` is how features are laid out."""
     blobs, blob_classes = make_blobs(150, n_features=4, centers=3, cluster_std=2.2, random_state=100 + seed)
     hard, hard_classes = make_classification(
         150,
@@ -76,29 +95,11 @@ def development_tasks(seed: int) -> list[ClassificationTask]:
     components = PCA(4, random_state=0).fit_transform(digits.data[chosen])
     digit_classes = np.unique(digits.target[chosen], return_inverse=True)[1]
     return [
-        split_task("blobs", blobs, blob_classes, seed=seed),
-        split_task("classification", hard, hard_classes, seed=seed, labels=("amber", "slate", "umber")),
-        split_task("moons", moons, moon_classes, seed=seed, fields=("north_gap", "east_gap")),
-        split_task(
-            "digits", components, digit_classes, seed=seed, fields=("stroke_one", "stroke_two", "loop_one", "loop_two")
-        ),
+        _split("blobs", form, blobs, blob_classes, seed=seed),
+        _split("classification", form, hard, hard_classes, seed=seed, labels=("amber", "slate", "umber")),
+        _split("moons", form, moons, moon_classes, seed=seed, fields=("north_gap", "east_gap")),
+        _split("digits", form, components, digit_classes, seed=seed, fields=_STROKES),
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class OwnTask:
-    """A DSPy signature with rows of its fields.
-
-    Attributes:
-        name: For tables.
-        program: The signature.
-        train, test: Rows, inputs and outputs together.
-    """
-
-    name: str
-    program: type[dspy.Signature]
-    train: tuple[Record, ...]
-    test: tuple[Record, ...]
 
 
 _TICKET_WORDS = {
@@ -117,17 +118,15 @@ _TICKET_FRAMES = (
 )
 
 
-def own_name_tasks(seed: int) -> list[OwnTask]:
+def own_name_tasks(seed: int) -> list[MeasuredTask]:
     """Seven tasks at one split seed; 75 training and 75 test rows each."""
     text, number = (str, dspy.InputField()), (float, dspy.InputField())
-    labels = tuple(_TICKET_WORDS)
+    labels, departments = tuple(_TICKET_WORDS), ("finance", "logistics", "helpdesk")
     roasts = ("pale", "dusky", "charred", "mahogany")
     tickets = _tickets(seed)
     queue = (str, dspy.OutputField(desc="billing, shipping, or login"))
     level = {label: i + 1 for i, label in enumerate(labels)}
-    beans, bean_classes = _blobs(seed, 3, 4)
-    tank, tank_classes = _blobs(seed + 50, 2, 2)
-    parts, part_classes = _blobs(seed + 70, 2, 3)
+    beans, tank, parts = _blobs(seed, 3, 4), _blobs(seed + 50, 2, 2), _blobs(seed + 70, 2, 3)
     rng = random.Random(seed)
     notes = [rng.choice(["checked twice", "new shift", "from the second line", "no remarks"]) for _ in range(150)]
     return [
@@ -141,14 +140,14 @@ def own_name_tasks(seed: int) -> list[OwnTask]:
             "tickets, three outputs",
             {
                 "ticket": text,
-                "department": (Literal["finance", "logistics", "helpdesk"], dspy.OutputField()),
+                "department": (Literal[departments], dspy.OutputField()),
                 "escalate": (bool, dspy.OutputField()),
                 "stars": (int, dspy.OutputField(desc="2, 4, or 5")),
             },
             [
                 {
                     "ticket": t,
-                    "department": ("finance", "logistics", "helpdesk")[level[q] - 1],
+                    "department": departments[level[q] - 1],
                     "escalate": q == "billing",
                     "stars": (5, 2, 4)[level[q] - 1],
                 }
@@ -158,60 +157,50 @@ def own_name_tasks(seed: int) -> list[OwnTask]:
         _own(
             "beans",
             {
-                "aroma": number,
-                "crispness": number,
-                "bitterness": number,
-                "roast": (cast("Any", Literal[roasts]), dspy.OutputField()),
+                **dict.fromkeys(("aroma", "crispness", "bitterness"), number),
+                "roast": (Literal[roasts], dspy.OutputField()),
             },
-            [
-                {"aroma": a, "crispness": b, "bitterness": c, "roast": roasts[k]}
-                for (a, b, c), k in zip(beans, bean_classes, strict=True)
-            ],
+            [{"aroma": a, "crispness": b, "bitterness": c, "roast": roasts[k]} for (a, b, c), k in beans],
         ),
         _own(
             "tank",
             {
-                "turbidity": number,
-                "salinity": number,
+                **dict.fromkeys(("turbidity", "salinity"), number),
                 "verdict": (str, dspy.OutputField(desc="clean or cloudy")),
                 "hazardous": (bool, dspy.OutputField(desc="whether salinity is high")),
             },
             [
                 {"turbidity": a, "salinity": b, "verdict": ("clean", "cloudy")[k], "hazardous": b > 5}
-                for (a, b), k in zip(tank, tank_classes, strict=True)
+                for (a, b), k in tank
             ],
         ),
         _own(
             "parts",
             {
                 "inspector_remark": text,
-                "thickness": number,
-                "gap_mm": number,
+                **dict.fromkeys(("thickness", "gap_mm"), number),
                 "hazard_level": (int, dspy.OutputField()),
             },
             [
                 {"inspector_remark": note, "thickness": a, "gap_mm": b, "hazard_level": int(k) + 1}
-                for note, (a, b), k in zip(notes, parts, part_classes, strict=True)
+                for note, ((a, b), k) in zip(notes, parts, strict=True)
             ],
         ),
         _own(
             "alarm",
-            {"turbidity": number, "thickness": number, "is_escalated": (bool, dspy.OutputField())},
-            [
-                {"turbidity": a, "thickness": b, "is_escalated": bool(k)}
-                for (a, b), k in zip(tank, tank_classes, strict=True)
-            ],
+            {**dict.fromkeys(("turbidity", "thickness"), number), "is_escalated": (bool, dspy.OutputField())},
+            [{"turbidity": a, "thickness": b, "is_escalated": bool(k)} for (a, b), k in tank],
         ),
     ]
 
 
-def _own(name: str, fields: dict[str, Any], rows: list[Record]) -> OwnTask:
+def _own(name: str, fields: dict[str, Any], rows: list[Record]) -> MeasuredTask:
     program = cast("type[dspy.Signature]", dspy.Signature(fields, f"Handle the {name.split(',')[0]}."))
-    return OwnTask(name, program, tuple(rows[:75]), tuple(rows[75:150]))
+    return MeasuredTask(name, program, rows[:75], rows[75:150])
 
 
-def _blobs(seed: int, n_features: int, n_classes: int) -> tuple[list[tuple[float, ...]], npt.NDArray[np.int64]]:
-    """150 rows of well parted blobs, printed like the other development tasks."""
+def _blobs(seed: int, n_features: int, n_classes: int) -> list[tuple[tuple[float, ...], int]]:
+    """150 rows of well parted blobs and their classes, printed like the other development tasks."""
     box = np.random.RandomState(400 + seed)
     while True:
         centres = box.uniform(-10, 10, (n_classes, n_features))
@@ -220,7 +209,7 @@ def _blobs(seed: int, n_features: int, n_classes: int) -> tuple[list[tuple[float
             break
     features, classes = make_blobs(150, centers=centres, cluster_std=1.2, random_state=400 + seed)
     printed = scaled(features, np.arange(75))
-    return [tuple(float(value) for value in row) for row in printed], classes
+    return [(tuple(map(float, row)), int(k)) for row, k in zip(printed, classes, strict=True)]
 
 
 def _tickets(seed: int) -> list[tuple[str, str]]:

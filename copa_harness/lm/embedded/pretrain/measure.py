@@ -1,8 +1,8 @@
 """Measures a small local model on classification programs: zero-shot, with demonstrations, with LoRA, with both.
 
 A program here is a ``dspy.Predict`` signature; prompts and parsing are ``dspy.ChatAdapter``'s own, decoding is greedy.
-Everything that shares a token prefix shares its KV cache. A few lines of transformers and peft on purpose, instead of
-this package's engine and trainer: it judges the model that those are then tested on.
+A few lines of transformers and peft on purpose, instead of this package's engine and trainer: it judges the model that
+those are then tested on.
 """
 
 from __future__ import annotations
@@ -11,36 +11,34 @@ import copy
 import random
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import dspy
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 Record = dict[str, Any]
-Form = Literal["float_fields", "str_fields", "single"]
 
 
 @dataclass(frozen=True, slots=True)
-class ClassificationTask:
-    """Rows of printed feature values and a label.
+class MeasuredTask:
+    """A DSPy signature with rows of its fields.
 
     Attributes:
         name: For tables.
-        fields: Feature names.
-        labels: All labels.
-        instruction: The plain instruction.
-        train, test: (values, label) pairs; values are floats as printed.
+        program: The signature.
+        train, test: Rows, inputs and outputs together.
+        rule: A rule in words that a reader of instructions can follow, "" for none.
+        ruled: What it answers on the test rows.
     """
 
     name: str
-    fields: tuple[str, ...]
-    labels: tuple[str, ...]
-    instruction: str
-    train: tuple[tuple[tuple[float, ...], str], ...]
-    test: tuple[tuple[tuple[float, ...], str], ...]
+    program: type[dspy.Signature]
+    train: list[Record]
+    test: list[Record]
+    rule: str = ""
+    ruled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +50,6 @@ class LoraSettings:
     batch_size: int
     n_demos: int
     rank: int = 16
-
-
-def signature(task: ClassificationTask, form: Form, *, instruction: str | None = None) -> type[dspy.Signature]:
-    """The task as a DSPy signature: one input field per feature, or a single ``features`` field."""
-    labels = task.labels
-    described = ", ".join(labels[:-1]) + (", or " if len(labels) > 2 else " or ") + labels[-1]
-    fields: dict[str, Any] = {}
-    if form == "single":
-        fields["features"] = (str, dspy.InputField())
-    else:
-        kind = float if form == "float_fields" else str
-        fields |= {name: (kind, dspy.InputField()) for name in task.fields}
-    fields["answer"] = (str, dspy.OutputField(desc=described))
-    return cast("type[dspy.Signature]", dspy.Signature(fields, instruction or task.instruction))
-
-
-def record(task: ClassificationTask, form: Form, row: tuple[tuple[float, ...], str]) -> Record:
-    """One row as the fields of the signature, the answer included."""
-    values, label = row
-    if form == "single":
-        text = ", ".join(f"{name}={value:.1f}" for name, value in zip(task.fields, values, strict=True))
-        return {"features": text, "answer": label}
-    cast_value = (lambda value: value) if form == "float_fields" else (lambda value: f"{value:.1f}")
-    return {name: cast_value(value) for name, value in zip(task.fields, values, strict=True)} | {"answer": label}
 
 
 class MeasuredModel:
@@ -118,46 +92,11 @@ class MeasuredModel:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], *, max_new_tokens: int = 64) -> list[str]:
-        """Greedy continuations, one batch, the common prefix computed once."""
-        n = len(prompts)
-        shortest = min(len(prompt) for prompt in prompts)
-        common = 0
-        while common < shortest - 1 and all(prompt[common] == prompts[0][common] for prompt in prompts):
-            common += 1
-        cache = DynamicCache(config=self.model.config)
-        if common:
-            self.model(
-                input_ids=torch.tensor([prompts[0][:common]]), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache.batch_repeat_interleave(n)
-        rest = [prompt[common:] for prompt in prompts]
-        longest = max(len(part) for part in rest)
-        pad, end = int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)
-        tokens = torch.tensor([[pad] * (longest - len(part)) + part for part in rest])
-        mask = torch.tensor([[1] * common + [0] * (longest - len(part)) + [1] * len(part) for part in rest])
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, common:]
-        written: list[Tensor] = []
-        done = torch.zeros(n, dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            tokens = logits[:, -1].argmax(-1, keepdim=True)
-            written.append(tokens)
-            done |= tokens[:, 0] == end
-            if done.all():
-                break
-            mask = torch.cat([mask, torch.ones(n, 1, dtype=mask.dtype)], 1)
-            positions = positions[:, -1:] + 1
-        texts: list[str] = []
-        for row in torch.cat(written, 1).tolist():
-            texts.append(self.tokenizer.decode(row[: row.index(end)] if end in row else row))
-        return texts
+        """Greedy continuations, one batch padded on the left."""
+        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        written = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = written[:, batch["input_ids"].shape[1] :]
+        return cast("list[str]", self.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
     def answer_text(self, program: type[dspy.Signature], example: Record) -> str:
         """The assistant's message for an example, as DSPy writes it in a demonstration."""
@@ -247,8 +186,5 @@ def with_lora(
 
 def load_model(folder: Any) -> MeasuredModel:
     """The exported model in a folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert isinstance(model, LlamaForCausalLM)
     return MeasuredModel(model.eval(), AutoTokenizer.from_pretrained(folder))

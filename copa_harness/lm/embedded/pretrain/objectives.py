@@ -10,7 +10,7 @@ clause that fires. Symbols as in ``episodes``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,53 +18,23 @@ from torch import Tensor, nn
 
 from copa_harness.lm.embedded.pretrain.batches import Batch
 from copa_harness.lm.embedded.pretrain.episodes import KINDS, N_CLAUSES, N_SLOTS
+from copa_harness.lm.embedded.pretrain.recipe import Stage
 
 # layer 1 or 0: numbers look at the field name before them (heads 0, 1)
 # layer 2: a stated label looks at its clause's threshold (heads 2, 3), an answer at its own sentence (heads 0, 1)
 # layer 3: an answer looks at like examples (heads 0, 1), a value at its field's thresholds (heads 2, 3)
 # layer 4: an answer looks at the value that makes a clause fire (heads 0, 1)
 # layer 5: an answer looks at the stated label of the clause that fires (heads 0, 1)
-TAPPED_LAYERS = (0, 1, 2, 3, 4, 5)
-_NAME_HEADS, _MATCH_HEADS, _DECIDE_HEADS, _CHOOSE_HEADS, _GATHER_HEADS = (slice(0, 2),) * 5
-_OWN_HEADS, _READ_HEADS = (slice(2, 4),) * 2
+_FIRST_HEADS, _LAST_HEADS = slice(0, 2), slice(2, 4)
 _WAVES = (1.0, 2.0, 4.0)
 _TARGETS_PER_SLOT = 1 + 2 * len(_WAVES)
 
-
-@dataclass(frozen=True, slots=True)
-class TensorBatch:
-    """A ``Batch`` as tensors; same fields, same shapes."""
-
-    ids: Tensor
-    weights: Tensor
-    positions: Tensor
-    turn: Tensor
-    naming: Tensor
-    kind: Tensor
-    header: Tensor
-    header_ok: Tensor
-    shares: Tensor
-    slot_ok: Tensor
-    kernel: Tensor
-    words: Tensor
-    sentence_at: Tensor
-    value_at: Tensor
-    name_at: Tensor
-    field_at: Tensor
-    threshold_at: Tensor
-    clause_label_at: Tensor
-    same_field: Tensor
-    first_true: Tensor
-    fired: Tensor
-
-
-def to_tensors(batch: Batch) -> TensorBatch:
-    """Shares memory with the arrays."""
-    return TensorBatch(**{name: torch.from_numpy(getattr(batch, name)) for name in TensorBatch.__slots__})
+Taps = Sequence[tuple[Tensor, ...]]
+"""Input, queries and keys of every layer."""
 
 
 class Supervision(nn.Module):
-    """Linear probes and attention targets on the tapped layers; thrown away after training."""
+    """Linear probes and attention targets on the layers; thrown away after training."""
 
     def __init__(self, width: int, *, generator: torch.Generator) -> None:
         super().__init__()
@@ -79,31 +49,18 @@ class Supervision(nn.Module):
         self.fired_probe = probe(N_CLAUSES + 1)
         self.word_probe = nn.Parameter(torch.zeros(width, width))
 
-    def forward(
-        self,
-        taps: list[Tensor],
-        batch: TensorBatch,
-        *,
-        name_layer: int,
-        decide: bool,
-        word_table: Tensor | None = None,
-        gather: bool = False,
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Probe loss, pull loss, and their parts for the log.
+    def forward(self, taps: Taps, batch: Batch, *, stage: Stage, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Probe loss and pull loss.
 
         Args:
-            taps: For each of ``TAPPED_LAYERS`` its input, queries and keys.
-            batch: The rows.
-            name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later,
-                where the name's tokens are still plain embeddings; then only the first turns are supervised.
-            decide: Whether answers are pulled to the value that makes a stated clause fire.
-            word_table: Embeddings, when answers shall also know the key words of their own sentence.
-            gather: Whether these answers are also pulled to look at the sentence.
+            taps: Every layer's input, queries and keys.
+            batch: The rows, as tensors.
+            stage: What is told.
+            table: Embeddings.
         """
-        inputs, queries, keys = taps[0::3], taps[1::3], taps[2::3]
+        inputs, queries, keys = zip(*taps, strict=True)
         rows = torch.arange(len(batch.ids))[:, None]
         probe = pull = torch.zeros(())
-        parts: dict[str, float] = {}
 
         place = torch.cat([batch.header, batch.header + 1], 1)
         place_ok = torch.cat([batch.header_ok, batch.header_ok], 1)
@@ -112,135 +69,85 @@ class Supervision(nn.Module):
         targets = torch.stack([2 * shares - 1, *waves], -1)
         predicted = (self._normal(inputs[3][rows, place]) @ self.share_probe).view(targets.shape)
         mask = (place_ok[:, :, None] & batch.slot_ok[:, None]).float()
-        loss = (((predicted - targets) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
-        parts["values"] = loss.item()
-        probe = probe + 3.0 * loss
+        probe = probe + 3.0 * (((predicted - targets) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
 
         value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
         if value_ok.any():
             slots = torch.arange(N_SLOTS).expand(value_ok.shape)
             at_values = inputs[2][rows[:, :, None], batch.value_at]
-            loss = F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
-            parts["slot"] = loss.item()
-            probe = probe + 0.3 * loss
+            probe = probe + 0.3 * F.cross_entropy(self._normal(at_values[value_ok]) @ self.slot_probe, slots[value_ok])
 
         said = place_ok & (batch.words[:, :, 0] > 0).repeat(1, 2)
-        if word_table is not None and said.any():
+        if stage.words and said.any():
             words = batch.words.repeat(1, 2, 1)[said]
-            logits = (self._normal(inputs[3][rows, place][said]) @ self.word_probe) @ word_table.detach().float().T
+            logits = (self._normal(inputs[3][rows, place][said]) @ self.word_probe) @ table.detach().float().T
             looked = logits.log_softmax(-1).gather(1, words)
-            loss = -((looked * (words > 0)).sum(1) / (words > 0).sum(1)).mean()
-            parts["words"] = loss.item()
-            probe = probe + 0.4 * loss
-            if gather:
+            probe = probe - 0.4 * ((looked * (words > 0)).sum(1) / (words > 0).sum(1)).mean()
+            if stage.gather:
                 span = batch.sentence_at.repeat(1, 2, 1)
-                loss = _span_pull(queries[2][:, _GATHER_HEADS], keys[2][:, _GATHER_HEADS], place, span, said)
-                parts["sentence"] = loss.item()
-                pull = pull + loss
+                pull = pull + _span_pull(queries[2][:, _FIRST_HEADS], keys[2][:, _FIRST_HEADS], place, span, said)
 
-        log_attention = _log_attention(queries[3][:, _MATCH_HEADS], keys[3][:, _MATCH_HEADS], batch.header)
-        on_labels = _at(log_attention, (batch.header + 1)[:, None].expand(-1, batch.header.shape[1], -1))
+        log_attention = _log_attention(queries[3][:, _FIRST_HEADS], keys[3][:, _FIRST_HEADS], batch.header)
+        labels = (batch.header + 1)[:, None, None].expand(-1, *log_attention.shape[1:3], -1)
+        loss = -(log_attention.gather(3, labels) * batch.kernel[:, None]).sum(-1).mean(1)
         has_target = (batch.kernel.sum(-1) > 0).float()
-        entropy = -(batch.kernel * (batch.kernel + 1e-9).log()).sum(-1)
-        loss = -(on_labels * batch.kernel[:, None]).sum(-1).mean(1)
-        n = has_target.sum().clamp(min=1)
-        parts["kernel"] = (((loss - entropy) * has_target).sum() / n).item()
-        pull = pull + (loss * has_target).sum() / n
+        pull = pull + (loss * has_target).sum() / has_target.sum().clamp(min=1)
 
         named = value_ok & (batch.name_at[..., 1] > batch.name_at[..., 0])
         if named[:, :4].any():
-            n = named.shape[1] if name_layer else 4
-            name_queries, name_keys = queries[name_layer][:, _NAME_HEADS], keys[name_layer][:, _NAME_HEADS]
-            loss = _span_pull(name_queries, name_keys, batch.value_at[:, :n], batch.name_at[:, :n], named[:, :n])
-            parts["name"] = loss.item()
-            pull = pull + loss
+            n = named.shape[1] if stage.name_layer else 4
+            at = queries[stage.name_layer][:, _FIRST_HEADS], keys[stage.name_layer][:, _FIRST_HEADS]
+            pull = pull + _span_pull(*at, batch.value_at[:, :n], batch.name_at[:, :n], named[:, :n])
 
         ruled = (batch.kind == KINDS.index("rule")) & batch.header_ok.any(1)
         if ruled.any():
-            rule_probe, rule_pull, rule_parts = self._rules(
-                inputs, queries, keys, batch, ruled.nonzero()[:, 0], name_layer, decide
-            )
+            chosen = ruled.nonzero()[:, 0]
+            of_rules = [tuple(one[chosen] for one in layer) for layer in taps]
+            rule_probe, rule_pull = self._rules(of_rules, batch.each(lambda field: field[chosen]), stage)
             probe, pull = probe + rule_probe, pull + rule_pull
-            parts |= rule_parts
-        return probe, pull, parts
+        return probe, pull
 
-    def _rules(
-        self,
-        inputs: list[Tensor],
-        queries: list[Tensor],
-        keys: list[Tensor],
-        batch: TensorBatch,
-        ruled: Tensor,
-        name_layer: int,
-        decide: bool,
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        field_at, threshold_at, label_at = (
-            batch.field_at[ruled],
-            batch.threshold_at[ruled],
-            batch.clause_label_at[ruled],
-        )
-        stated = field_at[..., 1] > 0
-        name = _span_pull(
-            queries[name_layer][ruled, _NAME_HEADS],
-            keys[name_layer][ruled, _NAME_HEADS],
-            threshold_at,
-            field_at,
-            stated,
-        )
+    def _rules(self, taps: Taps, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
+        """The same for the rows that state a rule."""
+        inputs, queries, keys = zip(*taps, strict=True)
+
+        def pulled(layer: int, heads: slice, *to: Tensor) -> Tensor:
+            return _span_pull(queries[layer][:, heads], keys[layer][:, heads], *to)
+
+        stated = batch.field_at[..., 1] > 0
+        name = pulled(stage.name_layer, _FIRST_HEADS, batch.threshold_at, batch.field_at, stated)
         # only what comes earlier can be looked at: where the label comes first, the threshold looks at the label
-        later, earlier = torch.maximum(label_at[:, :-1], threshold_at), torch.minimum(label_at[:, :-1], threshold_at)
-        span = torch.stack([earlier, earlier + 1], -1)
-        own = _span_pull(queries[2][ruled, _OWN_HEADS], keys[2][ruled, _OWN_HEADS], later, span, stated)
+        of_clauses = batch.clause_label_at[:, :-1]
+        later, earlier = torch.maximum(of_clauses, batch.threshold_at), torch.minimum(of_clauses, batch.threshold_at)
+        own = pulled(2, _LAST_HEADS, later, torch.stack([earlier, earlier + 1], -1), stated)
 
-        value_at, header, header_ok = batch.value_at[ruled], batch.header[ruled], batch.header_ok[ruled]
-        n_rows, n_turns = header.shape
+        n_rows, n_turns = batch.header.shape
         rows = torch.arange(n_rows)[:, None]
-        value_ok = header_ok[:, :, None] & batch.slot_ok[ruled][:, None]
+        value_ok = batch.header_ok[:, :, None] & batch.slot_ok[:, None]
         # the last "place to look" is the row's first token: nowhere
-        thresholds = F.pad(batch.threshold_at[ruled], (0, 1))
-        read_queries, read_keys = queries[3][ruled, _READ_HEADS], keys[3][ruled, _READ_HEADS]
-        log_attention = _log_attention(read_queries, read_keys, value_at.view(n_rows, -1))
-        looked = _at(log_attention, thresholds[:, None, None].expand(-1, 2, n_turns * N_SLOTS, -1), given=True)
+        thresholds = F.pad(batch.threshold_at, (0, 1))[:, None, None].expand(-1, 2, n_turns * N_SLOTS, -1)
+        at_values = batch.value_at.view(n_rows, -1)
+        looked = _log_attention(queries[3][:, _LAST_HEADS], keys[3][:, _LAST_HEADS], at_values).gather(3, thresholds)
         looked = looked.view(n_rows, 2, n_turns, N_SLOTS, N_CLAUSES + 1)
-        same = -(looked[:, 0] * batch.same_field[ruled]).sum(-1)[value_ok].mean()
-        first_true = batch.first_true[ruled]
-        first = -looked[:, 1].gather(-1, first_true[..., None])[..., 0][value_ok].mean()
+        same = -(looked[:, 0] * batch.same_field).sum(-1)[value_ok].mean()
+        first = -looked[:, 1].gather(-1, batch.first_true[..., None])[..., 0][value_ok].mean()
 
-        log_attention = _log_attention(queries[5][ruled, _CHOOSE_HEADS], keys[5][ruled, _CHOOSE_HEADS], header)
-        label_at = label_at.gather(1, batch.fired[ruled])
-        fired = (
-            -log_attention.gather(3, label_at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0].mean(1)[header_ok].mean()
-        )
+        def answers_look(layer: int, at: Tensor) -> Tensor:
+            """Cross-entropy of the answers' attention in a layer to one position each, (B, P)."""
+            seen = _log_attention(queries[layer][:, _FIRST_HEADS], keys[layer][:, _FIRST_HEADS], batch.header)
+            seen = seen.gather(3, at[:, None, :, None].expand(-1, 2, -1, -1))[..., 0]
+            return -seen.mean(1)[batch.header_ok].mean()
 
-        extra = {}
-        pulls = name + own + same + first + fired
-        if decide:
-            slot_of_clause = F.pad(batch.same_field[ruled][:, 0, :, :-1].argmax(1), (0, 1))
-            deciding = value_at.gather(2, slot_of_clause.gather(1, batch.fired[ruled])[..., None])[..., 0]
-            n_clauses = stated.sum(1, keepdim=True)
-            deciding = torch.where(batch.fired[ruled] < n_clauses, deciding, 0)
-            log_attention = _log_attention(queries[4][ruled, _DECIDE_HEADS], keys[4][ruled, _DECIDE_HEADS], header)
-            chosen = log_attention.gather(3, deciding[:, None, :, None].expand(-1, 2, -1, -1))[..., 0]
-            decided = -chosen.mean(1)[header_ok].mean()
-            pulls = pulls + decided
-            extra["decided"] = decided.item()
+        pulls = name + own + same + first + answers_look(5, batch.clause_label_at.gather(1, batch.fired))
+        if stage.decide:
+            slot_of_clause = F.pad(batch.same_field[:, 0, :, :-1].argmax(1), (0, 1))
+            deciding = batch.value_at.gather(2, slot_of_clause.gather(1, batch.fired)[..., None])[..., 0]
+            pulls = pulls + answers_look(4, torch.where(batch.fired < stated.sum(1, keepdim=True), deciding, 0))
 
-        at_values = self._normal(inputs[4][ruled][rows[:, :, None], value_at][value_ok])
-        clause_logits = at_values @ self.clause_probe
-        clause = F.cross_entropy(clause_logits, first_true[value_ok])
-        at_headers = self._normal(inputs[5][ruled][rows, header][header_ok])
-        fired_logits = at_headers @ self.fired_probe
-        fired_class = F.cross_entropy(fired_logits, batch.fired[ruled][header_ok])
-        parts = {
-            "clause_name": name.item(),
-            "own_clause": own.item(),
-            "same_field": same.item(),
-            "first_true": first.item(),
-            "fired": fired.item(),
-            "clause_right": (clause_logits.argmax(-1) == first_true[value_ok]).float().mean().item(),
-            "fired_right": (fired_logits.argmax(-1) == batch.fired[ruled][header_ok]).float().mean().item(),
-        }
-        return 0.5 * clause + 0.5 * fired_class, pulls, parts | extra
+        known = self._normal(inputs[4][rows[:, :, None], batch.value_at][value_ok]) @ self.clause_probe
+        clause = F.cross_entropy(known, batch.first_true[value_ok])
+        known = self._normal(inputs[5][rows, batch.header][batch.header_ok]) @ self.fired_probe
+        return 0.5 * clause + 0.5 * F.cross_entropy(known, batch.fired[batch.header_ok]), pulls
 
     def _normal(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self._width,))
@@ -269,10 +176,3 @@ def _log_attention(queries: Tensor, keys: Tensor, place: Tensor) -> Tensor:
     scores = chosen.float() @ keys.float().transpose(-1, -2) / math.sqrt(h)
     later = torch.arange(t)[None, None, None] > place[:, None, :, None]
     return scores.masked_fill(later, -1e9).log_softmax(-1)
-
-
-def _at(log_attention: Tensor, places: Tensor, *, given: bool = False) -> Tensor:
-    """Log attention at key positions: (B, n, K) shared by the heads, or (B, H, n, K) when ``given`` per head."""
-    if not given:
-        places = places[:, None].expand(-1, log_attention.shape[1], -1, -1)
-    return log_attention.gather(3, places)

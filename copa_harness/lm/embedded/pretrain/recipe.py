@@ -1,9 +1,8 @@
-"""What a pretraining run does, as one JSON document: seed, sizes, stages, learning rates.
+"""What a pretraining run does: seed, sizes, stages, learning rates.
 
 The shipped weights come from two runs, one after the other: ``FOUNDATION`` (from nothing, numbers and rules, almost
 always an output called ``answer``) and ``OWN_NAMES``, which started from its weights (any fields, several outputs, all
-output types, sentences). ``WHOLE`` is the same as one run from nothing. A run writes the recipe that it executed (with
-the step at which it really ended) beside its log, and the model card prints that one.
+output types, sentences).
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ class Stage:
         steps, rows, tokens: How many batches of which shape.
         probe_weight, pull_weight: Of the supervision's two losses.
         mix: What the episodes are made of.
-        name_layer, decide, words, gather: See ``Supervision.forward``.
-        polish: A stage after the run's decay, with a linear decay of its own.
+        name_layer: Where numbers are pulled to look at their field's name: 1 at first (easier to learn), 0 later, where
+            the name's tokens are still plain embeddings; then only the first turns are supervised.
+        decide: Whether answers are pulled to the value that makes a stated clause fire.
+        words: Whether answers shall also know the key words of their own sentence.
+        gather: Whether these answers are also pulled to look at the sentence.
         rate: Share of the run's learning rates.
         slope: Shares at the stage's first step and after its last one, a line between them; replaces ``rate`` and the
             run's decay.
@@ -42,7 +44,6 @@ class Stage:
     decide: bool = False
     words: bool = False
     gather: bool = False
-    polish: bool = False
     rate: float = 1.0
     slope: tuple[float, float] | None = None
     partner: Stage | None = None
@@ -50,16 +51,6 @@ class Stage:
     def at(self, step: int) -> Stage:
         """This stage at even steps, its partner (when it has one) at odd ones."""
         return self.partner if self.partner is not None and step % 2 else self
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Stage:
-        """Inverse of ``dataclasses.asdict``."""
-        mix: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in data["mix"].items()
-        }
-        partner = cls.from_json(data["partner"]) if data["partner"] else None
-        slope = tuple(data["slope"]) if data.get("slope") else None
-        return cls(**{**data, "mix": Mix(**mix), "partner": partner, "slope": slope})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +65,7 @@ class Recipe:
         muon_decay: Decoupled weight decay of those matrices, per unit of learning rate; without it the first layer's
             output drowns the rest of the residual stream.
         warmup_steps: Linear rise of both.
-        decay_steps: Linear fall of both to ``final_share`` over the last steps.
-        mixed_precision: bfloat16 matrix products.
-        compiled: ``torch.compile`` of the network.
+        decay_steps: Linear fall of both to ``final_share`` over the last steps of the stages without a slope.
     """
 
     seed: int
@@ -91,8 +80,6 @@ class Recipe:
     stages: tuple[Stage, ...]
     muon_decay: float = 0.2
     final_share: float = 0.02
-    mixed_precision: bool = True
-    compiled: bool = True
 
     @property
     def total_steps(self) -> int:
@@ -100,45 +87,23 @@ class Recipe:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, Stage]:
-        """Index and stage of a step (counted from 0); the last stage goes on for ever."""
+        """First step of the stage of a step (counted from 0), and the stage; the last one goes on for ever."""
         start = 0
-        for i, stage in enumerate(self.stages):
+        for stage in self.stages[:-1]:
             if step < start + stage.steps:
-                return i, stage.at(step)
+                return start, stage
             start += stage.steps
-        return len(self.stages) - 1, self.stages[-1].at(step)
+        return start, self.stages[-1]
 
-    def rate_share(self, step: int, last_step: int) -> float:
-        """Share of the full learning rate at a step, when the run ends at ``last_step``."""
-        index = self.stage_at(step)[0]
-        stage = self.stages[index]
+    def rate_share(self, step: int) -> float:
+        """Share of the full learning rate at a step."""
+        start, stage = self.stage_at(step)
         if stage.slope is not None:
-            start = sum(earlier.steps for earlier in self.stages[:index])
-            steps = stage.steps if index < len(self.stages) - 1 else last_step - start
-            return stage.slope[0] + (stage.slope[1] - stage.slope[0]) * (step - start) / steps
-        if stage.polish:
-            return stage.rate * max(self.final_share, (last_step - step) / stage.steps)
-        last_step = min(last_step, sum(stage.steps for stage in self.stages if not stage.polish))
+            return stage.slope[0] + (stage.slope[1] - stage.slope[0]) * (step - start) / stage.steps
+        end = sum(stage.steps for stage in self.stages if stage.slope is None)
         rise = min(1.0, (step + 1) / self.warmup_steps)
-        fall = min(1.0, max(self.final_share, (last_step - step) / self.decay_steps))
+        fall = min(1.0, max(self.final_share, (end - step) / self.decay_steps))
         return rise * fall * stage.rate
-
-    def ending_at(self, last_step: int) -> Recipe:
-        """The same recipe with the last stage's steps set so that the run has ``last_step`` steps."""
-        others = self.total_steps - self.stages[-1].steps
-        last = dataclasses.replace(self.stages[-1], steps=last_step - others)
-        return dataclasses.replace(self, stages=(*self.stages[:-1], last))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data with a schema version."""
-        return {"schema": 1, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Recipe:
-        """Inverse of ``to_json``."""
-        data = {key: value for key, value in data.items() if key != "schema"}
-        stages = tuple(Stage.from_json(stage) for stage in data.pop("stages"))
-        return cls(**data, stages=stages)
 
 
 _BARE = Mix(
@@ -204,6 +169,7 @@ _DECIDING = Stage("read", 0, 18, 216, 0.7, 1.0, _READ, name_layer=0, decide=True
 _POLISH = dataclasses.replace(_LONG, reasoning=0.1, same_start=0.25, stretch=0.0)
 _SPEAK = dataclasses.replace(_READ, kinds=(0.6, 0, 0, 1), reasoning=0.3, same_start=0.3)
 _SPEAKING = Stage("speak", 0, 18, 216, 0.7, 1.0, _SPEAK, name_layer=0, decide=True)
+_POLISHING = Stage("", 0, 3, 1400, 0.4, 0.4, _POLISH, name_layer=0, decide=True, partner=_SPEAKING)
 
 FOUNDATION = Recipe(
     seed=0,
@@ -224,20 +190,7 @@ FOUNDATION = Recipe(
         Stage("settle", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.35, partner=_READING),
         Stage("fine", 900, 9, 448, 0.4, 0.4, _LONG, name_layer=0, rate=0.15, partner=_READING),
         Stage("decide", 1200, 9, 448, 0.4, 0.4, _LONG, name_layer=0, decide=True, rate=0.3, partner=_DECIDING),
-        Stage(
-            "polish",
-            360,
-            3,
-            1400,
-            0.4,
-            0.4,
-            _POLISH,
-            name_layer=0,
-            decide=True,
-            polish=True,
-            rate=0.06,
-            partner=_SPEAKING,
-        ),
+        dataclasses.replace(_POLISHING, name="polish", steps=360, slope=(0.06, 0.0)),
     ),
 )
 
@@ -324,10 +277,4 @@ OWN_NAMES = dataclasses.replace(
         dataclasses.replace(_SETTLING, name="settling", steps=1080, slope=(0.15, 0.006)),
         dataclasses.replace(_SETTLING, name="long settling", steps=100, rows=3, tokens=1400, slope=(0.006, 0.001)),
     ),
-)
-
-WHOLE = dataclasses.replace(
-    FOUNDATION,
-    decay_steps=2500,
-    stages=(*FOUNDATION.stages[:-1], *OWN_NAMES.stages),
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from copa_harness.lm.embedded.pretrain.worlds import PLAIN_WORDS, english_counts, invented_word
-
-if TYPE_CHECKING:
-    import pathlib
 
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 
@@ -167,11 +164,6 @@ def build_tokenizer(*, seed: int, n_text_tokens: int = 2304) -> PreTrainedTokeni
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: pathlib.Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into ``folder``."""
-    tokenizer.save_pretrained(folder)
 
 
 def _english_words(most: int = 12) -> list[str]:

@@ -38,7 +38,8 @@ def batch(maker) -> Batch:
 def test_the_same_seed_gives_the_same_batch(maker, batch):
     again = maker.batch(MIX, 60, seed=(1, 2))
     other = maker.batch(MIX, 60, seed=(1, 3))
-    assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in dataclasses.fields(Batch))
+    fields = dataclasses.fields(Batch)
+    assert all(np.array_equal(getattr(batch, f.name), getattr(again, f.name)) for f in fields)
     assert not np.array_equal(batch.ids, other.ids)
 
 

@@ -11,8 +11,6 @@ from copa_harness.lm.embedded.pretrain.measure import (
     LoraSettings,
     MeasuredModel,
     best_demos,
-    record,
-    signature,
     with_lora,
 )
 
@@ -37,14 +35,14 @@ def model(tokenizer) -> MeasuredModel:
 
 @pytest.fixture(scope="module")
 def task():
-    return development_tasks(0)[0]
+    return development_tasks(0, "single")[0]
 
 
 @pytest.mark.parametrize("form", ["float_fields", "str_fields", "single"])
-def test_prompts_are_those_of_dspy_predict(model, task, form):
-    program = signature(task, form)
-    rows = [record(task, form, row) for row in task.train[:3]]
-    lm = DummyLM([{"answer": task.labels[0]}])
+def test_prompts_are_those_of_dspy_predict(model, form):
+    task = development_tasks(0, form)[0]
+    program, rows = task.program, task.train[:3]
+    lm = DummyLM([{"answer": rows[0]["answer"]}])
     predict = dspy.Predict(program)
     predict.demos = [dspy.Example(**row) for row in rows[:2]]
     inputs = {name: value for name, value in rows[2].items() if name != "answer"}
@@ -55,7 +53,7 @@ def test_prompts_are_those_of_dspy_predict(model, task, form):
     assert model.tokenizer.decode(model.prompt_ids(program, rows[:2], rows[2])) == text
 
 
-def test_sharing_a_prefix_and_padding_do_not_change_a_text(model):
+def test_padding_does_not_change_a_text(model):
     prompts = [[5, 9, 11, 13, 17], [5, 9, 11, 19, 23, 29, 31], [5, 9, 40]]
     together = model.generate(prompts, max_new_tokens=6)
     alone = []
@@ -67,20 +65,18 @@ def test_sharing_a_prefix_and_padding_do_not_change_a_text(model):
 
 
 def test_an_answer_that_does_not_parse_is_none(model, task):
-    program = signature(task, "single")
-    assert model.answers(program, [], [record(task, "single", task.test[0])]) == [None]
+    assert model.answers(task.program, [], task.test[:1]) == [None]
 
 
 def test_demonstrations_are_chosen_by_validation_and_from_the_pool(model, task):
-    rows = [record(task, "single", row) for row in task.train[:8]]
-    demos = best_demos(model, signature(task, "single"), rows[:6], rows[6:], n_demos=2, n_sets=2, seed=0)
+    rows = task.train[:8]
+    demos = best_demos(model, task.program, rows[:6], rows[6:], n_demos=2, n_sets=2, seed=0)
     assert len(demos) == 2
     assert all(demo in rows[:6] for demo in demos)
 
 
 def test_lora_lowers_the_loss_of_its_rows_and_leaves_the_base_alone(model, task):
-    program = signature(task, "single")
-    rows = [record(task, "single", row) for row in task.train[:6]]
+    program, rows = task.program, task.train[:6]
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     settings = LoraSettings(epochs=8, learning_rate=1e-2, batch_size=3, n_demos=1)
     tuned = with_lora(model, program, rows, settings, seed=0)
@@ -97,8 +93,17 @@ def test_lora_lowers_the_loss_of_its_rows_and_leaves_the_base_alone(model, task)
 def test_development_tasks_have_disjoint_rows_of_two_or_three_labels():
     for task in development_tasks(1):
         assert len(task.train) == len(task.test) == 75
-        assert {label for _, label in task.train} <= set(task.labels)
-        assert all(0 <= value <= 9.9 for values, _ in task.train + task.test for value in values)
+        assert 2 <= len({row["answer"] for row in task.train}) <= 3
+        assert all(0 <= row[name] <= 9.9 for row in task.train + task.test for name in task.program.input_fields)
+
+
+def test_the_rule_of_a_development_task_answers_every_test_row_with_a_label():
+    task = development_tasks(0)[2]
+    first, second = task.program.input_fields
+    assert task.rule.startswith(f"If {first} is below ")
+    assert second in task.rule
+    assert len(task.ruled) == len(task.test)
+    assert set(task.ruled) <= {row["answer"] for row in task.train}
 
 
 def test_own_name_tasks_have_typed_rows_and_words_no_episode_has():

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 
 from copa_harness.lm.embedded.pretrain.batches import EpisodeMaker
 from copa_harness.lm.embedded.pretrain.episodes import Mix
@@ -30,12 +29,10 @@ def test_labels_of_one_start_share_their_first_token_and_weigh_the_later_ones_fu
     assert not np.any(np.isclose(batch.weights, 0.3))
 
 
-def test_the_polishing_stage_has_a_decay_of_its_own_and_leaves_the_runs_decay_alone():
-    polish = FOUNDATION.stages[-1]
-    assert polish.polish
-    end = FOUNDATION.total_steps - polish.steps
+def test_the_polishing_stage_falls_along_a_line_and_leaves_the_runs_decay_alone():
+    polish, end = FOUNDATION.stages[-1], FOUNDATION.total_steps - FOUNDATION.stages[-1].steps
     without = dataclasses.replace(FOUNDATION, stages=FOUNDATION.stages[:-1])
     for step in (10, 1500, 3000, end - 1):
-        assert FOUNDATION.rate_share(step, FOUNDATION.total_steps) == without.rate_share(step, end)
-    assert FOUNDATION.rate_share(end, FOUNDATION.total_steps) == pytest.approx(polish.rate)
-    assert FOUNDATION.rate_share(FOUNDATION.total_steps - 1, FOUNDATION.total_steps) < 0.05 * polish.rate
+        assert FOUNDATION.rate_share(step) == without.rate_share(step)
+    assert FOUNDATION.rate_share(end) == polish.slope[0]
+    assert FOUNDATION.rate_share(FOUNDATION.total_steps - 1) < 0.05 * polish.slope[0]

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
-from copa_harness.lm.embedded.pretrain.recipe import FOUNDATION, OWN_NAMES, WHOLE, Recipe
+from copa_harness.lm.embedded.pretrain.batches import EpisodeMaker
+from copa_harness.lm.embedded.pretrain.recipe import FOUNDATION, OWN_NAMES
 from copa_harness.lm.embedded.pretrain.train import PretrainingRun
 
 MICRO = dataclasses.replace(
@@ -14,7 +16,6 @@ MICRO = dataclasses.replace(
     width=32,
     n_heads=4,
     feed_forward=48,
-    compiled=False,
     decay_steps=2,
     stages=tuple(dataclasses.replace(stage, steps=2, rows=3, tokens=128) for stage in FOUNDATION.stages[1:3]),
 )
@@ -33,7 +34,7 @@ def finished(tmp_path_factory) -> PretrainingRun:
 
 def test_a_run_ends_after_its_recipes_steps_and_logs_losses(finished):
     assert finished.step == MICRO.total_steps == 4
-    lines = [json.loads(line) for line in (finished._folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert all(0 < line["loss"] < 20 for line in lines)
 
@@ -58,53 +59,70 @@ def test_the_exported_model_computes_what_the_training_network_computes(finished
 
 
 def test_the_manifest_says_what_was_done(finished):
-    manifest = json.loads((finished._folder / "run.json").read_text())
+    manifest = json.loads((finished.folder / "run.json").read_text())
     assert manifest["steps"] == 4
-    assert Recipe.from_json(manifest["recipe"]) == MICRO
+    assert [stage["name"] for stage in manifest["recipe"]["stages"]] == ["short", "rules"]
     assert manifest["tokens"] == 4 * 3 * 128
-    assert {"machine", "torch", "commits", "wall_s", "n_parameters"} <= set(manifest)
-
-
-def test_moving_the_end_moves_the_decay_and_is_recorded(tmp_path):
-    (tmp_path / "end_at").write_text("3")
-    run = PretrainingRun(MICRO, tmp_path, n_workers=0)
-    run.run()
-    assert run.step == 3
-    assert Recipe.from_json(json.loads((tmp_path / "run.json").read_text())["recipe"]).total_steps == 3
+    assert {"commit", "versions", "cpu_count", "wall_s"} <= set(manifest)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
     stages = (dataclasses.replace(MICRO.stages[0], steps=100),)
     recipe = dataclasses.replace(MICRO, stages=stages, warmup_steps=10, decay_steps=20, final_share=0.05)
-    shares = [recipe.rate_share(step, 100) for step in (0, 9, 50, 79, 90, 99)]
+    shares = [recipe.rate_share(step) for step in (0, 9, 50, 79, 90, 99)]
     assert shares == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 0.05])
 
 
 def test_a_slope_replaces_the_decay_and_ends_with_the_run():
     first, second = (dataclasses.replace(MICRO.stages[0], steps=10, slope=slope) for slope in ((0.3, 0.2), (0.2, 0.0)))
     recipe = dataclasses.replace(MICRO, stages=(first, second))
-    shares = [recipe.rate_share(step, 20) for step in (0, 5, 10, 15, 19)]
+    shares = [recipe.rate_share(step) for step in (0, 5, 10, 15, 19)]
     assert shares == pytest.approx([0.3, 0.25, 0.2, 0.1, 0.02])
-    assert recipe.rate_share(13, 14) == pytest.approx(0.05)
 
 
 def test_answers_are_told_the_words_of_their_own_sentence(tmp_path):
     mix = dataclasses.replace(MICRO.stages[0].mix, kinds=(0, 0, 0, 0, 1), system=1.0)
     stage = dataclasses.replace(MICRO.stages[0], mix=mix, words=True, gather=True)
     run = PretrainingRun(dataclasses.replace(MICRO, stages=(stage,)), tmp_path, n_workers=0)
+    assert not run.supervision.word_probe.any()
+    run.run(until=1)
+    assert run.supervision.word_probe.any()
+
+
+def test_answers_are_pulled_to_look_at_their_own_sentence(tmp_path):
+    mix = dataclasses.replace(MICRO.stages[0].mix, kinds=(0, 0, 0, 0, 1), system=1.0)
+    run = PretrainingRun(MICRO, tmp_path, n_workers=0)
+    batch = EpisodeMaker(run.tokenizer, n_tokens=128).batch(mix, 3, seed=(1,)).each(torch.from_numpy)
+    cos, sin = (table[batch.positions][:, :, None] for table in run.network.rotary_tables())
+    table = run.network.table()
+    _, taps = run.network(table, batch.ids[:, :-1], cos, sin)
+    pulls = [
+        run.supervision(
+            taps, batch, stage=dataclasses.replace(MICRO.stages[0], words=True, gather=gather), table=table
+        )[1].item()
+        for gather in (False, True)
+    ]
+    assert pulls[1] > pulls[0]
+
+
+@pytest.mark.parametrize("recipe", [FOUNDATION, OWN_NAMES], ids=["from nothing", "own names"])
+def test_every_stage_of_a_recipe_still_runs(recipe, tmp_path):
+    def short(stage):
+        partner = stage.partner and dataclasses.replace(stage.partner, rows=2)
+        return dataclasses.replace(stage, steps=2, rows=2, tokens=min(stage.tokens, 300), partner=partner)
+
+    micro = dataclasses.replace(
+        recipe, width=32, feed_forward=48, n_layers=6, stages=tuple(short(stage) for stage in recipe.stages)
+    )
+    run = PretrainingRun(micro, tmp_path, n_workers=0)
     run.run(log_every=1)
-    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert line["words"] > 0
-    assert line["sentence"] > 0
-
-
-@pytest.mark.parametrize("recipe", [FOUNDATION, OWN_NAMES, WHOLE])
-def test_a_recipe_survives_json(recipe):
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == [stage.name for stage in recipe.stages for _ in range(2)]
+    assert all(0 < line["loss"] < 20 for line in lines)
 
 
 def test_a_run_starts_from_an_exported_model_token_by_token(finished, tmp_path):
-    start = finished._folder / "export"
+    start = finished.folder / "export"
     run = PretrainingRun(MICRO, tmp_path / "more", n_workers=0, start=start)
     assert run.step == 0
     assert torch.equal(run.network.table(), finished.network.table())
@@ -113,14 +131,14 @@ def test_a_run_starts_from_an_exported_model_token_by_token(finished, tmp_path):
     run.run(until=1)
     resumed = PretrainingRun(MICRO, tmp_path / "more", n_workers=0)
     assert resumed.manifest()["started_from"] == run.manifest()["started_from"]
-    assert len(resumed.manifest()["started_from"]["model.safetensors"]) == 64
+    assert len(resumed.manifest()["started_from"]) == 64
 
 
 def test_a_token_the_older_tokenizer_lacks_starts_as_the_mean_of_its_pieces(finished, tmp_path):
     from transformers import AutoTokenizer
 
     start = tmp_path / "older"
-    finished.export(start)
+    shutil.copytree(finished.folder / "export", start)
     spec = json.loads((start / "tokenizer.json").read_text())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "True"]
     (start / "tokenizer.json").write_text(json.dumps(spec))
