@@ -166,13 +166,6 @@ class SearchOptions:
         check=POSITIVE,
         help="rounds of proposing and searching in a prompt or joint step; later ones use what earlier ones learned",
     )
-    # Measured on the development tasks: 0, 1, 2 and 4 differ by no more than the noise.
-    n_checkpoints: int = _search(
-        1,
-        check=COUNT,
-        help="earlier epochs of a training offered as weights besides its last, in `joint` and in prompt steps after "
-        "a `w`; 0 offers none",
-    )
     # Fewer suffice than for bare rows: a row teaches ten answers, the demonstrations do part of the work, and every
     # pass sees new ones.
     epochs_with_demos: int | None = _search(

@@ -34,7 +34,6 @@ from copa_harness.optimize.search.space import (
     Point,
     Space,
     WeightsChoice,
-    checkpoint_choices,
     weights_choice,
 )
 from copa_harness.optimize.search.study import SearchOutcome, Watchers, search
@@ -376,7 +375,7 @@ class Run:
         return weights_jobs(self.context, self.plain, self.incumbent, demos_ahead=demos_ahead)
 
     def train(self, job: WeightsJob) -> Trained:
-        """Tuned weights, which later prompt steps offer too, with their checkpoints; see `train_weights`."""
+        """Tuned weights, which later prompt steps offer too; see `train_weights`."""
         try:
             with report_progress_to(self.progress.doing):
                 trained = train_weights(job, best=self.incumbent)
@@ -411,11 +410,6 @@ class Run:
         """All tuned weights of this run, the latest first, and the weights as given."""
         tuned = [weights_choice(one.prompts) for one in reversed(self.trained)]
         return (*tuned, weights_choice(self.student))
-
-    def checkpoint_choices(self) -> tuple[WeightsChoice, ...]:
-        """Other epochs of the run's trainings."""
-        n = self.settings.n_checkpoints
-        return tuple(choice for one in self.trained for choice in checkpoint_choices(one.prompts, one.lms, n=n))
 
     def trained_on(self, candidate: Candidate) -> frozenset[int]:
         """Places of the training examples a candidate's weights may have learned from: all where that is not known."""

@@ -159,10 +159,7 @@ def _prompts(run: Run, allowance: CallBudget) -> None:
     def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
         return starting_points(instructions, demos, weights=(own, *others))
 
-    def weights() -> Sequence[WeightsChoice]:
-        return [*others, *run.checkpoint_choices()]
-
-    search_in_rounds(run, allowance, name="p", weights=weights, first_starts=starts)
+    search_in_rounds(run, allowance, name="p", weights=lambda: others, first_starts=starts)
 
 
 def search_in_rounds(
@@ -355,10 +352,10 @@ def _in_turn(first: Sequence[Point], second: Sequence[Point]) -> list[Point]:
 def _joint(run: Run, allowance: CallBudget) -> None:
     """Studies over weights and prompts at once.
 
-    Weights to choose from: as they are, tuned bare, tuned behind demonstrations, and checkpoints of both trainings.
-    Behind demonstrations a small model is trained at once, a large one before the second round, if the best program of
-    the first shows some. First of all the bare weights are tried under the prompts as written, which is what `w` alone
-    finds; then what `p` would begin with, and other prompts on the tuned weights, in turn.
+    Weights to choose from: as they are, tuned bare, and tuned behind demonstrations. Behind demonstrations a small
+    model is trained at once, a large one before the second round, if the best program of the first shows some. First of
+    all the bare weights are tried under the prompts as written, which is what `w` alone finds; then what `p` would
+    begin with, and other prompts on the tuned weights, in turn.
     """
     trained: list[Trained] = []
 
@@ -370,7 +367,7 @@ def _joint(run: Run, allowance: CallBudget) -> None:
             if one is not None:
                 run.note(f"joint: {one.note}")
                 trained.append(one)
-        return [*(weights_choice(one.prompts) for one in trained), *run.checkpoint_choices()]
+        return [weights_choice(one.prompts) for one in trained]
 
     def starts(instructions: InstructionSets, demos: DemoSets) -> Sequence[Point]:
         first: list[Point] = []

@@ -39,7 +39,7 @@ from copa_harness.formatting import counted
 from copa_harness.lm.call_context import current_scope
 from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, stratified_order
 from copa_harness.optimize.search.candidate import Candidate, is_tunable, model_name, takes_lora
-from copa_harness.optimize.search.space import NO_DEMOS, other_epochs
+from copa_harness.optimize.search.space import NO_DEMOS
 from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
@@ -228,7 +228,7 @@ def wants_refit(settings: SearchOptions, lms: Sequence[Any]) -> bool:
 
 
 def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.Example]) -> Trained | None:
-    """A program with its weights trained once more, on further rows too; served is the same epoch as before.
+    """A program with its weights trained once more, on further rows too.
 
     Args:
         served: The program.
@@ -243,10 +243,10 @@ def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.E
     Raises:
         NoTrainingRowsError, TrainingError, BudgetExhausted: As `train_weights`.
     """
-    found = [(one, epoch) for one in trainings if (epoch := _served_epoch(one, served)) is not None]
-    if not found or found[0][0].job.context.finetune_data is not None:
+    made = next((one for one in trainings if not served.structure and one.prompts.model == served.model), None)
+    if made is None or made.job.context.finetune_data is not None:
         return None
-    (made, epoch), context = found[0], found[0][0].job.context
+    context = made.job.context
     whole = replace(context, trainset=[*context.trainset, *more])
     if has_gold(served, whole) != has_gold(served, context):
         return None
@@ -254,20 +254,7 @@ def refit(served: Candidate, trainings: Sequence[Trained], more: Sequence[dspy.E
         rows = range(len(context.trainset), len(whole.trainset))
         whole.run_on_training(served.program(), rows, phase=Phase.BOOTSTRAP, candidate=served)
     again = train_weights(replace(made.job, context=whole), best=served)
-    return replace(again, prompts=served.with_lms(other_epochs(again.lms).get(epoch, again.lms)))
-
-
-_KEPT = 0
-"""In place of an epoch: the one that the training kept."""
-
-
-def _served_epoch(training: Trained, served: Candidate) -> int | None:
-    """Which epoch of a training a program is served with, `_KEPT` for its result; None for weights from elsewhere."""
-    if served.structure:
-        return None
-    epochs = {training.prompts.model: _KEPT}
-    epochs |= {served.with_lms(lms).model: epoch for epoch, lms in other_epochs(training.lms).items()}
-    return epochs.get(served.model)
+    return replace(again, prompts=served.with_lms(again.lms))
 
 
 def _rows(job: WeightsJob, best: Candidate) -> _Rows:

@@ -1,10 +1,9 @@
-"""A training's files: a LoRA folder after every epoch, the state to go on from, and their way to where they are served.
+"""A training's files: the best epoch so far, the state to go on from, and the way to where the adapter is served.
 
-While it lasts everything lies in `<directory>/.unfinished/<recipe>/`: `epoch-01/`, `epoch-02/`, ... (complete LoRA
-folders) and one `state.safetensors` (weights, optimizer moments, a JSON record in the header; no pickle), which each
-epoch replaces. At the end the epochs move to `<directory>/<recipe>-01/`, ..., last the kept one, to
-`<directory>/<recipe>/`: who sees that folder sees all of them. Everything is written under another name and renamed.
-Whoever writes holds the recipe's lock, so what lies half-written under a free lock belongs to nobody.
+While it lasts everything lies in `<directory>/.unfinished/<recipe>/`: `best/` (a complete LoRA folder) and
+`state.safetensors` (weights, optimizer moments, a JSON record in the header; no pickle), which each epoch replaces. At
+the end the folder moves to `<directory>/<recipe>/`. Everything is written under another name and renamed. Whoever
+writes holds the recipe's lock, so what lies half-written under a free lock belongs to nobody.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,18 @@ from copa_harness.lm.local.files import (
     CONFIG_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
-    LoraFiles,
     find_lora,
     read_lora,
     write_manifest,
 )
-from copa_harness.shared_files import SharedFiles, current_files
+from copa_harness.shared_files import current_files
 from copa_harness.tune.loop import TrainingState
 
 logger = logging.getLogger(__name__)
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 STATE_FILE = "state.safetensors"
+BEST = "best"
 UNFINISHED = ".unfinished"
 LOCKS = ".locks"
 PARTIAL = ".partial"
@@ -51,11 +50,6 @@ def recipe_lock(directory: Path, recipe: str, *, timeout: float = -1) -> FileLoc
     """The lock that whoever trains a recipe holds, in any process."""
     (directory / LOCKS).mkdir(parents=True, exist_ok=True)
     return FileLock(directory / LOCKS / f"{recipe}.lock", timeout=timeout)
-
-
-def epoch_folder(directory: Path, recipe: str, epoch: int) -> Path:
-    """Where the checkpoint of an epoch that was not kept lies in the end."""
-    return directory / f"{recipe}-{epoch:02d}"
 
 
 def remove_leftovers(directory: Path, *, own: str) -> None:
@@ -134,12 +128,12 @@ class UnfinishedTraining:
             self.discard()
             return None
 
-    def write_epoch(self, epoch: int, model: Any, *, details: Mapping[str, Any]) -> None:
-        """Write the LoRA weights `model` holds now as the checkpoint of `epoch`."""
+    def write_best(self, model: Any) -> None:
+        """Write the LoRA weights `model` holds now, in place of those of an earlier epoch."""
         import peft
         from safetensors.torch import save
 
-        partial = self._folder / f"epoch-{epoch:02d}{PARTIAL}"
+        partial = self._folder / f"{BEST}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {name: tensor.contiguous().cpu() for name, tensor in peft.get_peft_model_state_dict(model).items()}
@@ -149,57 +143,26 @@ class UnfinishedTraining:
         # peft keeps module names in a set; their order must not change the adapter's fingerprint.
         config["target_modules"] = sorted(config["target_modules"])
         write_atomic(partial / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
-        write_manifest(partial, base_fingerprint=self._base, details=details)
-        _replace_folder(partial, self._folder / f"epoch-{epoch:02d}")
+        _replace_folder(partial, self._folder / BEST)
 
-    def publish(self, *, n_epochs: int, kept: int, details: Mapping[str, Any]) -> None:
-        """Move all checkpoints to where they are served, the kept one last and with `details` in its manifest.
-
-        Can be begun again at any point after a kill.
-        """
-        files = [self._checkpoint(epoch) for epoch in range(1, n_epochs + 1)]
-        target = self._directory / self._recipe
-        listed = [
-            {
-                "epoch": epoch,
-                "fingerprint": each.fingerprint,
-                "directory": (target if epoch == kept else epoch_folder(self._directory, self._recipe, epoch)).name,
-                **{name: each.details[name] for name in ("loss", "held_out_loss", "train_steps")},
-            }
-            for epoch, each in enumerate(files, start=1)
-        ]
-        for epoch, each in enumerate(files, start=1):
-            if epoch != kept and each.directory.parent == self._folder:
-                _replace_folder(each.directory, epoch_folder(self._directory, self._recipe, epoch))
-        last = self._folder / f"epoch-{kept:02d}"
-        write_manifest(last, base_fingerprint=self._base, details={**details, "checkpoints": listed})
-        _replace_folder(last, target)
+    def publish(self, *, details: Mapping[str, Any]) -> None:
+        """Move the best epoch to where it is served, with `details` in its manifest."""
+        write_manifest(self._folder / BEST, base_fingerprint=self._base, details=details)
+        _replace_folder(self._folder / BEST, self._directory / self._recipe)
         self.discard()
 
     def discard(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _checkpoint(self, epoch: int) -> LoraFiles:
-        own = self._folder / f"epoch-{epoch:02d}"
-        return read_lora(own if own.exists() else epoch_folder(self._directory, self._recipe, epoch))
-
-
-def checkpoint_folders(details: Mapping[str, Any], directory: Path) -> Sequence[Path]:
-    """The folders of all checkpoints that the manifest of a finished training names."""
-    return [directory / str(each["directory"]) for each in details["checkpoints"]]
-
 
 def is_finished(directory: Path, recipe: str) -> bool:
-    """Whether a recipe's adapter and all its checkpoints are there and whole; a damaged one is told of."""
+    """Whether a recipe's adapter is there and whole; a damaged one is told of."""
     if not (directory / recipe / MANIFEST_FILE).exists():
         return False
     try:
-        for folder in checkpoint_folders(read_lora(directory / recipe).details, directory):
-            if not (folder / MANIFEST_FILE).exists():
-                return False
-            read_lora(folder)
-    except (ArtifactError, KeyError, TypeError) as error:
+        read_lora(directory / recipe)
+    except ArtifactError as error:
         logger.warning("LoRA training %s is done again, in place of a damaged one (%s)", recipe, error)
         return False
     return True
@@ -213,29 +176,14 @@ def only_one(directory: Path, recipe: str) -> Iterator[None]:
     """
     with recipe_lock(directory, recipe), nullcontext() if (files := current_files()) is None else files.alone(recipe):
         if files is not None:
-            _fetch(files, directory, recipe)
+            files.get(f"lora/{recipe}", directory / recipe)
         yield
 
 
-def _fetch(files: SharedFiles, directory: Path, recipe: str) -> None:
-    if not files.get(f"lora/{recipe}", directory / recipe):
-        return
-    try:
-        folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
-    except (ArtifactError, KeyError, TypeError) as error:
-        logger.warning("LoRA training %s, as it was shared, is damaged (%s)", recipe, error)
-        return
-    for folder in folders:
-        if folder.name != recipe and folder.name == Path(folder.name).name:
-            files.get(f"lora/{folder.name}", folder)
-
-
 def share(directory: Path, recipe: str) -> None:
-    """Keep a finished training where machines share theirs, if they do; the kept epoch last."""
+    """Keep a finished training where machines share theirs, if they do."""
     if (files := current_files()) is not None:
-        folders = checkpoint_folders(read_lora(directory / recipe).details, directory)
-        for folder in sorted(folders, key=lambda folder: folder.name == recipe):
-            files.put(f"lora/{folder.name}", folder, anew=True)  # another that is there is damaged
+        files.put(f"lora/{recipe}", directory / recipe, anew=True)  # another that is there is damaged
 
 
 def is_whole(directory: Path, digits: str) -> bool:
@@ -265,7 +213,7 @@ def restore(directory: Path, digits: str, *, copy: Path) -> None:
     with recipe_lock(directory, recipe):
         if is_whole(directory, digits):  # another process was faster
             return
-        target = find_lora(directory, digits) or directory / (recipe if "checkpoints" in files.details else digits)
+        target = find_lora(directory, digits) or directory / (recipe if files.details.get("kind") == "lora" else digits)
         partial = directory / UNFINISHED / recipe / f"{target.name}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(copy, partial)

@@ -175,8 +175,7 @@ def train_lora(
 ) -> LoraAdapter:
     """Train an adapter of the base of `lm`, whether it runs here or on a vLLM server. See `LoraTrainer.train`.
 
-    Without settings those that suit the model are taken. `lm.copy(model=adapter.model)` answers with it, as does
-    `lm.copy(model=checkpoint.model)` with its checkpoints.
+    Without settings those that suit the model are taken. `lm.copy(model=adapter.model)` answers with it.
     """
     engine = _trainable(lm)
     own = {} if settings else suited(_weights_of(engine).directory, n_rows=len(rows))

@@ -1,4 +1,4 @@
-"""The epochs of a training, each with its checkpoint on disk; what they are charged; what they say without memory.
+"""The epochs of a training; what they are charged; what they say without memory.
 
 A training is charged to the budget of a run: all its steps are held before the first one is taken. Steps that were
 taken before (by a training that was killed, or one that is finished and only read) count against the scope's ceilings
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,16 +75,14 @@ def run_epochs(
     training: Training,
     unfinished: UnfinishedTraining,
     *,
-    details: Mapping[str, Any],
     progress: Progress,
     before_step: Callable[[], None],
 ) -> TrainingOutcome:
-    """Train the epochs that are left and write, after each, its checkpoint and then the state to go on from.
+    """Train the epochs that are left and write, after each, its weights if they are the best, and the state.
 
     Args:
         training: at its beginning, or restored.
         unfinished: where to write.
-        details: of the training as a whole, for the manifests; `recipe` among them.
         progress: hears of every step.
         before_step: called before every optimizer step.
 
@@ -93,9 +91,8 @@ def run_epochs(
     """
     while not training.finished:
         training.run_epoch(progress, before_step=before_step)
-        epoch, own = training.n_epochs, {"kind": "lora checkpoint", "parent": details["recipe"]}
-        manifest = {**details, **TrainingOutcome.of(training).details(epoch), **own}
-        unfinished.write_epoch(epoch, training.model, details=manifest)
+        if training.best_epoch == training.n_epochs:
+            unfinished.write_best(training.model)
         unfinished.save_state(training.state())
     return TrainingOutcome.of(training)
 

@@ -24,7 +24,6 @@ from copa_harness.lm.call_context import current_scope
 from copa_harness.lm.local.files import LoraFiles, model_name, read_lora
 from copa_harness.tune.checkpoints import (
     UnfinishedTraining,
-    checkpoint_folders,
     is_finished,
     only_one,
     remove_leftovers,
@@ -51,7 +50,7 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """A trained LoRA adapter, or one of its checkpoints.
+    """A trained LoRA adapter.
 
     Attributes:
         model: the name requests are sent to, `<base>@<fingerprint>`.
@@ -63,7 +62,7 @@ class LoraAdapter:
         trained_now: False when it was there already.
         final_loss: held-out loss of this epoch, or its training loss without held-out rows.
         general_losses: mean loss on general answers before the training and with these weights (see `forgetting`);
-            empty where it was not measured, and on a checkpoint.
+            empty where it was not measured.
         divergence: how far these weights' answers to them moved from the base model's, in nats per token; None where it
             was not measured.
         n_over_long: rows left out because they were too long, held-out ones too.
@@ -71,8 +70,6 @@ class LoraAdapter:
         epoch: whose weights these are, from 1.
         steps_now: optimizer steps taken by this call: 0 for what was there, fewer than `train_steps` for a training
             taken up again.
-        checkpoints: one adapter per epoch, in order; the kept epoch's has this adapter's model, directory and
-            fingerprint. Empty on a checkpoint itself.
     """
 
     model: str
@@ -88,11 +85,10 @@ class LoraAdapter:
     max_tokens: int = 0
     epoch: int = 0
     steps_now: int = 0
-    checkpoints: tuple[LoraAdapter, ...] = ()
 
     @classmethod
     def from_files(cls, files: LoraFiles, *, base: str, trained_now: bool = False, steps_now: int = 0) -> LoraAdapter:
-        """The adapter in a finished training's folder, with its checkpoints (read when they are first served).
+        """The adapter in a finished training's folder.
 
         Args:
             files: as `read_lora` gives them.
@@ -100,44 +96,24 @@ class LoraAdapter:
             trained_now: see `LoraAdapter`.
             steps_now: see `LoraAdapter`.
         """
-        details, recipe = files.details, files.directory.name
-        general, epoch = details.get("general_losses") or (), int(details["epoch"])
-        divergences = details.get("divergences") or ()
-        folders = checkpoint_folders(details, files.directory.parent)
-        checkpoints = tuple(
-            cls(
-                model=model_name(base, str(each["fingerprint"])),
-                directory=folder,
-                fingerprint=str(each["fingerprint"]),
-                recipe=recipe,
-                train_steps=int(each["train_steps"]),
-                trained_now=trained_now,
-                final_loss=_final_loss(each),
-                epoch=int(each["epoch"]),
-            )
-            for each, folder in zip(details["checkpoints"], folders, strict=True)
-        )
+        details, epoch = files.details, int(files.details["epoch"])
+        general, divergences = details.get("general_losses") or (), details.get("divergences") or ()
+        held_out = details["held_out_loss"]
         return cls(
             model=model_name(base, files.fingerprint),
             directory=files.directory,
             fingerprint=files.fingerprint,
-            recipe=recipe,
+            recipe=files.directory.name,
             train_steps=int(details["train_steps"]),
             trained_now=trained_now,
-            final_loss=_final_loss(details["checkpoints"][epoch - 1]),
+            final_loss=float(details["loss"] if held_out is None else held_out),
             general_losses=(float(general[0]), float(general[epoch])) if general else (),
             divergence=float(divergences[epoch - 1]) if len(divergences) >= epoch else None,
             n_over_long=int(details["n_over_long"]),
             max_tokens=int(details.get("max_tokens", 0)),
             epoch=epoch,
             steps_now=steps_now,
-            checkpoints=checkpoints,
         )
-
-
-def _final_loss(checkpoint: Mapping[str, Any]) -> float:
-    held_out = checkpoint["held_out_loss"]
-    return float(checkpoint["loss"] if held_out is None else held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +217,6 @@ class LoraTrainer:
             files, base=self.engine.name, trained_now=steps_now is not None, steps_now=steps_now or 0
         )
         self.engine.add_lora(adapter.directory)
-        if self.directory.absolute() != self.engine.lora_dir.absolute():  # there it looks by itself, when asked
-            for checkpoint in adapter.checkpoints:
-                self.engine.add_lora(checkpoint.directory)
         return adapter
 
     def _train(self, job: _Job) -> int:
@@ -257,30 +230,24 @@ class LoraTrainer:
         state = unfinished.load_state()
         before = 0 if state is None else int(state.record["n_steps"])
         planned = loop.count_steps(encoded.rows, job.settings)
-        details = self._details(job, encoded)
         charge = TrainingCharge(current_scope(), job.recipe, planned=planned, taken_before=before)
         progress, began_s = Progress(planned, n_done=before), time.monotonic()
         try:
             with _one_at_a_time:
                 if state is not None:
                     logger.info("LoRA training %s goes on after step %d", job.recipe, before)
-                outcome = self._run(
-                    job, encoded, unfinished, state=state, details=details, progress=progress, charge=charge
-                )
-            wall_s, n_epochs = time.monotonic() - began_s, len(outcome.losses)
+                outcome = self._run(job, encoded, unfinished, state=state, progress=progress, charge=charge)
+            wall_s = time.monotonic() - began_s
             logger.info(
                 "LoRA training: %d steps in %s, %d epochs, epoch %d kept",
                 outcome.n_steps - before,
                 duration(wall_s),
-                n_epochs,
+                len(outcome.losses),
                 outcome.best_epoch,
             )
             own = {"kind": "lora", "planned_steps": planned, "best_epoch": outcome.best_epoch}
-            unfinished.publish(
-                n_epochs=n_epochs,
-                kept=outcome.best_epoch,
-                details={**details, **outcome.details(outcome.best_epoch), **own, "wall_s": round(wall_s, 3)},
-            )
+            of_epoch = outcome.details(outcome.best_epoch)
+            unfinished.publish(details={**self._details(job, encoded), **of_epoch, **own, "wall_s": round(wall_s, 3)})
         except TrainingMemoryError:
             raise
         except TrainingError:
@@ -298,7 +265,6 @@ class LoraTrainer:
         unfinished: UnfinishedTraining,
         *,
         state: TrainingState | None,
-        details: Mapping[str, Any],
         progress: Progress,
         charge: TrainingCharge,
     ) -> TrainingOutcome:
@@ -321,12 +287,10 @@ class LoraTrainer:
             if state is not None:
                 training.restore(state)
             with progress:  # not before: loading the library's model is no part of a step's time
-                return run_epochs(
-                    training, unfinished, details=details, progress=progress, before_step=charge.check_seconds
-                )
+                return run_epochs(training, unfinished, progress=progress, before_step=charge.check_seconds)
 
     def _details(self, job: _Job, encoded: _EncodedRows) -> Mapping[str, Any]:
-        """What the manifests of all checkpoints and of the finished adapter have in common."""
+        """What the manifest says of the training."""
         return {
             "base": self.engine.name,
             "recipe": job.recipe,

@@ -98,7 +98,7 @@ def cell(lm, n_rows, rate, options):
         "precision": settings.precision,
         "kept_epoch": adapter.epoch,
         "steps": adapter.train_steps,
-        "losses": [round(checkpoint.final_loss, 4) for checkpoint in adapter.checkpoints],
+        "held_out_loss": round(adapter.final_loss, 4),
         "general": adapter.general_losses,
         "training_s": round(time.perf_counter() - began),
         "training_cpu_s": round(time.process_time() - cpu) if adapter.steps_now == adapter.train_steps else None,

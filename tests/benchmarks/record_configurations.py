@@ -2,7 +2,7 @@
 
     COPA_CLINC150=data_small.json python tests/benchmarks/record_configurations.py clinc --out /tmp/recorded
 
-A configuration is one of the weights (base, tuned on bare rows, an earlier epoch of it, tuned behind demonstrations),
+A configuration is one of the weights (base, tuned on bare rows, tuned behind demonstrations),
 one instruction and one demonstration set: what the harness itself proposes for the task, and `INSTRUCTIONS`. Every one
 is scored on all validation rows of its task. Answers and adapters lie in `--out`, so the same command goes on where it
 was stopped. The result is `tests/benchmarks/search/recorded/NAME.json.gz`: right or wrong on every row,
@@ -94,7 +94,7 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
     from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
     from copa_harness.optimize.search.candidate import Candidate
     from copa_harness.optimize.search.scoring import Validation
-    from copa_harness.optimize.search.space import InstructionOption, Space, checkpoint_choices, weights_choice
+    from copa_harness.optimize.search.space import InstructionOption, Space, weights_choice
     from copa_harness.optimize.search.trial_memory import SearchMemory
     from copa_harness.optimize.search_context import SearchContext
     from copa_harness.optimize.step_budget import CallBudget
@@ -113,7 +113,6 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
     say(f"tuned behind demonstrations: {shown.note}")
     weights = [
         weights_choice(student.with_lms(bare.lms)),
-        *checkpoint_choices(student, bare.lms, n=1),
         weights_choice(student.with_lms(shown.lms)),
     ]
     demos = propose_demos(context, student, allowance=whole, memory=memory, seed=(0,))
@@ -138,7 +137,7 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
         "dimensions": {
             key.rpartition(".")[2]: [short.get(one, one) for one in found] for key, found in dimensions.items()
         },
-        "weights": ["base", "tuned on bare rows", "an earlier epoch of it", "tuned behind demonstrations"],
+        "weights": ["base", "tuned on bare rows", "tuned behind demonstrations"],
         "instructions": {option.name: option.text for option in space.instructions[name]},
         "demos": {option.name: [dict(demo) for demo in option.demos] for option in space.demos[name]},
         "n_rows": validation.n,

@@ -16,7 +16,6 @@ from copa_harness.optimize import COPA
 from copa_harness.optimize.dspy_optimizers.finetune import finetunable
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
-from copa_harness.optimize.search.space import other_epochs
 from copa_harness.optimize.weights import WeightsJob, refit, train_weights, wants_refit
 from copa_harness.testing.tiny_models import write_tiny_model
 from copa_harness.tune import options
@@ -222,17 +221,6 @@ def test_a_ceiling_on_training_steps_leaves_the_weights_that_were_scored(toy, ti
     result = optimized(toy, tiny_lm(), "w", **given).copa_result
     assert result.model == alone.model
     assert any("were not trained on validation rows too" in note for note in result.notes)
-
-
-def test_the_refit_serves_the_epoch_that_was_served(toy, tiny_lm, monkeypatch):
-    context = context_of(toy, Candidate.of(toy.program(), lm=tiny_lm()), lora=LoraSettings(epochs=3, rank=2, alpha=4))
-    with open_scope("test"):
-        first = train_weights(WeightsJob(context, context.student), best=context.student)
-        served = first.prompts.with_lms(other_epochs(first.lms)[2])
-        again = refit(served, [first], toy.val)
-        whole = train_weights(again.job, best=served)  # done already
-    assert len(again.job.context.trainset) == len(toy.train) + len(toy.val)
-    assert again.prompts.model == other_epochs(whole.lms)[2][0].model != whole.prompts.model
 
 
 def test_rows_of_which_only_some_hold_every_output_are_not_mixed(toy):

@@ -89,7 +89,7 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"n_reflected": -1}, "n_reflected=-1; expected a whole number, 0 or more"),
         ({"transfer": 1}, "transfer=1; expected True or False"),
         ({"pass_score": 2}, "pass_score=2; expected a number from 0 to 1"),
-        ({"n_chekpoints": 2}, "Did you mean 'n_checkpoints'"),
+        ({"n_demo_set": 2}, "Did you mean 'n_demo_sets'"),
         ({"constraints": {"max_tokens": 3}}, r"copa marker: .*\['max_tokens'\]; expected some of max_prompt_tokens"),
         ({"constraints": {"forbidden_text": [3]}}, r"copa marker: got forbidden_text=\[3\]; expected a text or a list"),
         ({"constraints": {"max_prompt_tokens": 0.5}}, "max_prompt_tokens=0.5; expected a whole number of at least 1"),
@@ -125,7 +125,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa():
         "groundings": ["data"],
         "n_reflected": 0,
         "transfer": False,
-        "n_checkpoints": 2,
+        "n_demo_sets": 2,
         "lora": {"rank": 2},
     }
     from copa_harness import COPA
@@ -134,7 +134,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa():
     assert said == given
     search = COPA(metric=lambda example, prediction, trace=None: 1.0, **said).settings
     assert (search.sampler, search.pass_score, search.groundings, search.n_reflected) == ("gp", 0.5, ("data",), 0)
-    assert (search.transfer, search.n_checkpoints, search.lora) == (False, 2, {"rank": 2})
+    assert (search.transfer, search.n_demo_sets, search.lora) == (False, 2, {"rank": 2})
     assert settings().merged(**marker(strategy="p")).search == {}
 
 

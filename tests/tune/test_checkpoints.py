@@ -1,24 +1,24 @@
-"""A checkpoint per epoch, each a whole adapter; a training killed at any point ends with the same bits."""
+"""A training killed at any point ends with the same bits; what it leaves is one adapter."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from dspy.lm15 import Config, Message, Request
 from safetensors import safe_open
 
 from copa_harness.lm.call_context import open_scope
 from copa_harness.lm.local.engine import TransformersEngine
-from copa_harness.lm.local.files import WEIGHTS_FILE, find_lora, read_lora
+from copa_harness.lm.local.files import WEIGHTS_FILE, read_lora
 from copa_harness.tune import LoraSettings, LoraTrainer, TrainingRow, checkpoints
 from copa_harness.tune.batches import BatchLoss
 from copa_harness.tune.checkpoints import ABANDONED_AFTER_S, recipe_lock
+from copa_harness.tune.loop import Training
 
 SETTINGS = LoraSettings(rank=4, alpha=8, epochs=3, batch_size=4, warmup_steps=1, learning_rate=2e-2)
 """Two steps an epoch on ROWS."""
@@ -77,41 +77,44 @@ def stop_at_batch(monkeypatch):
     return stop
 
 
-def test_every_epoch_is_an_adapter_that_the_engine_serves_by_its_name(trainer, engine, tiny_folder):
-    adapter = trained(trainer)
-    assert [each.epoch for each in adapter.checkpoints] == [1, 2, 3]
-    assert [each.train_steps for each in adapter.checkpoints] == [2, 4, 6]
-    assert len({each.model for each in adapter.checkpoints}) == 3
-    kept = adapter.checkpoints[adapter.epoch - 1]
-    assert (kept.model, kept.directory, kept.fingerprint) == (adapter.model, adapter.directory, adapter.fingerprint)
-    later = TransformersEngine(tiny_folder, name="hf:tiny", lora_dir=engine.lora_dir)
-    for checkpoint in adapter.checkpoints:
-        assert later.fingerprint(checkpoint.model) == checkpoint.fingerprint
-        request = Request(model=checkpoint.model, messages=(Message.user("question 1"),), config=Config(max_tokens=2))
-        assert later.complete(request, seed=0).usage.output_tokens
-
-
-def test_a_checkpoint_says_of_which_training_and_epoch_it_is(trainer):
+def test_the_manifest_says_of_which_training_and_epoch_the_adapter_is(trainer):
     adapter = trained(trainer, held_out=HELD_OUT)
-    for checkpoint in adapter.checkpoints:
-        details = read_lora(checkpoint.directory).details
-        assert (details["recipe"], details["epoch"]) == (adapter.recipe, checkpoint.epoch)
-        assert details["held_out_loss"] == checkpoint.final_loss
-        assert details["settings"]["rank"] == 4
-    others = [each for each in adapter.checkpoints if each.epoch != adapter.epoch]
-    assert all(read_lora(each.directory).details["parent"] == adapter.recipe for each in others)
+    details = read_lora(adapter.directory).details
+    assert (details["kind"], details["recipe"], details["epoch"]) == ("lora", adapter.recipe, adapter.epoch)
+    assert details["held_out_loss"] == adapter.final_loss == min(details["held_out_losses"])
+    assert details["settings"]["rank"] == 4
 
 
-def test_the_checkpoints_come_back_when_the_adapter_is_only_read(trainer):
+def test_the_weights_are_those_of_the_epoch_with_the_least_held_out_loss(trainer, monkeypatch):
+    by_epoch = []
+    run_epoch = Training.run_epoch
+
+    def watched(self, *args, **kwargs):
+        run_epoch(self, *args, **kwargs)
+        by_epoch.append({name: one.detach().clone() for name, one in self._trainable.items()})
+
+    monkeypatch.setattr(Training, "run_epoch", watched)
+    contrary = [row(f"question {i}", "green" if i % 2 else "red") for i in range(8)]
+    settings = replace(SETTINGS, learning_rate=3e-2, batch_size=8, early_stop_patience=2, epochs=40)
+    adapter = trainer.train(ROWS, settings=settings, held_out=contrary, served_with="none")
+    assert adapter.epoch < len(by_epoch)
+    kept = by_epoch[adapter.epoch - 1]
+    with safe_open(adapter.directory / WEIGHTS_FILE, framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert len(found) == len(kept)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, kept[name.replace(".weight", ".default.weight")])
+
+
+def test_a_finished_training_is_only_read(trainer):
     first, again = trained(trainer), trained(trainer)
-    assert [each.model for each in again.checkpoints] == [each.model for each in first.checkpoints]
+    assert (again.model, again.final_loss) == (first.model, first.final_loss)
     assert (first.steps_now, again.steps_now, again.train_steps) == (6, 0, 6)
 
 
 def test_a_finished_training_leaves_adapters_and_locks_and_nothing_else(trainer):
     adapter = trained(trainer)
-    names = {path.split("/")[0] for path in files_of(trainer.directory)}
-    assert names == {adapter.recipe, f"{adapter.recipe}-01", f"{adapter.recipe}-02", ".locks"}
+    assert {path.split("/")[0] for path in files_of(trainer.directory)} == {adapter.recipe, ".locks"}
     assert not list((trainer.directory / ".unfinished").glob("*"))
 
 
@@ -122,7 +125,6 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_bits(batch, trainer,
         trained(trainer, held_out=HELD_OUT)
     adapter = trained(trainer, held_out=HELD_OUT)
     assert adapter.fingerprint == uninterrupted.fingerprint
-    assert [each.fingerprint for each in adapter.checkpoints] == [e.fingerprint for e in uninterrupted.checkpoints]
     assert weights(adapter.directory) == weights(uninterrupted.directory)
     assert adapter.steps_now == 6 - (batch - 1) // 2 * 2
     assert adapter.train_steps == uninterrupted.train_steps
@@ -157,12 +159,12 @@ def test_a_killed_process_holds_up_nobody_and_its_training_goes_on_at_the_last_e
     assert adapter.steps_now == scope.usage().train_steps == 4
 
 
-def test_a_kill_while_checkpoints_are_moved_to_their_places_costs_nothing(trainer, uninterrupted, monkeypatch):
+def test_a_kill_before_the_adapter_is_in_its_place_costs_nothing(trainer, uninterrupted, monkeypatch):
     real, seen = checkpoints._replace_folder, [0]
 
     def failing(source, target):
         seen[0] += target.parent == trainer.directory
-        if seen[0] == 2:
+        if seen[0] == 1:
             raise Stopped
         real(source, target)
 
@@ -171,8 +173,7 @@ def test_a_kill_while_checkpoints_are_moved_to_their_places_costs_nothing(traine
         trained(trainer, held_out=HELD_OUT)
     monkeypatch.setattr(checkpoints, "_replace_folder", real)
     adapter = trained(trainer, held_out=HELD_OUT)
-    assert adapter.steps_now == 0
-    assert [each.fingerprint for each in adapter.checkpoints] == [e.fingerprint for e in uninterrupted.checkpoints]
+    assert (adapter.steps_now, adapter.fingerprint) == (0, uninterrupted.fingerprint)
 
 
 @pytest.fixture
@@ -186,15 +187,10 @@ def interrupted(trainer, stop_at_batch):
 
 
 def test_the_state_is_one_file_of_tensors_and_json_whatever_the_number_of_epochs(interrupted):
-    assert [name for name in files_of(interrupted) if not name.startswith("epoch-01/")] == ["state.safetensors"]
+    assert [name for name in files_of(interrupted) if not name.startswith("best/")] == ["state.safetensors"]
     with safe_open(interrupted / "state.safetensors", framework="pt") as file:
         record = json.loads(file.metadata()["record"])
     assert record["training"]["n_steps"] == 2
-
-
-def test_unfinished_checkpoints_are_not_served(interrupted, trainer):
-    manifest = json.loads((interrupted / "epoch-01" / "manifest.json").read_text())
-    assert find_lora(trainer.directory, manifest["fingerprint"][:12]) is None
 
 
 @pytest.mark.parametrize("damage", ["half", "bits"])
@@ -210,24 +206,16 @@ def test_a_damaged_state_is_reported_and_the_training_begins_anew(damage, interr
 def test_leftovers_of_dead_trainings_are_removed_and_those_of_living_ones_are_not(interrupted, trainer):
     elsewhere = interrupted.parent
     for name in ("dead", "alive", "abandoned"):
-        (elsewhere / name / "epoch-02.partial").mkdir(parents=True)
+        (elsewhere / name / "best.partial").mkdir(parents=True)
         (elsewhere / name / "state.safetensors").write_bytes(b"x")
     old_s = (elsewhere / "dead").stat().st_mtime - ABANDONED_AFTER_S - 60
     os.utime(elsewhere / "abandoned" / "state.safetensors", (old_s, old_s))
     with recipe_lock(trainer.directory, "alive"):
         trained(trainer)
     assert sorted(path.name for path in elsewhere.iterdir()) == ["alive", "dead"]
-    assert (elsewhere / "alive" / "epoch-02.partial").exists()
+    assert (elsewhere / "alive" / "best.partial").exists()
     assert files_of(elsewhere / "dead") == ["state.safetensors"]
-    assert not (elsewhere / "dead" / "epoch-02.partial").exists()
-
-
-def test_a_training_whose_checkpoint_was_deleted_is_done_again(trainer):
-    first = trained(trainer)
-    shutil.rmtree(first.checkpoints[0].directory)
-    again = trained(trainer)
-    assert again.trained_now
-    assert again.checkpoints[0].fingerprint == first.checkpoints[0].fingerprint
+    assert not (elsewhere / "dead" / "best.partial").exists()
 
 
 def test_dropout_of_the_base_model_repeats_also_after_an_interruption(tmp_path, stop_at_batch):

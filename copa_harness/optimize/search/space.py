@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ import numpy as np
 from copa_harness.optimize.search.candidate import Candidate, model_name
 
 if TYPE_CHECKING:
-    from copa_harness.tune.trainer import LoraAdapter
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,58 +215,3 @@ def _free(name: str, taken: Sequence[str]) -> str:
     if name not in taken:
         return name
     return next(f"{name} ({i})" for i in range(2, len(taken) + 3) if f"{name} ({i})" not in taken)
-
-
-def spread(epochs: Sequence[int], n: int) -> tuple[int, ...]:
-    """Up to `n` of the epochs, evenly spaced, the latest of each stretch: of 1 2 3 and n = 1 it is 2."""
-    if n <= 0 or not epochs:
-        return ()
-    n = min(n, len(epochs))
-    return tuple(sorted({epochs[round((i + 1) * (len(epochs) + 1) / (n + 1)) - 1] for i in range(n)}))
-
-
-def checkpoint_choices(candidate: Candidate, lms: Sequence[Any], *, n: int) -> tuple[WeightsChoice, ...]:
-    """Weights of `n` other epochs of the training that tuned models came from; none for models trained elsewhere.
-
-    Args:
-        candidate: Whose prompts; only its parts' order matters.
-        lms: Tuned models, one per part. Several models are taken at the same epoch.
-        n: How many choices at most.
-    """
-    epochs = other_epochs(lms)
-    return tuple(weights_choice(candidate.with_lms(epochs[epoch])) for epoch in spread(sorted(epochs), n))
-
-
-def other_epochs(lms: Sequence[Any]) -> dict[int, tuple[Any, ...]]:
-    """By epoch the models of the other epochs of a training, one per part, for all epochs that every adapter has."""
-    epochs: dict[str, dict[int, Any]] = {}
-    for lm in lms:
-        adapter = _adapter(lm) if model_name(lm) not in epochs else None
-        if adapter is not None:
-            others = [one for one in adapter.checkpoints if one.fingerprint != adapter.fingerprint]
-            epochs[model_name(lm)] = {one.epoch: one.model for one in others}
-    if not epochs:
-        return {}
-    found: dict[int, tuple[Any, ...]] = {}
-    for epoch in set.intersection(*map(set, epochs.values())):
-        copies = {name: models[epoch] for name, models in epochs.items()}
-        found[epoch] = tuple(lm.copy(model=copies[model_name(lm)]) if model_name(lm) in copies else lm for lm in lms)
-    return found
-
-
-def _adapter(lm: Any) -> LoraAdapter | None:
-    """The adapter behind a tuned model, None when it is no LoRA adapter of this project."""
-    from copa_harness.lm.local.files import find_lora, read_lora, split_model_name
-    from copa_harness.tune.trainer import LoraAdapter
-
-    base, digits = split_model_name(model_name(lm))
-    directory = getattr(getattr(lm, "engine", None), "lora_dir", None)
-    if digits is None or directory is None:
-        return None
-    folder = find_lora(Path(directory), digits)
-    if folder is None:
-        return None
-    files = read_lora(folder)
-    if "checkpoints" not in files.details:
-        return None  # a checkpoint itself
-    return LoraAdapter.from_files(files, base=base)
