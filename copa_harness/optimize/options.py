@@ -154,13 +154,6 @@ class SearchOptions:
         check=COUNT,
         help="training examples the program is run on to find mistakes the prompt model reflects on; 0 does not",
     )
-    # Rules are followed without a model, and cost nothing either way.
-    transfer: bool = _search(
-        True,
-        check=SWITCH,
-        help="whether bare instructions are tried on training examples, to see which demonstrations they make "
-        "redundant",
-    )
     n_rounds: int = _search(
         2,
         check=POSITIVE,

@@ -101,7 +101,7 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
     from copa_harness.optimize.weights import WeightsJob, train_weights
     from copa_harness.results import Phase
 
-    settings = SearchOptions(seed=0, threads=64, n_demo_sets=N_DEMO_SETS, transfer=False)
+    settings = SearchOptions(seed=0, threads=64, n_demo_sets=N_DEMO_SETS)
     student = Candidate.of(task.program, lm=lm)
     validation = Validation(task.valset, metric=task.metric, threads=64, seed=0, observe=True)
     context = SearchContext(student, task.trainset, validation, task.metric, settings)

@@ -275,7 +275,6 @@ def test_without_rows_to_train_on_the_rest_is_searched_and_a_note_says_so(two_st
         budget=900,
         on_progress=lines.append,
         prompt_lm=writer,
-        transfer=False,
     )
     result = program.copa_result
     assert not two_steps.provider.trained

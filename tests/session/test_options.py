@@ -87,7 +87,7 @@ def test_an_unusable_value_is_refused_by_its_source(name, value, message):
         ({"groundings": "data"}, r"groundings='data'; expected a list, for instance \['data'"),
         ({"groundings": ["data", "weather"]}, "copa marker: .*weather.*expected a list of one or more of all, data"),
         ({"n_reflected": -1}, "n_reflected=-1; expected a whole number, 0 or more"),
-        ({"transfer": 1}, "transfer=1; expected True or False"),
+        ({"bootstrap": 1}, "bootstrap=1; expected True or False"),
         ({"pass_score": 2}, "pass_score=2; expected a number from 0 to 1"),
         ({"n_demo_set": 2}, "Did you mean 'n_demo_sets'"),
         ({"constraints": {"max_tokens": 3}}, r"copa marker: .*\['max_tokens'\]; expected some of max_prompt_tokens"),
@@ -124,7 +124,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa():
         "pass_score": 0.5,
         "groundings": ["data"],
         "n_reflected": 0,
-        "transfer": False,
+        "bootstrap": False,
         "n_demo_sets": 2,
         "lora": {"rank": 2},
     }
@@ -134,7 +134,7 @@ def test_what_the_marker_says_of_the_search_reaches_copa():
     assert said == given
     search = COPA(metric=lambda example, prediction, trace=None: 1.0, **said).settings
     assert (search.sampler, search.pass_score, search.groundings, search.n_reflected) == ("gp", 0.5, ("data",), 0)
-    assert (search.transfer, search.n_demo_sets, search.lora) == (False, 2, {"rank": 2})
+    assert (search.bootstrap, search.n_demo_sets, search.lora) == (False, 2, {"rank": 2})
     assert settings().merged(**marker(strategy="p")).search == {}
 
 
@@ -190,7 +190,7 @@ def test_of_search_options_the_ini_file_gives_defaults_and_the_environment_overr
     [
         ("max_calls", "4e2", 400),
         ("epsilon", "0.05", 0.05),
-        ("transfer", "off", False),
+        ("bootstrap", "off", False),
         ("groundings", "data, history", ["data", "history"]),
         ("lora", '{"rank": 2, "learn_from_demos": true}', {"rank": 2, "learn_from_demos": True}),
         ("constraints", "{'max_prompt_tokens': 9}", {"max_prompt_tokens": 9}),

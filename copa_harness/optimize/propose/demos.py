@@ -4,9 +4,6 @@ A source is labelled rows (`labelled_demos`) or passing traces of the program (`
 of several sizes, stratified by label where labels are categories, so a set of nine shows three of each of three
 classes. Which rows make a set is one of several methods (`METHODS`), taken in turn until something is known and drawn
 by the run's `ProposalBandit` from then on; what the methods go by is in a `SelectionBasis`.
-
-Rows that the instruction answers rightly by itself need no demonstration. For rules that is known without a model, for
-written instructions it is found out on some training examples (`probe_instructions`).
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from copa_harness.optimize.propose.schema import is_fully_labelled, strata_of, s
 from copa_harness.optimize.propose.similarity import Vectors, row_vectors
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import DemoSet
-from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key, input_key
+from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key
 from copa_harness.optimize.step_budget import CallBudget
 from copa_harness.results import Phase
 
@@ -34,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("copa_harness")
 
-METHODS: tuple[str, ...] = ("random", "diverse", "typical", "nearest", "unsettled", "weighty", "mutated")
-"""How a set is chosen from a source; the last four need something to be known first, see `SelectionBasis`."""
+METHODS: tuple[str, ...] = ("random", "diverse", "typical", "weighty", "mutated")
+"""How a set is chosen from a source; the last two need something to be known first, see `SelectionBasis`."""
 
 UNTRIED_METHODS: tuple[str, ...] = ("typical", "random", "diverse")
 """How sets are chosen while nothing is known, in turn.
@@ -47,17 +44,8 @@ Measured on development tasks (4 tasks, 3 splits, 9 demonstrations, 6 sets each)
 REDRAWS = 3
 """Attempts of a method at a set that is not there yet, before one is drawn at random."""
 
-UNCERTAIN_SHARE = 2 / 3
-"""Of a set's places, what rows that the instruction alone gets wrong may take."""
-
 BOOTSTRAP_SHARE = 0.2
 """At most this share of a step's calls goes into bootstrapping; the rest is for finding out what is good."""
-
-TRANSFER_SHARE = 0.1
-"""At most this share of a step's calls goes into what instructions answer by themselves."""
-
-MIN_PROBED = 8
-"""Fewer examples than this say too little about it."""
 
 StratifiedDemo = tuple[dspy.Example, str]
 """A demonstration and its stratum: its categorical labels, or "" where labels are free text."""
@@ -216,8 +204,7 @@ class SelectionBasis:
 
     Attributes:
         vectors: (n, d) inputs, see `similarity.row_vectors`.
-        targets: (m, d) inputs that were answered wrong; empty when none is known ("nearest").
-        answered: n flags, what the instruction alone answers rightly; empty when not known ("unsettled").
+        targets: (m, d) inputs that were answered wrong; empty when none is known ("mutated").
         effects: Draws of what each of the n demonstrations adds; empty when not known ("weighty").
         current: Places in the source of the demonstrations shown now; empty when there are none, or not all are in it
             ("mutated").
@@ -225,7 +212,6 @@ class SelectionBasis:
 
     vectors: Vectors
     targets: Vectors
-    answered: Sequence[bool] = ()
     effects: Sequence[Sequence[float]] = ()
     current: Sequence[int] = ()
 
@@ -233,8 +219,6 @@ class SelectionBasis:
     def methods(self) -> tuple[str, ...]:
         """The methods that can be used."""
         ready = {
-            "nearest": len(self.targets) > 0,
-            "unsettled": any(self.answered) and not all(self.answered),
             "weighty": len(self.effects) > 0,
             "mutated": 0 < len(self.current) < len(self.vectors),
         }
@@ -247,55 +231,14 @@ def _basis_of(
     demos, fields = [demo for demo, _ in source.demos], tuple(source.module.signature.input_fields)
     targets = [example for example in mistakes if all(name in example for name in fields)]
     vectors = row_vectors([*demos, *targets], fields)
-    answered = memory.answered_by(source.module.signature.instructions)
-    keys = [input_key(demo, fields) for demo in demos]
     places = {demo_key(demo): i for i, demo in enumerate(demos)}
     current = [places.get(demo_key(demo)) for demo in source.module.demos]
     return SelectionBasis(
         vectors=vectors[: len(demos)],
         targets=vectors[len(demos) :],
-        answered=[answered.get(key, True) for key in keys] if answered else (),
         effects=memory.drawn_effects(source.predictor, demos, n_draws=4, generator=generator),
         current=[place for place in current if place is not None] if None not in current else (),
     )
-
-
-def probe_instructions(
-    context: SearchContext,
-    incumbent: Candidate,
-    *,
-    allowance: CallBudget,
-    memory: SearchMemory,
-    generator: np.random.Generator,
-) -> None:
-    """Find out which training examples the incumbent's written instructions answer rightly without demonstrations.
-
-    Done once per set of instructions, once demonstrations have been tried, within the transfer share of the allowance;
-    rules need no run (see `Rule.answers`), and what labels or the plain instruction answer, demonstrations answer too.
-    """
-    unprobed = [
-        part
-        for part in incumbent.parts
-        if memory.is_written(part.predictor, part.instruction) and not memory.answered_by(part.instruction)
-    ]
-    settings, n = context.settings, context.n_affordable(incumbent, allowance.remaining * TRANSFER_SHARE)
-    if not settings.transfer or not unprobed or not memory.bandit.knows("demos") or n < MIN_PROBED:
-        return
-    order = stratified_order(strata_of(context.trainset), generator)[:n]
-    bare = incumbent.with_demos({part.predictor: () for part in incumbent.parts})
-    program = bare.program()
-    runs = context.run_on_training(program, order, phase=Phase.DEMOS, candidate=bare)
-    predictors = dict(program.named_predictors())
-    for part in unprobed:
-        fields = tuple(predictors[part.predictor].signature.input_fields)
-        answered = {
-            input_key(inputs, fields): run.result.score >= settings.pass_score
-            for run in runs
-            for predictor, inputs, _ in run.trace
-            if predictor is predictors[part.predictor] and run.result.score is not None
-        }
-        memory.note_answered(part.instruction, answered)
-        logger.info("%s: %d of %d answered by the instruction alone", part.predictor, sum(answered.values()), n)
 
 
 # -- sets
@@ -353,10 +296,6 @@ def _rows(
         return similarity.diverse_rows(basis.vectors, strata, size, generator)
     if method == "typical":
         return similarity.typical_rows(basis.vectors, strata, size, generator)
-    if method == "nearest":
-        return similarity.nearest_rows(basis.vectors, strata, size, generator, targets=basis.targets)
-    if method == "unsettled":
-        return similarity.uncertain_rows(strata, basis.answered, size, generator, share=UNCERTAIN_SHARE)
     if method == "mutated":
         return similarity.mutated_rows(basis.vectors, strata, basis.current, generator, targets=basis.targets)
     if method == "weighty":

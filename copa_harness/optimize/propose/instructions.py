@@ -26,11 +26,10 @@ def joined(instruction: str, sentence: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """An option, the arm it came from, and which training rows it answers rightly if that is known without a model."""
+    """An option, and the arm it came from."""
 
     option: InstructionOption
     arm: str
-    answered: tuple[bool, ...] | None = None
 
 
 def rule_based(
@@ -67,8 +66,7 @@ def rule_based(
         rules += [(rule, "stressed rule") for rule in weighted if rule.text not in known]
     for i, (rule, arm) in enumerate(rules):
         name = arm if i == 0 or arm != "rule" else f"rule {i + 1}"
-        answered = tuple(said == label for said, label in zip(rule.answers(columns), expected, strict=True))
-        proposals.append(Proposal(InstructionOption(name, joined(plain, rule.text)), arm, answered))
+        proposals.append(Proposal(InstructionOption(name, joined(plain, rule.text)), arm))
     labels = f"Answer with one of: {', '.join(field.categories)}."
     proposals.append(Proposal(InstructionOption("labels", joined(plain, labels)), "labels"))
     return tuple(proposals)

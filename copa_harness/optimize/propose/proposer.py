@@ -17,7 +17,6 @@ from copa_harness.optimize.propose.demos import (
     StratifiedDemo,
     bootstrapped_demos,
     labelled_demos,
-    probe_instructions,
     set_sizes,
     sets_from,
     wants_bootstrap,
@@ -28,7 +27,7 @@ from copa_harness.optimize.propose.render import Failure
 from copa_harness.optimize.propose.writer import InstructionWriter
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import NO_DEMOS, WEIGHTS, DemoSet, InstructionOption, Point, WeightsChoice
-from copa_harness.optimize.search.trial_memory import SearchMemory, input_key
+from copa_harness.optimize.search.trial_memory import SearchMemory
 from copa_harness.optimize.step_budget import CallBudget
 
 if TYPE_CHECKING:
@@ -58,11 +57,8 @@ def propose_demos(
     settings, program = context.settings, incumbent.program()
     n_sets = n_demo_sets(settings, calls=allowance.remaining, full_score=context.full_score_cost(incumbent))
     bootstrapped: Mapping[str, list[StratifiedDemo]] = {}
-    if settings.max_demos > 0:
-        if wants_bootstrap(context, program):
-            bootstrapped = bootstrapped_demos(context, incumbent, allowance=allowance, seed=seed)
-        generator = np.random.default_rng([*seed, 505])
-        probe_instructions(context, incumbent, allowance=allowance, memory=memory, generator=generator)
+    if settings.max_demos > 0 and wants_bootstrap(context, program):
+        bootstrapped = bootstrapped_demos(context, incumbent, allowance=allowance, seed=seed)
     sizes, mistakes = set_sizes(settings.max_demos, n_sets), context.validation.mistakes(incumbent)
     options: dict[str, tuple[DemoSet, ...]] = {}
     for i, (name, module) in enumerate(program.named_predictors()):
@@ -132,17 +128,14 @@ def propose_instructions(
 def _without_a_model(
     context: SearchContext, predictor: str, signature: Any, memory: SearchMemory
 ) -> tuple[InstructionOption, ...]:
-    """Plain, rules, labels; what a rule answers is remembered for the demonstrations."""
+    """Plain, rules, labels."""
     trainset, plain = context.trainset, context.plain_instruction(predictor)
     demos = [demo for demo, _ in labelled_demos(signature, trainset)] if trainset else []
     weights = memory.row_weights(predictor, demos) if len(demos) == len(trainset) else None
-    seed, fields = context.settings.seed, tuple(signature.input_fields)
+    seed = context.settings.seed
     proposals = rule_based(predictor, signature, plain, trainset=trainset, seed=seed, row_weights=weights)
     for proposal in proposals:
         memory.note_instruction(predictor, proposal.option.text, f"instruction: {proposal.arm}")
-        if proposal.answered is not None:
-            keys = [input_key(example, fields) for example in trainset]
-            memory.note_answered(proposal.option.text, dict(zip(keys, proposal.answered, strict=True)))
     return tuple(proposal.option for proposal in proposals)
 
 

@@ -14,12 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
 
-from copa_harness.optimize.propose.schema import MISSING, numbers_of
+from copa_harness.optimize.propose.schema import numbers_of
 
 MAX_WORDS = 12
 """A text column with more different values than this is read word by word."""
@@ -80,19 +80,6 @@ class Rule:
         sentence = ", otherwise ".join([*said, f"answer {self.otherwise}"])
         return sentence[0].upper() + sentence[1:] + "."
 
-    def answers(self, columns: Mapping[str, Sequence[str]]) -> list[str]:
-        """What the rule answers for every row of printed columns; it needs no model to be followed."""
-        n_rows = len(next(iter(columns.values()), ()))
-        found = []
-        for row in range(n_rows):
-            label = self.otherwise
-            for conditions, said in self.clauses:
-                if all(one.column in columns and one.holds(columns[one.column][row]) for one in conditions):
-                    label = said
-                    break
-            found.append(label)
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class Condition:
@@ -115,23 +102,6 @@ class Condition:
             return f"{self.column} {self.word} {self.value}"
         said = " ".join(part for part in (self.column, "is", self.word, self.value) if part)
         return f"{said} or missing" if self.or_missing else said
-
-    def holds(self, printed: str) -> bool:
-        """Whether a printed value of the column meets the condition."""
-        text = printed.strip()
-        if self.word in ("below", "at least"):
-            if text.casefold() in MISSING:
-                return self.or_missing
-            try:
-                number = Decimal(text)
-            except InvalidOperation:
-                return False
-            return number < Decimal(self.value) if self.word == "below" else number >= Decimal(self.value)
-        if self.word in ("missing", "given"):
-            return (text.casefold() in MISSING) == (self.word == "missing")
-        if "mention" in self.word:
-            return (self.value in _words(text)) == (self.word == "mentions")
-        return (printed == self.value) != (self.word == "not")
 
 
 @dataclass(frozen=True, slots=True)

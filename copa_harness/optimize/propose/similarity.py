@@ -5,9 +5,9 @@ labels as evenly as it can. Pure functions from vectors and a generator to row n
 
 * ``diverse``: farthest-first traversal (Gonzalez 1985; k-center), within each stratum, from a random first row.
 * ``typical``: the rows nearest to the centres of as many clusters of each stratum (k-means), drawn anew per set.
-* ``nearest``: neighbours of given targets (kNN prompting, Liu et al. 2022, arXiv 2101.06804), e.g. of wrong answers.
-* ``uncertain``: rows that the instruction alone gets wrong first; ``heaviest``: rows of the greatest weight first.
-* ``mutated``: a set given, with some of its rows exchanged.
+* ``heaviest``: rows of the greatest weight first.
+* ``mutated``: a set given, with some of its rows exchanged, also for neighbours of wrong answers (kNN prompting, Liu et
+  al. 2022, arXiv 2101.06804).
 
 Vectors are standardized numbers, one-hot categories and TF-IDF of longer texts: every column of the inputs becomes a
 block of coordinates whose mean squared distance between rows is 1, so a text counts as much as a number however many
@@ -117,63 +117,6 @@ def typical_rows(vectors: Vectors, strata: Sequence[str], size: int, generator: 
             picked.append(row)
         rest = [int(row) for row in generator.permutation(members) if row not in picked]  # equal rows make few clusters
         chosen.extend([*picked, *rest[: count - len(picked)]])
-    return chosen
-
-
-def nearest_rows(
-    vectors: Vectors,
-    strata: Sequence[str],
-    size: int,
-    generator: np.random.Generator,
-    *,
-    targets: Vectors,
-) -> list[int]:
-    """In each stratum, the nearest rows to targets drawn at random; with fewer targets than rows, their next nearest.
-
-    Args:
-        vectors: (n, d).
-        strata: n labels.
-        size: Rows wanted.
-        generator: Source of randomness.
-        targets: (m, d) inputs to be near to, at least one.
-    """
-    far = distances(vectors, targets)
-    chosen: list[int] = []
-    for name, count in quotas(strata, size, generator).items():
-        members = _members(strata, name)
-        picked: list[int] = []
-        order = generator.permutation(len(targets))
-        for i in range(count):
-            target = int(order[i % len(order)])
-            by_distance = members[np.argsort(far[members, target], kind="stable")]
-            picked.append(next(int(row) for row in by_distance if row not in picked))
-        chosen.extend(picked)
-    return chosen
-
-
-def uncertain_rows(
-    strata: Sequence[str], answered: Sequence[bool], size: int, generator: np.random.Generator, *, share: float
-) -> list[int]:
-    """Rows the instruction alone gets wrong first, up to a share of each stratum's places; the rest from the others.
-
-    Not all places: what everything else gets wrong is often noise, and a set of nothing but exceptions misleads.
-
-    Args:
-        strata: n labels.
-        answered: n flags: what the instruction alone answers rightly.
-        size: Rows wanted.
-        generator: Source of randomness.
-        share: Of each stratum's places that rows it gets wrong may take, 0..1.
-    """
-    known = np.asarray(answered, dtype=bool)
-    chosen: list[int] = []
-    for name, count in quotas(strata, size, generator).items():
-        members = generator.permutation(_members(strata, name))
-        wrong, right = members[~known[members]], members[known[members]]
-        first = wrong[: int(np.ceil(share * count))]
-        picked = [*first, *right[: count - len(first)]]
-        picked += [row for row in wrong[len(first) :] if len(picked) < count][: count - len(picked)]
-        chosen.extend(int(row) for row in picked)
     return chosen
 
 

@@ -1,9 +1,8 @@
 """What a run remembers of its own trials, and what that says to its proposers.
 
 Every option is remembered by its content with the arms it came from; every trial becomes an observation of the bandit,
-a row of the regression on demonstrations, and a compact record for the result. Transfer goes both ways: the
-demonstrations that raised the score are told to the instruction proposers (`helpful_demos`), and what an instruction
-answers rightly by itself frees places in demonstration sets (`answered_by`).
+a row of the regression on demonstrations, and a compact record for the result. The demonstrations that raised the score
+are told to the instruction proposers (`helpful_demos`).
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ class SearchMemory:
         self._rows: list[dict[str, float]] = []
         self._gains: list[float] = []
         self._variances: list[float] = []
-        self._answered: dict[str, dict[str, bool]] = {}
 
     # -- what is proposed
 
@@ -68,11 +66,6 @@ class SearchMemory:
     def note_instruction(self, predictor: str, text: str, *arms: str) -> None:
         """Remember that the arms (``family: arm``) proposed an instruction; the first to do so get the credit."""
         self._instructions.setdefault((predictor, text), arms)
-
-    def is_written(self, predictor: str, text: str) -> bool:
-        """Whether a prompt LM wrote an instruction in this run."""
-        arms = self._instructions.get((predictor, text), ())
-        return "instruction: written" in arms or "instruction: reflected" in arms
 
     def note_demos(self, predictor: str, demos: DemoSet, *arms: str) -> None:
         """Remember that the arms proposed a demonstration set."""
@@ -195,16 +188,6 @@ class SearchMemory:
         most = max(weights, default=0.0)
         return [1.0 + 2.0 * weight / most for weight in weights] if most > 1.0 else None
 
-    # -- what instructions answer by themselves
-
-    def note_answered(self, instruction: str, answered: Mapping[str, bool]) -> None:
-        """Remember which examples (by `demo_key` of their inputs) a bare instruction answers rightly."""
-        self._answered.setdefault(instruction, {}).update(answered)
-
-    def answered_by(self, instruction: str) -> Mapping[str, bool]:
-        """Whether examples are answered rightly by a bare instruction, as far as that was found out."""
-        return self._answered.get(instruction, {})
-
     def report(self) -> list[dict[str, Any]]:
         """What was learned about the proposers, as `ProposalBandit.report`."""
         return self.bandit.report()
@@ -214,11 +197,6 @@ def demo_key(demo: Any) -> str:
     """A demonstration's content, shortened: equal exactly when all fields are."""
     content = {str(key): plain(value) for key, value in dict(demo).items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def input_key(example: Any, input_fields: Sequence[str]) -> str:
-    """An example's inputs, shortened: what tells whether two demonstrations ask the same."""
-    return demo_key({name: example[name] for name in input_fields})
 
 
 def _set_key(demos: Sequence[Any]) -> str:

@@ -87,15 +87,6 @@ def test_instructions_are_plain_rule_and_labels(toy):
     assert options[2].text == "Tell. Answer with one of: big, small."
 
 
-def test_a_rule_knows_which_rows_it_settles(toy):
-    _, rule, *_, labels = rule_based(
-        "self", toy.program().signature, "Tell.", trainset=toy.make_rows(40, seed=5, noise=0.3), seed=0
-    )
-    assert rule.answered is not None
-    assert 0.5 < sum(rule.answered) / 40 < 1.0
-    assert labels.answered is None
-
-
 def test_free_text_outputs_get_the_plain_instruction_alone(toy):
     rows = [dspy.Example(q=str(i), a=f"text {i}").with_inputs("q") for i in range(8)]
     proposals = rule_based("self", dspy.Signature("q -> a"), "Answer.", trainset=rows, seed=0)

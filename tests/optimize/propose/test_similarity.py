@@ -48,24 +48,6 @@ def test_equal_rows_do_not_stop_a_choice(generator):
     assert len(set(selection.typical_rows(vectors, strata, 4, generator))) == 4
 
 
-def test_neighbours_are_near_their_targets_in_every_label(generator):
-    vectors, strata = clusters(8)
-    rows = selection.nearest_rows(vectors, strata, 4, generator, targets=np.array([[10.0, 0.0], [110.0, 0.0]]))
-    near = distances(vectors[rows], np.array([[10.0, 0.0], [110.0, 0.0]])).min(1)
-    assert sum(strata[row] == "a" for row in rows) == 2
-    assert sorted(near)[1] < 1.0
-
-
-def test_what_is_answered_wrong_comes_first_but_does_not_fill_a_set(generator):
-    strata = ["a"] * 10 + ["b"] * 10
-    answered = [i % 10 >= 5 for i in range(20)]
-    rows = selection.uncertain_rows(strata, answered, 6, generator, share=2 / 3)
-    assert sum(not answered[row] for row in rows) == 4
-    assert sum(strata[row] == "a" for row in rows) == 3
-    assert len(selection.uncertain_rows(strata, [True] * 20, 6, generator, share=2 / 3)) == 6
-    assert len(set(selection.uncertain_rows(strata, [False] * 20, 6, generator, share=2 / 3))) == 6
-
-
 def test_the_heaviest_rows_of_every_label_are_taken(generator):
     rows = selection.heaviest_rows(["a", "a", "a", "b", "b", "b"], [1, 5, 2, 9, 0, 3], 4, generator)
     assert sorted(rows) == [1, 2, 3, 5]

@@ -5,10 +5,10 @@ import pytest
 
 from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.propose.demos import labelled_demos
-from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
+from copa_harness.optimize.propose.proposer import propose_demos
 from copa_harness.optimize.search.candidate import Candidate
 from copa_harness.optimize.search.space import DemoSet
-from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key, input_key
+from copa_harness.optimize.search.trial_memory import SearchMemory, demo_key
 from copa_harness.optimize.step_budget import CallBudget
 from tests.optimize.conftest import context_of
 
@@ -92,47 +92,6 @@ def propose(toy, candidate, memory, *, seed=0, **more):
     with open_scope("test") as scope:
         context = context_of(toy, candidate, n_demo_sets=12, **more)
         return propose_demos(context, candidate, allowance=CallBudget(scope, 100), memory=memory, seed=(seed, 1))
-
-
-def test_rows_a_rule_answers_give_their_places_to_rows_it_does_not(toy):
-    """Transfer from the instruction to the demonstrations, without a call."""
-    toy.train = toy.make_rows(40, seed=5, noise=0.3)
-    lm, memory = toy.lm(), SearchMemory()
-    student = Candidate.of(toy.program(), lm=lm)
-    with open_scope("test") as scope:
-        context, allowance = context_of(toy, student), CallBudget(scope, 100)
-        (options,) = propose_instructions(context, student, allowance=allowance, memory=memory).values()
-    rule = next(option for option in options if option.name == "rule")
-    answered = memory.answered_by(rule.text)
-    assert 0 < sum(not right for right in answered.values()) < len(answered)
-    ruled = student.with_instructions({"self": rule.text})
-    tried(memory, ruled, pool_of(toy), n=2)  # demonstrations have been tried, so every method is open
-    sets = [
-        one for seed in range(8) for one in propose(toy, ruled, memory, seed=seed)["self"] if "unsettled" in one.name
-    ]
-    assert sets
-    shares = [np.mean([not answered[input_key(demo, ["size", "weight"])] for demo in one.demos]) for one in sets]
-    whole = np.mean([not right for right in answered.values()])
-    assert np.mean(shares) > whole + 0.1
-    assert lm.calls == 0
-
-
-def test_what_a_written_instruction_answers_is_found_out_within_a_share_of_the_calls(toy):
-    lm, memory = toy.lm(), SearchMemory()
-    text = "Mind it. If size is below 5.0 answer small, otherwise answer big."
-    written = Candidate.of(toy.program(), lm=lm).with_instructions({"self": text})
-    memory.note_instruction("self", text, "instruction: written")
-    propose(toy, written, memory)
-    assert lm.calls == 0  # no demonstrations were tried yet: nothing to make room for
-    tried(memory, written, pool_of(toy), n=2)
-    propose(toy, written, memory)
-    assert lm.calls == 10
-    answered = memory.answered_by(text)
-    assert len(answered) == 10
-    right = {input_key(e, ["size", "weight"]): (float(e.size) >= 5) == (e.kind == "big") for e in toy.train}
-    assert answered == {key: right[key] for key in answered}
-    propose(toy, written, memory)
-    assert lm.calls == 10
 
 
 def test_the_incumbents_set_is_varied_a_little(toy, student):
