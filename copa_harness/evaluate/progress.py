@@ -168,8 +168,12 @@ class EvaluationProgress:
         if n_unparsed:
             parts.append(f"{n_unparsed:,} unparsed")
         parts.append(duration(spent_s, rough=True))
-        if len(results) >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4):
-            parts.append(f"about {duration(spent_s / len(results) * (self._n - len(results)), rough=True)} to go")
+        usage = self._scope.usage()
+        n_calls = usage.paid_calls + usage.cached_calls
+        paid_share = usage.paid_calls / n_calls if n_calls else 1.0  # what is replayed takes no time
+        if len(results) >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4) and paid_share:
+            to_go = spent_s / (len(results) * paid_share) * (self._n - len(results))
+            parts.append(f"about {duration(to_go, rough=True)} to go")
         return ", ".join(parts)
 
     def _say(self, line: str) -> None:

@@ -12,10 +12,11 @@ examples would help:
 Source: Miller 2024, arXiv 2411.00640, section 3.
 
 A canary is an example whose stored answer is asked for again. If the model is what it was, the stored answer s and two
-new ones a, b are three draws of one distribution, whatever it is: in each row any of the three is as likely to be the
-odd one out. With d(x, y) = 1 for another answer, + 1 for another score, the statistic is the sum over rows of
-d(s, a) + d(s, b), and its p-value counts the 3^n exchanges that reach it, exactly. So a provider that never answers
-twice alike raises no alarm by that alone, and of a steady one three changed rows are enough.
+new ones a, b are three draws of one distribution, whatever it is, and any of them may stand in the first place. Two
+statistics are summed over rows: d(s, a) + d(s, b), with d = 1 for another answer, + 1 for another score, and
+s - (a + b) / 2 of the scores. Each p-value counts the 3^n exchanges that go as far, exactly; the smaller one is
+doubled. So a provider that never answers twice alike raises no alarm by that alone, a steady one is found out by four
+changed rows, and one that has become erratic by its scores.
 
 An example is stable when it passes every repeat or none; the others are the ones a single run calls right or wrong by
 chance. `min_pass_all` is the gate on the share of examples that pass all repeats.
@@ -24,7 +25,6 @@ chance. `min_pass_all` is the gate on the share of examples that pass all repeat
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -335,6 +335,13 @@ class Canary:
         return _distance(self.stored, self.new), _distance(self.stored, self.newer), _distance(self.new, self.newer)
 
     @property
+    def ways(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """What it adds to both statistics (scores in hundredths) if each of the three stood in the first place."""
+        s_a, s_b, a_b = self.distances
+        s, a, b = (round(100 * (result.score or 0.0)) for result in (self.stored, self.new, self.newer))
+        return (s_a + s_b, s_a + a_b, s_b + a_b), (2 * s - a - b, 2 * a - s - b, 2 * b - s - a)
+
+    @property
     def is_faulty(self) -> bool:
         """Whether something changed that cannot."""
         if _said(self.stored) != _said(self.new):
@@ -428,6 +435,7 @@ def drift_of(canaries: Sequence[Canary], *, model: str, since: str = "") -> Drif
     if not scored:
         raise ValueError(f"got {len(canaries)} canaries without a score; expected at least one with three")
     changed = [one for one in scored if one.distances[0]]
+    ways = [one.ways for one in scored if one.can_vary or one.score_can_vary]
     return Drift(
         model=model,
         n=len(scored),
@@ -438,26 +446,21 @@ def drift_of(canaries: Sequence[Canary], *, model: str, since: str = "") -> Drif
         n_faulty=sum(one.is_faulty for one in scored),
         score_stored=math.fsum(one.stored.score or 0.0 for one in scored) / len(scored),
         score_now=math.fsum((one.new.score or 0.0) + (one.newer.score or 0.0) for one in scored) / (2 * len(scored)),
-        p_value=exchange_p_value([one.distances for one in scored if one.can_vary or one.score_can_vary]),
+        p_value=min(1.0, 2 * min(map(exchange_p_value, zip(*ways, strict=True)))) if ways else None,
         since=since,
     )
 
 
-def exchange_p_value(distances: Sequence[tuple[int, int, int]]) -> float | None:
-    """P-value of "the first of three is drawn like the other two"; None without rows.
+def exchange_p_value(ways: Sequence[tuple[int, int, int]]) -> float:
+    """P-value of "the first of three is drawn like the other two": how often chance puts the total as far from 0.
 
     Args:
-        distances: by row, first to second, first to third, second to third.
+        ways: by row, what it adds to the total if the first, the second or the third stood in the first place.
     """
-    if not distances:
-        return None
-    totals = Counter({0: 1})
-    for first_second, first_third, second_third in distances:
-        ways = (first_second + first_third, first_second + second_third, first_third + second_third)
-        moved: Counter[int] = Counter()
-        for total, count in totals.items():
-            for way in ways:
-                moved[total + way] += count
-        totals = moved
-    observed = sum(one + other for one, other, _ in distances)
-    return float(sum(count for total, count in totals.items() if total >= observed) / 3 ** len(distances))
+    span = sum(max(map(abs, three)) for three in ways)
+    chances = np.zeros(2 * span + 1)
+    chances[span] = 1.0
+    for three in ways:
+        chances = np.mean([np.roll(chances, way) for way in three], axis=0)
+    observed = abs(sum(three[0] for three in ways))
+    return min(1.0, float(chances[np.abs(np.arange(-span, span + 1)) >= observed].sum()))

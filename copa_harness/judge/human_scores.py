@@ -84,8 +84,9 @@ class HumanScores:
             if self.agreement is None
             else f"agree on {number(1 - self.distance)} of them ({interval_text(self.agreement)})"
         )
-        said = f"people rated {self.n_rated} of {counted(self.n, 'answer')}: metric and people {agree}; the metric is "
-        said += f"{'kinder' if self.kinder >= 0 else 'stricter'} by {number(abs(self.kinder))}"
+        said = f"people rated {self.n_rated} of {counted(self.n, 'answer')}: metric and people {agree}"
+        if self.kinder:
+            said += f"; the metric is {'kinder' if self.kinder > 0 else 'stricter'} by {number(abs(self.kinder))}"
         if self.score is None:
             return f"{said}; {MIN_RATED} rated answers, drawn at random, would tell the score by people"
         said += f". By people's scores: {self.score.text()}"

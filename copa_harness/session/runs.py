@@ -254,11 +254,12 @@ class CopaRun:
         if self.strategy != "none":
             change = f"{number(self.improvement, signed=True)} against it"
             hints.append(f"the program as written scored {number(self.baseline.score)}; this one is {change}")
-        hints.append(
-            f"optimization spent {self.usage.calls:,} of {ceiling} calls (budget {self.budget.name}), "
-            f"{self.usage.train_steps:,} training steps, {self.usage.wall_s:.1f} s"
-            + ("; it was found finished on disk" if self.from_disk else "")
-        )
+            n_used = 0 if self.record.optimization is None else self.record.optimization.charged_calls
+            hints.append(
+                f"optimization used {n_used:,} of {ceiling} calls (budget {self.budget.name}) and paid "
+                f"{self.usage.paid_calls:,} of them here, {self.usage.train_steps:,} training steps, "
+                f"{self.usage.wall_s:.1f} s" + ("; it was found finished on disk" if self.from_disk else "")
+            )
         if self.exhausted:
             hints.append("the budget ended the search; this is the best program found until then")
         if self.sequential is not None:

@@ -15,13 +15,15 @@ statgate when it is installed.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from scipy import stats
@@ -32,14 +34,14 @@ from copa_harness.judge.exact_tests import bounded_mean_p_value, clustered_bound
 from copa_harness.judge.intervals import grouped
 from copa_harness.judge.noninferiority import noninferiority
 from copa_harness.judge.options import Gates
-from copa_harness.judge.paired_gates import JudgedRun
+from copa_harness.judge.paired_gates import JudgedRun, max_regression
 from copa_harness.judge.paired_tests import PairedScores, permutation_p_value
 from copa_harness.judge.power import chance_to_fail, chance_to_pass
 from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 from copa_harness.judge.sequential.betting import FRACTIONS
 from copa_harness.judge.sequential.monitors import ThresholdMonitor
 from copa_harness.judge.sequential.stopping import SequentialJudge
-from copa_harness.results import Verdict
+from copa_harness.results import EvaluationResult, ExampleResult, Interval, Verdict
 
 ALPHA = 0.05
 SIZES = (50, 100, 200, 500)
@@ -410,6 +412,33 @@ def shipped_setting():
     return lines
 
 
+def together(plan, rng, *, level=ALPHA):
+    """max_regression=.05 with slices and an anchor beside it: how often an unchanged program fails, and one that lost.
+
+    The runs are draws of one program whose answers flip by chance; the anchor is an earlier draw, one accepted since.
+    """
+    print(f"\nmax_regression=.05 at {level:g}: fails alone, with slices, with slices and anchor")
+    for n, disagreement, drop in itertools.product((75, 150, 300), (0.1, 0.2), (0.0, 0.1)):
+        flips, ids = (1 - math.sqrt(1 - 2 * disagreement)) / 2, [f"e{i:03}" for i in range(n)]
+        for n_slices in (2, 4):
+            fails = np.zeros(3)
+            for _ in range(plan.margins):
+                right = rng.random(n) < ACCURACY
+                anchor, before, after = (np.where(rng.random(n) < flips, ~right, right) for _ in range(3))
+                after &= rng.random(n) >= drop / ACCURACY
+                rows = tuple(ExampleResult(key, float(value)) for key, value in zip(ids, after, strict=True))
+                references = [
+                    SimpleNamespace(name="r", origin="", fingerprints={}, scores=dict(zip(ids, run * 1.0, strict=True)))
+                    for run in (before, anchor)
+                ]
+                run = JudgedRun(EvaluationResult("test", "m", rows, Interval(0, 1)), baseline=references[0])
+                sliced = replace(run, slices={key: str(i % n_slices) for i, key in enumerate(ids)})
+                for i, one in enumerate((run, sliced, replace(sliced, anchor=references[1], n_looks=1))):
+                    fails[i] += max_regression(one, margin=0.05, alpha=level).verdict is Verdict.FAIL
+            shown = ", ".join(f"{rate:.3f}" for rate in fails / plan.margins)
+            print(f"  n = {n}, d = {disagreement}, -{drop:g}, {n_slices} slices: {shown}", flush=True)
+
+
 def check_against_real(rng):
     """The vectorized copies above against `SequentialJudge` and `noninferiority` themselves, run by run."""
     ids = tuple(f"e{i:03}" for i in range(120))
@@ -541,6 +570,7 @@ def main():
     again = run_again(cells, plan, np.random.default_rng([arguments.seed, 1]))
     margin_rates = at_the_margin(plan, rng)
     threshold_rates = thresholds(plan, rng)
+    together(plan, rng)
     targets = report_targets(cells, again, margin_rates, threshold_rates, shipped_setting(), plan)
     print(f"\n{time.perf_counter() - start:.0f} s")
     if arguments.json:

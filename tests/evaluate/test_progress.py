@@ -7,9 +7,10 @@ import pytest
 
 from copa_harness.evaluate import run_examples
 from copa_harness.evaluate.progress import EvaluationProgress, Urgent, lines_to
-from copa_harness.lm.call_context import in_context, open_scope
+from copa_harness.lm.budget.cost import Cost
+from copa_harness.lm.call_context import current_scope, in_context, open_scope
 from copa_harness.lm.scripted import ScriptedLM
-from copa_harness.results import ExampleResult
+from copa_harness.results import ExampleResult, Usage
 
 
 class Clock:
@@ -55,6 +56,22 @@ def test_the_first_few_answers_do_not_tell_how_long_the_others_take(made):
     clock.now += 120
     progress.tick()
     assert lines == ["iris, none: 2 of 60 test examples, 1.000 so far, 2 min"]
+
+
+def test_replayed_answers_do_not_tell_how_long_the_others_take(made):
+    progress, lines, clock = made(80)
+    for i in range(40):
+        current_scope().replay(f"request {i}", cost=Cost)
+        progress.done(ended())
+    clock.now += 20
+    progress.tick()
+    for i in range(10):
+        current_scope().charge(f"more {i}").settle(Cost(), Usage(paid_calls=1))
+        progress.done(ended())
+    clock.now += 20
+    progress.tick()
+    assert lines[0] == "iris, none: 40 of 80 test examples, 1.000 so far, 20 s"
+    assert lines[1] == "iris, none: 50 of 80 test examples, 1.000 so far, 40 s, about 2 min to go"
 
 
 def test_before_the_first_answer_a_line_says_how_long_it_takes(made):

@@ -18,36 +18,47 @@ def canary(stored, new, newer=None, *, scores=(1.0, 1.0, 1.0), can_vary=True, sc
     return Canary(*map(result, said, scores), can_vary=can_vary, score_can_vary=score_can_vary)
 
 
-def test_the_p_value_counts_every_exchange():
-    rows = [(1, 2, 1), (0, 2, 2), (1, 1, 0), (2, 2, 2), (0, 0, 0)]
-    ways = [(a + b, a + c, b + c) for a, b, c in rows]
-    totals = [sum(choice) for choice in itertools.product(*ways)]
-    observed = sum(a + b for a, b, _ in rows)
-    assert exchange_p_value(rows) == pytest.approx(np.mean([total >= observed for total in totals]))
-    assert exchange_p_value([]) is None
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_p_value_counts_every_exchange(sign):
+    rows = [(3, 2, 1), (0, 2, 2), (2, 1, 1), (2, -4, 2), (0, 0, 0)]
+    rows = [tuple(sign * way for way in three) for three in rows]
+    totals = [sum(choice) for choice in itertools.product(*rows)]
+    observed = sum(three[0] for three in rows)
+    assert exchange_p_value(rows) == pytest.approx(np.mean(np.abs(totals) >= abs(observed)))
 
 
-def test_of_a_steady_model_three_changed_rows_are_a_drift_and_two_are_not():
-    same = [canary("a", "a")] * 17
-    shown = drift_of([canary("a", "b")] * 3 + same, model="m", since="2026-01-02")
+def test_of_a_steady_model_four_changed_rows_are_a_drift_and_three_are_not():
+    same = [canary("a", "a")] * 16
+    shown = drift_of([canary("a", "b")] * 4 + same, model="m", since="2026-01-02")
     assert shown.name == "drift"
-    assert shown.p_value == pytest.approx(3**-3)
-    assert shown.text().startswith("DRIFT: 3 of 20 stored answers (the oldest of 2026-01-02) come out otherwise")
-    hidden = drift_of([canary("a", "b")] * 2 + same, model="m")
+    assert shown.p_value == pytest.approx(2 * 3**-4)
+    assert shown.text().startswith("DRIFT: 4 of 20 stored answers (the oldest of 2026-01-02) come out otherwise")
+    hidden = drift_of([canary("a", "b")] * 3 + same, model="m")
     assert hidden.name == ""
-    assert "no drift is shown: 2 of 19 stored answers" in hidden.text()
+    assert "no drift is shown: 3 of 19 stored answers" in hidden.text()
     assert drift_of(same, model="m").text() == (
-        "no drift: all of 17 stored answers come out the same when m is asked again."
+        "no drift: all of 16 stored answers come out the same when m is asked again."
     )
+
+
+def test_a_model_that_has_become_erratic_is_found_out_by_its_scores():
+    rng = np.random.default_rng(1)
+    rows = [
+        canary("a", *("ab"[one] for one in wrong), scores=(1.0, *(1.0 - wrong)))
+        for wrong in rng.integers(0, 2, (20, 2))
+    ]
+    found = drift_of(rows, model="m")
+    assert abs(found.n_unsteady - found.n_changed) <= 3  # the answers alone say nothing
+    assert found.name == "drift"
 
 
 @pytest.mark.parametrize("n_answers", [2, 5, 1000])
 def test_a_model_that_never_answers_twice_alike_raises_no_alarm_by_that(n_answers):
-    rng, alarms, n_runs = np.random.default_rng(n_answers), 0, 2000
+    rng, alarms, n_runs = np.random.default_rng(n_answers), 0, 1000
     for _ in range(n_runs):
-        drawn = rng.integers(0, n_answers, (20, 3))
-        rows = [(int(a != b), int(a != c), int(b != c)) for a, b, c in drawn.tolist()]
-        alarms += exchange_p_value(rows) <= 0.05
+        drawn = rng.integers(0, n_answers, (20, 3)).tolist()
+        rows = [canary(*three, scores=[float(one == 0) for one in three]) for three in drawn]
+        alarms += drift_of(rows, model="m").name == "drift"
     assert alarms / n_runs <= 0.05 + 3 * (0.05 * 0.95 / n_runs) ** 0.5
 
 

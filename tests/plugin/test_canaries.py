@@ -79,7 +79,7 @@ def test_a_drift_is_named_beside_the_verdict_and_does_not_change_it(suite, pytes
     assert run["verdict"] == "pass"
     assert run["drift"]["n_changed"] == 12
     assert run["score"] == 1.0
-    assert run["drift"]["p_value"] == pytest.approx(3**-12)
+    assert run["drift"]["p_value"] == pytest.approx(2 * 3**-12)
     assert run["usage"]["paid_calls"] == 24  # each twice, paid and counted
     assert [phase["phase"] for phase in run["phases"]] == ["test evaluation", "canaries"]
     assert 'name="copa_drift" value="DRIFT: 12 of 12' in (pytester.path / "junit.xml").read_text()

@@ -108,6 +108,11 @@ def test_another_session_finds_it_on_disk(settings, task):
     assert lm.calls == 0
     assert second.evaluation.results == first.evaluation.results
     assert "done earlier for" in second.phases[0].note
+    n_used = first.record.optimization.charged_calls
+    assert (
+        f"optimization used {n_used:,} of 400 calls (budget light) and paid {n_used:,} of them here" in first.describe()
+    )
+    assert f"optimization used {n_used:,} of 400 calls (budget light) and paid 0 of them here" in second.describe()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """One model behind several addresses: each request goes to the replica with the fewest under way.
 
 The first address names them all: what is known of one server stays known when replicas join or leave. Before they
-answer in a model's name each answers the *canary*, a fixed request; who answers it otherwise than the others serves
+answer in a model's name each answers the *handshake*, a fixed request; who answers it otherwise than the others serves
 something else. One that cannot be reached is left out for a while, and what it was asked is asked of another within the
 same attempt, so it is paid once: who is gone sends no bill. Where all are gone, the gateway waits for them as for one.
 """
@@ -65,7 +65,7 @@ class ReplicaEngine(Engine):
         self.takes_lora = self._first.takes_lora
         self.concurrency = AdaptiveConcurrency(start=8 * len(engines))
         self._lock, self._examining = threading.Lock(), threading.Lock()
-        self._canaries: dict[str, tuple[_Replica, str]] = {}
+        self._handshakes: dict[str, tuple[_Replica, str]] = {}
         self._refused: dict[str, str] = {}
 
     # -- an endpoint engine
@@ -97,7 +97,7 @@ class ReplicaEngine(Engine):
             f"{public_url(replica.url)} {replica.n_asked:,}" + (f" (gone: {replica.gone})" if replica.gone else "")
             for replica in self._replicas
         )
-        return f"requests by replica, a canary of {CANARY_TOKENS} tokens before them: {asked}"
+        return f"requests by replica, a handshake of {HANDSHAKE_TOKENS} tokens before them: {asked}"
 
     def complete(self, request: Request, *, seed: int) -> Response:
         """One attempt at one completion."""
@@ -107,7 +107,7 @@ class ReplicaEngine(Engine):
         """The completion and its price.
 
         Raises:
-            ConfigurationError: Two replicas answer the canary differently.
+            ConfigurationError: Two replicas answer the handshake differently.
             ProviderError: None of them gave an answer.
         """
         self._examine_all(request.model)
@@ -150,19 +150,19 @@ class ReplicaEngine(Engine):
         with self._examining:
             if model in self._refused:
                 raise ConfigurationError(self._refused[model])
-            if model in self._canaries:
+            if model in self._handshakes:
                 return
-            said = self._each(lambda engine: _canary(engine, model))
+            said = self._each(lambda engine: _handshake(engine, model))
             for one in said:
                 self._check_alike(model, one, said[0])
-            self._canaries[model] = said[0]
+            self._handshakes[model] = said[0]
             for replica, _ in said:
                 replica.examined.add(model)
 
     def _examine(self, replica: _Replica, model: str) -> None:
         with replica.examining:
             if model not in replica.examined:
-                self._check_alike(model, (replica, _canary(replica.engine, model)), self._canaries[model])
+                self._check_alike(model, (replica, _handshake(replica.engine, model)), self._handshakes[model])
                 replica.examined.add(model)
                 replica.gone = ""
 
@@ -225,18 +225,18 @@ class ReplicaEngine(Engine):
         return sorted(done, key=lambda one: self._replicas.index(one[0]))
 
 
-CANARY_TOKENS = 16
+HANDSHAKE_TOKENS = 16
 
 
-def _canary(engine: Engine, model: str) -> str:
+def _handshake(engine: Engine, model: str) -> str:
     """What an engine answers to a fixed request; how it fails, if that is no matter of another try.
 
     A payment like others to the ledger of the whole run; no call of any test's own budget, which counts what a rerun
     would ask again.
     """
-    config = Config(max_tokens=CANARY_TOKENS, temperature=0.0)
+    config = Config(max_tokens=HANDSHAKE_TOKENS, temperature=0.0)
     request = Request(model, (Message.user("Write one sentence about the sea."),), config=config)
-    scope = Scope("canary answers")
+    scope = Scope("handshake answers")
     worst = engine.worst_case(request, scope.bounds)
     with scope.charge(model, worst=worst) as charge:
         try:

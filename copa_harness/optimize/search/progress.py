@@ -123,17 +123,23 @@ class Progress:
         return self._scope.budget.calls
 
     def _calls(self, now: float) -> str:
-        """Calls, time and what is known of the time to go; what takes long beside calls is no measure of calls."""
+        """Calls, time and what is known of the time to go: of a training its own, of a study what its calls may take.
+
+        A step that is no study (weights, another optimizer's) need not use up its calls, so of it nothing is known.
+        Replayed calls take no time, and what takes long beside calls is no measure of them.
+        """
         used, spent_s = self._scope.charged_calls, now - self._started
         # What comes after the studies may use more than their share, but never more than the budget.
-        ceiling = min(self._ceiling, self._budget) if used <= self._ceiling else self._budget
+        is_study = used <= self._ceiling < math.inf
+        ceiling = min(self._ceiling, self._budget) if is_study else self._budget
         of = "" if math.isinf(ceiling) else f" of {ceiling:,.0f}"
         said = f"{used:,}{of} calls, {duration(spent_s, rough=True)}"
         if self._doing:
             return f"{said}, {self._doing}"
-        if not of or not used:
+        paid = self._scope.usage().paid_calls
+        if not is_study or not paid:
             return said
-        to_go = (spent_s - self._elsewhere_s) * max(0.0, ceiling - used) / used
+        to_go = (spent_s - self._elsewhere_s) * max(0.0, ceiling - used) / paid
         return f"{said}, at most about {duration(to_go, rough=True)} to go"
 
 

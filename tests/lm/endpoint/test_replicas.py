@@ -57,7 +57,7 @@ def test_requests_are_spread_and_each_is_asked_of_one_replica(make, two, stubs):
     counts = [len([body for body in stub.bodies if "question" in body["messages"][0]["content"]]) for stub in two]
     assert sum(counts) == N == scope.usage().paid_calls
     assert min(counts) > N // 3
-    assert [stub.n_requests for stub in two] == [count + 1 for count in counts]  # the canaries
+    assert [stub.n_requests for stub in two] == [count + 1 for count in counts]  # the handshakes
 
 
 def test_one_that_is_busy_gets_less(make, two, stubs):
@@ -103,7 +103,7 @@ def test_a_replica_that_dies_is_taken_out_and_its_requests_are_paid_once(make, t
             open_scope("t", budget=Budget(calls=N)) as scope,
         ):
             assert ask(lm, meanwhile=dies) == [stubs.ANSWER] * N
-            assert ledger.spent.calls == N + 3  # each request and each canary
+            assert ledger.spent.calls == N + 3  # each request and each handshake
         usage = scope.usage()
         assert (usage.paid_calls, usage.failed_calls, scope.failures) == (N, 0, {})
         assert 1 < before[0] < N // 2
@@ -125,7 +125,7 @@ def test_one_that_answers_otherwise_is_one_clear_error(make, two, stubs):
     assert [stub.n_requests for stub in two] == [1, 1]  # nothing else was asked, so nothing is kept
 
 
-def test_one_that_does_not_know_the_model_is_found_by_its_canary(make, two, stubs):
+def test_one_that_does_not_know_the_model_is_found_by_its_handshake(make, two, stubs):
     two[1].default = stubs.Reply(404, body={"error": {"message": "no such model"}})
     with pytest.raises(ConfigurationError, match="got 'EngineError 404' from"):
         ask(make(*(stub.url for stub in two)), 4, threads=1)
@@ -175,7 +175,7 @@ def test_a_suite_is_given_several_addresses_and_told_how_often_each_was_asked(tw
     urls = [stub.url for stub in two]
     arguments = ("-p", "no:cacheprovider", "--copa-lm=openai/m", "--copa-cache-dir=cache", "--copa-threads=1")
     given = [f"--copa-api-base={url}" for url in urls]
-    told = f"requests by replica, a canary of 16 tokens before them: {urls[0]} 10, {urls[1]} 10"
+    told = f"requests by replica, a handshake of 16 tokens before them: {urls[0]} 10, {urls[1]} 10"
     pytester.runpytest_subprocess(*arguments, *given).stdout.fnmatch_lines([told, "runs: *; 20 calls paid*"])
     assert [stub.n_requests for stub in two] == [11, 11]
     monkeypatch.setenv("COPA_API_BASE", f"{urls[0]}, {urls[1]}")

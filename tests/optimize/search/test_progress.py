@@ -5,9 +5,10 @@ import threading
 import pytest
 
 from copa_harness import COPA
+from copa_harness.lm.budget.cost import Cost
 from copa_harness.lm.call_context import open_scope
 from copa_harness.optimize.search.progress import Progress, incumbent_text
-from copa_harness.results import Budget
+from copa_harness.results import Budget, Usage
 from copa_harness.tune.progress import Progress as Training
 from copa_harness.tune.progress import report_progress_to
 
@@ -20,11 +21,15 @@ class Clock:
         return self.now
 
 
+def pay(scope, n: int, *, first: int = 0) -> None:
+    for i in range(first, first + n):
+        scope.charge(f"request {i}").settle(Cost(), Usage(paid_calls=1))
+
+
 def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
-        for i in range(100):
-            scope.charge(f"request {i}")
+        pay(scope, 100)
         progress = Progress(scope, write=lines.append, clock=clock)
         clock.now += 20
         progress.trial("p", 7, scores=[1.0] * 20 + [0.0] * 5, ceiling=300)
@@ -35,8 +40,7 @@ def test_a_line_says_phase_trial_incumbent_with_interval_calls_and_time_to_go():
 def test_while_weights_are_trained_the_time_to_go_is_the_trainings_and_no_measure_of_calls_later():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
-        for i in range(100):
-            scope.charge(f"request {i}")
+        pay(scope, 100)
         progress = Progress(scope, write=lines.append, clock=clock)
         progress.at("step 2: w", scores=[1.0] * 5)
         clock.now += 10
@@ -48,10 +52,35 @@ def test_while_weights_are_trained_the_time_to_go_is_the_trainings_and_no_measur
             progress.tick()
         progress.doing("")
         clock.now += 20
-        progress.tick()
+        progress.trial("3: p", 1, scores=[1.0] * 5, ceiling=400)
     assert lines[0].endswith("100 of 400 calls, 30 s, LoRA step 0 of 16")
     assert " on 5 rows, 100 of 400 calls, 10 min, LoRA step 1 of 16, " in lines[1]
     assert lines[2].endswith("100 of 400 calls, 11 min, at most about 90 s to go".replace("90 s", "2 min"))
+
+
+def test_replayed_calls_take_no_time_and_nothing_paid_tells_no_time_to_go():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lines.append, clock=clock, every_s=0)
+        for i in range(100):
+            scope.replay(f"request {i}", cost=Cost)
+        progress.trial("p", 3, scores=[1.0], ceiling=300)
+        pay(scope, 10, first=100)
+        clock.now += 20
+        progress.trial("p", 4, scores=[1.0], ceiling=300)
+    assert lines[0].endswith("100 of 300 calls, 0 s")
+    assert lines[1].endswith("110 of 300 calls, 20 s, at most about 6 min to go")
+
+
+def test_a_step_that_need_not_use_its_calls_tells_no_time_to_go():
+    lines, clock = [], Clock()
+    with open_scope("test", budget=Budget(calls=400)) as scope:
+        progress = Progress(scope, write=lines.append, clock=clock, every_s=0)
+        pay(scope, 25)
+        clock.now += 170
+        progress.at("step 1: w", scores=[1.0])
+        progress.tick()
+    assert lines[0].endswith("25 of 400 calls, 3 min")
 
 
 def test_what_comes_after_a_study_is_held_to_the_budget_and_not_to_the_studys_share():
