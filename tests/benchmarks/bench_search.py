@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_search.py                           # the whole grid, then the report
     python tests/benchmarks/bench_search.py --part 0 2 & ... --part 1 2   # the same by two processes
     python tests/benchmarks/bench_search.py --report-only
+    python tests/benchmarks/bench_search.py --budgets 200 400 --methods "p, written" "p, one round" "p, uniform proposals"
     python tests/benchmarks/bench_search.py --recorded                # SmolLM2's recorded answers: minutes, no model
 
 Tasks x seeds x budgets x methods; each cell is one optimization through `COPA`, metered alike, its test score taken
@@ -31,7 +32,7 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="bench_search_")
 os.environ["DSPY_CACHEDIR"] = SCRATCH.name
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from search.cells import BUDGETS, METHODS, RIVALS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
+from search.cells import BUDGETS, METHODS, PARTS, RIVALS, SEEDS, TASKS, Cell, Store, grid, part_of  # noqa: E402
 
 from copa_harness.errors import CopaError  # noqa: E402
 
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--budgets", nargs="+", type=int)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PARTS], default=list(METHODS))
     parser.add_argument("--part", nargs=2, type=int, metavar=("I", "N"), default=(0, 1), help="this process's share")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of this process")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")

@@ -27,10 +27,13 @@ COPA = ("joint", "p -> w -> p", "p", "demos -> instructions")
 CONTROLS = ("p, no racing", "random, no racing")
 """COPA's own parts as plain searches: `p` without racing, and random search of the joint space without racing."""
 
+PARTS = ("p, written", "p, one round", "p, random sampler", "p, uniform proposals", "p, random sets")
+"""`p` with a prompt LM as it is, and without one of its parts: run with `--methods`, no part of the grid."""
+
 RIVALS = ("miprov2 light", "bootstrap random search", "gepa", "better_together")
 METHODS = (*COPA, *CONTROLS, *RIVALS)
 
-WRITTEN_FOR = ("miprov2 light", "gepa")
+WRITTEN_FOR = ("miprov2 light", "gepa", *PARTS)
 """Methods that are given the rule-based writer as their prompt LM."""
 
 
@@ -73,7 +76,7 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._versions = {method: version_of(method) for method in METHODS}
+        self._versions = {method: version_of(method) for method in (*METHODS, *PARTS)}
 
     def path(self, cell: Cell) -> Path:
         """Where the result of a cell lies, for the present sources."""

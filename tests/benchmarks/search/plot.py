@@ -37,7 +37,7 @@ def draw(results: Results, path: Path) -> Path | None:
     for column, task in enumerate(results.tasks):
         above, below = axes[0][column], axes[1][column]
         for method in results.methods:
-            style = {"color": _COLOURS[method], "label": method, "linewidth": 1.6}
+            style = {"color": _COLOURS.get(method, "#333333"), "label": method, "linewidth": 1.6}
             style["linestyle"] = "--" if method in RIVALS else "-" if method in COPA else ":"
             runs = results.of(method, budget, task=task)
             if runs:

@@ -7,11 +7,13 @@ budget counts distinct requests of a run, bought or replayed, so a cell's result
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from copa_harness import tasks
 from copa_harness.evaluate import evaluate
@@ -21,7 +23,9 @@ from copa_harness.lm.factory import build_lm
 from copa_harness.lm.gateway import Gateway
 from copa_harness.optimize.copa import COPA
 from copa_harness.optimize.dspy_optimizers.builders import scores_its_result
+from copa_harness.optimize.propose import demos
 from copa_harness.optimize.result import apply_state
+from copa_harness.optimize.search.bandit import ProposalBandit
 from copa_harness.optimize.search.racing import RacingPruner
 from search.cells import CONTROLS, RIVALS, WRITTEN_FOR, Cell
 from search.watching import watched
@@ -30,6 +34,11 @@ from search.writer import rule_writer
 _STRATEGIES: dict[str, dict[str, Any]] = {
     "p, no racing": {"strategy": "p"},
     "random, no racing": {"strategy": "joint", "sampler": "random", "patience": None},
+    "p, written": {"strategy": "p"},
+    "p, one round": {"strategy": "p", "n_rounds": 1},
+    "p, random sampler": {"strategy": "p", "sampler": "random"},
+    "p, uniform proposals": {"strategy": "p"},
+    "p, random sets": {"strategy": "p"},
     "miprov2 light": {"strategy": "miprov2", "optimizer_kwargs": {"miprov2": {"auto": "light"}}},
     "bootstrap random search": {"strategy": "bootstrap_fewshot_random_search"},
     "gepa": {"strategy": "gepa"},
@@ -80,7 +89,7 @@ class Bench:
         if cell.method in CONTROLS:
             copa.settings = replace(copa.settings, stop_without_headroom=False)
         began, began_cpu = time.perf_counter(), time.process_time()
-        with watched(n_validation=len(task.valset)) as curve, _racing(cell.method not in CONTROLS):
+        with watched(n_validation=len(task.valset)) as curve, _racing(cell.method not in CONTROLS), _without(cell):
             program = copa.compile(task.program, trainset=list(task.trainset), valset=list(task.valset))
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
         result = program.copa_result
@@ -126,6 +135,29 @@ class Bench:
                 program, task.testset, metric=task.metric, split="test", lm=self.lm, threads=len(task.testset)
             )
         return {one.example_id: 0.0 if one.score is None else one.score for one in found.results}
+
+
+@contextmanager
+def _without(cell: Cell) -> Iterator[None]:
+    """Without learning which proposals pay, or with demonstration sets drawn at random alone."""
+    choose, sets = ProposalBandit.choose, demos.chosen_sets
+
+    def uniform(self: Any, family: str, arms: Sequence[str], *, n: int, generator: np.random.Generator) -> list[str]:
+        if not self.knows(family):
+            return choose(self, family, arms, n=n, generator=generator)
+        return [arms[int(generator.integers(len(arms)))] for _ in range(n)]
+
+    def drawn(found: Any, *, plan: Sequence[tuple[int, str]], **given: Any) -> Any:
+        return sets(found, plan=[(size, "random") for size, _ in plan], **given)
+
+    if cell.method == "p, uniform proposals":
+        ProposalBandit.choose = uniform  # type: ignore[method-assign]
+    if cell.method == "p, random sets":
+        demos.chosen_sets = drawn
+    try:
+        yield
+    finally:
+        ProposalBandit.choose, demos.chosen_sets = choose, sets  # type: ignore[method-assign]
 
 
 def _mean(scores: dict[str, float]) -> float:
