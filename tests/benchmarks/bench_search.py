@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_search.py                           # the whole grid, then the report
     python tests/benchmarks/bench_search.py --part 0 2 & ... --part 1 2   # the same by two processes
     python tests/benchmarks/bench_search.py --report-only
-    python tests/benchmarks/bench_search.py --budgets 200 400 --methods "p, written" "p, one round" "p, uniform proposals"
+    python tests/benchmarks/bench_search.py --budgets 200 400 --methods "p, written" "p, one round"
     python tests/benchmarks/bench_search.py --recorded                # SmolLM2's recorded answers: minutes, no model
 
 Tasks x seeds x budgets x methods; each cell is one optimization through `COPA`, metered alike, its test score taken
