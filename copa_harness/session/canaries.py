@@ -81,6 +81,7 @@ def _drift(task: Task, answered: Answered, *, settings: Settings, began_s: float
     names = sorted(scored, key=lambda name: hashlib.sha256(name.encode()).digest())[: settings.canaries]
 
     def result(name: str, afresh: Afresh | None) -> ExampleResult:
+        # Rows side by side open a phase each, but all the same one.
         ask_one = partial(run_examples, program, [examples[name]], metric=task.metric, split="test", lm=lm)
         with in_context(afresh=afresh):
             return results_of(program, ask_one(threads=1, ids=[name]))[0]
