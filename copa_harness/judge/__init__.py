@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = attach(
         "options": ["Gates"],
         "noninferiority": ["Noninferiority"],
         "paired_tests": ["PairedDifference", "PairedScores", "pair_up", "paired_difference"],
-        "power": ["chance_to_fail", "chance_to_pass", "drop_to_see", "rows_to_pass", "sequential_power"],
+        "power": ["chance_to_fail", "chance_to_pass", "drop_to_see", "rows_to_pass"],
         "sequential.betting": ["MeanAbove", "MeanBelow"],
         "sequential.monitors": ["RegressionMonitor", "ThresholdMonitor", "random_order"],
         "sequential.stopping": ["SequentialAnswer", "SequentialJudge"],

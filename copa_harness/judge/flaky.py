@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from copa_harness.documents import digest_of
+from copa_harness.errors import ProviderError
 from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
@@ -325,11 +326,6 @@ class Canary:
     score_can_vary: bool
 
     @property
-    def is_scored(self) -> bool:
-        """Whether all three have a score."""
-        return all(result.score is not None for result in (self.stored, self.new, self.newer))
-
-    @property
     def distances(self) -> tuple[int, int, int]:
         """Stored to new, stored to newer, new to newer."""
         return _distance(self.stored, self.new), _distance(self.stored, self.newer), _distance(self.new, self.newer)
@@ -429,11 +425,11 @@ def drift_of(canaries: Sequence[Canary], *, model: str, since: str = "") -> Drif
         since: date of the oldest stored answer.
 
     Raises:
-        ValueError: none of them has a score each time.
+        ProviderError: none of them has a score each time.
     """
-    scored = [one for one in canaries if one.is_scored]
+    scored = [one for one in canaries if None not in (one.stored.score, one.new.score, one.newer.score)]
     if not scored:
-        raise ValueError(f"got {len(canaries)} canaries without a score; expected at least one with three")
+        raise ProviderError(f"none of {len(canaries)} rows got a score; the first: {canaries[0].new.error}")
     changed = [one for one in scored if one.distances[0]]
     ways = [one.ways for one in scored if one.can_vary or one.score_can_vary]
     return Drift(

@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from copa_harness.formatting import counted, number
 from copa_harness.judge.explanations import interval_text
@@ -42,7 +41,7 @@ Scores = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """A mean by people's scores: its estimate, its interval, and the rows rated."""
+    """A mean by people's scores, with its interval, and how many rows were rated."""
 
     mean: float
     interval: Interval
@@ -60,7 +59,7 @@ class HumanScores:
     Attributes:
         n: answers with a score of the metric.
         n_rated: those that people rated.
-        agreement: share of the rated ones on which both agree, with its interval; None for graded scores.
+        agreement: around the share of the rated ones on which both agree; None for graded scores.
         distance: mean absolute difference of the two scores of an answer.
         kinder: how much higher the metric rates, on average.
         score: the mean by people's scores; None where too few are rated.
@@ -72,27 +71,25 @@ class HumanScores:
     agreement: Interval | None
     distance: float
     kinder: float
-    score: Corrected | None = None
-    difference: Corrected | None = None
+    score: Corrected | None
+    difference: Corrected | None
 
     def sentence(self) -> str:
         """How far metric and people agree, and what people would say of the run."""
         if not self.n_rated:
             return "nobody rated any of the answers (Task(human=...)), so nothing says what the metric is worth"
-        agree = (
-            f"differ by {number(self.distance)} on average"
-            if self.agreement is None
-            else f"agree on {number(1 - self.distance)} of them ({interval_text(self.agreement)})"
-        )
-        said = f"people rated {self.n_rated} of {counted(self.n, 'answer')}: metric and people {agree}"
+        said = f"people rated {self.n_rated} of {counted(self.n, 'answer')}: metric and people "
+        if self.agreement is None:
+            said += f"differ by {number(self.distance)} on average"
+        else:
+            said += f"agree on {number(1 - self.distance)} of them ({interval_text(self.agreement)})"
         if self.kinder:
             said += f"; the metric is {'kinder' if self.kinder > 0 else 'stricter'} by {number(abs(self.kinder))}"
         if self.score is None:
             return f"{said}; {MIN_RATED} rated answers, drawn at random, would tell the score by people"
         said += f". By people's scores: {self.score.text()}"
-        if self.difference is not None:
-            said += f", {self.difference.text(signed=True)} against the accepted result"
-            said += f" ({self.difference.n_rated} rated on both sides)"
+        if (change := self.difference) is not None:
+            said += f", {change.text(signed=True)} against the accepted result ({change.n_rated} rated on both sides)"
         return f"{said}; prediction-powered, approximate, of answers rated at random"
 
 
@@ -113,19 +110,15 @@ def human_scores(
     """
     judged = {key: score for key, score in metric.items() if score is not None}
     both = np.array([(judged[key], human[key]) for key in judged if key in human]).reshape(-1, 2)
-    away, agreement = both[:, 0] - both[:, 1], None
-    if is_right_wrong(both):
-        agreement = wilson_interval(int((away == 0).sum()), len(both))
-    difference = None
+    away, difference = both[:, 0] - both[:, 1], None
     if before is not None:
-        old = {key: score for key, score in before[0].items() if score is not None}
-        change = {key: judged[key] - old[key] for key in judged.keys() & old.keys()}
-        by_people = {key: human[key] - before[1][key] for key in human.keys() & before[1].keys()}
+        change = {key: judged[key] - old for key, old in before[0].items() if old is not None and key in judged}
+        by_people = {key: human[key] - old for key, old in before[1].items() if key in human}
         difference = corrected_mean(change, by_people, level=GATE_LEVEL, least=-1.0, groups=groups)
     return HumanScores(
         n=len(judged),
         n_rated=len(both),
-        agreement=agreement,
+        agreement=wilson_interval(int((away == 0).sum()), len(both)) if is_right_wrong(both) else None,
         distance=float(np.abs(away).mean()) if len(both) else math.nan,
         kinder=float(away.mean()) if len(both) else math.nan,
         score=corrected_mean(judged, human, level=0.95, groups=groups),
@@ -141,7 +134,7 @@ def corrected_mean(
     least: float = 0.0,
     groups: Mapping[str, str] | None = None,
 ) -> Corrected | None:
-    """The mean of people's scores over all rows; None where too few are rated.
+    """The mean of people's numbers over all rows; None where too few are rated.
 
     Args:
         metric: a number by example id.
@@ -153,27 +146,27 @@ def corrected_mean(
     from scipy import stats
 
     ids = sorted(metric)
+    labels = group_labels(ids, groups) or ids
     f = np.array([metric[key] for key in ids], dtype=np.float64)
     y = np.array([human.get(key, math.nan) for key in ids], dtype=np.float64)
     rated = np.isfinite(y)
     n_rated, n_others = int(rated.sum()), int((~rated).sum())
-    labels = np.array(group_labels(ids, groups) or ids)
-    n_units = len(set(labels[rated].tolist()))
+    n_units = len({label for label, is_rated in zip(labels, rated, strict=True) if is_rated})
     if n_units < MIN_RATED:
         return None
     weight = 0.0
     if n_others and (spread := float(f.var())) > 0:
-        together = float(np.cov(y[rated], f[rated])[0, 1])
-        weight = min(1.0, max(0.0, together / ((1 + n_rated / n_others) * spread)))
+        weight = float(np.cov(y[rated], f[rated])[0, 1]) / ((1 + n_rated / n_others) * spread)
+        weight = min(1.0, max(0.0, weight))
     rest = y - weight * f
-    mean = float(rest[rated].mean()) + (weight * float(f[~rated].mean()) if n_others else 0.0)
-    influences: NDArray[np.float64] = np.zeros(len(ids))
-    influences[rated] = (rest[rated] - rest[rated].mean()) / n_rated
+    mean, influences = float(rest[rated].mean()), np.zeros(len(ids))
+    influences[rated] = (rest[rated] - mean) / n_rated
     if n_others:
         influences[~rated] = weight * (f[~rated] - f[~rated].mean()) / n_others
-    variance = float((grouped(influences, labels.tolist()).totals ** 2).sum()) * n_units / (n_units - 1)
+        mean += weight * float(f[~rated].mean())
+    variance = float((grouped(influences, labels).totals ** 2).sum()) * n_units / (n_units - 1)
     is_whole = set(np.concatenate([f, y[rated]]).tolist()) <= {-1.0, 0.0, 1.0}
-    variance += 2 * (1.0 if is_whole else n_rated * float(np.abs(influences[rated]).max())) ** 2 / n_rated**2
+    variance += 2 * (1 / n_rated if is_whole else float(np.abs(influences[rated]).max())) ** 2
     half = float(stats.t.ppf(0.5 + level / 2, n_units - 1)) * math.sqrt(variance)
     low, high = max(least, mean - half), min(1.0, mean + half)
     return Corrected(mean, Interval(low, high, level, "prediction-powered"), n_rated)

@@ -7,21 +7,18 @@ lost and (d - delta) / 2 gained; m the margin.
     fail    the exact unconditional test refutes "no drop" at its share of alpha, and the observed drop is at least m
 
 Right/wrong scores: both are sums over all outcomes, nothing is simulated; the tests' critical values are those for a
-share d that moves. Graded scores: the t test's formula, on whole groups where there are any. What stopping early costs
-(`sequential_power`) is simulated from a seed.
+share d that moves. Graded scores: the t test's formula, on whole groups where there are any.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from copa_harness.judge.exact_tests import greatest_level, least_gained, region_probability
-from copa_harness.judge.sequential.alpha_spending import SpendingSignTest
 
 POWER = 0.8
 """Probability with which "would decide it" and "could be seen" are meant."""
@@ -131,52 +128,6 @@ def drop_to_see(n: int, *, disagreement: float, margin: float = 0.0, alpha: floa
         middle = (low + high) / 2
         low, high = (low, middle) if seen(middle) else (middle, high)
     return high
-
-
-N_SIMULATIONS = 1_000
-"""Runs behind a simulated power: good to about 1.5 points."""
-
-
-@dataclass(frozen=True, slots=True)
-class SequentialPower:
-    """What stopping early buys and costs, for one true drop of right/wrong scores.
-
-    Attributes:
-        fixed: chance to fail when all rows are looked at once.
-        sequential: chance to fail when one looks after every row.
-        mean_rows: rows used on average.
-    """
-
-    fixed: float
-    sequential: float
-    mean_rows: float
-
-
-def sequential_power(
-    n: int, *, drop: float, disagreement: float, margin: float = 0.0, alpha: float = 0.05, seed: int = 0
-) -> SequentialPower:
-    """The chance to fail with `--copa-sequential`, by simulation, beside that of the gate on all rows.
-
-    Args:
-        n: rows on offer, at least 1.
-        drop: true drop, 0..disagreement.
-        disagreement: share of examples on which the runs differ, 0..1.
-        margin: allowed drop, 0..1.
-        alpha: error rate of this gate.
-        seed: of the simulation.
-    """
-    _check(n, drop, disagreement)
-    n_runs = N_SIMULATIONS if n <= 300 else N_SIMULATIONS // 4
-    draws = np.random.default_rng(seed).random((n_runs, n))
-    differences = np.where(draws < (disagreement + drop) / 2, -1, np.where(draws < disagreement, 1, 0))
-    watched = SpendingSignTest(n, alpha=alpha, n_runs=n_runs)
-    for row in range(n):
-        watched.add(differences[:, row])
-    rows = np.arange(1, n + 1)
-    fell = (watched.rejected_at[:, None] <= rows) & (differences.cumsum(axis=1) <= -margin * rows + 1e-9)
-    stopped = np.where(fell.any(axis=1), fell.argmax(axis=1) + 1, n)
-    fixed = chance_to_fail(n, disagreement=disagreement, drop=drop, margin=margin, alpha=alpha)
-    return SequentialPower(fixed, float(fell.any(axis=1).mean()), float(stopped.mean()))
 
 
 @lru_cache(maxsize=256)

@@ -4,9 +4,9 @@ Symbols: T tasks, task t with n_t examples that all compared strategies have a s
 strategy and reference on example e of task t.
 
 * difference = mean over tasks of the mean over examples, every task counting the same; its test exchanges the signs
-  of d_te / (T n_t) example by example (with one task it is the test of `paired_tests`), its interval is a
-  bootstrap stratified by task. It is about these tasks, not about tasks at large. Examples that share a group are
-  exchanged and resampled together.
+  of d_te / (T n_t) example by example (with one task it is the test of `paired_tests`), its interval is that of their
+  mean, a little wide where tasks differ. It is about these tasks, not about tasks at large. Examples that share a group
+  are exchanged and resampled together.
 * p-values against the reference are Holm-corrected over the strategies.
 
 There are no mean ranks and no test of them: over one task they say what the scores say, and Friedman's test has no
@@ -23,18 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copa_harness.formatting import counted, number, probability
-from copa_harness.judge.exact_tests import tango_bounds
-from copa_harness.judge.intervals import MIN_GROUPS, N_RESAMPLES, Groups, group_labels, grouped, n_informative
+from copa_harness.judge.intervals import Groups, group_labels, grouped
 from copa_harness.judge.paired_tests import (
     PairedScores,
-    gained_and_lost,
+    difference_interval,
     paired_difference,
     permutation_p_value,
 )
 from copa_harness.results import Interval
-
-MIN_MOVED = 10
-"""Rows that have to differ from the commonest value, over all tasks, before they are resampled."""
 
 Scores = Mapping[str, float | None]
 _Labels = tuple[str, ...] | None
@@ -188,31 +184,11 @@ def _difference(
         return paired.difference, paired.interval, paired.p_value
     by_task = [_units(cells[index] - cells[anchor], labels[task]) for task, cells in table.items()]
     weighted = np.concatenate([units.totals / (len(by_task) * units.n) for units in by_task])
-    # Scaled to the size of a difference: the test rounds to tell ties, and weights are small.
-    p_value = permutation_p_value(weighted * weighted.size, seed=seed)
-    return float(math.fsum(weighted)), _stratified_interval(by_task, level=level, seed=seed), p_value
+    scaled = weighted * weighted.size  # their mean is the difference, and each about the size of one
+    interval = difference_interval(scaled, binary=False, level=level, seed=seed)
+    return float(math.fsum(weighted)), interval, permutation_p_value(scaled, seed=seed)
 
 
 def _units(values: NDArray[np.float64], labels: _Labels) -> Groups:
     """What is independent of one another: whole groups, or examples where none share one."""
     return Groups(values, np.ones(values.size)) if labels is None else grouped(values, labels)
-
-
-def _stratified_interval(by_task: Sequence[Groups], *, level: float, seed: int) -> Interval:
-    """Bootstrap of the mean of task means, resampling examples or groups within tasks; a bound where too few moved."""
-    everything = np.concatenate([units.totals for units in by_task])
-    n = sum(units.n for units in by_task)
-    is_grouped = n > everything.size
-    if n_informative(np.concatenate([units.means for units in by_task])) < (MIN_GROUPS if is_grouped else MIN_MOVED):
-        # As many rows as the groups are worth if answers within a group always agree.
-        n_whole = max(1, math.floor(sum(units.effective_n for units in by_task) + 1e-9))
-        gained, lost = (total * n_whole / n for total in gained_and_lost(everything))
-        low, high = tango_bounds(gained, lost, n_whole, level=level)
-        return Interval(low, high, level, "tango-bound")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(N_RESAMPLES)
-    for units in by_task:
-        drawn = rng.integers(0, units.sizes.size, (N_RESAMPLES, units.sizes.size))
-        means += units.totals[drawn].sum(axis=1) / units.sizes[drawn].sum(axis=1) / len(by_task)
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(float(low), float(high), level, "stratified bootstrap")

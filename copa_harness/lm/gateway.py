@@ -246,7 +246,7 @@ class Gateway:
                 found = self._replay(call)
                 self._new_of_late = found is None
                 if found is None:
-                    found = self._call_provider(call)
+                    found = self._call_provider(call, is_stored=context.afresh is None)
         if context.observer is not None:
             context.observer.add(_observed(self._store.get(key)))
         return _accepted(found, call)

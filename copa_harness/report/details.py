@@ -152,7 +152,7 @@ def flaky_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
 
 
 def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
-    """Rows and dollars saved by stopping early, and the power it cost, per run in sequential mode."""
+    """Rows and dollars saved by stopping early, per run in sequential mode."""
     rows = []
     n_used = n_total = 0
     for run in runs:
@@ -161,10 +161,6 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
         found = run.sequential
         used, total = found.n_used, found.n_total
         n_used, n_total = n_used + used, n_total + total
-        power = "-"
-        if found.power is not None:
-            fixed, early = 100 * found.power.fixed, 100 * found.power.sequential
-            power = f"{early:.0f} % ({fixed:.0f} %) at {number(found.visible_drop)}"
         saved = f"{total - used:,} ({100 * (total - used) / total:.0f} %)" if total else "-"
         dollars = "-" if found.usd_saved is None else f"{found.usd_saved:,.4f}"
         rows.append(
@@ -175,7 +171,6 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
                 f"{used:,}",
                 saved,
                 dollars,
-                power,
                 number(run.score),
                 run.verdict.value,
             ]
@@ -189,7 +184,6 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
         "used",
         "saved",
         "USD saved",
-        "power (all rows) at drop",
         "score so far",
         "verdict",
     ]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from copa_harness.errors import ProviderError
 from copa_harness.judge.flaky import Canary, drift_of, exchange_p_value
 from copa_harness.results import ExampleResult
 
@@ -85,5 +86,5 @@ def test_rows_without_a_score_are_counted_and_judge_nothing():
     found = drift_of(rows, model="m")
     assert (found.n, found.n_unanswered, found.n_changed) == (1, 1, 0)
     assert "1 more got no score" in found.text()
-    with pytest.raises(ValueError, match="2 canaries without a score"):
+    with pytest.raises(ProviderError, match="none of 2 rows got a score"):
         drift_of([rows[1]] * 2, model="m")

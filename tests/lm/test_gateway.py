@@ -226,7 +226,7 @@ def test_what_is_young_or_unknown_is_no_old_answer(gateway):
     with in_context(afresh=Afresh(began)) as context:
         assert [ask(gateway, engine, text).message.text for text in "xyx"] == ["1", "2", "1"]
     assert not context.afresh.stored_s
-    assert ask(gateway, engine, "y").message.text == "2"  # a new one is bought and kept
+    assert ask(gateway, engine, "y").message.text == "3"  # what follows from a canary is not kept either
 
 
 def test_a_local_model_at_temperature_0_cannot_vary(gateway):

@@ -11,19 +11,14 @@ failed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.gates import cost_per_answer, judge, overall
 from copa_harness.judge.options import Gates
 from copa_harness.judge.paired_gates import JudgedRun, better_than, changed_parts, max_regression
-from copa_harness.judge.paired_tests import pair_up, scores_by_id
-from copa_harness.judge.power import SequentialPower, drop_to_see, sequential_power
 from copa_harness.judge.sequential.monitors import RegressionMonitor, ThresholdMonitor, random_order
 from copa_harness.results import EvaluationResult, GateResult, Verdict
 
@@ -37,16 +32,12 @@ class SequentialAnswer:
         n_used: examples evaluated.
         n_total: examples in the split.
         usd_saved: dollars the examples not evaluated would have cost; None when no price was seen.
-        power: what stopping early costs a regression gate; None without one.
-        visible_drop: the true drop `power` is about, 0..1; None without.
     """
 
     gates: tuple[GateResult, ...]
     n_used: int
     n_total: int
     usd_saved: float | None = None
-    power: SequentialPower | None = None
-    visible_drop: float | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -59,21 +50,12 @@ class SequentialAnswer:
         return self.n_total - self.n_used
 
     def text(self) -> str:
-        """`stopped after 131 of 300 examples: 169 saved (56 %), about $0.34`, and what it costs in power."""
-        if self.n_saved:
-            saved = f"stopped after {self.n_used:,} of {counted(self.n_total, 'example')}: {self.n_saved:,} saved"
-            saved += f" ({100 * self.n_saved / self.n_total:.0f} %)"
-            if self.usd_saved:
-                saved += f", about ${self.usd_saved:,.2g}"
-        else:
-            saved = f"all {counted(self.n_total, 'example')} were needed, nothing saved"
-        if self.power is None or self.visible_drop is None:
-            return saved
-        return (
-            f"{saved}. What stopping early costs: a true drop of {number(self.visible_drop)}, found in "
-            f"{100 * self.power.fixed:.0f} % of runs that look once, at all {self.n_total:,}, is found in "
-            f"{100 * self.power.sequential:.0f} % this way"
-        )
+        """`stopped after 131 of 300 examples: 169 saved (56 %), about $0.34`."""
+        if not self.n_saved:
+            return f"all {counted(self.n_total, 'example')} were needed, nothing saved"
+        saved = f"stopped after {self.n_used:,} of {counted(self.n_total, 'example')}: {self.n_saved:,} saved"
+        cost = f", about ${self.usd_saved:,.2g}" if self.usd_saved else ""
+        return f"{saved} ({100 * self.n_saved / self.n_total:.0f} %){cost}"
 
     def numbers(self) -> dict[str, Any]:
         """What a report says of it, as plain JSON types."""
@@ -81,10 +63,6 @@ class SequentialAnswer:
             "n_used": self.n_used,
             "n_total": self.n_total,
             "usd_saved": self.usd_saved,
-            "visible_drop": self.visible_drop,
-            "power_fixed": None if self.power is None else self.power.fixed,
-            "power_sequential": None if self.power is None else self.power.sequential,
-            "mean_rows": None if self.power is None else self.power.mean_rows,
         }
 
 
@@ -222,9 +200,8 @@ class SequentialJudge:
         if self._gates.better_than is not None:
             answers.append(self._compared("opponent", evaluation))
         each = cost_per_answer(evaluation)
-        power, drop = self._power(evaluation)
         saved = None if each is None else each * (self.n_total - self.n_used)
-        return SequentialAnswer(tuple(answers), self.n_used, self.n_total, saved, power, drop)
+        return SequentialAnswer(tuple(answers), self.n_used, self.n_total, saved)
 
     def _min_score(self, monitor: ThresholdMonitor, evaluation: EvaluationResult) -> GateResult:
         if self.n_used == self.n_total:
@@ -279,23 +256,6 @@ class SequentialJudge:
         if decides_alone and is_looked_for:
             return GateResult(answer.gate, Verdict.UNDECIDED, _SPENT, without_p_values(answer.details))
         return answer
-
-    def _power(self, evaluation: EvaluationResult) -> tuple[SequentialPower | None, float | None]:
-        if "regression" not in self._paired:
-            return None, None
-        monitor, before = self._paired["regression"]
-        pairs = pair_up(before, scores_by_id(evaluation))
-        if not pairs.ids or not monitor.is_exact or monitor.is_graded:
-            return None, None
-        moved = float(np.abs(np.asarray(pairs.after) - np.asarray(pairs.before)).mean())
-        alpha, margin = self._alpha_fail("regression"), monitor.margin
-        drop = drop_to_see(self.n_total, disagreement=moved, margin=margin, alpha=alpha)
-        if math.isinf(drop):
-            return None, None
-        power = sequential_power(
-            self.n_total, drop=drop, disagreement=max(drop, moved), margin=margin, alpha=alpha, seed=self._seed
-        )
-        return power, drop
 
 
 _BLESS = "run all examples with --copa-bless (without --copa-sequential) and commit the file it writes"

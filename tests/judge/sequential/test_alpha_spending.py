@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copa_harness.judge.power import sequential_power
+from copa_harness.judge.power import chance_to_fail
 from copa_harness.judge.sequential.alpha_spending import SPENDING_POWER, SpendingSignTest
 
 
@@ -58,10 +58,23 @@ def test_runs_side_by_side_are_what_each_is_alone():
     assert together.p_values == pytest.approx(np.concatenate([test.p_values for test in alone]))
 
 
-def test_a_large_drop_is_found_in_little_more_than_half_the_rows_at_hardly_any_power():
-    power = sequential_power(300, drop=0.1, disagreement=0.3)
-    assert power.mean_rows <= 0.6 * 300
-    assert power.sequential >= power.fixed - 0.05
+def simulated(n, *, drop, disagreement, seed=0, n_runs=1000):
+    """How often looking after every row finds a drop, and after how many rows in the mean."""
+    draws = np.random.default_rng(seed).random((n_runs, n))
+    test = watched(np.where(draws < (disagreement + drop) / 2, -1.0, np.where(draws < disagreement, 1.0, 0.0)))
+    return (test.rejected_at <= n).mean(), np.minimum(test.rejected_at, n).mean()
+
+
+@pytest.mark.parametrize("disagreement", [0.2, 0.3])
+def test_a_large_drop_is_found_in_little_more_than_half_the_rows_at_hardly_any_power(disagreement):
+    found, rows = simulated(300, drop=0.1, disagreement=disagreement)
+    assert rows <= 0.6 * 300
+    assert found >= chance_to_fail(300, drop=0.1, disagreement=disagreement) - 0.06
+
+
+def test_an_unchanged_program_alarms_in_at_most_five_percent_however_often_one_looks():
+    found, _ = simulated(200, drop=0.0, disagreement=0.2, seed=3)
+    assert found <= 0.05 + 2.4 * np.sqrt(0.05 * 0.95 / 1000)
 
 
 def test_more_rows_than_on_offer_are_refused():
