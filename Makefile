@@ -56,11 +56,11 @@ unit: $(VENV)/.installed  ## unit tests, by two processes
 	@$(BIN)/python -m pytest tests/ -q -n 2 $(ARGS)
 
 READERS := baseline report stage artifact answer gguf strategy document journal
-fuzz: $(VENV)/.installed  ## hours: kills, flipped bytes, random walks and replies, each reader under atheris (FUZZ_S=600 seconds)
+fuzz: $(VENV)/.installed  ## kills, flipped bytes, random walks and replies, each reader under atheris (FUZZ_S=60 seconds); goes on where it stopped
 	@FUZZ=1 $(BIN)/python -m pytest tests/fuzz tests/lm/test_gateway_processes.py tests/lm/cache/test_crash.py tests/plugin/test_crash_places.py -q $(ARGS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	@for reader in $(READERS); do echo "==> atheris: $$reader"; \
-	  PYTHONPATH=. $(BIN)/python tests/fuzz/test_readers.py $$reader .fuzz/$$reader -max_total_time=$(or $(FUZZ_S),600) || exit 1; done
+	  PYTHONPATH=. $(BIN)/python tests/fuzz/test_readers.py $$reader .fuzz/$$reader -max_total_time=$(or $(FUZZ_S),60) || exit 1; done
 
 format: $(VENV)/.installed  ## ruff: mend what can be mended, lay out the rest
 	@$(BIN)/ruff check --fix --exit-zero --quiet .

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -82,12 +83,13 @@ def repository(tmp_path, monkeypatch):
     return SimpleNamespace(path=tmp_path, makepyfile=write)
 
 
-def run_steps(repository, api, *, suite="-p no:cacheprovider -p no:hypothesispytest"):
+def run_steps(repository, api, *, suite="-p no:cacheprovider -p no:hypothesispytest", **more):
     """Run the action's own steps as GitHub would; the exit status of the last, and what all of them printed."""
     action = yaml.safe_load((ACTION / "action.yml").read_text())
     known = {f"inputs.{name}": one["default"] for name, one in action["inputs"].items()}
     known |= {
         "inputs.suite": suite,
+        **{f"inputs.{name}": text for name, text in more.items()},
         "inputs.python": sys.executable,
         "inputs.token": "secret",
         "github.event.pull_request.number": "7",
@@ -147,6 +149,20 @@ def test_an_unchanged_branch_is_green_pays_nothing_and_updates_the_comment(repos
     assert len(api.comments) == 151
     assert api.written[-1][:2] == ("PATCH", "/repos/some/body/issues/comments/150")
     assert "1 pass, 0 calls paid." in api.comments[-1]["body"].splitlines()[1]
+
+
+def test_jobs_of_a_matrix_share_a_database_and_have_a_comment_each(repository, api, postgres, monkeypatch):
+    monkeypatch.setenv("COPA_SHARED", postgres.database("matrix"))
+    monkeypatch.setenv("COPA_RUN", "4711-1")
+    for name in ("one", "other", "one"):
+        status, printed, _ = run_steps(repository, api, name=name, against="")
+        assert status == 0, printed
+        shutil.rmtree(repository.path / ".copa_cache")  # each job is on a machine of its own
+    assert [one["body"].splitlines()[0] for one in api.comments] == [
+        f"<!-- copa-harness report, {name} -->" for name in ("one", "other")
+    ]
+    assert [written[0] for written in api.written] == ["POST", "POST", "PATCH"]
+    assert all(" 0 calls paid." in one["body"] for one in api.comments)  # the first job's comment was written anew
 
 
 def test_a_token_that_may_not_write_is_a_warning(repository, api):

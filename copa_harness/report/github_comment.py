@@ -2,9 +2,9 @@
 
     python -m copa_harness.report.github_comment reports/comment.md
 
-Reads TOKEN, NUMBER, GITHUB_REPOSITORY and, if there is one, PAGE (where the page can be downloaded) from the
-environment. The first line of the file marks the comment. Standard library only. A token that may not write, as that of
-a pull request from a fork, is a warning: the same text stands in the job's summary.
+Reads TOKEN, NUMBER, GITHUB_REPOSITORY and, if there are such, PAGE (where the page can be downloaded) and NAME (of a
+job among several) from the environment. The first line of the file marks the comment. Standard library only. A token
+that may not write, as that of a pull request from a fork, is a warning: the same text stands in the job's summary.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def main(file: str) -> None:
         print(f"::warning::no comment: {file} was not written, the suite did not come to an end")  # noqa: T201 - GitHub reads it
         return
     body = path.read_text(encoding="utf-8")
+    if name := os.environ.get("NAME"):
+        body = body.replace(" -->", f", {name} -->", 1)
     if page := os.environ.get("PAGE"):
         body += f"\n[The page with every example]({page})\n"
     number, mark = os.environ["NUMBER"], body.splitlines()[0]

@@ -264,6 +264,8 @@ class RunLedger(Ledger):
             # Survives the death of the process; only the loss of power could undo it, and that ends the run.
             self._connection.execute("PRAGMA synchronous = OFF")
             self._connection.execute("PRAGMA journal_mode = WAL")
+            # A log in which a byte changed is dropped without a word: what it holds is always in the file as well.
+            self._connection.execute("PRAGMA wal_autocheckpoint = 1")
         return self._connection
 
     def _unusable(self, error: Exception) -> CacheError:

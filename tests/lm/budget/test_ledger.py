@@ -1,5 +1,6 @@
 """The ledger of a whole run: shared by threads and processes, never over its ceilings, closed against the dead."""
 
+import contextlib
 import json
 import os
 import random
@@ -277,3 +278,34 @@ def test_no_flipped_byte_of_a_ledger_makes_it_lose_count(tmp_path):
         except (CacheError, ConfigurationError):
             n_refused += 1
     assert n_refused > 300
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked and killed")
+def test_no_flipped_byte_of_what_a_killed_process_left_beside_the_ledger_makes_it_lose_count(tmp_path):
+    budget, chance = Budget(calls=100), random.Random(5)
+    child = os.fork()
+    if child == 0:
+        ledger = RunLedger(tmp_path, "r", budget=budget)
+        for n in range(1, 7):
+            ledger.settle(ledger.reserve(Cost(calls=n)), Cost(calls=n))
+        ledger.reserve(Cost(calls=5))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    (log,) = [name for name in left if name.endswith("-wal")]
+
+    def account():
+        for name, content in left.items():
+            (tmp_path / "runs" / name).write_bytes(content)
+        ledger = RunLedger(tmp_path, "r", budget=budget)
+        try:
+            return ledger.spent.calls, ledger.reserved.calls
+        finally:
+            ledger.close()
+
+    assert account() == (21, 5)
+    whole = left[log]
+    for place in [place for place, byte in enumerate(whole) if byte or place < 56]:
+        left[log] = whole[:place] + bytes([whole[place] ^ chance.randrange(1, 256)]) + whole[place + 1 :]
+        with contextlib.suppress(CacheError, ConfigurationError):
+            assert account() == (21, 5), place
