@@ -193,8 +193,6 @@ class FlakyReport:
         n_pass_none: examples that passed no repeat.
         pass_all_interval: around the share that passes every repeat.
         flaky: the others, nearest to a coin flip first.
-        model_error: standard error of the mean score from the model's noise alone.
-        example_error: the same from the choice of examples.
         advice: whether repeats or examples would help.
     """
 
@@ -206,25 +204,12 @@ class FlakyReport:
     n_pass_none: int
     pass_all_interval: Interval
     flaky: tuple[FlakyExample, ...]
-    model_error: float
-    example_error: float
     advice: str
 
     @property
     def pass_all(self) -> float:
         """Share of the examples that passed every repeat, 0..1; 0 without examples."""
         return self.n_pass_all / self.n if self.n else 0.0
-
-    def text(self, *, n_shown: int = 10) -> str:
-        """Lines for a terminal: the shares, what to do, and the most unstable examples."""
-        lines = [
-            f"{counted(self.n, 'example')}, {self.k} repeats each: {self.n_pass_all} passed all, "
-            f"{self.n_pass_none} passed none, {len(self.flaky)} passed some. {self.advice}"
-        ]
-        lines += [f"  {row.example_id}  passed {row.n_passed} of {row.k}" for row in self.flaky[:n_shown]]
-        if len(self.flaky) > n_shown:
-            lines.append(f"  and {len(self.flaky) - n_shown} more")
-        return "\n".join(lines)
 
 
 def flaky_report(repeats: Repeats, *, pass_score: float = 1.0) -> FlakyReport:
@@ -250,7 +235,6 @@ def flaky_report(repeats: Repeats, *, pass_score: float = 1.0) -> FlakyReport:
     flaky = [FlakyExample(key, count, k, complete[key]) for key, count in passed.items() if 0 < count < k]
     flaky.sort(key=lambda row: (abs(2 * row.n_passed - row.k), row.example_id))
     n_pass_all = sum(count == k for count in passed.values())
-    spread = repeated_mean(complete)
     return FlakyReport(
         n=len(complete),
         n_incomplete=len(repeats) - len(complete),
@@ -260,9 +244,7 @@ def flaky_report(repeats: Repeats, *, pass_score: float = 1.0) -> FlakyReport:
         n_pass_none=sum(count == 0 for count in passed.values()),
         pass_all_interval=wilson_interval(n_pass_all, len(complete)),
         flaky=tuple(flaky),
-        model_error=spread.model_error,
-        example_error=spread.example_error,
-        advice=spread.advice(),
+        advice=repeated_mean(complete).advice(),
     )
 
 
@@ -359,14 +341,11 @@ class Drift:
 
     Attributes:
         model: which.
-        n: canaries that have a score each time.
-        n_unanswered: canaries that have none.
-        n_changed: canaries whose new answer or score is not the stored one.
-        n_rescored: those of them whose answer is the same: what changed is a model that the metric asks.
-        n_unsteady: canaries whose two new answers or scores differ.
-        n_faulty: canaries that changed though nothing in them can vary.
-        score_stored: mean score of the stored answers, 0..1.
-        score_now: mean score of the new ones.
+        n: canaries that have a score each time; `n_unanswered` have none.
+        n_changed: those whose new answer or score is not the stored one; of `n_rescored` only the score is another.
+        n_unsteady: those whose two new answers or scores differ.
+        n_faulty: those that changed though nothing in them can vary.
+        score_stored: mean score of the stored answers, 0..1; `score_now` of the new ones.
         p_value: of "the model is what it was"; None where nothing can vary.
         since: date of the oldest stored answer; "" where nobody noted it.
     """
