@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from operator import add, attrgetter, sub
 from typing import Any, Literal
 
 SCHEMA = 1
@@ -65,35 +66,11 @@ class Usage:
     truncated_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.paid_calls + other.paid_calls,
-            self.cached_calls + other.cached_calls,
-            self.failed_calls + other.failed_calls,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.usd + other.usd,
-            self.train_steps + other.train_steps,
-            self.wall_s + other.wall_s,
-            self.estimated_calls + other.estimated_calls,
-            self.unpriced_calls + other.unpriced_calls,
-            self.truncated_calls + other.truncated_calls,
-        )
+        return Usage(*map(add, _amounts(self), _amounts(other)))
 
     def __sub__(self, other: Usage) -> Usage:
         """What was spent between two readings of one meter, the later one minus the earlier one."""
-        return Usage(
-            self.paid_calls - other.paid_calls,
-            self.cached_calls - other.cached_calls,
-            self.failed_calls - other.failed_calls,
-            self.input_tokens - other.input_tokens,
-            self.output_tokens - other.output_tokens,
-            self.usd - other.usd,
-            self.train_steps - other.train_steps,
-            self.wall_s - other.wall_s,
-            self.estimated_calls - other.estimated_calls,
-            self.unpriced_calls - other.unpriced_calls,
-            self.truncated_calls - other.truncated_calls,
-        )
+        return Usage(*map(sub, _amounts(self), _amounts(other)))
 
     @property
     def calls(self) -> int:
@@ -104,6 +81,9 @@ class Usage:
     def tokens(self) -> int:
         """Input plus output tokens of the paid calls."""
         return self.input_tokens + self.output_tokens
+
+
+_amounts = attrgetter(*(one.name for one in fields(Usage)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,6 @@ def evaluate(
     lm: Any = None,
     phase: Phase = Phase.EVALUATE,
     threads: int = DEFAULT_THREADS,
-    ids: Sequence[str] | None = None,
 ) -> EvaluationResult:
     """Scores of a program on a split, with an interval and what they cost.
 
@@ -129,7 +128,6 @@ def evaluate(
         lm: Model for every predictor without one of its own; default `dspy.settings.lm`.
         phase: What the calls are for; stamped on each.
         threads: Examples in flight at once. Results do not depend on it.
-        ids: Example ids, default `example_ids(examples)`.
 
     Returns:
         Per-example results in the order of `examples`; `usage` is what this evaluation added to the current scope.
@@ -143,7 +141,7 @@ def evaluate(
     scope = current_scope()
     before, started = scope.usage(), time.perf_counter()
     with in_context(label_scores=True):
-        runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads, ids=ids)
+        runs = run_examples(program, examples, metric=metric, split=split, lm=lm, phase=phase, threads=threads)
     raise_if_nothing_worked(runs, split=split)
     usage = usage_since(before, scope.usage(), wall_s=time.perf_counter() - started)
     results = results_of(program, runs)
@@ -197,15 +195,14 @@ def run_examples(
     window) must not end it. Where it is no candidate, `raise_if_nothing_worked` looks at the runs.
 
     Args:
-        program: As in `evaluate`.
-        examples: As in `evaluate`.
-        metric: As in `evaluate`.
-        split: As in `evaluate`.
-        lm: As in `evaluate`.
-        phase: As in `evaluate`. In `Phase.BOOTSTRAP` the metric sees the trace, as in DSPy's bootstrapping (many
-            metrics are stricter then).
-        threads: As in `evaluate`.
-        ids: As in `evaluate`.
+        program: As in `evaluate`, like the rest.
+        examples: The split.
+        metric: In `Phase.BOOTSTRAP` it sees the trace, as in DSPy's bootstrapping (many metrics are stricter then).
+        split: Its name.
+        lm: The model.
+        phase: What the calls are for.
+        threads: Examples in flight at once.
+        ids: Example ids, default `example_ids(examples)`.
 
     Raises:
         TaskError: The split is empty or malformed.

@@ -198,18 +198,17 @@ def current_scope() -> Scope:
 
 
 @contextmanager
-def open_scope(name: str, *, budget: Budget | None = None, parent: Scope | None = None) -> Iterator[Scope]:
+def open_scope(name: str, *, budget: Budget | None = None) -> Iterator[Scope]:
     """Open a scope for the duration of the block, and end it afterwards.
 
     Args:
         name: Shown in messages.
         budget: The ceilings; unlimited by default.
-        parent: See `Scope`.
 
     Yields:
         The scope; its usage stays readable after the block.
     """
-    scope = Scope(name, budget=budget, parent=parent)
+    scope = Scope(name, budget=budget)
     if (opened := current_context().opened) is not None:
         opened.append(scope)
     with _stack_lock:
@@ -380,17 +379,6 @@ class DryRun:
             total = sum((bound for bound in bounds if bound is not None), Cost())
             n = len(bounds)
             return Cost(1, total.input_tokens // n, total.output_tokens // n, total.picodollars // n)
-
-    def summary(self) -> str:
-        """One line for a person."""
-        usage = self.usage
-        text = (
-            f"{usage.paid_calls:,} calls to pay, {usage.cached_calls:,} cached; at most {usage.input_tokens:,} input "
-            f"and {usage.output_tokens:,} output tokens, ${usage.usd:,.4f}"
-        )
-        if usage.estimated_calls:
-            text += f", beside {usage.estimated_calls:,} calls without max_tokens or without a known price"
-        return text
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Everything that leans on the inside of DSPy 3.4: names it does not promise, and the shortcuts built on them.
 
 This is the one module that imports DSPy's private names, and the place to look at when another DSPy comes out. Its
-first part only hands on what others need (`request_to_dict` makes cache keys, `select_backend` says which client DSPy
-would take, ...). The rest is the *fast path*: three things that DSPy computes anew for every call and that are computed
-here once. Each gives what DSPy gives, character by character, and leaves to DSPy whatever it does not know:
+first part only hands on what others need (what is imported `as` itself: `request_to_dict` makes cache keys,
+`select_backend` says which client DSPy would take, ...). The rest is the *fast path*: three things that DSPy computes
+anew for every call and that are computed here once. Each gives what DSPy gives, character by character, and leaves to
+DSPy whatever it does not know:
 
 * `RequestBuilder`: the canonical request, straight from plain messages. DSPy turns every call into an OpenAI body,
   reads that back as a request, and sets up retries, streaming, pricing, caching and history: a third of what a module
@@ -33,22 +34,30 @@ import dspy
 from dspy._vendor.lm15.providers.base import _attach_error_metadata
 from dspy._vendor.lm15.providers.common import json_dumps
 from dspy._vendor.lm15.providers.openai_chat import OpenAIChatLM
-from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES
-from dspy._vendor.lm15.serde import request_to_dict, response_from_dict, response_to_dict
-from dspy._vendor.lm15.transports import TransportRequest, TransportResponse
-from dspy._vendor.lm15.transports._exceptions import ConnectError, ConnectTimeout, ReadError
+from dspy._vendor.lm15.router import LITELLM_PROVIDER_PREFIXES as LITELLM_PROVIDER_PREFIXES
+from dspy._vendor.lm15.serde import request_to_dict as request_to_dict
+from dspy._vendor.lm15.serde import response_from_dict as response_from_dict
+from dspy._vendor.lm15.serde import response_to_dict as response_to_dict
+from dspy._vendor.lm15.transports import TransportRequest as TransportRequest
+from dspy._vendor.lm15.transports import TransportResponse as TransportResponse
+from dspy._vendor.lm15.transports._exceptions import ConnectError as ConnectError
+from dspy._vendor.lm15.transports._exceptions import ConnectTimeout as ConnectTimeout
+from dspy._vendor.lm15.transports._exceptions import ReadError as ReadError
 from dspy.adapters.chat_adapter import ChatAdapter
 from dspy.adapters.utils import format_field_value
-from dspy.clients import model_metadata
-from dspy.clients._deprecation import warn_openai_messages
-from dspy.clients.backend_selection import CLIENT_KEYS, select_backend
+from dspy.clients import model_metadata as model_metadata
+from dspy.clients._deprecation import warn_openai_messages as warn_openai_messages
+from dspy.clients.backend_selection import CLIENT_KEYS as CLIENT_KEYS
+from dspy.clients.backend_selection import select_backend as select_backend
 from dspy.clients.call_result import legacy_output
-from dspy.clients.capabilities import resolve
-from dspy.clients.costs import estimate_cost
-from dspy.clients.engines.lm15_engine import LM15Engine
-from dspy.clients.errors import error_boundary, wrap_error
-from dspy.clients.execution import execute, prepare
-from dspy.clients.lm import _is_openai_reasoning_model as is_reasoning_model
+from dspy.clients.capabilities import resolve as resolve
+from dspy.clients.costs import estimate_cost as estimate_cost
+from dspy.clients.engines.lm15_engine import LM15Engine as LM15Engine
+from dspy.clients.errors import error_boundary as error_boundary
+from dspy.clients.errors import wrap_error as wrap_error
+from dspy.clients.execution import execute as execute
+from dspy.clients.execution import prepare as prepare
+from dspy.clients.lm import _is_openai_reasoning_model
 from dspy.lm15 import (
     Config,
     LM15Error,
@@ -60,41 +69,7 @@ from dspy.lm15 import (
     request_from_openai_chat,
 )
 
-__all__ = [
-    "CLIENT_KEYS",
-    "LITELLM_PROVIDER_PREFIXES",
-    "ConnectError",
-    "ConnectTimeout",
-    "LM15Engine",
-    "PlainChat",
-    "PromptAdapter",
-    "ReadError",
-    "RequestBuilder",
-    "TransportRequest",
-    "TransportResponse",
-    "count_truncations_instead",
-    "custom_engine_of",
-    "declared_url",
-    "error_boundary",
-    "estimate_cost",
-    "execute",
-    "fast_path_enabled",
-    "is_dspys_choice",
-    "is_plain_call",
-    "is_reasoning_model",
-    "model_metadata",
-    "outputs_of",
-    "prepare",
-    "prompt_adapter",
-    "request_to_dict",
-    "resolve",
-    "response_from_dict",
-    "response_to_dict",
-    "select_backend",
-    "use_custom_engine",
-    "warn_openai_messages",
-    "wrap_error",
-]
+is_reasoning_model = _is_openai_reasoning_model
 
 KEPT = 512
 """Messages remembered as they were built (system texts and demonstrations come with every call), and settings."""

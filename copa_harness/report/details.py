@@ -17,7 +17,7 @@ from copa_harness.judge.paired_tests import PairedDifference
 from copa_harness.judge.ranking import compare_strategies
 from copa_harness.report.grouping import by_task, chosen, deduplicated, disambiguated, distinct, from_optimization
 from copa_harness.report.records import RunRecord
-from copa_harness.report.rendering import Style, bounds, draw, with_notes
+from copa_harness.report.rendering import Style, bounds, draw, opening, table, with_notes
 from copa_harness.results import Interval
 
 MAX_FLAKY_SHOWN = 10
@@ -54,20 +54,17 @@ def attribution_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -
             cell = _cell(effect.difference, effect.interval, signed=True)
             lines.append((_EFFECT_NAMES[name], *cell, probability_cell(effect.p_value)))
         for index, line in enumerate(lines):
-            where = [run.task, run.strategy, f"{found.n:,}"] if index == 0 else ["", "", ""]
+            where = opening(index, run.task, run.strategy, f"{found.n:,}")
             rows.append([*where[:2], line[0], where[2], *line[1:]])
         notes.append(f"{run.task}, {run.strategy}: {found.sentence()}")
-    headers = ["task", "strategy", "system or gain", "n", "score or gain", "95 % interval", "p"]
-    return with_notes(draw(rows, headers, style=style, n_text=3), notes, style=style) if rows else ""
+    titles = "task|strategy|system or gain|n|score or gain|95 % interval|p"
+    return table(rows, titles, *notes, style=style, n_text=3)
 
 
-def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
+def ranking_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     """Strategies over the tasks all of them have run: score, Holm-corrected difference, cost; "" under two.
 
-    Args:
-        runs: all runs.
-        reference: the strategy the others are compared with; without runs of it, the first one seen.
-        style: where the table will stand.
+    They are compared with the program as written, or without runs of it with the first strategy seen.
     """
     rows: list[list[str]] = []
     notes: list[str] = []
@@ -79,7 +76,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
         complete = _same_tasks(best)
         if len(complete) < 2:
             continue
-        anchor = reference if reference in complete else next(iter(complete))
+        anchor = "none" if "none" in complete else next(iter(complete))
         scores = {name: {task: run.scores for task, run in tasks.items()} for name, tasks in complete.items()}
         try:
             comparison = compare_strategies(scores, reference=anchor, groups=_groups(complete))
@@ -106,17 +103,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     if not rows:
         return ""
     against = anchors.pop() if len(anchors) == 1 else "the row without one"
-    headers = [
-        "model",
-        "strategy",
-        "tasks",
-        "n",
-        "score",
-        f"difference to {against}",
-        "p (Holm)",
-        "calls",
-        "USD",
-    ]
+    titles = f"model|strategy|tasks|n|score|difference to {against}|p (Holm)|calls|USD"
     notes.insert(
         0,
         "differences paired by example, every task counting the same [95 % interval of each alone]; "
@@ -124,7 +111,7 @@ def ranking_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
     )
     if repeated:
         notes.insert(1, "of several runs of a strategy on a task, that with the best validation score stands for it")
-    return with_notes(draw(rows, headers, style=style, n_text=2), notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=2)
 
 
 def flaky_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -136,8 +123,8 @@ def flaky_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
         if report is None:
             continue
         for index, row in enumerate(report.flaky[:MAX_FLAKY_SHOWN]):
-            where = [run.task, run.strategy] if index == 0 else ["", ""]
-            rows.append([*where, row.example_id, f"{row.n_passed} of {row.k}", f"{row.pass_rate:.2f}"])
+            told = [row.example_id, f"{row.n_passed} of {row.k}", f"{row.pass_rate:.2f}"]
+            rows.append([*opening(index, run.task, run.strategy), *told])
         more = len(report.flaky) - MAX_FLAKY_SHOWN
         rest = f" ({more} more not shown)" if more > 0 else ""
         notes.append(
@@ -163,34 +150,13 @@ def sequential_table(runs: Sequence[RunRecord], *, style: Style = "terminal") ->
         n_used, n_total = n_used + used, n_total + total
         saved = f"{total - used:,} ({100 * (total - used) / total:.0f} %)" if total else "-"
         dollars = "-" if found.usd_saved is None else f"{found.usd_saved:,.4f}"
-        rows.append(
-            [
-                run.task,
-                run.strategy,
-                f"{total:,}",
-                f"{used:,}",
-                saved,
-                dollars,
-                number(run.score),
-                run.verdict.value,
-            ]
-        )
-    if not rows:
-        return ""
-    headers = [
-        "task",
-        "strategy",
-        "n",
-        "used",
-        "saved",
-        "USD saved",
-        "score so far",
-        "verdict",
-    ]
+        counts = [f"{total:,}", f"{used:,}", saved, dollars]
+        rows.append([run.task, run.strategy, *counts, number(run.score), run.verdict.value])
+    titles = "task|strategy|n|used|saved|USD saved|score so far|verdict"
     notes = ["a score so far is of the rows used: judge by the verdict, and run all rows for the exact number"]
     if n_total:
         notes.append(f"in all {n_total - n_used:,} of {n_total:,} rows saved ({100 * (1 - n_used / n_total):.0f} %)")
-    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=2, last_text=True)
 
 
 def _groups(by_strategy: Mapping[str, Mapping[str, RunRecord]]) -> dict[str, Mapping[str, str]]:
@@ -241,10 +207,9 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
     for run, credit in deduplicated(runs, from_optimization("credit")):
         parts = [*credit["parts"], {"predictor": "", "part": "all parts", "method": "measured", **credit["total"]}]
         for index, part in enumerate(parts):
-            where = [run.task, run.strategy] if index == 0 else ["", ""]
             rows.append(
                 [
-                    *where,
+                    *opening(index, run.task, run.strategy),
                     "" if part["part"] == "all parts" else _stage(part["predictor"]),
                     part["part"],
                     f"{credit['n']:,}" if index == 0 else "",
@@ -252,15 +217,13 @@ def credit_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
                     part["method"],
                 ]
             )
-    if not rows:
-        return ""
-    headers = ["task", "strategy", "stage", "part", "n", "gain", "by"]
+    titles = "task|strategy|stage|part|n|gain|by"
     notes = ["gains over the program as written on the validation examples the winner was chosen on, paired by example"]
     if any(row[-1] == "Shapley value" for row in rows):
         notes.append("Shapley values share what parts gain together, and add up to the whole gain")
     if any(row[-1] == "leave one out" for row in rows):
         notes.append("leave one out: what is lost with that part alone as it was; together parts may gain more or less")
-    return with_notes(draw(rows, headers, style=style, n_text=4, last_text=True), notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=4, last_text=True)
 
 
 def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -284,9 +247,7 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
                 returned if found.tested else f"{returned}, no test",
             ]
         )
-    if not rows:
-        return ""
-    headers = ["task", "strategy", "rows", "scored", "better", "worse", "difference", "95 % interval", "p", "returned"]
+    titles = "task|strategy|rows|scored|better|worse|difference|95 % interval|p|returned"
     notes = ["p: one-sided, paired, corrected for the candidates with a full score among which the result was chosen"]
     if any(found.unseen for _, found in told):
         notes.append("unseen: validation rows held back from the search")
@@ -298,7 +259,7 @@ def evidence_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> s
     if not all(found.tested for _, found in told):
         notes.append("no test: DSPy's optimizers alone, adoption_p = 1, or a cheaper program that was preferred")
     notes.extend(f"{run.task}, {run.strategy}: {found.why}" for run, found in told if found.why)
-    return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=3, last_text=True)
 
 
 def _stage(predictor: str) -> str:

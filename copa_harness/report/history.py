@@ -19,7 +19,7 @@ from copa_harness.judge.paired_tests import GATE_LEVEL, pair_up, paired_differen
 from copa_harness.report.details import credit_table
 from copa_harness.report.files import NUMBERED, gates_to_read
 from copa_harness.report.records import RunRecord
-from copa_harness.report.rendering import Style, bounds, draw, with_notes
+from copa_harness.report.rendering import Style, bounds, draw, table
 from copa_harness.report.summary import spent_by, summary_rows, summary_table, totals, verdict_counts, verdict_text
 from copa_harness.report.tables import all_tables
 from copa_harness.results import OptimizationResult
@@ -202,11 +202,9 @@ def side_by_side(before: Sequence[RunRecord], after: Sequence[RunRecord], *, sty
         for key, new in _by_key(after).items()
         if key in theirs
     ]
-    if not rows:
-        return ""
-    headers = ["task", "strategy", "n", "before", "after", "difference", "worse", "better", "p", "verdict now"]
-    notes = ["paired by example [90 % interval]; p: one-sided, of no change in the direction seen, as gates have it"]
-    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+    titles = "task|strategy|n|before|after|difference|worse|better|p|verdict now"
+    note = "paired by example [90 % interval]; p: one-sided, of no change in the direction seen, as gates have it"
+    return table(rows, titles, note, style=style, n_text=2, last_text=True)
 
 
 def one_sided(
@@ -270,10 +268,10 @@ def history_text(directory: Path) -> str:
             line = scores.setdefault(_key(row.run), [None] * len(reports))
             line[place] = row.run.score
     headers = ["report", "made", "paid", "cached", "USD", "verdicts"]
-    table = draw(rows, headers, style="terminal", n_text=2, last_text=True, wrap=False)
+    verdicts = draw(rows, headers, style="terminal", n_text=2, last_text=True, wrap=False)
     lines = [[*key[:2], number(_last(line[:-1])), number(line[-1]), sparkline(line)] for key, line in scores.items()]
     headers = ["task", "strategy", "before", "now", "0 to 1, oldest first"]
-    return f"{table}\n\n{draw(lines, headers, style='terminal', n_text=2, last_text=True)}"
+    return f"{verdicts}\n\n{draw(lines, headers, style='terminal', n_text=2, last_text=True)}"
 
 
 def _last(line: Sequence[float | None]) -> float | None:

@@ -58,6 +58,24 @@ def draw(
     return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
 
 
+def table(
+    rows: Sequence[Sequence[str]],
+    titles: str,
+    *notes: str,
+    style: Style,
+    n_text: int,
+    last_text: bool = False,
+) -> str:
+    """Rows under `task|strategy|n` with lines of explanation below; "" without rows."""
+    drawn = draw(rows, titles.split("|"), style=style, n_text=n_text, last_text=last_text) if rows else ""
+    return with_notes(drawn, notes, style=style) if rows else ""
+
+
+def opening(index: int, *names: str) -> list[str]:
+    """Names that stand in the first line of several and are left out in the others."""
+    return [name if index == 0 else "" for name in names]
+
+
 def plain_markdown(text: str) -> str:
     """Text on one line, with what Markdown or HTML would read as markup escaped."""
     escaped = re.sub(r"([<>*`\[\]\\|]|\b_|_\b)", r"\\\1", visible(" ".join(text.split())))

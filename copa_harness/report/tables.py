@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from copa_harness.formatting import number
 from copa_harness.report.details import (
@@ -30,7 +31,7 @@ from copa_harness.report.grouping import (
     kind_of,
 )
 from copa_harness.report.records import RunRecord
-from copa_harness.report.rendering import Style, bounds, draw, with_notes
+from copa_harness.report.rendering import Style, bounds, opening, table
 from copa_harness.results import FrontProgram, PhaseRecord, Usage
 
 
@@ -40,8 +41,7 @@ def ending_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str
     for run, ending in deduplicated(runs, from_optimization("ending")):
         ceiling = "" if math.isinf(run.budget.calls) else f" of {run.budget.calls:,.0f}"
         rows.append([run.task, run.strategy, f"{ending.n_trials:,}", f"{ending.calls:,}{ceiling}", ending.reason])
-    headers = ["task", "strategy", "candidates", "calls", "ended by"]
-    return draw(rows, headers, style=style, n_text=2, last_text=True) if rows else ""
+    return table(rows, "task|strategy|candidates|calls|ended by", style=style, n_text=2, last_text=True)
 
 
 _COSTS = (
@@ -58,16 +58,16 @@ def front_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     rows: list[list[str]] = []
     for run, front in deduplicated(runs, from_optimization("front")):
         for index, program in enumerate(front):
-            where = [run.task, run.strategy] if index == 0 else ["", ""]
+            where = opening(index, run.task, run.strategy)
             costs = [_answer_cost(program, key, form) for _, key, form in _COSTS]
             chosen = "returned" if program.returned else ""
             rows.append([*where, number(program.score), *costs, str(program.n_demos), chosen])
-    if not rows:
-        return ""
-    headers = ["task", "strategy", "score", *(name for name, _, _ in _COSTS), "demos", ""]
-    costliest = "on validation; per answer, all calls of it together, as they were when they were bought"
-    notes = [f"programs of which none is both better and cheaper than another, cheapest first; {costliest}"]
-    return with_notes(draw(rows, headers, style=style, n_text=2, last_text=True), notes, style=style)
+    titles = f"task|strategy|score|{'|'.join(name for name, _, _ in _COSTS)}|demos|"
+    note = (
+        "programs of which none is both better and cheaper than another, cheapest first; on validation; per answer, "
+        "all calls of it together, as they were when they were bought"
+    )
+    return table(rows, titles, note, style=style, n_text=2, last_text=True)
 
 
 def story_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -75,11 +75,11 @@ def story_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     if style == "terminal":
         return ""
     rows = [
-        [run.task if index == 0 else "", run.strategy if index == 0 else "", note]
+        [*opening(index, run.task, run.strategy), note]
         for run, notes in deduplicated(runs, from_optimization("notes"))
         for index, note in enumerate(notes)
     ]
-    return draw(rows, ["task", "strategy", "what it did"], style=style, n_text=3) if rows else ""
+    return table(rows, "task|strategy|what it did", style=style, n_text=3)
 
 
 def _answer_cost(program: FrontProgram, key: str, form: str) -> str:
@@ -109,10 +109,7 @@ def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
             joint_strategies[f"{task} {model}"] = joint.strategy
         gain = _difference(baseline, joint) if joint is not None and baseline is not None else "-"
         rows.append([task, model, f"{n:,}", *(_mean(cells[kind], n) for _, kind in _CELLS), gain])
-    if not rows:
-        return ""
-    headers = ["task", "model", "n", *(name for name, _ in _CELLS), "improvement"]
-    table = draw(rows, headers, style=style, n_text=2)
+    titles = f"task|model|n|{'|'.join(name for name, _ in _CELLS)}|improvement"
     notes = ["mean score on the test split [95 % interval]; improvement = COPA - baseline, paired by example"]
     strategies = list(dict.fromkeys(joint_strategies.values()))
     if len(strategies) == 1:
@@ -120,7 +117,7 @@ def copa_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
     elif strategies:
         each = ", ".join(f"{where}: {strategy}" for where, strategy in joint_strategies.items())
         notes.append(f"COPA = the joint strategy with the best validation score ({each})")
-    return with_notes(table, notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=2)
 
 
 def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -136,25 +133,13 @@ def phase_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
             change = _change(PhaseRecord("", Usage(), *run.validation))
             lines.append(_phase_cells("total", run.usage, change, priced=priced))
         for index, line in enumerate(lines):
-            rows.append([run.task if index == 0 else "", run.strategy if index == 0 else "", *line])
+            rows.append([*opening(index, run.task, run.strategy), *line])
         spent += run.usage
-    if not rows:
-        return ""
-    if len(runs) > 1:
+    if len(runs) > 1 and rows:
         rows.append(["all runs", "", *_phase_cells("", spent, "", priced=priced)])
-    headers = [
-        "task",
-        "strategy",
-        "phase",
-        "paid calls",
-        "cached",
-        "tokens",
-        "train steps",
-        "seconds",
-        *(["USD"] if priced else []),
-        "score before -> after",
-    ]
-    return with_notes(draw(rows, headers, style=style, n_text=3), [*_counting(spent), *_unknown(spent)], style=style)
+    titles = "task|strategy|phase|paid calls|cached|tokens|train steps|seconds|" + "USD|" * priced
+    notes = [*_counting(spent), *_unknown(spent)]
+    return table(rows, f"{titles}score before -> after", *notes, style=style, n_text=3)
 
 
 def _counting(spent: Usage) -> list[str]:
@@ -182,30 +167,23 @@ def _unknown(spent: Usage) -> list[str]:
     return notes
 
 
-def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: Style = "terminal") -> str:
-    """Strategies side by side, one row each, per task and model; "" unless some task has at least two.
-
-    Args:
-        runs: all runs.
-        reference: the strategy the others are compared with.
-        style: where the table will stand.
-    """
+def compare_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
+    """Strategies side by side, one row each, per task and model; "" unless some task has at least two."""
     rows, budgets = [], set()
     for (task, model), group in by_task(disambiguated(runs)).items():
         strategies = distinct(group)
         if len(strategies) < 2:
             continue
         best = {name: chosen(r for r in group if r.strategy == name) or _last(group, name) for name in strategies}
-        anchor = best.get(reference)
-        ordered = sorted(best.values(), key=lambda run: (run.strategy != reference, -_sortable(run.score)))
+        anchor = best.get("none")
+        ordered = sorted(best.values(), key=lambda run: (run.strategy != "none", -_sortable(run.score)))
         for index, run in enumerate(ordered):
-            if run.strategy != reference and not math.isinf(run.budget.calls):
+            if run.strategy != "none" and not math.isinf(run.budget.calls):
                 budgets.add(f"{run.budget.name} ({run.budget.calls:,.0f} calls)")
             against = "-" if anchor is None or run is anchor else _difference(anchor, run)
             rows.append(
                 [
-                    task if index == 0 else "",
-                    model if index == 0 else "",
+                    *opening(index, task, model),
                     run.strategy,
                     f"{_n_scored(run):,}",
                     _mean(run, _n_scored(run)),
@@ -214,26 +192,13 @@ def compare_table(runs: Sequence[RunRecord], *, reference: str = "none", style: 
                     run.verdict.value,
                 ]
             )
-    if not rows:
-        return ""
-    headers = [
-        "task",
-        "model",
-        "strategy",
-        "n",
-        "score",
-        f"difference to {reference}",
-        "paid calls",
-        "cached",
-        "seconds",
-        "verdict",
-    ]
+    titles = "task|model|strategy|n|score|difference to none|paid calls|cached|seconds|verdict"
     notes = ["mean score on the test split [95 % interval]; differences paired by example"]
     if len(budgets) == 1:
         notes.append(f"equal budget: {budgets.pop()} to optimize; evaluations on the test split come on top")
     elif budgets:
         notes.append(f"budgets differ, so costs are not comparable: {', '.join(sorted(budgets))}")
-    return with_notes(draw(rows, headers, style=style, n_text=3, last_text=True), notes, style=style)
+    return table(rows, titles, *notes, style=style, n_text=3, last_text=True)
 
 
 def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> str:
@@ -244,8 +209,8 @@ def failure_table(runs: Sequence[RunRecord], *, style: Style = "terminal") -> st
         for run in runs
         if any(getattr(run, name) for name, _ in columns)
     ]
-    headers = ["task", "strategy", "split", "n", *(header for _, header in columns)]
-    return draw(rows, headers, style=style, n_text=3) if rows else ""
+    titles = "|".join(["task|strategy|split|n", *(header for _, header in columns)])
+    return table(rows, titles, style=style, n_text=3)
 
 
 def all_tables(runs: Sequence[RunRecord], *, style: Style = "terminal") -> tuple[tuple[str, str], ...]:
@@ -330,18 +295,8 @@ def _cost(usage: Usage) -> list[str]:
 
 def _outside(run: RunRecord) -> Usage | None:
     """What the run spent in no phase; None when the phases explain everything."""
-    total = Usage()
-    for phase in run.phases:
-        total += phase.usage
-    rest = Usage(
-        paid_calls=run.usage.paid_calls - total.paid_calls,
-        cached_calls=run.usage.cached_calls - total.cached_calls,
-        input_tokens=run.usage.input_tokens - total.input_tokens,
-        output_tokens=run.usage.output_tokens - total.output_tokens,
-        train_steps=run.usage.train_steps - total.train_steps,
-        usd=max(0.0, run.usage.usd - total.usd),
-        wall_s=max(0.0, run.usage.wall_s - total.wall_s),
-    )
+    rest = run.usage - sum((phase.usage for phase in run.phases), Usage())
+    rest = replace(rest, usd=max(0.0, rest.usd), wall_s=max(0.0, rest.wall_s))
     counted = (rest.paid_calls, rest.cached_calls, rest.tokens, rest.train_steps)
     return rest if any(count > 0 for count in counted) else None
 

@@ -117,17 +117,7 @@ def task_of_rows(
     split: Split,
     **more: Any,
 ) -> dict[str, Any]:
-    """The arguments of a `Task` over rows.
-
-    Args:
-        name: Of the task.
-        rows: Each with the columns that are named below.
-        source: Where they come from, for the record.
-        inputs: Columns.
-        output: Column.
-        group: Column, or None.
-        split: Shares, or the column that says it.
-        **more: `program`, `metric` and `seed`, as in `Task.from_file`.
+    """The arguments of a `Task` over rows that come from `source`; the rest as in `Task.from_file`.
 
     Raises:
         TaskError: There are too few rows, or what is asked for does not fit them.

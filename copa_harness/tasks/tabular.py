@@ -73,12 +73,7 @@ def wine(
     Of the 13 columns the 4 with the largest ANOVA F on the training rows are kept. Each is scaled to 0.0-9.9
     by the minimum and maximum of the training rows (values outside are clipped) and printed with one decimal.
 
-    Args:
-        seed: Chooses the split; the same seed gives the same rows on every machine.
-        form: How inputs are laid out, see `Form`.
-        n_train: Training rows.
-        n_val: Validation rows.
-        n_test: Test rows; fewer when fewer remain.
+    Arguments as for `iris`.
     """
     from sklearn.datasets import load_wine
 
@@ -101,12 +96,7 @@ def breast_cancer(
     Of the 30 columns the 4 with the largest ANOVA F on the training rows are kept. Each is scaled to 0.0-9.9
     by the minimum and maximum of the training rows (values outside are clipped) and printed with one decimal.
 
-    Args:
-        seed: Chooses the split; the same seed gives the same rows on every machine.
-        form: How inputs are laid out, see `Form`.
-        n_train: Training rows.
-        n_val: Validation rows.
-        n_test: Test rows; fewer when fewer remain.
+    Arguments as for `iris`.
     """
     from sklearn.datasets import load_breast_cancer
 

@@ -98,38 +98,25 @@ class Task:
         return cls(**task_of_file(path, **given, program=program, metric=metric, seed=seed))
 
     @classmethod
-    def from_hub(
-        cls,
-        dataset: str,
-        *,
-        inputs: str | Sequence[str],
-        output: str,
-        group: str | None = None,
-        split: Sequence[float] | str | None = None,
-        program: dspy.Module | None = None,
-        metric: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> Task:
+    def from_hub(cls, dataset: str, *, inputs: str | Sequence[str], output: str, **more: Any) -> Task:
         """A task over a data set of the Hugging Face hub, or a folder of that kind; needs the package `datasets`.
 
         Args:
             dataset: Its id, `owner/name` or `owner/name:configuration`. Where it has training, validation and test
-                rows of its own and `split` is None, these are taken.
-            inputs: As in `from_file`, like the rest.
-            output: Names of classes stand in place of their numbers.
-            group: As in `from_file`.
-            split: As in `from_file`; the column `split` is the data set's own.
-            program: As in `from_file`.
-            metric: As in `from_file`.
-            seed: As in `from_file`.
+                rows of its own and `split` is None, these are taken; as a column of rows they are called `split`.
+            inputs: As in `from_file`.
+            output: As in `from_file`; names of classes stand in place of their numbers.
+            **more: `group`, `split`, `program`, `metric` and `seed`, as in `from_file`.
 
         Raises:
             TaskError: The data set cannot be had, a row lacks a value, or there are too few rows.
+            TypeError: An argument that `from_file` does not have.
         """
         from copa_harness.tasks.from_rows import task_of_hub
 
-        given = {"inputs": inputs, "output": output, "group": group, "split": split}
-        return cls(**task_of_hub(dataset, **given, program=program, metric=metric, seed=seed))
+        given = inspect.signature(cls.from_file).bind("", inputs=inputs, output=output, **more)
+        given.apply_defaults()
+        return cls(**task_of_hub(dataset, **given.kwargs))
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():

@@ -5,8 +5,8 @@
         charge.settle(*actual_cost(answer, ...))        the worst case is replaced by what it came to
 
 `Charge` is all the bookkeeping of one request: its key counts against the ceiling on calls, its worst case is reserved
-in the account of the scope, of those around it, and in the ledger of the whole run if one is open, and what it came to
-is booked in the phase it began in. Counted are *distinct* requests, bought or replayed (see `Budget`); asking the same
+in the account of the scope and in the ledger of the whole run if one is open, and what it came to is booked in the
+phase it began in. Counted are *distinct* requests, bought or replayed (see `Budget`); asking the same
 thing again in the same scope is free. What was spent is kept per phase, and the phase belongs to the scope, not to a
 thread: DSPy's worker threads do not inherit context variables.
 
@@ -159,23 +159,15 @@ class Scope:
     Args:
         name: Shown in messages, e.g. the test's node id.
         budget: The ceilings; unlimited by default.
-        parent: The scope around, to whose ceilings on tokens, dollars, seconds and training steps everything is held
-            too. (Its count of distinct requests is its own.)
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        budget: Budget | None = None,
-        parent: Scope | None = None,
-    ) -> None:
+    def __init__(self, name: str, *, budget: Budget | None = None) -> None:
         self.name = name
         self.budget = Budget() if budget is None else budget
         self._books = _Books()
         self._account = MemoryAccount(Ceilings.of(self.budget, calls=False))
         self._began_s = time.monotonic()
-        self._lineage: tuple[Scope, ...] = (self, *(() if parent is None else parent._lineage))
+        self._run = self  # a step's is the whole it is a part of
         self._steps: tuple[Scope, ...] = ()  # this one and those around it, outermost first, if it is a step
         self._refused = False
         self._closed = False
@@ -194,7 +186,7 @@ class Scope:
             name: Shown in messages, behind the run's.
         """
         step = Scope(f"{self.name} [{name}]", budget=Budget(ceiling, self.budget.name))
-        step._books, step._lineage, step._steps = self._books, self._lineage, (*self._steps, step)
+        step._books, step._run, step._steps = self._books, self._run, (*self._steps, step)
         return step
 
     # -- the meter
@@ -257,12 +249,11 @@ class Scope:
             return dict(self._books.first_failures)
 
     def note_failure(self, kind: str, traceback: str) -> None:
-        """Count a failed attempt here and in the scopes around, keeping the first traceback of its kind."""
-        for scope in self._lineage:
-            books = scope._books
-            with books.lock:
-                books.failures[kind] = books.failures.get(kind, 0) + 1
-                books.first_failures.setdefault(kind, traceback)
+        """Count a failed attempt, keeping the first traceback of its kind."""
+        books = self._books
+        with books.lock:
+            books.failures[kind] = books.failures.get(kind, 0) + 1
+            books.first_failures.setdefault(kind, traceback)
 
     def let_in(self, provider: object, failure: Exception | None = None) -> None:
         """Note that a provider answered, or, if it has not yet, that it lets nobody in."""
@@ -286,7 +277,7 @@ class Scope:
     @property
     def remaining_calls(self) -> float:
         """Distinct requests still allowed; `math.inf` without a ceiling."""
-        ceiling = min(scope.budget.calls for scope in (self._lineage[0], *self._steps))
+        ceiling = min(scope.budget.calls for scope in (self._run, *self._steps))
         return max(0.0, ceiling - self.charged_calls) if math.isfinite(ceiling) else math.inf
 
     @property
@@ -364,7 +355,7 @@ class Scope:
             self._closed = True
 
     def _count_one(self) -> None:
-        run, n_counted = self._lineage[0], self._books.n_counted
+        run, n_counted = self._run, self._books.n_counted
         if run._closed:
             raise BudgetExhausted(
                 f"scope {run.name!r} has ended; a thread left over from it asked for another model call"
@@ -388,8 +379,8 @@ class Scope:
 
     @property
     def bounds(self) -> Bounds:
-        """Which amounts must be known from above before a call is paid, here, in scopes around and in the run."""
-        ceilings = [(scope._account.ceilings, scope.budget.name) for scope in self._lineage]
+        """Which amounts must be known from above before a call is paid, here and in the whole session."""
+        ceilings = [(self._run._account.ceilings, self._run.budget.name)]
         if (ledger := current_ledger()) is not None:
             ceilings.append((ledger.ceilings, ledger.budget.name))
         asking = [(one, name) for one, name in ceilings if one.bound_tokens or one.bound_usd]
@@ -403,34 +394,31 @@ class Scope:
     def remaining_s(self) -> float:
         """Seconds in which something may still be bought; `math.inf` without a ceiling."""
         ledger = current_ledger()
-        left = [scope.budget.seconds - (time.monotonic() - scope._began_s) for scope in self._lineage]
-        return max(0.0, min([*left, math.inf if ledger is None else ledger.remaining_s]))
+        left_s = self._run.budget.seconds - (time.monotonic() - self._run._began_s)
+        return max(0.0, min(left_s, math.inf if ledger is None else ledger.remaining_s))
 
     def reserve(self, cost: Cost, *, replayed: bool = False) -> Reservation:
-        """Reserve what something may cost, in this scope, in those around it and in the ledger of the run.
+        """Reserve what something may cost, in this scope and in the ledger of the whole session.
 
         Waits while only calls in flight stand in the way.
 
         Args:
             cost: The most it can cost.
-            replayed: What it pays for is on disk already: it is charged to the scopes, as it was when it was bought;
-                the run's ledger counts real payments only, and time does not matter.
+            replayed: What it pays for is on disk already: it is charged to the scope, as it was when it was bought;
+                the ledger counts real payments only, and time does not matter.
 
         Raises:
             BudgetExhausted: It does not fit under a ceiling.
         """
-        ledger = None if replayed else current_ledger()
+        ledger, run = None if replayed else current_ledger(), self._run
         places: list[tuple[Account, int]] = []
-        name = budget = ""
-        option = "--copa-budget"
+        name, budget, option = run.name, run.budget.name, "--copa-budget"
         try:
-            for scope in self._lineage:
-                name, budget = scope.name, scope.budget.name
-                elapsed_s = time.monotonic() - scope._began_s
-                if elapsed_s >= scope.budget.seconds and not replayed:
-                    raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=scope.budget.seconds)
-                if scope._account.ceilings != _NO_CEILINGS:
-                    places.append((scope._account, scope._account.reserve(cost)))
+            elapsed_s = time.monotonic() - run._began_s
+            if elapsed_s >= run.budget.seconds and not replayed:
+                raise OverBudget("seconds", spent=elapsed_s, asked=0, ceiling=run.budget.seconds)
+            if run._account.ceilings != _NO_CEILINGS:
+                places.append((run._account, run._account.reserve(cost)))
             if ledger is not None:
                 name, budget, option = "the whole run", ledger.budget.name, "--copa-total-budget"
                 places.append((ledger, ledger.reserve(cost)))
@@ -438,8 +426,7 @@ class Scope:
             Reservation(cost, tuple(places)).release()
             if not isinstance(error, OverBudget):
                 raise
-            for scope in self._lineage:
-                scope._refused = True
+            run._refused = True
             raise BudgetExhausted(
                 f"budget {budget!r} of {name!r} is spent: {error}; raise {option} to go further"
             ) from None

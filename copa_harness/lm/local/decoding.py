@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -86,52 +86,31 @@ TokenScores = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log-probability before temperature and limits, and the best (token, log-probability) at that step."""
 
 
+@dataclass(slots=True, eq=False)
 class RowState:
     """What one row has generated so far, and how it goes on.
 
     Attributes:
         rules: the request's.
+        eos_ids: tokens that end the answer.
+        decode: tokens to text.
+        is_cancelled: whether nobody waits for it any more.
         ids, logprobs: what was generated.
         near_tie: whether one of its tokens hung on rounding.
         reason: why it has ended; None while it goes on.
         text: the answer, where a stop string has cut it.
-
-    Args:
-        rules: the request's.
-        eos_ids: tokens that end the answer.
-        decode: tokens to text.
-        is_cancelled: whether nobody waits for it any more.
     """
 
-    __slots__ = (
-        "_decode",
-        "_eos_ids",
-        "_is_cancelled",
-        "_uniforms",
-        "ids",
-        "logprobs",
-        "near_tie",
-        "reason",
-        "rules",
-        "text",
-    )
-
-    def __init__(
-        self,
-        rules: DecodingRules,
-        *,
-        eos_ids: frozenset[int] = frozenset(),
-        decode: Callable[[Sequence[int]], str] = lambda ids: "",
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.rules = rules
-        self._eos_ids, self._decode, self._is_cancelled = eos_ids, decode, is_cancelled
-        self.ids: list[int] = []
-        self.logprobs: list[TokenScores] = []
-        self.near_tie = False
-        self.reason: Literal["stop", "length", "cancelled"] | None = None
-        self.text: str | None = None
-        self._uniforms: Any = None
+    rules: DecodingRules
+    eos_ids: frozenset[int] = frozenset()
+    decode: Callable[[Sequence[int]], str] = lambda ids: ""
+    is_cancelled: Callable[[], bool] = lambda: False
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenScores] = field(default_factory=list)
+    near_tie: bool = False
+    reason: Literal["stop", "length", "cancelled"] | None = None
+    text: str | None = None
+    _uniforms: Any = None
 
     def uniform(self) -> float:
         """The random number of the next token."""
@@ -150,22 +129,22 @@ class RowState:
             return
         self.ids.append(token)
         rules = self.rules
-        if token in self._eos_ids:
+        if token in self.eos_ids:
             self.reason = "stop"
         elif rules.stop and (text := self._cut()) is not None:
             self.reason, self.text = "stop", text
         elif len(self.ids) >= rules.max_tokens:
             self.reason = "length"
-        elif self._is_cancelled():
+        elif self.is_cancelled():
             self.reason = "cancelled"
 
     def _cut(self) -> str | None:
         """The text before the first stop string, if one has come."""
         # A stop string lies in the last tokens: one per character at most, and a few for broken characters.
-        tail = self._decode(self.ids[-(max(map(len, self.rules.stop)) + 8) :])
+        tail = self.decode(self.ids[-(max(map(len, self.rules.stop)) + 8) :])
         if not any(stop in tail for stop in self.rules.stop):
             return None
-        text = self._decode(self.ids)
+        text = self.decode(self.ids)
         found = [text.find(stop) for stop in self.rules.stop if stop in text]
         return text[: min(found)] if found else None
 
@@ -332,6 +311,7 @@ class LibraryReader:
         return output.logits
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """A row on its way through a `CascadeRun`.
 
@@ -341,33 +321,24 @@ class Row:
         shared: those states in order; see `CascadeCache`.
         lora: the adapter that answers it, where the reader mixes adapters.
         state: how it decodes.
-        next: the token that is read next: its prompt's last one at first, then the one chosen last.
+        guesses: how it may go on.
         n_ties: near-ties met.
         failure: what went wrong with this row alone.
-        guesses: how it may go on.
-
-    Args:
-        text: the whole prompt, where guesses may come from it.
+        next: the token that is read next: its prompt's last one at first, then the one chosen last.
     """
 
-    __slots__ = ("failure", "guesses", "ids", "lora", "n_shared", "n_ties", "next", "shared", "state")
+    ids: Sequence[int]
+    n_shared: int = 0
+    shared: tuple[Any, ...] = ()
+    lora: FusedLora | None = None
+    state: RowState = field(default_factory=lambda: RowState(DecodingRules(1)))
+    guesses: Guesses = field(default_factory=lambda: Guesses(()))
+    n_ties: int = 0
+    failure: Exception | None = None
+    next: int = field(init=False)
 
-    def __init__(
-        self,
-        ids: Sequence[int],
-        *,
-        n_shared: int = 0,
-        shared: Sequence[Any] = (),
-        lora: FusedLora | None = None,
-        state: RowState | None = None,
-        text: Sequence[int] = (),
-    ) -> None:
-        self.ids, self.n_shared, self.shared, self.lora = list(ids), n_shared, tuple(shared), lora
-        self.state = state or RowState(DecodingRules(1))
+    def __post_init__(self) -> None:
         self.next = self.ids[-1]
-        self.n_ties = 0
-        self.failure: Exception | None = None
-        self.guesses = Guesses(text)
 
     @property
     def is_going(self) -> bool:

@@ -44,7 +44,7 @@ from copa_harness.lm.local.sources.source import ModelSource
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, TokenLogprob
 
-    from copa_harness.lm.local.constrained import Choice, ConstrainedAnswer
+    from copa_harness.lm.local.constrained import ConstrainedAnswer
     from copa_harness.lm.local.executor import Answer
     from copa_harness.lm.local.scheduler import BatchGenerator, Job
 
@@ -371,59 +371,51 @@ def check_room(n_tokens: int, *, context: int, name: str) -> None:
 
 def response_of(request: Request, answer: Answer, *, n_prompt: int, chat: ChatTemplate) -> Response:
     """A generated answer as DSPy wants it, with log-probabilities if they were asked for."""
-    from dspy.lm15 import Message, Response, TokenLogprob, TopLogprob, Usage
+    from dspy.lm15 import Usage
 
     def piece(token: int) -> str:
         return str(chat.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    logprobs: tuple[TokenLogprob, ...] | None = None
+    logprobs = None
     if request.config.logprobs is not None:
         logprobs = tuple(
-            TokenLogprob(
-                token=piece(token),
-                logprob=_rounded(logprob),
-                token_id=token,
-                top=tuple(
-                    TopLogprob(token=piece(other), logprob=_rounded(value), token_id=other) for other, value in best
-                ),
-            )
+            _token_logprob(piece(token), logprob, [(piece(other), value, other) for other, value in best], id=token)
             for token, (logprob, best) in zip(answer.ids, answer.logprobs, strict=True)
         )
-    return Response(
-        id=None,
-        model=request.model,
-        message=Message.assistant(answer.text),
-        finish_reason=answer.finish_reason,
-        usage=Usage(input_tokens=n_prompt, output_tokens=answer.n_tokens),
-        logprobs=logprobs,
-    )
+    return _response(request, answer, Usage(input_tokens=n_prompt, output_tokens=answer.n_tokens), logprobs)
 
 
 def constrained_response(request: Request, answer: ConstrainedAnswer) -> Response:
     """A constrained answer as DSPy wants it; `logprobs` has one entry per chosen field, with all allowed values."""
-    from dspy.lm15 import Message, Response, Usage
+    from dspy.lm15 import Usage
+
+    logprobs = tuple(
+        _token_logprob(choice.value, choice.score, [(value, score, None) for value, score in choice.scores])
+        for choice in answer.choices
+    )
+    return _response(request, answer, Usage(input_tokens=answer.n_input, output_tokens=answer.n_output), logprobs)
+
+
+def _response(request: Request, answer: Answer | ConstrainedAnswer, usage: Any, logprobs: Any) -> Response:
+    from dspy.lm15 import Message, Response
 
     return Response(
         id=None,
         model=request.model,
         message=Message.assistant(answer.text),
         finish_reason=answer.finish_reason,
-        usage=Usage(input_tokens=answer.n_input, output_tokens=answer.n_output),
-        logprobs=_label_scores(answer.choices),
+        usage=usage,
+        logprobs=logprobs,
     )
 
 
-def _label_scores(choices: Sequence[Choice]) -> tuple[TokenLogprob, ...]:
+def _token_logprob(
+    token: str, logprob: float, top: Sequence[tuple[str, float, int | None]], *, id: int | None = None
+) -> TokenLogprob:
     from dspy.lm15 import TokenLogprob, TopLogprob
 
-    return tuple(
-        TokenLogprob(
-            token=choice.value,
-            logprob=_rounded(choice.score),
-            top=tuple(TopLogprob(token=value, logprob=_rounded(score)) for value, score in choice.scores),
-        )
-        for choice in choices
-    )
+    best = tuple(TopLogprob(token=other, logprob=_rounded(value), token_id=number) for other, value, number in top)
+    return TokenLogprob(token=token, logprob=_rounded(logprob), token_id=id, top=best)
 
 
 def _rounded(logprob: float) -> float:

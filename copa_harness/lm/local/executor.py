@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens
 from copa_harness.lm.local.decoding import (
-    FIRST_ROOM_TOKENS,
     NEAR_TIE,
     CascadeRun,
     ChoiceRace,
     DecodingRules,
+    Guesses,
     LibraryReader,
     Reader,
     Row,
@@ -141,7 +141,7 @@ class BatchExecutor:
                     shared=(self.prefixes.states(key, read),) if is_shared else (),
                     lora=self.model.fused(prompt.lora) if is_mixed and prompt.lora else None,
                     state=new_state(prompt, is_cancelled=partial(is_cancelled, i)),
-                    text=prompt.tokens.ids,
+                    guesses=Guesses(prompt.tokens.ids),
                 )
             )
         return rows
@@ -202,20 +202,21 @@ class BatchExecutor:
         for i, suffix in enumerate(suffixes):
             mask[i, n_prefix : n_prefix + width - len(suffix)] = 0
         shared: dict[str, Any] = {}
-        longest = max(prompt.rules.max_tokens for prompt in prompts)
-        if n_prefix or (model.pads and model.shares_prefix and not plain):
-            empty = model.new_cache()
-            states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], empty)) if n_prefix else empty
+        if n_prefix:
+            states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], model.new_cache()))
             if isinstance(states, PrefixStates):
                 states = self._as_library_cache(states)
-            shared["past_key_values"] = spread(states, len(prompts), width + min(longest, FIRST_ROOM_TOKENS))
+            shared["past_key_values"] = spread(states, len(prompts))
         rows = [new_state(prompt, is_cancelled=partial(is_cancelled, i)) for i, prompt in enumerate(prompts)]
         chooser = RowChooser(rows, dtype=model.dtype)
         module.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=mask.to(model.device),
             generation_config=transformers.GenerationConfig(
-                max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
+                max_new_tokens=max(prompt.rules.max_tokens for prompt in prompts),
+                do_sample=False,
+                pad_token_id=model.pad_id,
+                use_cache=True,
             ),
             logits_processor=transformers.LogitsProcessorList([chooser]),
             stopping_criteria=transformers.StoppingCriteriaList([RowStopper(rows)]),

@@ -62,68 +62,28 @@ _FAMILIES = {
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 _READ = frozenset(
-    {
-        "head_dim",
-        "hidden_act",
-        "hidden_activation",
-        "hidden_size",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "query_pre_attn_scalar",
-        "rms_norm_eps",
-        "rope_parameters",
-        "sliding_window",
-        "tie_word_embeddings",
-        "vocab_size",
-    }
+    """
+    head_dim hidden_act hidden_activation hidden_size intermediate_size layer_types max_position_embeddings
+    num_attention_heads num_hidden_layers num_key_value_heads query_pre_attn_scalar rms_norm_eps rope_parameters
+    sliding_window tie_word_embeddings vocab_size
+    """.split()  # noqa: SIM905 - a word list
 )
 """Settings that shape the forward and are read here."""
 
 _WITHOUT_EFFECT = frozenset(
-    {
-        "attention_bias",
-        "attention_dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "initializer_range",
-        "max_window_layers",
-        "mlp_bias",
-        "model_type",
-        "pad_token_id",
-        "pretraining_tp",
-        "use_cache",
-        "use_sliding_window",
-    }
+    """
+    attention_bias attention_dropout bos_token_id eos_token_id initializer_range max_window_layers mlp_bias
+    model_type pad_token_id pretraining_tp use_cache use_sliding_window
+    """.split()  # noqa: SIM905 - a word list
 )
 """Settings that change no logits, or that the weights and the layers' types say as well."""
 
 _LORA_WITHOUT_EFFECT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
+    """
+    auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules inference_mode init_lora_weights
+    layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version
+    qalora_group_size r revision target_modules task_type use_rslora
+    """.split()  # noqa: SIM905 - a word list
 )
 
 _LORA_TENSOR = re.compile(

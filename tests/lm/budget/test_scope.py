@@ -275,11 +275,10 @@ def test_a_step_shares_the_books_of_its_run_and_stops_alone():
     assert scope._account.spent == Cost(4, 20, 4)
 
 
-def test_a_failure_inside_a_step_is_counted_once_in_its_run_and_around_it():
-    around = Scope("suite")
-    scope = Scope("run", parent=around)
+def test_a_failure_inside_a_step_is_counted_once_in_its_run():
+    scope = Scope("run")
     scope.step(3, name="step").note_failure("timeout", "a traceback")
-    assert scope.failures == around.failures == {"timeout": 1}
+    assert scope.failures == {"timeout": 1}
 
 
 def test_a_step_is_refused_what_its_run_cannot_pay():

@@ -14,7 +14,6 @@ from dspy.lm15 import TimeoutError as LM15TimeoutError
 
 from copa_harness.errors import BillingError, BudgetExhausted, ConfigurationError, ProviderTimeoutError, RefusalError
 from copa_harness.lm.budget.cost import Limits, prompt_tokens_from_above
-from copa_harness.lm.budget.scope import Scope
 from copa_harness.lm.cache.store import ResponseCache
 from copa_harness.lm.call_context import booked_as, in_context, open_scope, time_left_s
 from copa_harness.lm.engine import Engine
@@ -203,20 +202,6 @@ def test_a_resumed_run_is_charged_what_its_answers_cost_when_they_were_bought(tm
         assert engine.n_asked == scope.usage().paid_calls
     assert spent[0] == spent[1]
     assert bought[1] == 0.0
-
-
-def test_a_scope_inside_another_is_held_to_both():
-    lm = lm_of(PaidEngine(KNOWN))
-    outer = Scope("suite", budget=Budget(usd=4.0))
-    for name in range(2):
-        with open_scope(f"test {name}", budget=Budget(usd=3.9), parent=outer):
-            lm(str(name))
-    with (
-        open_scope("test 2", budget=Budget(usd=3.9), parent=outer),
-        pytest.raises(BudgetExhausted, match=r"of 'suite' is spent: \$0.8 of \$4 dollars"),
-    ):
-        lm("2")
-    assert outer.exhausted
 
 
 @pytest.fixture

@@ -191,24 +191,14 @@ def _bpe_parts(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, st
 
 def print_number(share: float, fmt: str) -> str:
     """The text of ``share`` (0..1 of the format's range) in one of ``FORMATS``."""
-    share = min(max(share, 0.0), 0.9999)
-    value = share * FORMAT_RANGE[fmt]
-    if fmt in ("dd", "d", "ddd"):
-        return str(int(value))
-    if fmt == "0.dd" or fmt == "d.dd":
-        return f"{min(value, 0.99 if fmt == '0.dd' else 9.99):.2f}"
-    return f"{min(value, 9.9 if fmt == 'd.d' else 99.9):.1f}"
+    most = FORMAT_RANGE[fmt]
+    value, decimals = min(max(share, 0.0), 0.9999) * most, len(fmt.partition(".")[2])
+    return f"{min(value, most - 10.0**-decimals):.{decimals}f}" if decimals else str(int(value))
 
 
 def token_share(text: str) -> float:
     """U of a number token, by the format its text has."""
-    value = float(text)
-    if "." not in text:
-        return value / 10.0 ** len(text)
-    decimals = len(text.split(".")[1])
-    if decimals == 2:
-        return value if value < 1 else value / 10.0
-    return value / 10.0 if value < 10 else value / 100.0
+    return float(text) / FORMAT_RANGE[_format_of(text)]
 
 
 def number_features(texts: list[str]) -> npt.NDArray[np.float32]:
@@ -224,7 +214,7 @@ def number_features(texts: list[str]) -> npt.NDArray[np.float32]:
     kinds = ["d", "dd", "ddd", "d.d", "dd.d", "0.dd", "d.dd"]
     kind = np.zeros((len(texts), len(kinds)))
     for row, text in enumerate(texts):
-        kind[row, kinds.index(_kind(text))] = 1.0
+        kind[row, kinds.index(_format_of(text))] = 1.0
     columns = [
         np.cos(angle) / damp,
         np.sin(angle) / damp,
@@ -237,7 +227,7 @@ def number_features(texts: list[str]) -> npt.NDArray[np.float32]:
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
-def _kind(text: str) -> str:
+def _format_of(text: str) -> str:
     if "." not in text:
         return "d" * len(text)
     whole, decimals = text.split(".")
