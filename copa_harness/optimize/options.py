@@ -159,20 +159,6 @@ class SearchOptions:
         check=POSITIVE,
         help="rounds of proposing and searching in a prompt or joint step; later ones use what earlier ones learned",
     )
-    # Fewer suffice than for bare rows: a row teaches ten answers, the demonstrations do part of the work, and every
-    # pass sees new ones.
-    epochs_with_demos: int | None = _search(
-        None,
-        check=POSITIVE,
-        default_words="4; 2 for a large model",
-        help="passes over training rows that carry demonstrations",
-    )
-    epochs_bare: int | None = _search(
-        None,
-        check=POSITIVE,
-        default_words="12; 3 or more for a large model",
-        help="passes over training rows without demonstrations",
-    )
     bare_share: float = _search(
         0.2, check=SHARE, help="share of the rows also rendered bare when rows carry demonstrations"
     )
@@ -247,9 +233,8 @@ class SearchOptions:
         """Settings of a training on rows with or without demonstrations; `suited` are the model's own, by name."""
         if isinstance(self.lora, LoraSettings):
             return self.lora
+        # Fewer suffice with demonstrations: a row teaches ten answers, and every pass sees new ones.
         own = {"epochs": 4 if with_demos else 12, "seed": seed, "learn_from_demos": with_demos, **suited}
-        if epochs := self.epochs_with_demos if with_demos else self.epochs_bare:
-            own["epochs"] = epochs
         return LoraSettings().replaced({**own, **(self.lora or {})})
 
 

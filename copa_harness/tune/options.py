@@ -53,9 +53,8 @@ class LoraSettings:
     epochs: int = _setting(
         6,
         check=POSITIVE,
-        default_words="`epochs_with_demos` or `epochs_bare`; 6 without COPA",
-        help="passes over the rows, each a LoRA adapter of its own that the engine can serve; with several variants "
-        "per example, each pass takes the next one",
+        default_words="by model and rows; 6 without COPA",
+        help="passes over the rows; with several variants per example, each pass takes the next one",
     )
     learning_rate: float = _setting(
         3e-3, check=_ABOVE_0, help="peak; reached after `warmup_steps`, then falling linearly to zero"

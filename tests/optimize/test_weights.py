@@ -120,7 +120,7 @@ def test_a_local_model_gets_a_provider_for_dspys_own_finetuning(tiny_lm):
 
 
 def test_lora_settings_given_by_name_change_those_and_no_others(toy, tiny_lm, tmp_path):
-    optimized(toy, tiny_lm(), "w", lora={"rank": 2, "held_out_share": 0.25}, epochs_bare=3, seed=5)
+    optimized(toy, tiny_lm(), "w", lora={"rank": 2, "held_out_share": 0.25, "epochs": 3}, seed=5)
     (manifest,) = manifests(tmp_path / "loras")
     made = manifest["settings"]
     assert (made["rank"], made["alpha"], made["epochs"], made["seed"]) == (2, 32, 3, 5)

@@ -51,7 +51,7 @@ def test_rows_are_held_out_where_there_are_enough_of_them_and_each_comes_once_a_
 
 def test_what_a_person_says_goes_before_the_rule():
     own = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 4}
-    said = SearchOptions(epochs_bare=7, lora={"batch_size": 5})
+    said = SearchOptions(lora={"epochs": 7, "batch_size": 5})
     settings = said.lora_settings(with_demos=False, seed=1, suited=own)
     assert (settings.epochs, settings.learning_rate, settings.batch_size) == (7, 1e-3, 5)
     assert SearchOptions().lora_settings(with_demos=False, seed=1, suited=own).epochs == 3
