@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from copa_harness.lm.local.chat_template import ChatTemplate, PromptTokens
 from copa_harness.lm.local.decoding import (
+    FIRST_ROOM_TOKENS,
     NEAR_TIE,
     CascadeRun,
     ChoiceRace,
@@ -202,21 +203,20 @@ class BatchExecutor:
         for i, suffix in enumerate(suffixes):
             mask[i, n_prefix : n_prefix + width - len(suffix)] = 0
         shared: dict[str, Any] = {}
-        if n_prefix:
-            states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], model.new_cache()))
+        longest = max(prompt.rules.max_tokens for prompt in prompts)
+        if n_prefix or (model.pads and model.shares_prefix and not plain):
+            empty = model.new_cache()
+            states = self.prefixes.states(prefix, lambda key: prefill(module, key[1], empty)) if n_prefix else empty
             if isinstance(states, PrefixStates):
                 states = self._as_library_cache(states)
-            shared["past_key_values"] = spread(states, len(prompts))
+            shared["past_key_values"] = spread(states, len(prompts), width + min(longest, FIRST_ROOM_TOKENS))
         rows = [new_state(prompt, is_cancelled=partial(is_cancelled, i)) for i, prompt in enumerate(prompts)]
         chooser = RowChooser(rows, dtype=model.dtype)
         module.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=mask.to(model.device),
             generation_config=transformers.GenerationConfig(
-                max_new_tokens=max(prompt.rules.max_tokens for prompt in prompts),
-                do_sample=False,
-                pad_token_id=model.pad_id,
-                use_cache=True,
+                max_new_tokens=longest, do_sample=False, pad_token_id=model.pad_id, use_cache=True
             ),
             logits_processor=transformers.LogitsProcessorList([chooser]),
             stopping_criteria=transformers.StoppingCriteriaList([RowStopper(rows)]),

@@ -71,13 +71,65 @@ def prefill(module: Any, ids: Sequence[int], empty: Any) -> Any:
     return empty
 
 
-def spread(states: Any, n_rows: int) -> Any:
-    """A cache of `n_rows` rows that starts from `states` (of one row), which are left as they are."""
-    import torch
+def spread(states: Any, n_rows: int, n_new: int) -> Any:
+    """A cache of `n_rows` rows that starts from `states`, with room for `n_new` further tokens per row to begin with.
 
-    several = copy.deepcopy(states)
-    several.reorder_cache(torch.zeros(n_rows, dtype=torch.long))
-    return several
+    `states` (batch of one, or empty) is left as it is.
+    """
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    spread_cache = copy.copy(states)
+    spread_cache.layers = []
+    for layer in states.layers:
+        if type(layer) is DynamicLayer:
+            spread_cache.layers.append(roomy_layer(layer, n_rows, n_new))
+        else:
+            own = copy.deepcopy(layer)
+            own.reorder_cache(torch.zeros(n_rows, dtype=torch.long))
+            spread_cache.layers.append(own)
+    return spread_cache
+
+
+def roomy_layer(prefix: Any, n_rows: int, n_new: int) -> Any:
+    """A `DynamicLayer` in one buffer that grows by half: the library's own copies all states at every token."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self._length = prefix.get_seq_length()
+            olds = (prefix.keys, prefix.values) if self._length else (None, None)
+            self._rooms = [
+                self._room(old, new, self._length + n_new)
+                for old, new in zip(olds, (key_states, value_states), strict=True)
+            ]
+            self.is_initialized = True
+
+        def get_seq_length(self) -> int:
+            return self._length if self.is_initialized else int(prefix.get_seq_length())
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            end = self._length + key_states.shape[-2]
+            if end > self._rooms[0].shape[-2]:
+                old = self._length
+                self._rooms = [self._room(room[:, :, :old], room, end + end // 2) for room in self._rooms]
+            for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+                room[:, :, self._length : end] = new
+            self._length = end
+            self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+            return self.keys, self.values
+
+        def _room(self, old: Any, like: Any, n_tokens: int) -> Any:
+            room = torch.empty((n_rows, like.shape[1], n_tokens, like.shape[-1]), dtype=self.dtype, device=self.device)
+            if old is not None:
+                room[:, :, : old.shape[-2]] = old
+            return room
+
+    return RoomyLayer()
 
 
 def _tensors(layer: Any) -> list[Any]:

@@ -36,12 +36,12 @@ def test_prefix_states_are_kept_apart_by_adapter_and_reused_by_key(llama):
     assert cache.n_prefilled == 2
 
 
-def test_spreading_a_prefix_leaves_it_as_it_was(llama):
+def test_spreading_a_prefix_leaves_it_as_it_was_and_grows_as_needed(llama):
     states = filled(PrefixCache(), ("", tuple(range(10, 26))), llama)
     before = states.layers[0].keys.clone()
     ids = torch.arange(30, 54).reshape(2, 12)
     with torch.inference_mode():
-        several = llama.model(ids, past_key_values=spread(states, 2), use_cache=True).logits
+        roomy = llama.model(ids, past_key_values=spread(states, 2, 3), use_cache=True).logits  # 12 tokens in room for 3
         whole = llama.model(torch.cat([torch.arange(10, 26).repeat(2, 1), ids], 1)).logits[:, 16:]
-    assert torch.allclose(several, whole, atol=1e-5)
+    assert torch.allclose(roomy, whole, atol=1e-5)
     assert torch.equal(states.layers[0].keys, before)
