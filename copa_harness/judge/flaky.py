@@ -25,7 +25,7 @@ chance. `min_pass_all` is the gate on the share of examples that pass all repeat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from copa_harness.formatting import counted, number, probability
 from copa_harness.judge.explanations import interval_text
 from copa_harness.judge.intervals import group_labels, mean_interval, wilson_interval
 from copa_harness.judge.paired_tests import scores_by_id
-from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Usage, Verdict
+from copa_harness.results import EvaluationResult, ExampleResult, GateResult, Interval, Outcome, Phase, Usage, Verdict
 
 Repeats = Mapping[str, Sequence[float | None]]
 """Scores of an example's repeats, by example id; None where a repeat has no score."""
@@ -297,15 +297,13 @@ DRIFT_ALPHA = 0.05
 class Canary:
     """One example: its stored result and two new ones, the same where nothing can vary.
 
-    `can_vary`: whether a model of the program may answer otherwise when it is asked again; `score_can_vary`: the same
-    of a model that the metric asks.
+    `varying`: phases of calls whose model may answer otherwise when it is asked again, None for those of the program.
     """
 
     stored: ExampleResult
     new: ExampleResult
     newer: ExampleResult
-    can_vary: bool
-    score_can_vary: bool
+    varying: Set[Phase | None] = frozenset()
 
     @property
     def distances(self) -> tuple[int, int, int]:
@@ -322,9 +320,8 @@ class Canary:
     @property
     def is_faulty(self) -> bool:
         """Whether something changed that cannot."""
-        if _said(self.stored) != _said(self.new):
-            return not self.can_vary
-        return self.stored.score != self.new.score and not (self.can_vary or self.score_can_vary)
+        is_answer = _said(self.stored) != _said(self.new)
+        return self.distances[0] > 0 and not (self.varying - {Phase.METRIC} if is_answer else self.varying)
 
 
 def _said(result: ExampleResult) -> tuple[object, ...]:
@@ -410,7 +407,7 @@ def drift_of(canaries: Sequence[Canary], *, model: str, since: str = "") -> Drif
     if not scored:
         raise ProviderError(f"none of {len(canaries)} rows got a score; the first: {canaries[0].new.error}")
     changed = [one for one in scored if one.distances[0]]
-    ways = [one.ways for one in scored if one.can_vary or one.score_can_vary]
+    ways = [one.ways for one in scored if one.varying]
     return Drift(
         model=model,
         n=len(scored),

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from copa_harness.errors import BudgetExhausted, CopaError
-from copa_harness.results import EvaluationResult, ExampleResult, Phase, PhaseRecord
+from copa_harness.results import EvaluationResult, ExampleResult, PhaseRecord
 from copa_harness.session.options import Settings
 
 if TYPE_CHECKING:
@@ -95,16 +95,7 @@ def _drift(task: Task, answered: Answered, *, settings: Settings, began_s: float
     asked = {name: afresh for name, afresh in asked.items() if afresh.stored_s}
     newer = new | ask({name: Afresh(began_s) for name, afresh in asked.items() if afresh.varying})
     stored = ask(dict.fromkeys(asked))
-    canaries = [
-        Canary(
-            stored[name],
-            new[name],
-            newer[name],
-            can_vary=bool(afresh.varying - {Phase.METRIC}),
-            score_can_vary=Phase.METRIC in afresh.varying,
-        )
-        for name, afresh in asked.items()
-    ]
+    canaries = [Canary(stored[name], new[name], newer[name], afresh.varying) for name, afresh in asked.items()]
     if not canaries:
         return None
     times = [time_s for afresh in asked.values() for time_s in afresh.stored_s if time_s is not None]

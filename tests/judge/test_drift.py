@@ -7,16 +7,16 @@ import pytest
 
 from copa_harness.errors import ProviderError
 from copa_harness.judge.flaky import Canary, drift_of, exchange_p_value
-from copa_harness.results import ExampleResult
+from copa_harness.results import ExampleResult, Phase
 
 
 def result(answer, score=1.0):
     return ExampleResult("x", score, predicted={"answer": answer}, calls=({"outputs": {"answer": answer}},))
 
 
-def canary(stored, new, newer=None, *, scores=(1.0, 1.0, 1.0), can_vary=True, score_can_vary=False):
+def canary(stored, new, newer=None, *, scores=(1.0, 1.0, 1.0), varying=(None,)):
     said = (stored, new, new if newer is None else newer)
-    return Canary(*map(result, said, scores), can_vary=can_vary, score_can_vary=score_can_vary)
+    return Canary(*map(result, said, scores), varying=frozenset(varying))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -64,20 +64,20 @@ def test_a_model_that_never_answers_twice_alike_raises_no_alarm_by_that(n_answer
 
 
 def test_what_changes_though_nothing_can_vary_is_a_fault_in_the_first_row():
-    found = drift_of([canary("a", "b", can_vary=False), *[canary("a", "a", can_vary=False)] * 9], model="base")
+    found = drift_of([canary("a", "b", varying=()), *[canary("a", "a", varying=())] * 9], model="base")
     assert (found.name, found.n_faulty, found.p_value) == ("fault", 1, None)
     assert "FAULT: 1 of 10 stored answers" in found.text()
     assert "--copa-cache-dir" in found.text()
 
 
 def test_a_judge_that_drifts_is_told_from_a_program_that_does():
-    rows = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False, score_can_vary=True)] * 4
+    rows = [canary("a", "a", scores=(1.0, 0.0, 0.0), varying=(Phase.METRIC,))] * 4
     found = drift_of(rows, model="m")
     assert found.name == "drift"
     assert found.n_rescored == 4
     assert "it is a model that the metric asks" in found.text()
     assert "1.000 stored, 0.000 now" in found.text()
-    steady = [canary("a", "a", scores=(1.0, 0.0, 0.0), can_vary=False)]
+    steady = [canary("a", "a", scores=(1.0, 0.0, 0.0), varying=())]
     assert drift_of(steady, model="m").name == "fault"
 
 

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 CONFTEST = """
+import os
 import dspy
 import pytest
 from copa_harness import ScriptedLM, Task
@@ -23,7 +24,8 @@ def shouted(example, prediction, trace=None):
 
 def answer(messages):
     word = messages[-1]["content"].split("[[ ## question ## ]]")[1].strip().split()[0]
-    return {"answer": word if "whisper" in messages[0]["content"] and word[0] in "defgh" else word.upper()}
+    is_wrong = "whisper" in messages[0]["content"] and word[0] in "defgh" or "DRIFTS" in os.environ
+    return {"answer": word if is_wrong else word.upper()}
 
 
 def rows(words):
@@ -116,6 +118,20 @@ def test_an_unchanged_branch_pays_nothing_and_is_one_line(repository):
     first = (repository.path / "reports" / "comment.md").read_text().splitlines()[1]
     assert first.startswith("**No run is worse than merge-base (")
     assert first.endswith(": 1 pass, 0 calls paid.**")
+
+
+def test_stored_answers_of_the_other_commit_that_are_no_longer_the_models_are_told_here(repository, monkeypatch):
+    repository.runpytest_subprocess(*STRICT)
+    change(repository, program="INSTRUCTION = 'Shout the word!'")
+    monkeypatch.setenv("DRIFTS", "1")
+    result = repository.runpytest_subprocess(*STRICT, "--copa-against=main", "--copa-canaries=5")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        [
+            "shout, none: no canaries: no answer is older than this session*",
+            "shout, none in main: FAULT: 5 of 5 stored*",
+        ]
+    )
 
 
 def test_workers_compare_with_the_other_commit_too(repository):
