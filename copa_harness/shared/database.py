@@ -127,6 +127,7 @@ class SharedDatabase:
     _engine: Engine
     _owner: str
     _beating: threading.Event | None  # ends it
+    _beater: threading.Thread
     _lost_s: float | None  # since when the database is away
 
     def __init__(self, url: str) -> None:
@@ -146,7 +147,8 @@ class SharedDatabase:
                 self.execute(_BEAT, owner=self._owner, beat=secrets.randbits(60))
                 self._beating = threading.Event()
                 args = (self._owner, self._beating)
-                threading.Thread(target=self._keep_beating, args=args, daemon=True).start()
+                self._beater = threading.Thread(target=self._keep_beating, args=args, daemon=True)
+                self._beater.start()
             return self._owner
 
     def close(self) -> None:
@@ -154,6 +156,7 @@ class SharedDatabase:
         self._connected()
         if self._beating is not None:
             self._beating.set()
+            self._beater.join()  # its last beat must not come after what follows
             self._beating = None
             try:
                 self.execute("DELETE FROM copa_owners WHERE owner = %(owner)s", owner=self._owner)

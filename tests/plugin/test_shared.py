@@ -19,6 +19,8 @@ import time
 
 import pytest
 
+from copa_harness.store.artifacts import load_artifact
+
 N_KILLS = int(os.environ.get("N_KILLS", "4"))
 """Of machines and the database's server; a long run says N_KILLS=20."""
 
@@ -136,15 +138,21 @@ def left_over(postgres):
     return [postgres.sql(f"SELECT count(*) FROM {table}", name="machines")[0][0] for table in tables]
 
 
-def test_two_machines_at_once_have_the_same_scores_and_pay_each_request_once(machines, endpoint, postgres):
-    two = [machines().start(), machines().start()]
+def test_two_machines_at_once_have_the_same_scores_and_pay_each_request_once(machines, endpoint, postgres, tmp_path):
+    options = (f"--copa-shared-files={tmp_path / 'shared'}",)
+    two = [machines(*options).start(), machines(*options).start()]
     assert [one.process.wait() for one in two] == [0, 0], two[0].log + two[1].log
     assert two[0].scores() == two[1].scores()
     assert len(two[0].scores()) == 2
     assert endpoint.n_requests == n_answers(postgres) == two[0].paid() + two[1].paid()
     assert left_over(postgres) == [0, 0, 0]
-    third = machines().start()
+    (artifact,) = (tmp_path / "shared" / "artifacts").iterdir()
+    scored = json.dumps(load_artifact(artifact).scored)
+    assert scored.count('"score"') >= 30  # the test answers, added after it was shared first
+    third = machines(*options).start()
     assert third.process.wait() == 0, third.log
+    (taken,) = (third.folder / "cache" / "artifacts").iterdir()
+    assert json.dumps(load_artifact(taken).scored) == scored
     assert third.scores() == two[0].scores()
     assert third.paid() == 0
 

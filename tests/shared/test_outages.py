@@ -204,3 +204,22 @@ def test_processes_that_come_first_all_at_once_make_the_tables_once(url):
     database = SharedDatabase(url)
     assert database.execute("SELECT count(*) FROM copa_rows") == [(0,)]
     database.close()
+
+
+def test_a_beat_that_is_late_does_not_outlive_who_has_closed(opened, monkeypatch):
+    one, late = opened(), threading.Event()
+    monkeypatch.setattr(shared_database, "BEAT_S", 0.01)
+    execute = one.execute
+
+    def slow(statement, **values):
+        if statement == shared_database._BEAT and one._beating is not None:
+            late.set()
+            time.sleep(0.3)
+        return execute(statement, **values)
+
+    monkeypatch.setattr(one, "execute", slow)
+    assert one.owner
+    assert late.wait(20)
+    one.close()
+    time.sleep(0.4)
+    assert opened().execute("SELECT count(*) FROM copa_owners") == [(0,)]
