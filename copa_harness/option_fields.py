@@ -318,10 +318,7 @@ def check_names(given: Mapping[str, Any], known: Sequence[str], *, where: str) -
 def check_arguments(given: Mapping[str, Any], known: Mapping[str, Option], *, where: str) -> None:
     """Raise unless every argument is known and of a usable value; None is what nobody said, and always usable.
 
-    Args:
-        given: Arguments by name.
-        known: Options by name.
-        where: Who was given them: "copa marker".
+    `where` says who was given them: "copa marker".
 
     Raises:
         ConfigurationError: An unknown or unusable argument, by name.

@@ -93,10 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _read_markers(config: pytest.Config, items: list[pytest.Item], collected: list[pytest.Item]) -> None:
     """Gives every copa test its settings.
 
-    Args:
-        config: Of pytest.
-        items: What will run.
-        collected: The copa tests there were before any was deselected.
+    `collected` are the copa tests there were before any was deselected.
     """
     copa_items = [item for item in items if _is_copa(item)]
     if not copa_items:

@@ -194,15 +194,8 @@ def run_examples(
     That every example failed is not raised: in a search one hopeless candidate (say, a prompt longer than the context
     window) must not end it. Where it is no candidate, `raise_if_nothing_worked` looks at the runs.
 
-    Args:
-        program: As in `evaluate`, like the rest.
-        examples: The split.
-        metric: In `Phase.BOOTSTRAP` it sees the trace, as in DSPy's bootstrapping (many metrics are stricter then).
-        split: Its name.
-        lm: The model.
-        phase: What the calls are for.
-        threads: Examples in flight at once.
-        ids: Example ids, default `example_ids(examples)`.
+    Arguments as for `evaluate`, and `ids` of the examples, by default `example_ids(examples)`. In `Phase.BOOTSTRAP`
+    the metric sees the trace, as in DSPy's bootstrapping (many metrics are stricter then).
 
     Raises:
         TaskError: The split is empty or malformed.

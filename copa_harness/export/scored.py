@@ -118,13 +118,8 @@ def scored_of(
 ) -> Scored:
     """What to keep of an evaluation.
 
-    Args:
-        program: What was evaluated.
-        lm: Of every predictor without one of its own.
-        evaluation: Its scores on the test split.
-        task: The task's name.
-        strategy: What made the program.
-        api_base: Where the endpoint is, if somebody named it.
+    `lm` answers for every predictor without one of its own; `api_base` is where the endpoint is, if somebody named
+    it.
     """
     return Scored(
         task=task,

@@ -63,13 +63,8 @@ def answer_bounds(
 ) -> dict[str, Any]:
     """Settings to add to a call so that its answer ends: `max_tokens`, and `stop` where it is safe; {} to leave it.
 
-    Args:
-        engine: What answers.
-        model: Its name there.
-        answer_tokens: The ceiling, `DERIVED`, or None for none.
-        settings: Of the LM and the call together.
-        messages: Of the call.
-        constrained: Whether the answer is chosen among allowed values: it ends by itself then.
+    `answer_tokens` is the ceiling, `DERIVED`, or None for none. An answer that is chosen among allowed values
+    (`constrained`) ends by itself.
     """
     if answer_tokens is None or messages is None or settings.get("tools"):
         return {}

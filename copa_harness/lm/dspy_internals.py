@@ -144,10 +144,7 @@ class RequestBuilder:
     def request(self, model: str, messages: Any, settings: dict[str, Any]) -> Request | None:
         """The request DSPy would make of these, or None when that is for DSPy to say.
 
-        Args:
-            model: The model's name.
-            messages: OpenAI-style messages.
-            settings: The LM's defaults and the call's own settings together.
+        `settings` are the LM's defaults and the call's own together.
         """
         config = self._config(model, settings)
         if config is None or type(messages) is not list:

@@ -257,11 +257,6 @@ def meter_lm(lm: dspy.LM, *, gateway: Gateway, answer_tokens: int | None = None)
 
     A `MeteredLM` comes back as it is.
 
-    Args:
-        lm: The model.
-        gateway: The cache and meter its calls go through.
-        answer_tokens: As in `ModelSettings`.
-
     Raises:
         ConfigurationError: The LM is a text-completion model or has a custom engine.
     """

@@ -117,10 +117,8 @@ def examples_shown(
 ) -> tuple[ExampleShown, ...]:
     """The examples of an evaluation, those that got worse first, then the better ones, then the wrong ones.
 
-    Args:
-        after: What was evaluated.
-        before: The program as written on the same split; None for that program itself.
-        accepted: Scores of the accepted result by example id, if there is one.
+    `before` is the program as written on the same split, None for that program itself; `accepted` are scores of the
+    accepted result by example id, if there is one.
     """
     known = {} if before is None else {row.example_id: row for row in before.results}
     shown = [_shown(row, known.get(row.example_id), (accepted or {}).get(row.example_id)) for row in after.results]

@@ -66,11 +66,7 @@ def write_reports(
 ) -> ReportPaths:
     """Write latest.json, its numbered copy, latest.html and comment.md.
 
-    Args:
-        directory: the report folder; created when missing.
-        runs: the records, in the order of the report. Absolute artifact paths are written relative to `directory`.
-        environment: what to say about versions, machine, seed and budget (see `provenance`).
-        told: what the session has to say beyond its records.
+    Absolute artifact paths are written relative to `directory`, which is created when missing.
 
     Raises:
         CopaError: the folder cannot be written or the disk is full. Earlier reports are intact.

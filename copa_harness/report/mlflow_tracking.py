@@ -25,13 +25,7 @@ def is_installed() -> bool:
 
 
 def track(records: Sequence[RunRecord], *, uri: str, commit: str = "") -> str:
-    """Log records; returns why it could not be done, "" if it was.
-
-    Args:
-        records: Of the session.
-        uri: MLflow's tracking URI.
-        commit: What was tested.
-    """
+    """Log records; returns why it could not be done, "" if it was."""
     try:
         from mlflow.tracking import MlflowClient
 

@@ -141,10 +141,7 @@ _PROMPTS = (("plain prompts", "plain"), ("optimized prompts", "optimized"))
 def page_html(runs: Sequence[RunRecord], *, environment: Mapping[str, Any], told: Told) -> str:
     """The page.
 
-    Args:
-        runs: All runs, in the order of the report; credentials are masked already.
-        environment: Versions, machine, seed, budget.
-        told: What the session has to say beyond its records.
+    The runs are in the order of the report, their credentials masked already.
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
     from markupsafe import Markup

@@ -147,10 +147,7 @@ def annotations_of(
 ) -> list[Annotation]:
     """One per gate that did not pass, and one per test that failed for another reason.
 
-    Args:
-        runs: All runs.
-        locations: Path from the root and line, from 1, by test id.
-        failed: Why copa tests failed, by test id.
+    `locations` are path from the root and line, from 1, by test id; `failed` says why copa tests failed.
     """
     found = []
     for run in runs:

@@ -155,15 +155,8 @@ class RunRecord:
     ) -> RunRecord:
         """A record of an evaluation; None stands for one that the budget cut short, which has no score.
 
-        Args:
-            evaluation: what was measured.
-            test: id of the test that asked.
-            task: the task's name.
-            strategy: how the program was made.
-            lm: the base model.
-            split: the split.
-            **more: any other attribute of the record. `usage` is that of the phases, or of the evaluation without
-                them; the verdict is that of the gates.
+        `more` are other attributes of the record. `usage` is that of the phases, or of the evaluation without them;
+        the verdict is that of the gates.
         """
         rows = () if evaluation is None else evaluation.results
         found: dict[str, Any] = {"score": None, "interval": None}

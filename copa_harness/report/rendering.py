@@ -30,13 +30,7 @@ def draw(
 ) -> str:
     """Draw with the first `n_text` columns (and the last, if asked) left-aligned, the others right-aligned.
 
-    Args:
-        rows: cells by row.
-        headers: one per column.
-        style: where the table will stand.
-        n_text: columns of names; in a terminal long names stand on several lines, unless `wrap` is False.
-        last_text: whether the last column is left-aligned too.
-        wrap: see `n_text`.
+    In a terminal long names of those columns stand on several lines, unless `wrap` is False.
     """
     from tabulate import tabulate
 

@@ -201,10 +201,8 @@ def receipt(
 ) -> list[ReceiptLine]:
     """What was allowed, used, paid, replayed, refused and saved.
 
-    Args:
-        runs: All runs.
-        trials: What the searches tried (`RunDetails.trials`), each with `n` examples scored of `n_validation`.
-        n_refused: Evaluations and tests that a ceiling of the session cut short.
+    `trials` are what the searches tried, each with `n` examples scored of `n_validation`; `n_refused` evaluations and
+    tests were cut short by a ceiling of the session.
     """
     searched = {
         (run.task, run.model, run.strategy, run.budget.calls, run.optimization.charged_calls, run.validation): run

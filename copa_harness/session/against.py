@@ -65,10 +65,7 @@ def named(settings: Settings) -> str:
 def run_base(settings: Settings, *, arguments: Sequence[str], directory: Path) -> None:
     """Run the suite of the other commit.
 
-    Args:
-        settings: Of this side.
-        arguments: pytest's, as they were given here.
-        directory: Where they were given.
+    `arguments` are pytest's as they were given here, in `directory`.
 
     Raises:
         ConfigurationError: There is no such commit, or its suite could not be run; the message names the log.

@@ -359,13 +359,7 @@ def attributed(
 ) -> tuple[Attribution, tuple[PhaseRecord, ...]]:
     """The 2 x 2, and what measuring the two missing cells cost.
 
-    Args:
-        task: Program as written and test split.
-        optimized: The optimized program and the model it runs on.
-        base: The base model.
-        plain: The program as written on the base model, all examples.
-        final: The optimized program on the tuned model, all examples.
-        settings: In force for this run.
+    `plain` and `final` are the two cells that are measured anyway, on all examples.
 
     Raises:
         BudgetExhausted: The ceilings of the whole session refuse a call.

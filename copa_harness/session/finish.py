@@ -100,10 +100,7 @@ NO_TESTS = Tests()
 def finish(rows: Sequence[Mapping[str, Any]], *, settings: Settings, tests: Tests = NO_TESTS) -> Report:
     """Writes the report files and, if the session is blessed, the baselines; draws the tables.
 
-    Args:
-        rows: From every process of the session, in any order (see `entries`).
-        settings: Where to write, and what to say about seed and budget.
-        tests: What else is known of the tests.
+    `rows` are those of every process of the session, in any order (see `entries`).
     """
     from copa_harness.report.examples import Told
     from copa_harness.report.files import gates_to_read

@@ -182,11 +182,7 @@ class Optimizations:
     def get(self, task: Task, *, lm: MeteredLM, prompt_lm: MeteredLM | None, settings: Settings) -> Optimized:
         """The task's program optimized as the settings say.
 
-        Args:
-            task: Its test split is not looked at.
-            lm: Base model.
-            prompt_lm: Model that proposes instructions.
-            settings: Strategy, budget, seed, threads and search options in force.
+        The test split is not looked at.
         """
         key = _key(task, lm=lm, prompt_lm=prompt_lm, settings=settings)
         if key not in self._made:

@@ -366,11 +366,7 @@ class Settings:
     ) -> Settings:
         """Settings from what was written somewhere, by option name (`"budget"`, `"cache_dir"`, `"min_score"`, ...).
 
-        Args:
-            given: Options with a value, those of gates and search among them.
-            root: See `Settings`.
-            worker: See `Settings`.
-            run_id: See `Settings`.
+        The rest as in `Settings`.
 
         Raises:
             ConfigurationError: A value cannot be used, or two do not go together; the message names the source.

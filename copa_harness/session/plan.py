@@ -83,13 +83,7 @@ def plan_run(
 ) -> list[PlanLine]:
     """What optimizing and judging would pay, step by step.
 
-    Args:
-        task: The task.
-        finished: The optimization, if it was made before.
-        lm: The base model.
-        strategy: How the program would be searched.
-        settings: Ceilings, repeats and threads in force.
-        key: Names task and model.
+    `finished` is the optimization, if it was made before; `key` names task and model.
     """
     what = "program as written, test split"
     plain = plan_evaluation(task, task.program, lm, split="test", settings=settings, what=what, key=f"{key} none")

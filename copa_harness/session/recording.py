@@ -60,14 +60,7 @@ def finish_run(
 ) -> tuple[Entry, CopaRun]:
     """Measure an optimized program on the test split, hold it to its gates and record it.
 
-    Args:
-        task: What to measure on.
-        optimized: The program, its model, and how it was found.
-        base: The base model.
-        prompt_lm: Writes paraphrases, where a gate asks for them.
-        settings: In force for this run, its gates among them.
-        history: Earlier runs of the session; this one is added if it is complete.
-        test: Id of the test that asked.
+    `prompt_lm` writes paraphrases, where a gate asks for them; this run is added to the `history` if it is complete.
 
     Returns:
         What the session's end needs to know, and what the test gets.
@@ -337,14 +330,7 @@ def record_of(
 ) -> RunRecord:
     """The record of an evaluation with the optimization that led to it; its cost is then told.
 
-    Args:
-        measured: The evaluation.
-        test: Id of the test that asked.
-        base: The base model.
-        settings: In force for this run.
-        optimized: What led to the program, if anything.
-        more_phases: What was spent beyond optimization and evaluation.
-        **more: Further attributes of the record.
+    `more_phases` were spent beyond optimization and evaluation; `more` are further attributes of the record.
     """
     from copa_harness.report.records import RunRecord
 
@@ -386,14 +372,8 @@ def details_of(
 ) -> RunDetails:
     """What the page shows of an evaluation.
 
-    Args:
-        measured: The evaluation.
-        task: Whose program as written the prompts are compared with.
-        program: What was run.
-        before: The program as written on the same split; None for that program itself.
-        accepted: Scores of the accepted result by example id, if the run is compared with it.
-        fingerprints: Of data, split, metric, program and lm.
-        trials: What the search tried.
+    `before` is the program as written on the same split, None for that program itself; `accepted` are scores of the
+    accepted result by example id, if the run is compared with it; `trials` are what the search tried.
     """
     from copa_harness.evaluate.prompts import prompt_texts
     from copa_harness.report.examples import MAX_PROMPT, TRIAL_KEYS, RunDetails, examples_shown, text_of
@@ -446,15 +426,7 @@ def cut_short_entry(
 ) -> Entry:
     """What an evaluation that the session's ceilings ended leaves behind: no score, and nothing passed or failed.
 
-    Args:
-        reason: What was refused.
-        test: Id of the test that asked.
-        task: The task.
-        strategy: How the program was to be made.
-        base: The base model.
-        split: The split.
-        settings: In force for this run.
-        phases: What was paid for all the same.
+    `reason` says what was refused, `phases` what was paid for all the same.
     """
     from copa_harness.report.records import RunRecord
 

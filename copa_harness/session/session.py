@@ -275,12 +275,7 @@ class CopaSession:
     ) -> None:
         """Notes what `run` would pay, from the cache alone: no call is made.
 
-        Args:
-            task: The task.
-            lm: Base model; default the one the settings name.
-            prompt_lm: Model that proposes instructions.
-            settings: Strategy and budget.
-            test: Id of the test that asks.
+        Arguments as for `run`.
         """
         settings = settings or self.settings
         base = self._metered(lm, settings)

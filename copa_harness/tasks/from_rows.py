@@ -239,11 +239,8 @@ def split_evenly(
 ) -> list[list[Row]]:
     """Three lists of rows in these shares, of all and of every label, that keep groups together.
 
-    Args:
-        groups: Rows that must not be parted.
-        shares: Of the three; they need not sum to 1.
-        label_of: What has its share in all three.
-        seed: Chooses.
+    `groups` are rows that must not be parted, and `label_of` says what has its share in all three; shares need not
+    sum to 1.
     """
     keyed = []
     for rows in groups:

@@ -86,11 +86,7 @@ def _checked_rows(rows: Any, path: Path, *, task: str, fields: Iterable[str]) ->
 def from_hub(name: str, config: str | None, *, task: str, file: str) -> Any:
     """A public data set, split by split, from the cache of `datasets` or the network.
 
-    Args:
-        name: On the hub.
-        config: Its configuration.
-        task: Named in errors.
-        file: Which file does as well, and how it is named, for the error.
+    `task` and `file`, which says which file does as well and how it is named, are for the error.
 
     Raises:
         TaskError: `datasets` is not installed, or the data set is neither cached nor reachable.
@@ -117,13 +113,8 @@ def draw_evenly(
 ) -> list[tuple[str, str]]:
     """So many (text, label) rows, the labels taken in turn, in random order.
 
-    Args:
-        rows: What there is.
-        labels: Rows of others are left out.
-        n_rows: How many.
-        seen: Texts drawn before, which are out; those drawn now are added.
-        rng: Chooses.
-        what: Named in the error, for instance `clinc150: test`.
+    Texts in `seen` are out, and those drawn now are added; `what` is named in the error, for instance `clinc150:
+    test`.
 
     Raises:
         TaskError: There are fewer.

@@ -318,11 +318,7 @@ class TransformersEngine(Engine):
 def rules_of(request: Request, seed: int, *, prompt: Sequence[int], context: int) -> DecodingRules:
     """How a request's answer is decoded.
 
-    Args:
-        request: the request.
-        seed: of the sampling, joined with the request's own and the prompt.
-        prompt: its tokens.
-        context: tokens the model can hold.
+    `seed` of the sampling is joined with the request's own and with `prompt`, its tokens.
 
     Raises:
         ContextOverflowError: prompt plus max_tokens do not fit the context.

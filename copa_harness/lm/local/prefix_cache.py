@@ -59,10 +59,7 @@ class PrefixCache:
 def prefill(module: Any, ids: Sequence[int], empty: Any) -> Any:
     """The states of a prefix by a model of transformers.
 
-    Args:
-        module: the model, with the right adapter active.
-        ids: the prefix.
-        empty: an empty cache of the model's kind, filled and returned.
+    `module` has the right adapter active; `empty`, a cache of its kind, is filled and returned.
     """
     import torch
 
