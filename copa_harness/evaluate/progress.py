@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from copa_harness.formatting import counted, duration, number
 from copa_harness.results import ExampleResult
@@ -75,25 +75,66 @@ def lines_to(write: Callable[[str], None] | None) -> Iterator[None]:
         _lines.reset(token)
 
 
-@contextmanager
-def ticking(tick: Callable[[], None], *, every_s: float) -> Iterator[None]:
-    """Call `tick` about once a second, and more often for a small `every_s`, from a thread, while the block runs."""
-    over = threading.Event()
+class Lines:
+    """Lines of progress, limited by time, to the log and to whoever takes them.
 
-    def run() -> None:
-        while not over.wait(min(1.0, every_s)):
-            tick()
+    Args:
+        scope: Whose calls are counted.
+        write: Takes one finished line, besides the log; None writes to the log alone.
+        every_s: Seconds between two lines.
+        clock: Monotonic seconds; a parameter for tests.
+    """
 
-    thread = threading.Thread(target=run, name="copa-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    def __init__(
+        self,
+        scope: Scope,
+        *,
+        write: Callable[[str], None] | None = None,
+        every_s: float = EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scope, self._write, self._every_s, self._clock = scope, write, every_s, clock
+        self._lock = threading.Lock()
+        self._started = self._last = clock()
+
+    def tick(self) -> None:
+        """A line on what is running, if the last one is long enough ago and there is something to say."""
+        now = self._clock()
+        with self._lock:
+            if now - self._last < self._every_s or not (line := self._line(now)):
+                return
+            self._last = now
+        self.say(line)
+
+    def _line(self, now: float) -> str:
+        raise NotImplementedError
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """While the block runs, lines come also when nothing ends."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(min(1.0, self._every_s)):
+                self.tick()
+
+        thread = threading.Thread(target=run, name="copa-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def say(self, text: str, *, urgent: bool = False) -> None:
+        """One line, at once; an urgent one also where others are left out for coming too often."""
+        line = " ".join(text.split())
+        (logger.warning if urgent else logger.info)("%s", line)
+        if self._write is not None:
+            self._write(Urgent(line) if urgent else line)
 
 
-class EvaluationProgress:
+class EvaluationProgress(Lines):
     """Says how far an evaluation is: `following` is the block during which it is told of every example.
 
     Args:
@@ -102,33 +143,18 @@ class EvaluationProgress:
         split: Of which split.
         scope: Who pays for it, and counts the answers that are cut off.
         warns: Whether to say so when most of the first answers do not parse.
-        every_s: Seconds between two lines.
-        clock: Monotonic seconds; a parameter for tests.
+        **more: `every_s` and `clock` of `Lines`.
     """
 
-    def __init__(
-        self,
-        title: str,
-        n: int,
-        *,
-        split: str,
-        scope: Scope,
-        warns: bool = True,
-        every_s: float = EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._title, self._n, self._split, self._every_s, self._clock = title, n, split, every_s, clock
-        self._scope = scope
-        self._write = _lines.get()
-        self._lock = threading.Lock()
-        self._started = self._last = clock()
+    def __init__(self, title: str, n: int, *, split: str, scope: Scope, warns: bool = True, **more: Any) -> None:
+        super().__init__(scope, write=_lines.get(), **more)
+        self._title, self._n, self._split, self._is_watching = title, n, split, warns
         self._results: list[ExampleResult] = []
-        self._is_watching = warns
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """Listen to the examples of the block, and write lines while it runs."""
-        with telling(self.done), ticking(self.tick, every_s=self._every_s):
+        with telling(self.done), self.ticking():
             yield
 
     def done(self, result: ExampleResult) -> None:
@@ -138,7 +164,7 @@ class EvaluationProgress:
             unparsed = self._first_unparsed()
         if unparsed:
             n_truncated = self._scope.usage().truncated_calls
-            self._say(Urgent(f"{self._title}: {first_answers_text(unparsed, n_truncated=n_truncated)}"))
+            self.say(f"{self._title}: {first_answers_text(unparsed, n_truncated=n_truncated)}", urgent=True)
 
     def _first_unparsed(self) -> list[ExampleResult]:
         """The first answers, once, if most of them do not parse; nothing otherwise."""
@@ -150,16 +176,10 @@ class EvaluationProgress:
         self._is_watching = False
         return answered if 2 * sum(one.outcome == "unparsed" for one in answered) > len(answered) else []
 
-    def tick(self) -> None:
-        """A line, if the last one is long enough ago."""
-        now = self._clock()
-        with self._lock:
-            if now - self._last < self._every_s or len(self._results) >= self._n:
-                return
-            self._last, results = now, list(self._results)
-        self._say(f"{self._title}: {self._text(results, now - self._started)}")
-
-    def _text(self, results: list[ExampleResult], spent_s: float) -> str:
+    def _line(self, now: float) -> str:
+        results, spent_s = self._results, now - self._started
+        if len(results) >= self._n:
+            return ""
         scores = [one.score for one in results if one.score is not None]
         n_unparsed = sum(one.outcome == "unparsed" for one in results)
         parts = [f"{len(results):,} of {counted(self._n, f'{self._split} example')}"]
@@ -174,12 +194,7 @@ class EvaluationProgress:
         if len(results) >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4) and paid_share:
             to_go = spent_s / (len(results) * paid_share) * (self._n - len(results))
             parts.append(f"about {duration(to_go, rough=True)} to go")
-        return ", ".join(parts)
-
-    def _say(self, line: str) -> None:
-        (logger.warning if isinstance(line, Urgent) else logger.info)("%s", line)
-        if self._write is not None:
-            self._write(line)
+        return f"{self._title}: {', '.join(parts)}"
 
 
 def first_answers_text(results: list[ExampleResult], *, n_truncated: int) -> str:

@@ -9,19 +9,14 @@ same: a CI job that says nothing is taken for dead.
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from copa_harness.evaluate.progress import EVERY_S, Urgent, ticking
+from copa_harness.evaluate.progress import Lines
 from copa_harness.formatting import counted, duration
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.budget.scope import Scope
-
-logger = logging.getLogger("copa_harness")
 
 
 def titled(title: str, write: Callable[[str], None] | None) -> Callable[[str], None] | None:
@@ -29,27 +24,11 @@ def titled(title: str, write: Callable[[str], None] | None) -> Callable[[str], N
     return None if write is None else lambda line: write(type(line)(f"{title}: {line}"))
 
 
-class Progress:
-    """Says how far a run is.
+class Progress(Lines):
+    """Says how far a run is. Arguments as for `Lines`."""
 
-    Args:
-        scope: Whose calls are counted.
-        write: Takes one finished line, besides the log; None writes to the log alone.
-        every_s: Seconds between two lines.
-        clock: Monotonic seconds; a parameter for tests.
-    """
-
-    def __init__(
-        self,
-        scope: Scope,
-        *,
-        write: Callable[[str], None] | None = None,
-        every_s: float = EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._scope, self._write, self._every_s, self._clock = scope, write, every_s, clock
-        self._started = self._last = clock()
-        self._lock = threading.Lock()
+    def __init__(self, scope: Scope, **more: Any) -> None:
+        super().__init__(scope, **more)
         self._phase, self._number, self._ceiling = "baseline", 0, math.inf
         self._scores: tuple[float | None, ...] = ()
         self._rows: tuple[int, int] | None = None
@@ -83,18 +62,12 @@ class Progress:
 
         return done
 
-    def tick(self) -> None:
-        """A line on what is running, if the last one is long enough ago."""
-        now = self._clock()
-        with self._lock:
-            if now - self._last < self._every_s:
-                return
-            self._last = now
+    def _line(self, now: float) -> str:
         trial = f"trial {self._number}, " if self._number else ""
         state = incumbent_text(self._scores)
         if self._rows is not None:
             state = f"{self._rows[0]:,} of {counted(self._rows[1], 'row')}"
-        self.say(f"{self._phase}: {trial}{state}, {self._calls(now)}")
+        return f"{self._phase}: {trial}{state}, {self._calls(now)}"
 
     def doing(self, what: str) -> None:
         """Something other than calls takes the time now, a training for instance; "" when it is over."""
@@ -103,24 +76,6 @@ class Progress:
             if self._doing:
                 self._elsewhere_s += now - self._doing_since
             self._doing, self._doing_since = what, now
-
-    @contextmanager
-    def ticking(self) -> Iterator[None]:
-        """While the block runs, lines come also when nothing ends."""
-        with ticking(self.tick, every_s=self._every_s):
-            yield
-
-    def say(self, text: str, *, urgent: bool = False) -> None:
-        """One line, at once; an urgent one also where others are left out for coming too often."""
-        line = " ".join(text.split())
-        line = Urgent(line) if urgent else line
-        logger.info("%s", line)
-        if self._write is not None:
-            self._write(line)
-
-    @property
-    def _budget(self) -> float:
-        return self._scope.budget.calls
 
     def _calls(self, now: float) -> str:
         """Calls, time and what is known of the time to go: of a training its own, of a study what its calls may take.
@@ -131,7 +86,7 @@ class Progress:
         used, spent_s = self._scope.charged_calls, now - self._started
         # What comes after the studies may use more than their share, but never more than the budget.
         is_study = used <= self._ceiling < math.inf
-        ceiling = min(self._ceiling, self._budget) if is_study else self._budget
+        ceiling = min(self._ceiling, self._scope.budget.calls) if is_study else self._scope.budget.calls
         of = "" if math.isinf(ceiling) else f" of {ceiling:,.0f}"
         said = f"{used:,}{of} calls, {duration(spent_s, rough=True)}"
         if self._doing:
