@@ -13,7 +13,8 @@ import copa_harness.evaluate.runner
 import copa_harness.session.session  # noqa: F401
 from copa_harness.lm.local.engine import TransformersEngine
 from copa_harness.lm.local.sources.names import named_place
-from copa_harness.testing.tiny_models import write_tiny_gguf, write_tiny_model
+from copa_harness.testing.tiny_models import write_tiny_model
+from tests.lm.local.gguf_files import write_tiny_gguf
 
 STRICT = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist")
 

@@ -21,7 +21,8 @@ from copa_harness.lm.local.files import base_fingerprint
 from copa_harness.lm.local.sources import gguf as gguf_files
 from copa_harness.lm.local.sources.gguf import check_gguf, convert_gguf, read_header
 from copa_harness.lm.local.sources.source import ModelSource
-from copa_harness.testing.tiny_models import write_tiny_gguf, write_tiny_model
+from copa_harness.testing.tiny_models import write_tiny_model
+from tests.lm.local.gguf_files import write_tiny_gguf
 
 QUESTIONS = ["zebra 0.1", "answer 2.3 question", "[[ ## label ## ]] 12345", "naïve 你好  x"]
 

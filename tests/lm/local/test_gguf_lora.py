@@ -12,7 +12,8 @@ from copa_harness.errors import ConfigurationError
 from copa_harness.lm.local.files import write_manifest
 from copa_harness.lm.local.sources.gguf_lora import write_gguf_lora
 from copa_harness.store.artifacts import save_artifact
-from copa_harness.testing.tiny_models import write_tiny_gguf, write_tiny_model
+from copa_harness.testing.tiny_models import write_tiny_model
+from tests.lm.local.gguf_files import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
