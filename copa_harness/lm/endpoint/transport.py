@@ -58,6 +58,9 @@ LARGEST_BODY = 64 * 2**20
 MOST_IDLE = 1024
 """Idle connections kept per server."""
 
+_KEPT_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+"""After how many seconds (milliseconds, the last) a machine that is gone without a word is noticed by a wait for it."""
+
 _ENVIRONMENT = (
     *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
@@ -404,10 +407,17 @@ def _proxy_of(scheme: str, host: str) -> str | None:
 def _new_pool(url: SplitResult, proxy: str | None) -> urllib3.HTTPConnectionPool | urllib3.ProxyManager:
     if not url.hostname or url.scheme not in _POOLS:
         raise NotConnectedError(f"no connection: got {url.scheme}://{url.netloc}, expected http(s)://<host>")
-    secured: dict[str, Any] = {"ssl_context": _tls_context()} if url.scheme == "https" else {}
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in _KEPT_ALIVE.items()
+        if hasattr(socket, name)
+    ]
+    given: dict[str, Any] = {"socket_options": [*HTTPConnection.default_socket_options, *options]}
+    if url.scheme == "https":
+        given["ssl_context"] = _tls_context()
     if proxy is None:
         try:
-            return _POOLS[url.scheme](url.hostname, url.port, maxsize=MOST_IDLE, **secured)
+            return _POOLS[url.scheme](url.hostname, url.port, maxsize=MOST_IDLE, **given)
         except ValueError as error:
             raise NotConnectedError(f"no connection to {url.netloc}: {error}") from error
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
@@ -415,7 +425,7 @@ def _new_pool(url: SplitResult, proxy: str | None) -> urllib3.HTTPConnectionPool
         raise NotConnectedError(f"got a proxy of the kind {parts.scheme}://, expected http:// or https://")
     userinfo, _, host = parts.netloc.rpartition("@")
     login = urllib3.make_headers(proxy_basic_auth=unquote(userinfo)) if userinfo else None
-    manager = urllib3.ProxyManager(f"{parts.scheme}://{host}", proxy_headers=login, maxsize=MOST_IDLE, **secured)
+    manager = urllib3.ProxyManager(f"{parts.scheme}://{host}", proxy_headers=login, maxsize=MOST_IDLE, **given)
     manager.pool_classes_by_scheme = _POOLS
     return manager
 
