@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--lm", default="smollm2")
     parser.add_argument("--out", type=Path, required=True, help="answers and adapters")
+    parser.add_argument("--adapters", nargs="+", help="tuned models of --out (model@digits) instead of two trainings")
     options = parser.parse_args()
     from copa_harness.lm.cache.store import ResponseCache
     from copa_harness.lm.call_context import open_scope
@@ -77,18 +78,18 @@ def main() -> None:
     lm = build_lm(options.lm, gateway=gateway, cache_dir=options.out)
     task = TASKS[options.task]()
     with open_scope("recording") as scope:
-        document = record(task, lm, scope)
+        document = record(task, lm, scope, adapters=options.adapters)
     document |= {"task": options.task, "model": options.lm}
     RECORDED.mkdir(exist_ok=True)
     place = RECORDED / f"{options.task}.json.gz"
-    text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(document, ensure_ascii=False)  # the order of dimensions is that of the scores
     place.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
     print(
         f"{place}: {len(document['scores'])} configurations x {document['n_rows']} rows, {place.stat().st_size} bytes"
     )
 
 
-def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
+def record(task: Any, lm: Any, scope: Any, *, adapters: Sequence[str] | None = None) -> dict[str, Any]:
     """Scores of all points of the task's space."""
     from copa_harness.optimize.options import SearchOptions
     from copa_harness.optimize.propose.proposer import propose_demos, propose_instructions
@@ -107,14 +108,13 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
     context = SearchContext(student, task.trainset, validation, task.metric, settings)
     memory, whole = SearchMemory(seed=0), CallBudget(scope, math.inf)
     say(f"baseline {validation.complete(student, allowance=whole, phase=Phase.BASELINE):.3f}")
-    bare = train_weights(WeightsJob(context, student), best=student)
-    say(f"tuned bare: {bare.note}")
-    shown = train_weights(WeightsJob(context, student, N_TRAINED_DEMOS), best=student)
-    say(f"tuned behind demonstrations: {shown.note}")
-    weights = [
-        weights_choice(student.with_lms(bare.lms)),
-        weights_choice(student.with_lms(shown.lms)),
-    ]
+    named = {name: (lm.copy(model=name),) for name in adapters or ()}
+    if adapters is None:
+        for what, n_demos in (("tuned on bare rows", 0), ("tuned behind demonstrations", N_TRAINED_DEMOS)):
+            trained = train_weights(WeightsJob(context, student, n_demos), best=student)
+            say(f"{what}: {trained.note}")
+            named[what] = trained.lms
+    weights = [weights_choice(student.with_lms(lms)) for lms in named.values()]
     demos = propose_demos(context, student, allowance=whole, memory=memory, seed=(0,))
     proposed = propose_instructions(context, student, allowance=whole, memory=memory)
     (name,) = proposed
@@ -137,7 +137,7 @@ def record(task: Any, lm: Any, scope: Any) -> dict[str, Any]:
         "dimensions": {
             key.rpartition(".")[2]: [short.get(one, one) for one in found] for key, found in dimensions.items()
         },
-        "weights": ["base", "tuned on bare rows", "tuned behind demonstrations"],
+        "weights": ["base", *named],
         "instructions": {option.name: option.text for option in space.instructions[name]},
         "demos": {option.name: [dict(demo) for demo in option.demos] for option in space.demos[name]},
         "n_rows": validation.n,

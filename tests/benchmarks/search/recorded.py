@@ -239,7 +239,7 @@ def wilcoxon(recording: Recording, rows: Sequence[int], calls: int, seed: int) -
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     inquiry = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     scored: dict[int, int] = {}
-    while left > 0 and len(inquiry.trials) < 3 * len(table):
+    while left > 0 and len(inquiry.trials) < 2 * len(table):
         trial = inquiry.ask()
         places = [found.index(trial.suggest_categorical(name, found)) for name, found in dimensions.items()]
         number, seen = int(np.ravel_multi_index(places, shape)), 0
