@@ -56,7 +56,7 @@ def response_record(response: Response, *, usd: float | None = None, seconds: fl
         record[_PRICE] = usd
     if seconds is not None:
         record[_SECONDS] = round(seconds, 6)
-    record[_STORED] = round(time.time(), 3)
+    record[_STORED] = time.time()
     return record
 
 
