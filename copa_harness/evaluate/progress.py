@@ -190,10 +190,10 @@ class EvaluationProgress(Lines):
         parts.append(duration(spent_s, rough=True))
         usage = self._scope.usage()
         n_calls = usage.paid_calls + usage.cached_calls
-        paid_share = usage.paid_calls / n_calls if n_calls else 1.0  # what is replayed takes no time
-        if len(results) >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4) and paid_share:
-            to_go = spent_s / (len(results) * paid_share) * (self._n - len(results))
-            parts.append(f"about {duration(to_go, rough=True)} to go")
+        # What is replayed takes no time.
+        n_paid = len(results) * (usage.paid_calls / n_calls if n_calls else 1.0)
+        if n_paid >= min(ENOUGH_FOR_AN_ESTIMATE, self._n / 4):
+            parts.append(f"about {duration(spent_s / n_paid * (self._n - len(results)), rough=True)} to go")
         return f"{self._title}: {', '.join(parts)}"
 
 

@@ -65,13 +65,13 @@ def test_replayed_answers_do_not_tell_how_long_the_others_take(made):
         progress.done(ended())
     clock.now += 20
     progress.tick()
-    for i in range(10):
+    for i in range(25):
         current_scope().charge(f"more {i}").settle(Cost(), Usage(paid_calls=1))
         progress.done(ended())
     clock.now += 20
     progress.tick()
     assert lines[0] == "iris, none: 40 of 80 test examples, 1.000 so far, 20 s"
-    assert lines[1] == "iris, none: 50 of 80 test examples, 1.000 so far, 40 s, about 2 min to go"
+    assert lines[1] == "iris, none: 65 of 80 test examples, 1.000 so far, 40 s, about 24 s to go"
 
 
 def test_before_the_first_answer_a_line_says_how_long_it_takes(made):

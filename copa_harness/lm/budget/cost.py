@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any
 
 from dspy.lm15 import (
     DataPart,
@@ -167,33 +167,8 @@ def amount_of(cost: Cost, name: str) -> int:
     return value
 
 
-class Account(Protocol):
-    """Keeps spent plus reserved under ceilings."""
-
-    @property
-    def ceilings(self) -> Ceilings:
-        """What it enforces."""
-        ...
-
-    def reserve(self, cost: Cost) -> int:
-        """Reserve `cost` and return the reservation's number; waits while only calls in flight stand in the way.
-
-        Raises:
-            OverBudget: It cannot fit.
-        """
-        ...
-
-    def settle(self, number: int, cost: Cost) -> None:
-        """Replace what was reserved by what it turned out to cost."""
-        ...
-
-    def release(self, number: int) -> None:
-        """Give a reservation back: nothing was paid."""
-        ...
-
-
-class MemoryAccount:
-    """The account of one scope, shared by the threads of this process."""
+class Account:
+    """Keeps what one scope spent plus reserved under ceilings; shared by the threads of this process."""
 
     def __init__(self, ceilings: Ceilings) -> None:
         self.ceilings = ceilings
@@ -215,7 +190,11 @@ class MemoryAccount:
             return {"spent": self._spent, "reserved": self._reserved}
 
     def reserve(self, cost: Cost) -> int:
-        """As `Account.reserve`."""
+        """Reserve `cost` and return the reservation's number; waits while only calls in flight stand in the way.
+
+        Raises:
+            OverBudget: It cannot fit.
+        """
         with self._changed:
             while True:
                 self.ceilings.check(self._spent + cost, spent=self._spent, asked=cost)
@@ -230,27 +209,28 @@ class MemoryAccount:
                 return self._n_reservations
 
     def settle(self, number: int, cost: Cost) -> None:
-        """As `Account.settle`."""
+        """Replace what was reserved by what it turned out to cost."""
         with self._changed:
             self._reserved -= self._open.pop(number)
             self._spent += cost
             self._changed.notify_all()
 
     def release(self, number: int) -> None:
-        """As `Account.release`."""
+        """Give a reservation back: nothing was paid."""
         self.settle(number, Cost())
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A cost reserved in several accounts at once, to be settled or released exactly once.
+    """A cost reserved in several places at once, to be settled or released exactly once.
 
     Attributes:
         cost: What is reserved.
+        places: An account and the ledger, with the reservation's number in each.
     """
 
     cost: Cost
-    places: tuple[tuple[Account, int], ...]
+    places: tuple[tuple[Any, int], ...]
 
     def settle(self, cost: Cost) -> None:
         """Replace what is reserved by what it turned out to cost."""

@@ -31,12 +31,11 @@ from copa_harness.lm.budget.cost import (
     Bounds,
     Ceilings,
     Cost,
-    MemoryAccount,
     OverBudget,
     Reservation,
     lost_cost,
 )
-from copa_harness.lm.budget.ledger import current_ledger
+from copa_harness.lm.budget.ledger import Ledger, current_ledger
 from copa_harness.results import Budget, Phase, Usage
 
 
@@ -165,7 +164,7 @@ class Scope:
         self.name = name
         self.budget = Budget() if budget is None else budget
         self._books = _Books()
-        self._account = MemoryAccount(Ceilings.of(self.budget, calls=False))
+        self._account = Account(Ceilings.of(self.budget, calls=False))
         self._began_s = time.monotonic()
         self._run = self  # a step's is the whole it is a part of
         self._steps: tuple[Scope, ...] = ()  # this one and those around it, outermost first, if it is a step
@@ -411,7 +410,7 @@ class Scope:
             BudgetExhausted: It does not fit under a ceiling.
         """
         ledger, run = None if replayed else current_ledger(), self._run
-        places: list[tuple[Account, int]] = []
+        places: list[tuple[Account | Ledger, int]] = []
         name, budget, option = run.name, run.budget.name, "--copa-budget"
         try:
             elapsed_s = time.monotonic() - run._began_s

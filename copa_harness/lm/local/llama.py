@@ -273,10 +273,14 @@ def _plain_rotary(theta: float, width: int) -> Rotary:
 
 def read_special_ids(directory: Path) -> tuple[frozenset[int], int]:
     """Tokens that end an answer, and the padding token, as a model folder's files say."""
-    files = [_read_json(directory / name) for name in ("generation_config.json", "config.json")]
-    ends = [file.get("eos_token_id") for file in files]
-    eos = {end for value in ends for end in (value if isinstance(value, list) else [value]) if end is not None}
-    pad = files[1].get("pad_token_id")
+    return special_ids(*(_read_json(directory / name) for name in ("generation_config.json", "config.json")))
+
+
+def special_ids(generation: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[frozenset[int], int]:
+    """The same of a model's two configurations."""
+    ends = [one.get("eos_token_id") for one in (generation, config)]
+    eos = {end for value in ends for end in (value if isinstance(value, (list, tuple)) else [value]) if end is not None}
+    pad = config.get("pad_token_id")
     return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
 
 

@@ -34,6 +34,7 @@ from copa_harness.lm.local.llama import (
     read_shape,
     read_special_ids,
     read_tensors,
+    special_ids,
 )
 from copa_harness.lm.local.memory import Footprint, is_out_of_memory, oom_message
 
@@ -269,7 +270,7 @@ class LocalModel:
                 f"{error}; expected a folder that AutoModelForCausalLM loads without trust_remote_code"
             ) from error
         model.eval().requires_grad_(False)
-        self._special_ids = _special_ids(model)
+        self._special_ids = special_ids(model.generation_config.to_dict(), model.config.to_dict())
         # `generate` fills what a call leaves open from this object; a folder's sampling settings must not leak in.
         model.generation_config = transformers.GenerationConfig(pad_token_id=self._special_ids[1])
         return model
@@ -341,16 +342,6 @@ class LocalModel:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
-
-
-def _special_ids(model: Any) -> tuple[frozenset[int], int]:
-    """Tokens that end an answer, and the padding token."""
-    eos: set[int] = set()
-    for config in (model.generation_config, model.config):
-        value = getattr(config, "eos_token_id", None)
-        eos.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    pad = getattr(model.config, "pad_token_id", None)
-    return frozenset(eos), int(pad if pad is not None else min(eos, default=0))
 
 
 @contextmanager

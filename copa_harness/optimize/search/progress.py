@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from copa_harness.evaluate.progress import Lines
+from copa_harness.evaluate.progress import ENOUGH_FOR_AN_ESTIMATE, Lines
 from copa_harness.formatting import counted, duration
 from copa_harness.judge.intervals import mean_interval
 from copa_harness.lm.budget.scope import Scope
@@ -81,7 +81,8 @@ class Progress(Lines):
         """Calls, time and what is known of the time to go: of a training its own, of a study what its calls may take.
 
         A step that is no study (weights, another optimizer's) need not use up its calls, so of it nothing is known.
-        Replayed calls take no time, and what takes long beside calls is no measure of them.
+        Replayed calls take no time, the first paid ones say little, and what takes long beside calls is no measure of
+        them.
         """
         used, spent_s = self._scope.charged_calls, now - self._started
         # What comes after the studies may use more than their share, but never more than the budget.
@@ -92,7 +93,7 @@ class Progress(Lines):
         if self._doing:
             return f"{said}, {self._doing}"
         paid = self._scope.usage().paid_calls
-        if not is_study or not paid:
+        if not is_study or paid < min(ENOUGH_FOR_AN_ESTIMATE, ceiling / 4):
             return said
         to_go = (spent_s - self._elsewhere_s) * max(0.0, ceiling - used) / paid
         return f"{said}, at most about {duration(to_go, rough=True)} to go"

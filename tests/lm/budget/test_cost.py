@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from copa_harness.lm.budget.cost import PICO, Ceilings, Cost, MemoryAccount, OverBudget
+from copa_harness.lm.budget.cost import PICO, Account, Ceilings, Cost, OverBudget
 from copa_harness.lm.budget.ledger import RunLedger
 from copa_harness.results import Budget
 
@@ -34,7 +34,7 @@ class AccountMachine(RuleBasedStateMachine):
         self.spent = Cost()
 
     def make(self):
-        return MemoryAccount(Ceilings.of(Budget(**CEILINGS), calls=True))
+        return Account(Ceilings.of(Budget(**CEILINGS), calls=True))
 
     @property
     def reserved(self):
@@ -88,8 +88,8 @@ class AccountMachine(RuleBasedStateMachine):
         assert self.account.spent == self.spent
 
 
-TestMemoryAccount = AccountMachine.TestCase
-TestMemoryAccount.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAccount = AccountMachine.TestCase
+TestAccount.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 class LedgerMachine(AccountMachine):
@@ -121,7 +121,7 @@ TestRunLedger.settings = settings(max_examples=15, stateful_step_count=20, deadl
 
 @pytest.fixture
 def account():
-    return MemoryAccount(Ceilings.of(Budget(tokens=100), calls=False))
+    return Account(Ceilings.of(Budget(tokens=100), calls=False))
 
 
 def test_a_cost_that_only_calls_in_flight_keep_out_waits_for_them(account):
@@ -152,7 +152,7 @@ def test_those_who_wait_in_vain_are_refused_when_the_calls_in_flight_turn_out_de
 
 
 def test_dollars_add_up_without_rounding():
-    account = MemoryAccount(Ceilings.of(Budget(usd=0.3), calls=False))
+    account = Account(Ceilings.of(Budget(usd=0.3), calls=False))
     for _ in range(3):
         number = account.reserve(Cost(picodollars=Cost.picodollars_of(0.1)))
         account.settle(number, Cost(picodollars=Cost.picodollars_of(0.1)))
@@ -169,7 +169,7 @@ def test_what_a_ceiling_does_not_count_passes_a_spent_account(account):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(2, 12), st.integers(20, 200), st.randoms(use_true_random=False))
 def test_no_interleaving_of_threads_passes_the_ceiling(n_threads, ceiling, random):
-    account = MemoryAccount(Ceilings.of(Budget(tokens=ceiling), calls=False))
+    account = Account(Ceilings.of(Budget(tokens=ceiling), calls=False))
     plans = [[(random.randint(1, 30), random.random()) for _ in range(15)] for _ in range(n_threads)]
     worst = []
     start = threading.Barrier(n_threads)

@@ -58,18 +58,20 @@ def test_while_weights_are_trained_the_time_to_go_is_the_trainings_and_no_measur
     assert lines[2].endswith("100 of 400 calls, 11 min, at most about 90 s to go".replace("90 s", "2 min"))
 
 
-def test_replayed_calls_take_no_time_and_nothing_paid_tells_no_time_to_go():
+def test_replayed_calls_take_no_time_and_few_paid_ones_tell_no_time_to_go():
     lines, clock = [], Clock()
     with open_scope("test", budget=Budget(calls=400)) as scope:
         progress = Progress(scope, write=lines.append, clock=clock, every_s=0)
         for i in range(100):
             scope.replay(f"request {i}", cost=Cost)
         progress.trial("p", 3, scores=[1.0], ceiling=300)
-        pay(scope, 10, first=100)
-        clock.now += 20
-        progress.trial("p", 4, scores=[1.0], ceiling=300)
+        for n in (10, 30):
+            pay(scope, n, first=scope.charged_calls)
+            clock.now += 20
+            progress.trial("p", 4, scores=[1.0], ceiling=300)
     assert lines[0].endswith("100 of 300 calls, 0 s")
-    assert lines[1].endswith("110 of 300 calls, 20 s, at most about 6 min to go")
+    assert lines[1].endswith("110 of 300 calls, 20 s")
+    assert lines[2].endswith("140 of 300 calls, 40 s, at most about 3 min to go")
 
 
 def test_a_step_that_need_not_use_its_calls_tells_no_time_to_go():
