@@ -31,6 +31,7 @@ from tabulate import tabulate
 from copa_harness.lm.scripted import ScriptedLM
 from copa_harness.optimize.options import SearchOptions
 from copa_harness.optimize.search.candidate import Candidate
+from copa_harness.optimize.search.samplers import quiet_optuna
 from copa_harness.optimize.search.scoring import Validation
 from copa_harness.optimize.search.space import WEIGHTS, DemoSet, InstructionOption, Space, WeightsChoice
 from copa_harness.optimize.search.study import Race, Watchers
@@ -226,42 +227,6 @@ def ucb(recording: Recording, rows: Sequence[int], calls: int, seed: int) -> int
     return int(pool[np.argmax(np.where(n >= 3, total / n, -1.0))])
 
 
-def wilcoxon(recording: Recording, rows: Sequence[int], calls: int, seed: int) -> int:
-    """Optuna's `WilcoxonPruner` beside its TPE: rows in one random order, a trial against the best one's pairs."""
-    import optuna
-
-    table, generator = recording.table[:, rows], np.random.default_rng(seed)
-    order, left = generator.permutation(len(rows)), calls
-    dimensions = {name: list(found) for name, found in recording.dimensions.items()}
-    shape = [len(found) for found in dimensions.values()]
-    pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4)
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    inquiry = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-    scored: dict[int, int] = {}
-    while left > 0 and len(inquiry.trials) < 2 * len(table):
-        trial = inquiry.ask()
-        places = [found.index(trial.suggest_categorical(name, found)) for name, found in dimensions.items()]
-        number, seen = int(np.ravel_multi_index(places, shape)), 0
-        for step in order:
-            if seen >= scored.get(number, 0):
-                if left <= 0:
-                    break
-                left -= 1
-            seen += 1
-            trial.report(float(table[number, step]), int(step))
-            if seen % 6 == 0 and trial.should_prune():
-                break
-        scored[number] = max(seen, scored.get(number, 0))
-        # As Optuna's guide says: the mean of what was seen is the trial's value, pruned or not.
-        if seen:
-            inquiry.tell(trial, float(table[number, order[:seen]].mean()))
-        else:
-            inquiry.tell(trial, state=optuna.trial.TrialState.FAIL)
-    full = [number for number, seen in scored.items() if seen == len(rows)]
-    return max(full or scored, key=lambda number: (table[number, order[: scored[number]]].mean(), -number))
-
-
 METHODS: Mapping[str, Method] = {
     "ours (TPE, racing)": study(),
     "random, racing": study(sampler="random"),
@@ -272,7 +237,6 @@ METHODS: Mapping[str, Method] = {
     "successive halving": successive_halving,
     "hyperband": hyperband,
     "UCB-E": ucb,
-    "TPE, Wilcoxon pruner": wilcoxon,
 }
 
 
@@ -291,10 +255,11 @@ def report(directory: Path, *, budgets: Sequence[int], n_seeds: int) -> str:
     logging.getLogger("copa_harness").setLevel(logging.WARNING)
     sections, curves = [], {}
     for recording in recordings:
-        found = {
-            name: [regrets(recording, method, calls=calls, seeds=range(n_seeds)) for calls in budgets]
-            for name, method in METHODS.items()
-        }
+        with quiet_optuna():
+            found = {
+                name: [regrets(recording, method, calls=calls, seeds=range(n_seeds)) for calls in budgets]
+                for name, method in METHODS.items()
+            }
         curves[recording.name] = {name: [mean_of(one) for one in by_calls] for name, by_calls in found.items()}
         rows = [
             [
