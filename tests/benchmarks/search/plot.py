@@ -78,13 +78,13 @@ def draw_regret(curves: Mapping[str, Mapping[str, Sequence[Mean]]], budgets: Seq
     if (pyplot := _pyplot()) is None:
         return None
     figure, axes = pyplot.subplots(
-        1, len(curves), figsize=(5.2 * len(curves), 4.6), squeeze=False, sharey=True, layout="constrained"
+        1, len(curves), figsize=(max(8.0, 5.2 * len(curves)), 5.0), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, (task, by_method) in zip(axes[0], curves.items(), strict=True):
         for place, (method, means) in enumerate(by_method.items()):
             colour, own = list(_COLOURS.values())[place % len(_COLOURS)], place == 0
             axis.plot(budgets, [one.value for one in means], color=colour, label=method, linewidth=2.4 if own else 1.4)
-            if own:
+            if own and all(one.low is not None for one in means):
                 low, high = [one.low for one in means], [one.high for one in means]
                 axis.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_title(task)
@@ -95,7 +95,7 @@ def draw_regret(curves: Mapping[str, Mapping[str, Sequence[Mean]]], budgets: Seq
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("regret, of all right")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
