@@ -175,12 +175,12 @@ def test_weights_that_make_it_worse_are_not_adopted(toy):
 
 
 def test_weights_are_trained_bare_and_behind_the_demonstrations_found(toy):
-    result = optimized(toy, "p -> w", lm=tunable(toy), budget=300).copa_result
+    result = optimized(toy, "labeled_fewshot -> w", lm=tunable(toy), budget=300).copa_result
     bare, behind = toy.provider.trained
     assert {len(row["messages"]) for row in bare} == {3}
     assert {len(row["messages"]) for row in behind} > {3}
     assert any("served with resample:" in note and "none:0.2" in note for note in result.notes)
-    assert [phase.phase for phase in result.phases][:3] == ["baseline", "1: p", "2: w"]
+    assert [phase.phase for phase in result.phases][:3] == ["baseline", "1: labeled_fewshot", "2: w"]
 
 
 def test_prompts_after_weights_are_searched_on_the_tuned_model(toy):

@@ -126,7 +126,7 @@ def test_an_optimizer_after_weights_works_on_the_tuned_model(toy):
 def test_optimizers_follow_one_another(toy):
     result = optimized(toy, "labeled_fewshot -> bootstrap_fewshot -> p", budget=300).copa_result
     names = [phase.phase for phase in result.phases]
-    assert names == ["baseline", "1: labeled_fewshot", "2: bootstrap_fewshot", "3: p"]
+    assert names[:4] == ["baseline", "1: labeled_fewshot", "2: bootstrap_fewshot", "3: p"]
     assert result.score_after > result.score_before
 
 
