@@ -296,6 +296,9 @@ def test_an_interruption_ends_a_session_whose_requests_hang_and_the_report_says_
     process.send_signal(signal.SIGINT)
     try:
         said = process.communicate(timeout=60)[0]  # the requests would hang for five minutes
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # pytest's faulthandler says where every thread stands
+        pytest.fail(process.communicate(timeout=60)[0])
     finally:
         process.kill()
     assert process.returncode == pytest.ExitCode.INTERRUPTED
