@@ -1,5 +1,7 @@
 """The suite of the plugin's tests: a scripted model is to write words in capitals. A file adds `answer`, its model."""
 
+import json
+
 SHOUTING = """
 import dspy
 import pytest
@@ -35,3 +37,15 @@ def copa_task():
 def copa_base_lm(copa_session):
     return ScriptedLM(answer, model="scripted/shout", fingerprint="shout", gateway=copa_session.models.gateway)
 """
+
+
+def runner(pytester, *, conftest, suite, always):
+    """Runs a suite with its conftest: `run(*arguments)` gives pytester's result and the last run of the report."""
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(test_suite=suite)
+
+    def run(*arguments):
+        result = pytester.runpytest_inprocess(*always, *arguments)
+        return result, json.loads((pytester.path / "reports" / "latest.json").read_text())["runs"][-1]
+
+    return run

@@ -1,7 +1,5 @@
 """`--copa-canaries`: a drift is named beside the verdict, a fault ends in status 1, and nothing stored is replaced."""
 
-import json
-
 # pytester forgets what an inner run imported; these are imported once, here, for all of them.
 import dspy  # noqa: F401
 import pytest
@@ -11,6 +9,7 @@ import copa_harness.judge.flaky
 import copa_harness.optimize.copa
 import copa_harness.report.files
 import copa_harness.session.session  # noqa: F401
+from tests.plugin.shouting import runner
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
@@ -57,15 +56,7 @@ def test_it(copa_run):
 
 @pytest.fixture
 def suite(pytester):
-    pytester.makeconftest(CONFTEST)
-    pytester.makepyfile(test_suite=SUITE)
-
-    def run(*arguments):
-        result = pytester.runpytest_inprocess(*STRICT, *arguments)
-        document = json.loads((pytester.path / "reports" / "latest.json").read_text())
-        return result, document["runs"][-1]
-
-    return run
+    return runner(pytester, conftest=CONFTEST, suite=SUITE, always=STRICT)
 
 
 def test_a_drift_is_named_beside_the_verdict_and_does_not_change_it(suite, pytester, monkeypatch):

@@ -13,6 +13,7 @@ import copa_harness.report.files
 import copa_harness.session.session  # noqa: F401
 from copa_harness import Task
 from copa_harness.errors import TaskError
+from tests.plugin.shouting import runner
 
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
@@ -75,14 +76,7 @@ def test_it(copa_run):
 
 @pytest.fixture
 def suite(pytester):
-    pytester.makeconftest(CONFTEST)
-    pytester.makepyfile(test_suite=SUITE)
-
-    def run(*arguments):
-        result = pytester.runpytest_inprocess(*STRICT, *arguments)
-        return result, json.loads((pytester.path / "reports" / "latest.json").read_text())["runs"][-1]
-
-    return run
+    return runner(pytester, conftest=CONFTEST, suite=SUITE, always=STRICT)
 
 
 def test_people_see_a_loss_that_the_judge_does_not(suite, pytester, monkeypatch):
