@@ -60,13 +60,13 @@ class Guard:
     validation: Validation
     _found: dict[str, str | None] = field(default_factory=dict)
 
-    def broken_by(self, candidate: Candidate, *, scope: Scope, say: Callable[[str], None]) -> str | None:
+    def broken_by(self, candidate: Candidate, *, scope: Scope, say: Callable[..., None]) -> str | None:
         """What a candidate's weights lose; None where they keep the margin or are the model's own.
 
         Args:
             candidate: Whose weights.
             scope: Pays for asking. Where it cannot, the weights count as losing, for nobody knows.
-            say: Takes a sentence about every weights asked.
+            say: Takes a sentence about every weights asked, `headline=True` with one about a loss.
 
         Raises:
             ProviderError: The model answers none of the rows.
@@ -85,7 +85,7 @@ class Guard:
                 return broken
         return None
 
-    def _asked(self, old: Any, new: Any, scope: Scope, say: Callable[[str], None]) -> str | None:
+    def _asked(self, old: Any, new: Any, scope: Scope, say: Callable[..., None]) -> str | None:
         before, after = Candidate.of(self.task.program, lm=old), Candidate.of(self.task.program, lm=new)
         for candidate in (before, after):
             self.validation.complete(candidate, allowance=CallBudget(scope, math.inf), phase=Phase.WEIGHTS)
@@ -94,7 +94,7 @@ class Guard:
             f"guard {self.task.name}: {self.validation.mean(before):.3f} -> {self.validation.mean(after):.3f} on "
             f"{found.n} rows ({found.difference:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}])"
         )
-        if found.difference >= -self.margin - 1e-9:
-            say(text)
-            return None
-        return f"{text}, more than {self.margin:g} lost"
+        is_kept = found.difference >= -self.margin - 1e-9
+        text += "" if is_kept else f", more than {self.margin:g} lost"
+        say(text, headline=not is_kept)
+        return None if is_kept else text

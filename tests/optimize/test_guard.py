@@ -33,6 +33,7 @@ def test_weights_that_lose_more_than_the_margin_are_not_returned(toy):
     broken = other_task(toy, sizes=[1, 2, 7, 8])  # tuned weights call two of four big
     program, _ = compiled(toy, strategy="w", guard=broken, guard_margin=0.4)
     assert not tuned(program)
+    assert any("more than 0.4 lost" in line for line in program.copa_result.headlines)
     assert any(
         "guard other: 1.000 -> 0.500 on 4 rows" in note and "more than 0.4 lost" in note
         for note in program.copa_result.notes
